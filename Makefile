@@ -1,0 +1,60 @@
+# Every target sets up what it needs from nothing; a second run starts within seconds.
+#   make demo                              the demonstration, in .venv-demo
+#   make test                              all tests, in .venv (with torch and transformers)
+#   make test-jax PYTHON=python3.12        the tests that need no torch, in .venv-jax, on the JAX release below
+#   make test PYTEST="-x tests/evaluate"   a part of them
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+JAX ?= 0.11.2
+PYTEST ?=
+DEMO ?=
+
+# What CUDA builds of torch would add is several GB, so the tests name a release that has a CPU build.
+TEST_EXTRAS := models,hf,dev
+JAX_EXTRAS := models,dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-jax lint format clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+# $(call environment,folder,requirements): a virtual environment with the package in it, in place.
+define environment
+@echo "== setting up $(1) (minutes the first time) =="
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --disable-pip-version-check $(2)
+@touch $@
+endef
+
+.venv/.ready: pyproject.toml
+	$(call environment,.venv,"torch==$(TORCH)" -e ".[$(TEST_EXTRAS)]")
+
+.venv-jax/.ready: pyproject.toml
+	$(call environment,.venv-jax,"jax==$(JAX)" "jaxlib==$(JAX)" -e ".[$(JAX_EXTRAS)]")
+
+.venv-demo/.ready: pyproject.toml
+	$(call environment,.venv-demo,-e ".[models]")
+
+demo: .venv-demo/.ready ## compress the cache of a small language model and show what it costs
+	.venv-demo/bin/tq-jax demo $(DEMO)
+
+test: .venv/.ready ## all tests
+	.venv/bin/python -m pytest --durations=15 $(PYTEST)
+
+test-jax: .venv-jax/.ready ## the tests that need no torch
+	.venv-jax/bin/python -m pytest --durations=15 $(PYTEST)
+
+lint: .venv/.ready ## formatting, lint and types, changing nothing
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyright --pythonpath .venv/bin/python
+
+format: .venv/.ready ## format and fix what can be fixed
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+clean: ## remove environments, caches and build outputs
+	rm -rf .venv .venv-jax .venv-demo build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

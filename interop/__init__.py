@@ -1,0 +1,1 @@
+"""Doors to other frameworks: torch, transformers and vLLM over the same compressed bytes."""

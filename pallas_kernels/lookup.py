@@ -1,0 +1,78 @@
+"""From packed bytes to centroids: what every reader of a code does, in plain jnp."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int8, UInt8
+
+from pallas_kernels.format import Code, Codebook, CodebookFormat, GroupFormat, VectorFormat
+from pallas_kernels.packing import packed_bytes, unpack
+
+MAX_SELECTS = 16
+"""Levels up to which a table is looked up by selects."""
+
+
+def integers(codes: UInt8[Array, "*batch dim"], book: Codebook) -> Int8[Array, "*batch dim"]:
+    """The int8 integers m of sign-magnitude codes; the centroid is (m + 1/2) * book.step.
+
+    Example:
+        >>> book = Codebook(dim=64, bits=2, levels=(38, 127), step=0.0015)
+        >>> integers(jnp.array([0, 1, 2, 3], jnp.uint8), book)
+        Array([  38,  127,  -39, -128], dtype=int8)
+    """
+    if book.bits == 8:
+        return lax.bitcast_convert_type(codes, jnp.int8)
+    sign, index = codes >> (max(book.bits, 1) - 1), codes & (len(book.levels) - 1)
+    if len(book.levels) > MAX_SELECTS:
+        magnitude = jnp.asarray(np.asarray(book.levels, np.int8))[index]
+    else:
+        # Sums of selected gaps, not a gather: that is what compilers turn into vector instructions.
+        magnitude = jnp.full(codes.shape, book.levels[0], jnp.int8)
+        for i, gap in enumerate(np.diff(np.asarray(book.levels, np.int8))):
+            magnitude = magnitude + jnp.where(index > i, gap, np.int8(0))
+    return magnitude ^ -lax.bitcast_convert_type(sign, jnp.int8)
+
+
+def centroid_vectors(
+    packed: UInt8[Array, "..."], fmt: CodebookFormat, *, axis: int = -1
+) -> tuple[Float[Array, "..."], ...]:
+    """Centroids of packed codes before scaling, float32, one array a segment; bytes and channels lie along `axis`."""
+    parts, start = [], 0
+    for book in fmt.segments:
+        size = packed_bytes(book.dim, book.bits)
+        codes = unpack(lax.slice_in_dim(packed, start, start + size, axis=axis), book.bits, book.dim, axis=axis)
+        parts.append((integers(codes, book).astype(jnp.float32) + 0.5) * book.step)
+        start += size
+    return tuple(parts)
+
+
+def decode(code: Code, fmt: VectorFormat, *, axis: int = -1) -> Float[Array, "..."]:
+    """Reconstructs vectors in the rotated basis, float32, without the sketch of the residual.
+
+    Args:
+        code: Arrays as `Code` documents them, or with bytes, channels and several scales along another axis.
+        fmt: The format they were written in.
+        axis: Negative; where bytes are in `packed` and channels shall be.
+
+    Returns:
+        Rotated vectors (for a GroupFormat, which does not rotate, the vectors themselves).
+    """
+    scale = code.scale.astype(jnp.float32)
+    if isinstance(fmt, GroupFormat):
+        assert code.zero is not None
+        codes = unpack(code.packed, fmt.bits, fmt.dim, axis=axis).astype(jnp.float32)
+        split = codes.ndim + axis
+        groups = codes.reshape(*codes.shape[:split], fmt.num_scales, fmt.group, *codes.shape[split + 1 :])
+        scale, zero = jnp.expand_dims(scale, axis), jnp.expand_dims(code.zero.astype(jnp.float32), axis)
+        return (groups * scale + zero).reshape(codes.shape)
+    parts = centroid_vectors(code.packed, fmt, axis=axis)
+    if fmt.num_scales == 1:
+        return parts[0] * jnp.expand_dims(scale, axis)
+    scaled = [part * lax.slice_in_dim(scale, i, i + 1, axis=axis) for i, part in enumerate(parts)]
+    return jnp.concatenate(scaled, axis=axis)
+
+
+def residual_signs(code: Code, fmt: CodebookFormat) -> Float[Array, "*batch dim"]:
+    """Signs of the sketched residual as float32 +1 and -1."""
+    assert code.signs is not None
+    return 1.0 - 2.0 * unpack(code.signs, 1, fmt.dim).astype(jnp.float32)

@@ -1,0 +1,108 @@
+"""The byte layout of quantized vectors: planes of 8, 4, 2 and 1 bit codes, planar within a plane.
+
+A code of `bits` bits is cut into planes whose widths are the powers of two that sum to `bits`, widest first and low bits
+first: 3 bits are a 2-bit plane (bits 0-1) followed by a 1-bit plane (bit 2), 5 bits a 4-bit and a 1-bit plane. A plane of
+width w stores 8/w codes a byte and takes n = ceil(dim * w / 8) bytes; byte j holds channel j in its lowest w bits, channel
+j + n in the next w, and so on, so that each field of the bytes is a run of consecutive channels:
+
+    4 bits, dim 128 (64 bytes)          byte j = | ch j+64 | ch j |
+    2 bits, dim 128 (32 bytes)          byte j = | ch j+96 | ch j+64 | ch j+32 | ch j |
+    3 bits, dim 128 (48 bytes)          bytes 0-31: bits 0-1 as above; bytes 32-47: bit 2, eight channels a byte, j + 16 i
+
+A byte never holds two tokens, so writing a token writes whole bytes. When dim is not a multiple of 8/w the last fields
+are padded with zero bits.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, UInt8
+
+
+def plane_widths(bits: int) -> tuple[int, ...]:
+    """Widths of the planes that hold a code of `bits` bits, in storage order.
+
+    Example:
+        >>> plane_widths(3), plane_widths(4), plane_widths(7)
+        ((2, 1), (4,), (4, 2, 1))
+    """
+    if not 0 <= bits <= 8:
+        raise NotImplementedError(f"codes of 0 to 8 bits are supported, got bits={bits}")
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
+
+
+def _plane_bytes(dim: int, width: int) -> int:
+    return -(-dim * width // 8)
+
+
+def packed_bytes(dim: int, bits: int) -> int:
+    """Bytes that the packed codes of one vector take.
+
+    Example:
+        >>> packed_bytes(128, 3), packed_bytes(128, 4), packed_bytes(80, 1)
+        (48, 64, 10)
+    """
+    return sum(_plane_bytes(dim, width) for width in plane_widths(bits))
+
+
+def pack(codes: UInt8[Array, "*batch dim"], bits: int) -> UInt8[Array, "*batch bytes"]:
+    """Packs codes below 2**bits along the last axis.
+
+    Args:
+        codes: One code a byte.
+        bits: Bits a code, 0 to 8.
+
+    Returns:
+        The packed bytes, `packed_bytes(dim, bits)` of them a vector.
+
+    Example:
+        >>> pack(jnp.array([1, 2, 3, 4], jnp.uint8), 4)
+        Array([49, 66], dtype=uint8)
+    """
+    dim, planes, shift = codes.shape[-1], [], 0
+    for width in plane_widths(bits):
+        size = _plane_bytes(dim, width)
+        fields = (codes >> shift) & ((1 << width) - 1)
+        padding = [(0, 0)] * (codes.ndim - 1) + [(0, size * (8 // width) - dim)]
+        fields = jnp.pad(fields, padding).reshape(*codes.shape[:-1], 8 // width, size)
+        plane = fields[..., 0, :]
+        for i in range(1, 8 // width):
+            plane = plane | (fields[..., i, :] << (i * width))
+        planes.append(plane)
+        shift += width
+    return jnp.concatenate(planes, axis=-1) if planes else jnp.zeros((*codes.shape[:-1], 0), jnp.uint8)
+
+
+def unpack(packed: UInt8[Array, "..."], bits: int, dim: int, *, axis: int = -1) -> UInt8[Array, "..."]:
+    """Inverse of `pack`.
+
+    Args:
+        packed: Packed bytes along `axis`.
+        bits: Bits a code.
+        dim: Codes a vector.
+        axis: Negative; the axis of the bytes, which becomes that of the codes.
+
+    Raises:
+        ValueError: If that axis is not `packed_bytes(dim, bits)` long.
+
+    Example:
+        >>> unpack(jnp.array([49, 66], jnp.uint8), 4, 4)
+        Array([1, 2, 3, 4], dtype=uint8)
+    """
+    if packed.shape[axis] != packed_bytes(dim, bits):
+        raise ValueError(
+            f"expected {packed_bytes(dim, bits)} bytes for dim={dim}, bits={bits}; got an axis of {packed.shape[axis]}"
+        )
+    lead, trail = packed.shape[: packed.ndim + axis], packed.shape[packed.ndim + axis + 1 :]
+    codes = jnp.zeros((*lead, dim, *trail), jnp.uint8)
+    start, shift = 0, 0
+    for width in plane_widths(bits):
+        size, fields = _plane_bytes(dim, width), 8 // width
+        plane = lax.slice_in_dim(packed, start, start + size, axis=axis)
+        # Channel i * size + j is field i of byte j, so all fields are one broadcast shift and a free reshape.
+        shifts = np.arange(0, 8, width, dtype=np.uint8).reshape((1,) * len(lead) + (fields, 1) + (1,) * len(trail))
+        spread = (plane.reshape(*lead, 1, size, *trail) >> shifts) & ((1 << width) - 1)
+        spread = spread.reshape(*lead, fields * size, *trail)
+        codes = codes | (lax.slice_in_dim(spread, 0, dim, axis=axis) << shift)
+        start, shift = start + size, shift + width
+    return codes

@@ -1,0 +1,39 @@
+"""Strict JAX, four host devices, and shape annotations checked while tests run."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+PACKAGES = ("tq_jax", "pallas_kernels")
+# The numeric tower lets an int stand where a float is asked for, as Python itself does.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+
+
+def _annotated(package: str) -> bool:
+    """Whether a module of the package names jaxtyping."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return False
+    return any("jaxtyping" in path.read_text() for path in Path(spec.origin).parent.rglob("*.py"))
+
+
+def _check_shapes() -> None:
+    """Checks annotated shapes at each call, in tests only, so that users pay nothing for them."""
+    annotated = [package for package in PACKAGES if _annotated(package)]
+    if not annotated:
+        return
+    early = [name for name in sys.modules if name.split(".")[0] in annotated]
+    if early:
+        raise RuntimeError(f"imported before shape checking was installed: {early}")
+    from jaxtyping import install_import_hook
+
+    install_import_hook(annotated, CHECKER)
+
+
+_check_shapes()

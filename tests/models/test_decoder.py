@@ -1,0 +1,159 @@
+"""The decoder over a cache against itself without one; against another implementation see test_oracle.py."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import tq_jax as tq
+from tq_jax.models import Decoder
+
+
+
+@functools.partial(jax.jit, donate_argnums=2)
+def extend(decoder, tokens, cache, lengths):
+    hidden, cache = decoder.extend(tokens, cache, lengths=lengths)
+    return decoder.logits(hidden), cache
+
+
+@functools.partial(jax.jit, donate_argnums=2)
+def prefill(decoder, tokens, cache, lengths):
+    hidden, cache = decoder.prefill(tokens, cache, lengths=lengths)
+    return decoder.logits(hidden), cache
+
+
+@jax.jit
+def forward(decoder, tokens):
+    return decoder.logits(decoder.forward(tokens))
+
+
+def test_token_by_token_equals_one_pass(tiny, exact_spec):
+    tokens = jax.random.randint(jax.random.key(0), (2, 20), 0, tiny.config.vocab_size)
+    expected = forward(tiny, tokens)
+    cache, logits = tiny.init_cache(exact_spec, batch=2), []
+    for t in range(tokens.shape[1]):
+        step, cache = extend(tiny, tokens[:, t : t + 1], cache, jnp.ones(2, jnp.int32))
+        logits.append(step)
+    np.testing.assert_allclose(jnp.concatenate(logits, axis=1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_equal_one_pass(tiny, exact_spec):
+    tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, tiny.config.vocab_size)
+    expected = forward(tiny, tokens)
+    full = jnp.full(2, 8, jnp.int32)
+    first, cache = prefill(tiny, tokens[:, :8], tiny.init_cache(exact_spec, batch=2), full)
+    second, cache = extend(tiny, tokens[:, 8:16], cache, full)
+    third, cache = extend(tiny, tokens[:, 16:], cache, full)
+    np.testing.assert_allclose(jnp.concatenate([first, second, third], axis=1), expected, rtol=1e-4, atol=1e-4)
+    assert cache.length.tolist() == [24] * 6
+
+
+@pytest.mark.parametrize("kind", ["exact", "packed"])
+def test_ragged_batch_equals_single_runs(tiny, exact_spec, packed_spec, prompts, kind):
+    spec = exact_spec if kind == "exact" else packed_spec
+    tokens, lengths = prompts
+    more = jnp.array([3, 1, 2], jnp.int32)
+    together, cache = prefill(tiny, tokens, tiny.init_cache(spec, batch=3), lengths)
+    following, cache = extend(tiny, tokens[:, :3], cache, more)
+    for i, (length, count) in enumerate(zip(lengths.tolist(), more.tolist(), strict=True)):
+        row = slice(i, i + 1)
+        alone, single = prefill(tiny, tokens[row], tiny.init_cache(spec, batch=1), lengths[row])
+        after, _ = extend(tiny, tokens[row, :3], single, more[row])
+        np.testing.assert_allclose(together[i, :length], alone[0, :length], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(following[i, :count], after[0, :count], rtol=1e-3, atol=1e-3)
+
+
+def test_what_padding_holds_does_not_matter(tiny, exact_spec, prompts):
+    tokens, lengths = prompts
+    padding = jnp.arange(tokens.shape[1])[None, :] >= lengths[:, None]
+    one, cache = prefill(tiny, tokens, tiny.init_cache(exact_spec, batch=3), lengths)
+    two, other = prefill(tiny, jnp.where(padding, 7, tokens), tiny.init_cache(exact_spec, batch=3), lengths)
+    np.testing.assert_array_equal(cache.exact_keys, other.exact_keys)
+    np.testing.assert_array_equal(jnp.where(padding[..., None], 0, one), jnp.where(padding[..., None], 0, two))
+
+
+def test_a_row_of_zero_length_stays_as_it_was(tiny, packed_spec, prompts):
+    tokens, lengths = prompts
+    _, cache = prefill(tiny, tokens, tiny.init_cache(packed_spec, batch=3), lengths)
+    before = np.asarray(cache.length)
+    logits, cache = extend(tiny, tokens[:, :1], cache, jnp.array([1, 0, 0], jnp.int32))
+    assert (np.asarray(cache.length) - before).tolist() == [1, 0, 0] * tiny.config.num_layers
+    assert bool(jnp.isfinite(logits).all())
+
+
+def test_prefill_is_exact_and_a_compressed_cache_stays_close(tiny, packed_spec, prompts):
+    tokens, lengths = prompts
+    expected = forward(tiny, jnp.concatenate([tokens, tokens[:, :1]], axis=1))
+    logits, cache = prefill(tiny, tokens, tiny.init_cache(packed_spec, batch=3), lengths)
+    np.testing.assert_allclose(logits[0], expected[0, :23], rtol=1e-4, atol=1e-4)
+    last, cache = extend(tiny, tokens[:, :1], cache, jnp.ones(3, jnp.int32))
+    error = jnp.linalg.norm(last[0, 0] - expected[0, 23]) / jnp.linalg.norm(expected[0, 23])
+    assert 1e-5 < float(error) < 0.1
+    assert cache.compressed.tolist() == [24 - 8 - 4, 0, 0] * tiny.config.num_layers
+
+
+def test_sequence_i_of_layer_l_is_row_l_b_plus_i(tiny, exact_spec, prompts):
+    tokens, lengths = prompts
+    _, cache = prefill(tiny, tokens, tiny.init_cache(exact_spec, batch=3), lengths)
+    assert cache.length.tolist() == lengths.tolist() * tiny.config.num_layers
+    _, alone = prefill(tiny, tokens[:1], tiny.init_cache(exact_spec, batch=1), lengths[:1])
+    for layer in range(tiny.config.num_layers):
+        np.testing.assert_allclose(cache.exact_keys[layer * 3], alone.exact_keys[layer], rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_and_a_tied_head(tiny, exact_spec):
+    decoder = Decoder(dataclasses.replace(tiny.config, tied_head=True), dtype="bfloat16", rngs=nnx.Rngs(0))
+    tokens = jnp.arange(20, dtype=jnp.int32)[None]
+    logits, cache = prefill(decoder, tokens, decoder.init_cache(exact_spec, batch=1), jnp.array([20], jnp.int32))
+    assert logits.dtype == jnp.float32
+    logits, _ = extend(decoder, tokens[:, :1], cache, jnp.ones(1, jnp.int32))
+    assert bool(jnp.isfinite(logits).all())
+
+
+def test_refuses_a_cache_of_another_shape(tiny, exact_spec):
+    tokens = jnp.zeros((2, 4), jnp.int32)
+    with pytest.raises(ValueError, match=r"expected 6 rows \(3 layers x 2 sequences\), got 3"):
+        tiny.extend(tokens, tiny.init_cache(exact_spec, batch=1))
+    with pytest.raises(ValueError, match="batch: expected at least 1 sequence, got 0"):
+        tiny.init_cache(exact_spec, batch=0)
+    other = tq.CacheSpec.full_precision(num_kv_heads=3, head_dim=16, max_tokens=8)
+    with pytest.raises(ValueError, match=r"expected \(2, 16\), got \(3, 16\)"):
+        tiny.init_cache(other, batch=1)
+
+
+def lower_step(decoder, spec, *, batch):
+    """One lowered decode step with the cache as flat arrays: lowering builds no annotated dataclass of placeholders."""
+    leaves, tree = jax.tree.flatten(decoder.init_cache(spec, batch=batch))
+
+    def step(decoder, tokens, leaves, lengths):
+        hidden, cache = decoder.extend(tokens, jax.tree.unflatten(tree, leaves), lengths=lengths)
+        return decoder.logits(hidden), jax.tree.leaves(cache)
+
+    tokens, lengths = jnp.zeros((batch, 1), jnp.int32), jnp.ones(batch, jnp.int32)
+    return jax.jit(step, donate_argnums=2).lower(decoder, tokens, leaves, lengths)
+
+
+@pytest.mark.parametrize("kind", ["exact", "packed"])
+def test_decode_step_updates_the_cache_in_place(tiny, exact_spec, packed_spec, kind):
+    spec = exact_spec if kind == "exact" else packed_spec
+    cache = tiny.init_cache(spec, batch=2)
+    compiled = lower_step(tiny, spec, batch=2).compile()
+    text = compiled.as_text()
+    assert "input_output_alias" in text
+    grows = [cache.exact_keys, cache.exact_values, *jax.tree.leaves(cache.pages)]
+    assert compiled.memory_analysis().alias_size_in_bytes >= sum(leaf.nbytes for leaf in grows)
+    for shape in {",".join(map(str, leaf.shape)) for leaf in grows}:
+        assert not re.findall(rf"\[{shape}\]\S* copy\(", text), f"a copy of [{shape}]"
+
+
+def test_program_size_does_not_grow_with_depth(tiny, exact_spec):
+    def instructions(layers: int) -> int:
+        decoder = Decoder(dataclasses.replace(tiny.config, num_layers=layers), rngs=nnx.Rngs(0))
+        return len(lower_step(decoder, exact_spec, batch=1).as_text().splitlines())
+
+    assert instructions(2) == instructions(7)

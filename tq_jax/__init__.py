@@ -1,0 +1,33 @@
+"""KV-cache compression for LLM inference by TurboQuant (arXiv 2504.19874): pure functions over pytrees."""
+
+from pallas_kernels.format import Code
+from tq_jax import codebook
+from tq_jax.append import append
+from tq_jax.attention import attend
+from tq_jax.cache import Cache, CacheSpec, init_cache
+from tq_jax.quantizer import (
+    Quantizer,
+    QuantizerSpec,
+    dequantize,
+    inner_product,
+    make_quantizer,
+    outlier_channels,
+    quantize,
+)
+
+__all__ = [
+    "Cache",
+    "CacheSpec",
+    "Code",
+    "Quantizer",
+    "QuantizerSpec",
+    "append",
+    "attend",
+    "codebook",
+    "dequantize",
+    "init_cache",
+    "inner_product",
+    "make_quantizer",
+    "outlier_channels",
+    "quantize",
+]

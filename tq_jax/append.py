@@ -1,0 +1,213 @@
+"""Appending tokens to a cache: into the sinks and the ring, and out of the ring into the pages."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.decode import Pages
+from pallas_kernels.decode.pages import write_tokens
+from tq_jax.cache import Cache, CacheSpec, from_storage, to_storage
+from tq_jax.quantizer import encode_rotated, to_rotated
+from tq_jax.statistics import KeyStatistics, fix_statistics, observe_queries
+
+
+def append(
+    cache: Cache,
+    k: Float[Array, "b t h_kv d"],
+    v: Float[Array, "b t h_kv d"],
+    *,
+    query: Float[Array, "b t h_q d"] | None = None,
+    lengths: Int[Array, "b"] | None = None,
+    rows: Int[Array, "b"] | None = None,
+) -> Cache:
+    """Appends one token or a chunk of tokens to every row.
+
+    Call it inside a jitted function that donates the cache, and the update happens in place.
+
+    Args:
+        cache: The cache.
+        k: Keys, after rotary embedding.
+        v: Values.
+        query: Queries of the same tokens; only their channel-wise power is kept, for `smooth_keys`.
+        lengths: Tokens of each row's chunk that exist, at most t; the rest is right padding. All by default.
+        rows: The cache rows that k and v belong to, all different. All rows in order by default.
+
+    Returns:
+        The new cache.
+
+    Raises:
+        ValueError: For shapes that do not fit; and, outside jit, for NaN or infinite tokens or a row without room for
+            its chunk. Under jit a chunk without room leaves its row as it was and marks it in `cache.overflow`.
+
+    Example:
+        >>> import tq_jax as tq
+        >>> spec = tq.CacheSpec(num_kv_heads=2, head_dim=64, max_tokens=512, key=tq.QuantizerSpec(dim=64),
+        ...                     value=tq.QuantizerSpec(dim=64))
+        >>> cache = tq.append(tq.init_cache(spec, batch=1), jnp.ones((1, 200, 2, 64)), jnp.ones((1, 200, 2, 64)))
+        >>> cache.length.tolist(), cache.compressed.tolist()
+        ([200], [68])
+    """
+    batch, tokens = _check_shapes(cache, k, v, query, lengths, rows)
+    if lengths is None:
+        lengths = jnp.full(batch, tokens, jnp.int32)
+    rows = jnp.arange(cache.rows, dtype=jnp.int32) if rows is None else rows.astype(jnp.int32)
+    lengths = lengths.astype(jnp.int32)
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((cache, k, v, query, lengths, rows))):
+        _check_values(cache, k, v, query, lengths, rows)
+    if batch == 0 or tokens == 0:
+        return cache
+    return _append(cache, k, v, query, lengths, rows)
+
+
+def _check_shapes(cache: Cache, k: Array, v: Array, query: Array | None, lengths: Array | None, rows: Array | None):
+    """Returns batch and tokens of the chunk, or raises ValueError."""
+    spec = cache.spec
+    heads = (spec.num_kv_heads, spec.head_dim)
+    batch = cache.rows if rows is None else rows.shape[0]
+    if k.ndim != 4 or k.shape[0] != batch or k.shape[2:] != heads:
+        raise ValueError(f"expected k of shape ({batch}, tokens, {heads[0]}, {heads[1]}), got {tuple(k.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"expected v of the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
+    wrong = None if query is None else (query.ndim != 4 or query.shape[:2] != k.shape[:2] or query.shape[3] != heads[1])
+    if query is not None and (wrong or query.shape[2] % heads[0]):
+        raise ValueError(
+            f"expected query of shape ({batch}, {k.shape[1]}, a multiple of {heads[0]}, {heads[1]}), "
+            f"got {tuple(query.shape)}"
+        )
+    for name, array in (("k", k), ("v", v), ("query", query)):
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"expected {name} to be floating point, got dtype {array.dtype}")
+    for name, array in (("lengths", lengths), ("rows", rows)):
+        if array is not None and (array.shape != (batch,) or not jnp.issubdtype(array.dtype, jnp.integer)):
+            raise ValueError(f"expected {name} to be integers of shape ({batch},), got {array.dtype} {array.shape}")
+    return batch, k.shape[1]
+
+
+def _check_values(cache: Cache, k: Array, v: Array, query: Array | None, lengths: Array, rows: Array) -> None:
+    """Raises ValueError for chunks that do not fit, bad rows and tokens that are not finite."""
+    count, row = np.asarray(lengths), np.asarray(rows)
+    if len(set(row.tolist())) != row.size or np.any(row < 0) or np.any(row >= cache.rows):
+        raise ValueError(f"expected different rows from 0 to {cache.rows - 1}, got {row.tolist()}")
+    if np.any(count < 0) or np.any(count > k.shape[1]):
+        raise ValueError(f"expected lengths from 0 to {k.shape[1]}, got {count.tolist()}")
+    total = np.asarray(cache.length)[row] + count
+    if np.any(total > cache.spec.max_tokens):
+        raise ValueError(f"expected at most max_tokens={cache.spec.max_tokens} tokens a row, got {total.tolist()}")
+    exists = np.arange(k.shape[1]) < count[:, None]
+    for name, array in (("k", k), ("v", v), ("query", query)):
+        if array is not None and not np.isfinite(np.asarray(array.astype(jnp.float32))[exists]).all():
+            raise ValueError(f"expected finite {name}, got NaN or infinity")
+
+
+@jax.jit
+def _append(cache: Cache, k: Array, v: Array, query: Array | None, lengths: Array, rows: Array) -> Cache:
+    spec = cache.spec
+    before, compressed = cache.length[rows], cache.compressed[rows]
+    fits = before + lengths <= spec.max_tokens
+    lengths = jnp.where(fits, lengths, 0)
+    after = before + lengths
+    step = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
+    exists = step < lengths[:, None]
+    evicted = jnp.maximum(after - spec.sinks - spec.ring - compressed, 0)
+
+    statistics, pages = cache.statistics, cache.pages
+    if statistics is not None and pages is not None:
+        found = jax.tree.map(lambda x: x[rows], statistics)
+        found = found if query is None else observe_queries(found, query, exists)
+        fix = ~found.ready & (evicted > 0)
+        found = lax.cond(
+            jnp.any(fix), lambda s: _fix(s, cache, k, rows, before, exists, fix), lambda s: s, found
+        )
+        statistics = jax.tree.map(lambda x, new: x.at[rows].set(new), statistics, found)
+    left_keys, left_values = k, v
+    if pages is not None:
+        address = compressed[:, None] + step
+        left_keys, left_values = _leaving(cache, k, v, rows, before, address)
+        if statistics is not None:
+            left_keys = (left_keys - statistics.mean[rows][:, None]) * statistics.weight[rows][:, None]
+        pages = _compress(cache, pages, left_keys, left_values, rows, address, step < evicted[:, None])
+
+    position = before[:, None] + step
+    slot = _slots(spec, position)
+    kept = exists & ((position < spec.sinks) | (position >= after[:, None] - spec.ring))
+    place = (rows[:, None], slice(None), jnp.where(kept, slot, cache.exact_keys.shape[2]))
+    # What is not kept is dropped, whatever it is; naming what was read from the ring there tells XLA that the ring is
+    # read before it is overwritten, which spares a copy of it.
+    new_keys = jnp.where(kept[:, :, None, None], k.astype(jnp.float32), left_keys.astype(jnp.float32))
+    new_values = jnp.where(kept[:, :, None, None], v.astype(jnp.float32), left_values.astype(jnp.float32))
+    return dataclasses.replace(
+        cache,
+        pages=pages,
+        exact_keys=cache.exact_keys.at[place].set(to_storage(spec, new_keys), mode="drop"),
+        exact_values=cache.exact_values.at[place].set(to_storage(spec, new_values), mode="drop"),
+        length=cache.length.at[rows].set(after),
+        compressed=cache.compressed.at[rows].set(compressed + evicted),
+        overflow=cache.overflow.at[rows].set(cache.overflow[rows] | ~fits),
+        statistics=statistics,
+    )
+
+
+def _slots(spec: CacheSpec, position: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """Exact slot of a position: its own for sinks, a place in the ring for the others."""
+    return jnp.where(position < spec.sinks, position, spec.sinks + (position - spec.sinks) % max(spec.ring, 1))
+
+
+def _fix(
+    stats: KeyStatistics,
+    cache: Cache,
+    k: Array,
+    rows: Int[Array, "b"],
+    before: Int[Array, "b"],
+    exists: Bool[Array, "b t"],
+    fix: Bool[Array, "b"],
+) -> KeyStatistics:
+    """Fixes statistics from all tokens at hand but the sinks: the ring, which still holds every one, and the chunk."""
+    spec = cache.spec
+    position = before[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None]
+    ring = jnp.swapaxes(from_storage(spec, cache.exact_keys[rows][:, :, spec.sinks :]), 1, 2)
+    in_ring = jnp.arange(spec.ring, dtype=jnp.int32)[None] < before[:, None] - spec.sinks
+    keys = jnp.concatenate([ring, k.astype(jnp.float32)], axis=1)
+    valid = jnp.concatenate([in_ring, exists & (position >= spec.sinks)], axis=1)
+    return fix_statistics(stats, keys, valid, fix, center=spec.center_keys, smooth=spec.smooth_keys)
+
+
+def _leaving(
+    cache: Cache, k: Array, v: Array, rows: Int[Array, "b"], before: Int[Array, "b"], address: Int[Array, "b t"]
+) -> tuple[Array, Array]:
+    """Keys and values at page addresses, from the ring where they are old and from the chunk where they are new."""
+    spec = cache.spec
+    position = spec.sinks + address
+    index = jnp.clip(position - before[:, None], 0, k.shape[1] - 1)[:, :, None, None]
+    chunk = [jnp.take_along_axis(x, index, axis=1).astype(jnp.float32) for x in (k, v)]
+    if not spec.ring:
+        return chunk[0], chunk[1]
+    place = (rows[:, None], slice(None), _slots(spec, position))
+    ring = [from_storage(spec, x[place]) for x in (cache.exact_keys, cache.exact_values)]
+    new = (position >= before[:, None])[:, :, None, None]
+    return jnp.where(new, chunk[0], ring[0]), jnp.where(new, chunk[1], ring[1])
+
+
+def _compress(
+    cache: Cache,
+    pages: Pages,
+    keys: Float[Array, "b t h_kv d"],
+    values: Float[Array, "b t h_kv d"],
+    rows: Int[Array, "b"],
+    address: Int[Array, "b t"],
+    leaves: Bool[Array, "b t"],
+) -> Pages:
+    """Quantizes tokens and writes those that leave the ring to their pages."""
+    assert cache.key_quantizer is not None and cache.value_quantizer is not None
+    page_size, nowhere = cache.spec.page_size, pages.keys.packed.shape[0]
+    page = rows[:, None] * cache.spec.pages_per_row + address // page_size
+    return write_tokens(
+        pages,
+        jnp.where(leaves, page, nowhere),
+        address % page_size,
+        encode_rotated(cache.key_quantizer, to_rotated(cache.key_quantizer, keys)),
+        encode_rotated(cache.value_quantizer, to_rotated(cache.value_quantizer, values)),
+    )

@@ -1,0 +1,172 @@
+"""Attention over a compressed cache."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.decode import LogitOptions, Partial, decode_attention, merge
+from pallas_kernels.decode.reference import attend_tokens, nothing
+from tq_jax.cache import Cache, from_storage
+from tq_jax.quantizer import from_rotated, sketch_gain, sketch_query, to_rotated
+
+Implementation = Literal["auto", "reference", "triton", "mosaic"]
+
+
+def attend(
+    query: Float[Array, "b t h_q d"],
+    cache: Cache,
+    *,
+    implementation: Implementation = "auto",
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Float[Array, "h_q"] | None = None,
+    scale: float | None = None,
+    lengths: Int[Array, "b"] | None = None,
+    rows: Int[Array, "b"] | None = None,
+) -> Float[Array, "b t h_q d"]:
+    """Attention of the latest tokens over everything in the cache, causal.
+
+    The queries are those of the last t tokens appended (`append` first, then `attend`). Tokens are read as the cache
+    holds them: sinks and window in full precision, the others from their codes, in the rotated basis and without
+    reconstructing them in the original one.
+
+    Args:
+        query: Queries after rotary embedding; h_q is a multiple of the cache's KV heads.
+        cache: The cache.
+        implementation: "reference" is jnp on any device; "auto" takes the best one there is.
+        sliding_window: A query sees itself and the sliding_window - 1 tokens before it. All by default.
+        softcap: Logits x become softcap * tanh(x / softcap).
+        sink_logits: A learned logit a head that takes part in the softmax and has no value.
+        scale: Factor of <q, k>; 1/sqrt(head_dim) by default.
+        lengths: Queries of each row that exist, at most t, right-padded like the chunk they come from. Row i's are
+            those of its last lengths[i] tokens; the outputs of padding are zero.
+        rows: The cache rows of the queries. All rows in order by default.
+
+    Returns:
+        Attention outputs in the type of the queries. NaN for rows that overflowed; zero where no token is visible.
+
+    Raises:
+        ValueError: For shapes or options that do not fit.
+        NotImplementedError: For an implementation that does not exist.
+
+    Example:
+        >>> import tq_jax as tq
+        >>> spec = tq.CacheSpec(num_kv_heads=2, head_dim=64, max_tokens=512, key=tq.QuantizerSpec(dim=64),
+        ...                     value=tq.QuantizerSpec(dim=64))
+        >>> k = jnp.sin(jnp.arange(300 * 2 * 64.0)).reshape(1, 300, 2, 64)
+        >>> cache = tq.append(tq.init_cache(spec, batch=1), k, k)
+        >>> tq.attend(jnp.ones((1, 1, 8, 64)), cache).shape
+        (1, 1, 8, 64)
+    """
+    spec = cache.spec
+    batch = cache.rows if rows is None else rows.shape[0]
+    if query.ndim != 4 or query.shape[0] != batch or query.shape[2] % spec.num_kv_heads or query.shape[3] != spec.head_dim:
+        raise ValueError(
+            f"expected query of shape ({batch}, tokens, a multiple of {spec.num_kv_heads}, {spec.head_dim}), "
+            f"got {tuple(query.shape)}"
+        )
+    if not jnp.issubdtype(query.dtype, jnp.floating):
+        raise ValueError(f"expected floating point queries, got dtype {query.dtype}")
+    for name, value in (("sliding_window", sliding_window), ("softcap", softcap), ("scale", scale)):
+        if value is not None and not value > 0:
+            raise ValueError(f"expected {name} above 0, got {value}")
+    if sink_logits is not None and sink_logits.shape != query.shape[2:3]:
+        raise ValueError(f"expected sink_logits of shape {query.shape[2:3]}, got {tuple(sink_logits.shape)}")
+    for name, array in (("lengths", lengths), ("rows", rows)):
+        if array is not None and (array.shape != (batch,) or not jnp.issubdtype(array.dtype, jnp.integer)):
+            raise ValueError(f"expected {name} to be integers of shape ({batch},), got {array.dtype} {array.shape}")
+    if implementation not in ("auto", "reference"):
+        raise NotImplementedError(f"implementation={implementation!r}; attend has: 'auto', 'reference'")
+    if lengths is None:
+        lengths = jnp.full(batch, query.shape[1], jnp.int32)
+    rows = jnp.arange(cache.rows, dtype=jnp.int32) if rows is None else rows.astype(jnp.int32)
+    if query.size == 0:
+        return jnp.zeros_like(query)
+    options = LogitOptions(scale or float(np.float32(spec.head_dim**-0.5)), softcap, sliding_window)
+    return _attend(query, cache, lengths.astype(jnp.int32), rows, sink_logits, options=options)
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def _attend(
+    query: Array, cache: Cache, lengths: Array, rows: Array, sink_logits: Array | None, *, options: LogitOptions
+) -> Array:
+    length = cache.length[rows]
+    step = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+    positions = (length - lengths)[:, None] + step
+    precise = query.astype(jnp.float32)
+    partial = nothing(query.shape[:3], query.shape[3])
+    if cache.exact_keys.shape[2]:
+        partial = _attend_exact(precise, cache, rows, positions, options)
+    if cache.pages is not None:
+        partial = merge(partial, _attend_compressed(precise, cache, rows, positions, options))
+    if sink_logits is not None:
+        logits = jnp.broadcast_to(sink_logits.astype(jnp.float32)[None, None], partial.peak.shape)
+        partial = merge(partial, Partial(jnp.zeros_like(partial.acc), logits, jnp.ones_like(partial.total)))
+    out = partial.acc / jnp.where(partial.total > 0, partial.total, 1.0)[..., None]
+    out = jnp.where((step < lengths[:, None])[:, :, None, None], out, 0.0)
+    return jnp.where(cache.overflow[rows][:, None, None, None], jnp.nan, out).astype(query.dtype)
+
+
+def _attend_exact(
+    query: Array, cache: Cache, rows: Int[Array, "b"], positions: Int[Array, "b t"], options: LogitOptions
+) -> Partial:
+    key_positions, stored = exact_positions(cache, rows)
+    return attend_tokens(
+        query,
+        from_storage(cache.spec, cache.exact_keys[rows]),
+        from_storage(cache.spec, cache.exact_values[rows]),
+        positions=positions,
+        key_positions=key_positions,
+        stored=stored,
+        options=options,
+    )
+
+
+def exact_positions(cache: Cache, rows: Int[Array, "b"]) -> tuple[Int[Array, "b s"], Bool[Array, "b s"]]:
+    """Position of the token in each exact slot, and whether there is one."""
+    spec = cache.spec
+    length, compressed = cache.length[rows][:, None], cache.compressed[rows][:, None]
+    sink = jnp.broadcast_to(jnp.arange(spec.sinks, dtype=jnp.int32), (rows.shape[0], spec.sinks))
+    slot = jnp.arange(spec.ring, dtype=jnp.int32)[None]
+    latest = length - spec.sinks - 1
+    address = latest - (latest - slot) % max(spec.ring, 1)
+    in_ring = (address >= compressed) & (latest >= 0)
+    return (
+        jnp.concatenate([sink, spec.sinks + address], axis=1),
+        jnp.concatenate([sink < length, in_ring], axis=1),
+    )
+
+
+def _attend_compressed(
+    query: Array, cache: Cache, rows: Int[Array, "b"], positions: Int[Array, "b t"], options: LogitOptions
+) -> Partial:
+    spec, key_quantizer, value_quantizer = cache.spec, cache.key_quantizer, cache.value_quantizer
+    assert cache.pages is not None and spec.key is not None and spec.value is not None
+    assert key_quantizer is not None and value_quantizer is not None
+    bias = None
+    if cache.statistics is not None:
+        group = query.shape[2] // spec.num_kv_heads
+        mean, weight = (
+            jnp.repeat(x[rows], group, axis=1)[:, None] for x in (cache.statistics.mean, cache.statistics.weight)
+        )
+        bias = jnp.sum(query * mean, axis=-1) * options.scale
+        query = query / weight
+    rotated = to_rotated(key_quantizer, query)
+    sketch = sketch_query(key_quantizer, rotated) * sketch_gain(spec.head_dim) if spec.key.kind == "prod" else None
+    partial = decode_attention(
+        rotated,
+        cache.pages,
+        rows[:, None] * spec.pages_per_row + jnp.arange(spec.pages_per_row, dtype=jnp.int32)[None],
+        cache.compressed[rows],
+        positions=positions - spec.sinks,
+        key_format=spec.key.format,
+        value_format=spec.value.format,
+        options=options,
+        logit_bias=bias,
+        sketch_query=sketch,
+    )
+    return Partial(from_rotated(value_quantizer, partial.acc), partial.peak, partial.total)

@@ -1,0 +1,261 @@
+"""The compressed KV cache: its spec, its arrays and their bytes.
+
+The first `sink_tokens` and the latest `window` tokens of a sequence are kept in full precision; when a token leaves the
+window it is quantized and moves to the packed pages. A cache has independent rows: one sequence each, or, for a whole
+model, one sequence of one layer each.
+
+    tokens   0 .. sinks-1 | sinks .. sinks+compressed-1 | sinks+compressed .. length-1
+    live in  exact slots  | pages, in order             | exact ring
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from pallas_kernels.decode import Pages
+from pallas_kernels.decode.pages import empty_pages
+from tq_jax.quantizer import Quantizer, QuantizerSpec, make_quantizer
+from tq_jax.statistics import KeyStatistics, empty_statistics, given_statistics
+
+CacheDtype = Literal["bfloat16", "float16", "float32"]
+KEY_KINDS, VALUE_KINDS = ("mse", "prod"), ("mse", "group")
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSpec:
+    """What a cache holds; static and hashable.
+
+    Attributes:
+        num_kv_heads: Key-value heads.
+        head_dim: Channels of a head.
+        max_tokens: Tokens that a row can hold.
+        key: How keys are quantized, "mse" or "prod"; scale None becomes "unbiased" for mse. None, together with value,
+            keeps everything in full precision (see `full_precision`).
+        value: How values are quantized, "mse" or "group".
+        window: Latest tokens kept in full precision.
+        sink_tokens: First tokens kept in full precision.
+        center_keys: Subtract a mean from the keys before quantizing, see `tq_jax.statistics`.
+        smooth_keys: Weight the channels of keys before quantizing. Needs the queries (`append(..., query=)`) to know
+            which channels matter; without them only the keys' own spread is balanced.
+        page_size: Tokens a page.
+        dtype: Type of full-precision tokens.
+
+    Raises:
+        ValueError: For sizes that do not fit each other.
+        NotImplementedError: For kinds that are not supported in this place.
+
+    Example:
+        >>> spec = CacheSpec(num_kv_heads=8, head_dim=128, max_tokens=32768,
+        ...                  key=QuantizerSpec(dim=128, bits=4), value=QuantizerSpec(dim=128, bits=4))
+        >>> spec.bytes_per_token(), CacheSpec.full_precision(num_kv_heads=8, head_dim=128, max_tokens=1).bytes_per_token()
+        (1056, 4096)
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    max_tokens: int
+    key: QuantizerSpec | None
+    value: QuantizerSpec | None
+    window: int = 128
+    sink_tokens: int = 4
+    center_keys: bool = True
+    smooth_keys: bool = True
+    page_size: int = 128
+    dtype: CacheDtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        least = {"num_kv_heads": 1, "head_dim": 1, "max_tokens": 1, "window": 0, "sink_tokens": 0, "page_size": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"expected {name} of at least {low}, got {getattr(self, name)}")
+        if self.dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"expected dtype bfloat16, float16 or float32, got {self.dtype!r}")
+        if (self.key is None) != (self.value is None):
+            raise ValueError(f"expected key and value specs both or neither, got key={self.key}, value={self.value}")
+        for name, spec, kinds in (("key", self.key, KEY_KINDS), ("value", self.value, VALUE_KINDS)):
+            if spec is None:
+                continue
+            if spec.dim != self.head_dim:
+                raise ValueError(f"expected a {name} spec of dim {self.head_dim} (head_dim), got dim={spec.dim}")
+            if spec.kind not in kinds:
+                raise NotImplementedError(f"{name}s are quantized with kind in {kinds}, got kind={spec.kind!r}")
+        if self.key is not None and self.key.kind == "mse" and self.key.scale is None:
+            object.__setattr__(self, "key", dataclasses.replace(self.key, scale="unbiased"))
+
+    @classmethod
+    def full_precision(
+        cls, *, num_kv_heads: int, head_dim: int, max_tokens: int, dtype: CacheDtype = "bfloat16"
+    ) -> "CacheSpec":
+        """A cache that keeps every token as it is: the baseline."""
+        return cls(
+            num_kv_heads, head_dim, max_tokens, None, None,
+            window=max_tokens, sink_tokens=0, center_keys=False, smooth_keys=False, dtype=dtype,
+        )  # fmt: skip
+
+    @property
+    def compressed(self) -> bool:
+        """Whether tokens that leave the window are quantized (not the case for `full_precision`)."""
+        return self.key is not None
+
+    @property
+    def sinks(self) -> int:
+        """Exact slots for the first tokens."""
+        return min(self.sink_tokens, self.max_tokens) if self.compressed else 0
+
+    @property
+    def ring(self) -> int:
+        """Exact slots for the latest tokens."""
+        room = self.max_tokens - self.sinks
+        return min(self.window, room) if self.compressed else room
+
+    @property
+    def pages_per_row(self) -> int:
+        """Pages of a row: what is left of max_tokens beside sinks and ring, rounded up."""
+        return -(-(self.max_tokens - self.sinks - self.ring) // self.page_size)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether keys are centred or smoothed."""
+        return self.compressed and (self.center_keys or self.smooth_keys)
+
+    def bytes_per_token(self) -> int:
+        """Bytes that one compressed token takes in all heads, scales included (of one layer)."""
+        if self.key is None or self.value is None:
+            return 2 * self.num_kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
+        return self.num_kv_heads * (self.key.bytes_per_vector + self.value.bytes_per_vector)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The arrays of a cache; a pytree. Make one with `init_cache`, change it with `append`.
+
+    Attributes:
+        pages: Packed pages, page p of row r at r * pages_per_row + p; None if no token is ever compressed.
+        exact_keys: [rows, h_kv, sinks + ring, d], full-precision keys: the first tokens, then the ring. bfloat16 is held
+            as its bits in uint16, see `to_storage`.
+        exact_values: Likewise.
+        length: int32 [rows], tokens appended.
+        compressed: int32 [rows], tokens in the pages.
+        overflow: bool [rows], set when, under jit, a chunk did not fit and was left out; `attend` then returns NaN.
+        statistics: Key statistics; None if keys are neither centred nor smoothed.
+        key_quantizer: Shared by all rows; None in full precision.
+        value_quantizer: Likewise.
+        spec: The spec (static).
+    """
+
+    pages: Pages | None
+    exact_keys: Shaped[Array, "rows h_kv slots d"]
+    exact_values: Shaped[Array, "rows h_kv slots d"]
+    length: Int[Array, "rows"]
+    compressed: Int[Array, "rows"]
+    overflow: Bool[Array, "rows"]
+    statistics: KeyStatistics | None
+    key_quantizer: Quantizer | None
+    value_quantizer: Quantizer | None
+    spec: CacheSpec = dataclasses.field(metadata={"static": True})
+
+    @property
+    def rows(self) -> int:
+        """Independent sequences."""
+        return self.length.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every array that the cache owns: pages, ring, sinks, statistics, rotations, counters."""
+        return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
+
+
+def init_cache(
+    spec: CacheSpec,
+    batch: int,
+    *,
+    seed: int = 0,
+    statistics: tuple[Float[Array, "*lead h_kv d"], Float[Array, "*lead h_kv d"]] | None = None,
+    key_quantizer: Quantizer | None = None,
+    value_quantizer: Quantizer | None = None,
+) -> Cache:
+    """An empty cache.
+
+    Args:
+        spec: What it holds.
+        batch: Rows: sequences, or sequences times layers. Zero is allowed.
+        seed: Seed of the quantizers; keys use it, values seed + 1.
+        statistics: Key mean and channel weights known beforehand, [h_kv, d] or [rows, h_kv, d] each. By default they
+            are taken from the tokens at hand when the first one is compressed (usually the whole prompt).
+        key_quantizer: To use instead of a new one, e.g. with outlier channels; its spec must be that of the cache.
+        value_quantizer: Likewise.
+
+    Raises:
+        ValueError: For a negative batch, or statistics or quantizers that do not fit the spec.
+
+    Example:
+        >>> spec = CacheSpec(num_kv_heads=2, head_dim=64, max_tokens=512,
+        ...                  key=QuantizerSpec(dim=64, bits=4), value=QuantizerSpec(dim=64, bits=4))
+        >>> cache = init_cache(spec, batch=2)
+        >>> cache.length.tolist(), cache.nbytes < init_cache(
+        ...     CacheSpec.full_precision(num_kv_heads=2, head_dim=64, max_tokens=512), batch=2).nbytes
+        ([0, 0], True)
+    """
+    if batch < 0:
+        raise ValueError(f"expected a batch of at least 0 rows, got {batch}")
+    quantizers = [
+        _quantizer(spec.key, key_quantizer, seed, "key"),
+        _quantizer(spec.value, value_quantizer, seed + 1, "value"),
+    ]
+    pages = None
+    if spec.pages_per_row:
+        assert spec.key is not None and spec.value is not None
+        pages = empty_pages(
+            batch * spec.pages_per_row, spec.num_kv_heads, spec.page_size, spec.key.format, spec.value.format
+        )
+    exact = to_storage(spec, jnp.zeros((batch, spec.num_kv_heads, spec.sinks + spec.ring, spec.head_dim), spec.dtype))
+    return Cache(
+        pages=pages,
+        exact_keys=exact,
+        exact_values=jnp.zeros_like(exact),
+        length=jnp.zeros(batch, jnp.int32),
+        compressed=jnp.zeros(batch, jnp.int32),
+        overflow=jnp.zeros(batch, bool),
+        statistics=_statistics(spec, batch, statistics),
+        key_quantizer=quantizers[0],
+        value_quantizer=quantizers[1],
+        spec=spec,
+    )
+
+
+def to_storage(spec: CacheSpec, tokens: Float[Array, "..."]) -> Shaped[Array, "..."]:
+    """Full-precision tokens as the cache holds them: in its dtype, bfloat16 as bits.
+
+    XLA's CPU compiler widens the whole operand of a bfloat16 scatter to float32; of a scatter of integers it does not.
+    """
+    tokens = tokens.astype(spec.dtype)
+    return lax.bitcast_convert_type(tokens, jnp.uint16) if spec.dtype == "bfloat16" else tokens
+
+
+def from_storage(spec: CacheSpec, stored: Shaped[Array, "..."]) -> Float[Array, "..."]:
+    """Inverse of `to_storage`, widened to float32."""
+    tokens = lax.bitcast_convert_type(stored, jnp.bfloat16) if spec.dtype == "bfloat16" else stored
+    return tokens.astype(jnp.float32)
+
+
+def _quantizer(spec: QuantizerSpec | None, given: Quantizer | None, seed: int, name: str) -> Quantizer | None:
+    if given is not None and given.spec != spec:
+        raise ValueError(f"expected a {name} quantizer of {spec}, got {given.spec}")
+    return given if given is not None or spec is None else make_quantizer(spec, seed=seed)
+
+
+def _statistics(spec: CacheSpec, batch: int, given: tuple[Array, Array] | None) -> KeyStatistics | None:
+    if given is None:
+        return empty_statistics(batch, spec.num_kv_heads, spec.head_dim) if spec.has_statistics else None
+    if not spec.has_statistics:
+        raise ValueError("expected statistics=None for a cache that neither centres nor smooths keys, got statistics")
+    one = (spec.num_kv_heads, spec.head_dim)
+    for name, array in zip(("mean", "weight"), given, strict=True):
+        if array.shape not in (one, (batch, *one)):
+            raise ValueError(f"expected a {name} of shape {one} or {(batch, *one)}, got {tuple(array.shape)}")
+    return given_statistics(batch, *given)

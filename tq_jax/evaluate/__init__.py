@@ -1,0 +1,1 @@
+"""Measurements: the theorems, the audit of claims, and quality on language models."""

@@ -1,0 +1,87 @@
+"""What commands print: tables for a reader, one JSON object for a program."""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+WIDTH_OF_FILES = 120
+"""Columns of tables that no terminal shows."""
+
+
+def _writable(target: str | None) -> str | None:
+    """Rejects a path in a folder that does not exist before the work is done, not after."""
+    if target not in (None, "-") and not Path(str(target)).parent.is_dir():
+        raise typer.BadParameter(f"expected a path in an existing folder, got {target}")
+    return target
+
+
+JsonTarget = Annotated[
+    str | None,
+    typer.Option(
+        "--json",
+        metavar="PATH|-",
+        callback=_writable,
+        help="Write the printed figures as one JSON object to PATH, or with - to standard output; tables then go to "
+        "standard error.",
+    ),
+]
+"""Type of the `--json` option that every command has."""
+
+
+def open_console(target: str | None) -> Console:
+    """The console for tables and progress: standard error when JSON takes standard output.
+
+    Args:
+        target: Value of the `--json` option.
+    """
+    console = Console(stderr=target == "-")
+    if not console.is_terminal:
+        console.width = WIDTH_OF_FILES
+    return console
+
+
+def progress_bar(console: Console) -> Progress:
+    """A progress bar that vanishes when the work is done.
+
+    Args:
+        console: Where to draw it.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def write_json(payload: dict[str, Any], target: str | None) -> None:
+    """Writes one JSON object; numbers that JSON cannot say (NaN, infinities) become null.
+
+    Args:
+        payload: Plain data; arrays and numpy scalars are written as lists and numbers.
+        target: A path, "-" for standard output, or None to write nothing.
+
+    Example:
+        >>> write_json({"figure": float("nan"), "ok": True}, "-")
+        {"figure": null, "ok": true}
+    """
+    if target is None:
+        return
+    text = json.dumps(_plain(payload), allow_nan=False, indent=None if target == "-" else 2)
+    if target == "-":
+        typer.echo(text)
+    else:
+        Path(target).write_text(text + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

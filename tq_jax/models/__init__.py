@@ -1,0 +1,31 @@
+"""Decoders that run over a compressed cache: loading, tokenizing, generating."""
+
+from tq_jax.models.causal import causal_attention
+from tq_jax.models.config import DecoderConfig, config_from_gguf, config_from_hf
+from tq_jax.models.decoder import Decoder
+from tq_jax.models.fetch import cache_dir, fetch_default_model
+from tq_jax.models.generate import Generation, generate, pad_prompts
+from tq_jax.models.language_model import LanguageModel, load_model
+from tq_jax.models.sampling import Sampling
+from tq_jax.models.tokenizer import Tokenizer, load_tokenizer
+from tq_jax.models.weights import convert_gguf, load_decoder
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "Generation",
+    "LanguageModel",
+    "Sampling",
+    "Tokenizer",
+    "cache_dir",
+    "causal_attention",
+    "config_from_gguf",
+    "config_from_hf",
+    "convert_gguf",
+    "fetch_default_model",
+    "generate",
+    "load_decoder",
+    "load_model",
+    "load_tokenizer",
+    "pad_prompts",
+]

@@ -1,0 +1,94 @@
+"""Exact causal attention over one chunk, block by block: no [t, t] score matrix is ever held."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_NEVER = -1e30
+
+
+def causal_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float | None = None, block: int = 256
+) -> jax.Array:
+    """Softmax attention of every token over itself and the tokens before it.
+
+    Right-padded batches need no mask: padding comes after every valid token, so no valid query sees it.
+    Blocks of keys after the block of queries are skipped, and a running maximum and sum replace the full
+    softmax (online softmax, arXiv:1805.02867).
+
+    Args:
+        query: [b, t, h_q, d].
+        key: [b, t, h_kv, d]; h_kv divides h_q.
+        value: [b, t, h_kv, d].
+        scale: factor on the scores; default 1 / sqrt(d).
+        block: tokens of a block of queries and of keys.
+
+    Returns:
+        [b, t, h_q, d] in the dtype of ``query``; accumulated in float32.
+
+    Raises:
+        ValueError: the shapes contradict each other.
+    """
+    _check(query, key, value)
+    b, t, h_q, d = query.shape
+    h_kv = key.shape[2]
+    scale = 1.0 / math.sqrt(d) if scale is None else scale
+    block = min(block, t)
+    blocks = -(-t // block)
+    pad = ((0, 0), (0, blocks * block - t), (0, 0), (0, 0))
+    grouped = jnp.pad(query, pad).reshape(b, blocks, block, h_kv, h_q // h_kv, d)
+    key, value = jnp.pad(key, pad), jnp.pad(value, pad)
+
+    def query_block(_: None, index: jax.Array) -> tuple[None, jax.Array]:
+        q = lax.dynamic_index_in_dim(grouped, index, axis=1, keepdims=False)  # [b, block, h_kv, g, d]
+
+        def key_block(j: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
+            k, v = (lax.dynamic_slice_in_dim(x, j * block, block, axis=1) for x in (key, value))
+            return _fold(state, q, k, v, scale=scale, query_start=index * block, key_start=j * block)
+
+        acc, _, total = lax.fori_loop(0, index + 1, key_block, _empty(q))
+        return None, (acc / total[..., None]).astype(query.dtype)
+
+    _, out = lax.scan(query_block, None, jnp.arange(blocks))  # [blocks, b, h_kv, g, block, d]
+    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(b, blocks * block, h_q, d)
+    return out[:, :t]
+
+
+def _empty(q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    b, block, h_kv, group, d = q.shape
+    rows = (b, h_kv, group, block)
+    return jnp.zeros((*rows, d), jnp.float32), jnp.full(rows, _NEVER, jnp.float32), jnp.zeros(rows, jnp.float32)
+
+
+def _fold(
+    state: tuple[jax.Array, jax.Array, jax.Array],
+    q: jax.Array,  # [b, s, h_kv, g, d]
+    k: jax.Array,  # [b, u, h_kv, d]
+    v: jax.Array,  # [b, u, h_kv, d]
+    *,
+    scale: float,
+    query_start: jax.Array,
+    key_start: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    acc, peak, total = state
+    scores = jnp.einsum("bshgd,buhd->bhgsu", q, k, preferred_element_type=jnp.float32) * jnp.float32(scale)
+    q_pos, k_pos = query_start + jnp.arange(q.shape[1]), key_start + jnp.arange(k.shape[1])
+    visible = (k_pos[None, :] <= q_pos[:, None])[None, None, None]
+    scores = jnp.where(visible, scores, jnp.float32(_NEVER))
+    new_peak = jnp.maximum(peak, scores.max(axis=-1))
+    weight, shrink = jnp.exp(scores - new_peak[..., None]), jnp.exp(peak - new_peak)
+    mixed = jnp.einsum("bhgsu,buhd->bhgsd", weight.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return acc * shrink[..., None] + mixed, new_peak, total * shrink + weight.sum(axis=-1)
+
+
+def _check(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    b, t, h_q, d = query.shape
+    h_kv = key.shape[2]
+    if key.shape != (b, t, h_kv, d) or value.shape != key.shape:
+        raise ValueError(f"key and value: expected [{b}, {t}, h_kv, {d}], got {key.shape} and {value.shape}")
+    if h_q % h_kv:
+        raise ValueError(f"query heads: expected a multiple of {h_kv} key heads, got {h_q}")

