@@ -5,14 +5,14 @@ import sys
 from pathlib import Path
 
 import jax
+import jaxtyping
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 PACKAGES = ("tq_jax", "pallas_kernels")
-# The numeric tower lets an int stand where a float is asked for, as Python itself does.
-CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 
 
 def _annotated(package: str) -> bool:
@@ -33,7 +33,15 @@ def _check_shapes() -> None:
         raise RuntimeError(f"imported before shape checking was installed: {early}")
     from jaxtyping import install_import_hook
 
-    install_import_hook(annotated, CHECKER)
+    install_import_hook(annotated, "shape_checker.check")
 
 
 _check_shapes()
+
+
+@pytest.fixture
+def unchecked_shapes():
+    """Lets a wrong shape reach the error that a user would meet."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -4,7 +4,7 @@ from pallas_kernels.format import Code
 from tq_jax import codebook
 from tq_jax.append import append
 from tq_jax.attention import attend
-from tq_jax.cache import Cache, CacheSpec, init_cache
+from tq_jax.cache import Cache, CacheDtype, CacheSpec, init_cache
 from tq_jax.quantizer import (
     Quantizer,
     QuantizerSpec,
@@ -17,6 +17,7 @@ from tq_jax.quantizer import (
 
 __all__ = [
     "Cache",
+    "CacheDtype",
     "CacheSpec",
     "Code",
     "Quantizer",

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.decode import Pages
 from pallas_kernels.decode.pages import write_tokens
 from tq_jax.cache import Cache, CacheSpec, from_storage, to_storage
-from tq_jax.quantizer import encode_rotated, to_rotated
+from tq_jax.quantizer import encode_rotated, is_traced, to_rotated
 from tq_jax.statistics import KeyStatistics, fix_statistics, observe_queries
 
 
@@ -56,7 +56,7 @@ def append(
         lengths = jnp.full(batch, tokens, jnp.int32)
     rows = jnp.arange(cache.rows, dtype=jnp.int32) if rows is None else rows.astype(jnp.int32)
     lengths = lengths.astype(jnp.int32)
-    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((cache, k, v, query, lengths, rows))):
+    if not is_traced((cache, k, v, query, lengths, rows)):
         _check_values(cache, k, v, query, lengths, rows)
     if batch == 0 or tokens == 0:
         return cache

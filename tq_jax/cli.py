@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 import typer
 
 COMMANDS = {
+    "demo": "tq_jax.evaluate.demo:demo",
     "validate": "tq_jax.evaluate.distortion:validate",
     "audit": "tq_jax.evaluate.audit:audit",
 }

@@ -42,7 +42,7 @@ def codebook(dim: int, bits: int) -> Codebook:
     Example:
         >>> book = codebook(128, 2)
         >>> [round(float(c) * 128**0.5, 2) for c in book.centroids]
-        [-1.5, -0.45, 0.45, 1.5]
+        [-1.51, -0.45, 0.45, 1.51]
     """
     if dim < 4:
         raise ValueError(f"expected dim of at least 4, got {dim}")

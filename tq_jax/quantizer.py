@@ -7,12 +7,13 @@ A `QuantizerSpec` says what to do, `make_quantizer` draws the random parts once,
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.encode import encode
@@ -248,13 +249,18 @@ def checked(q: Quantizer, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch
 def require_finite(code: Code, spec: QuantizerSpec) -> None:
     """Raises ValueError if a stored scalar is not finite; does nothing for traced values."""
     scalars = [s for s in (code.scale, code.zero, code.residual) if s is not None]
-    if any(isinstance(s, jax.core.Tracer) for s in scalars):
+    if is_traced(scalars):
         return
     if not all(np.isfinite(np.asarray(s)).all() for s in scalars):
         raise ValueError(
             f"expected finite vectors whose scale fits {spec.scale_dtype} "
             f"(at most {np.finfo(spec.scale_dtype).max:.6g}); got NaN, infinity or a larger one"
         )
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether a leaf of the tree has no value yet, so that it cannot be checked."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def dequantize(q: Quantizer, code: Code) -> Float[Array, "*batch dim"]:

@@ -27,7 +27,7 @@ def random_rotation(kind: RotationKind, dim: int, seed: tuple[int, int]) -> Floa
     if kind == "hadamard":
         bits = np.random.Philox(key=np.asarray(seed, np.uint64)).random_raw(dim)
         return jnp.asarray(np.where(bits >> np.uint64(63), -1.0, 1.0), jnp.float32)
-    q, r = linalg.qr(gaussian((dim, dim), seed))
+    q, r = np.linalg.qr(gaussian((dim, dim), seed))
     return jnp.asarray(q * np.sign(np.diagonal(r)), jnp.float32)
 
 

@@ -1,7 +1,5 @@
 """The public decode op."""
 
-from typing import Literal
-
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode import reference
@@ -23,7 +21,7 @@ def decode_attention(
     options: LogitOptions,
     logit_bias: Float[Array, "b t h_q"] | None = None,
     sketch_query: Float[Array, "b t h_q d"] | None = None,
-    implementation: Literal["auto", "reference"] = "auto",
+    implementation: str = "auto",
 ) -> Partial:
     """Attends over packed pages in the rotated basis.
 

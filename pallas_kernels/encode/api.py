@@ -1,7 +1,5 @@
 """The public encode op."""
 
-from typing import Literal
-
 from jaxtyping import Array, Float
 
 from pallas_kernels.encode import reference
@@ -15,7 +13,7 @@ def encode(
     scale: ScaleRule = "least_squares",
     search: bool = False,
     sketch: Float[Array, "dim dim"] | None = None,
-    implementation: Literal["auto", "reference"] = "auto",
+    implementation: str = "auto",
 ) -> Code:
     """Encodes vectors that already are in the rotated basis.
 

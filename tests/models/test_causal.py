@@ -17,8 +17,7 @@ def naive(query, key, value):
     return np.einsum("bhsu,buhd->bshd", weight / weight.sum(-1, keepdims=True), v)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 37])
-@pytest.mark.parametrize(("h_q", "h_kv"), [(6, 2), (3, 3)])
+@pytest.mark.parametrize(("tokens", "h_q", "h_kv"), [(1, 6, 2), (8, 3, 3), (9, 6, 2), (37, 6, 2)])
 def test_matches_the_softmax(tokens, h_q, h_kv):
     keys = jax.random.split(jax.random.key(tokens), 3)
     query, key, value = (

@@ -158,6 +158,27 @@ class Decoder(nnx.Module):
 
         return self._run(tokens, None, jnp.zeros(tokens.shape[:1], jnp.int32), mix)[0]
 
+    def projections(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What attention works on when a prompt runs exactly: for studies of real keys and values.
+
+        Args:
+            tokens: int32 [b, t].
+
+        Returns:
+            Queries [num_layers * b, t, num_heads, head_dim], keys and values [num_layers * b, t, num_kv_heads,
+            head_dim], after rotary embedding; the row order is that of a cache.
+        """
+        heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
+        rows = self.config.num_layers * tokens.shape[0]
+        dtype = self.embedding.param_dtype
+        empty = tuple(jnp.zeros((rows, tokens.shape[1], h, self.config.head_dim), dtype) for h in heads)
+
+        def mix(query: jax.Array, key: jax.Array, value: jax.Array, seen: tuple[jax.Array, ...], rows: jax.Array):
+            seen = tuple(store.at[rows].set(x) for store, x in zip(seen, (query, key, value), strict=True))
+            return causal_attention(query, key, value), seen
+
+        return self._run(tokens, empty, jnp.zeros(tokens.shape[:1], jnp.int32), mix)[1]
+
     def prefill(
         self, tokens: jax.Array, cache: tq.Cache, *, lengths: jax.Array | None = None
     ) -> tuple[jax.Array, tq.Cache]:
@@ -207,7 +228,7 @@ class Decoder(nnx.Module):
         self._check(tokens, cache)
 
         def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: tq.Cache, rows: jax.Array):
-            cache = tq.append(cache, key, value, lengths=lengths, rows=rows)
+            cache = tq.append(cache, key, value, query=query, lengths=lengths, rows=rows)
             mixed = tq.attend(query, cache, lengths=lengths, rows=rows, implementation=implementation)
             return mixed.astype(query.dtype), cache
 
@@ -221,7 +242,7 @@ class Decoder(nnx.Module):
     def _run(
         self,
         tokens: jax.Array,
-        cache: tq.Cache | None,
+        cache: Any,
         start: jax.Array,  # int32 [b], position of the first token of each row
         mix: Callable[..., tuple[jax.Array, Any]],
     ) -> tuple[jax.Array, Any]:

@@ -41,7 +41,8 @@ class Generation:
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
     """Right-pad token lists to one array.
 
-    Padded lengths are rounded up by at most a quarter, so that prompts of similar lengths share a compiled prefill.
+    Padded lengths are rounded up, by at most 15 tokens or a quarter, so that prompts of similar lengths share a
+    compiled prefill.
 
     Args:
         prompts: token ids of each sequence, at least one each.

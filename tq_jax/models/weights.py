@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def load_decoder(directory: str | os.PathLike[str], *, dtype: Any = "float32") -
     config = read_config(directory)
     with _open_tensors(directory) as (names, read):
         _check_names(directory, config, names)
-        return _build(config, read, jnp.dtype(dtype))
+        return _build(directory, config, read, jnp.dtype(dtype))
 
 
 def read_config(directory: Path) -> DecoderConfig:
@@ -174,7 +174,7 @@ def _names(tensor: Tensor, config: DecoderConfig) -> list[str]:
     return [tensor.hf.format(layer=layer) for layer in range(config.num_layers if tensor.per_layer else 1)]
 
 
-def _build(config: DecoderConfig, read: Callable[[str], np.ndarray], dtype: jnp.dtype) -> Decoder:
+def _build(directory: Path, config: DecoderConfig, read: Callable[[str], np.ndarray], dtype: jnp.dtype) -> Decoder:
     block = FAMILIES[config.architecture].block
     abstract = nnx.eval_shape(lambda: Decoder(config, block=block, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
@@ -183,11 +183,11 @@ def _build(config: DecoderConfig, read: Callable[[str], np.ndarray], dtype: jnp.
         variable = leaves.pop(tuple(tensor.path.split(".")))
         shape = variable.shape[1:] if tensor.per_layer else variable.shape
         buffer = np.empty(variable.shape, dtype)
-        slots: list[np.ndarray] = list(buffer) if tensor.per_layer else [buffer]
+        slots: Sequence[Any] = list(buffer) if tensor.per_layer else [buffer]
         for slot, name in zip(slots, _names(tensor, config), strict=True):
             array = read(name)
             if array.shape != shape:
-                raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
+                raise ValueError(f"{directory}: {name}: expected shape {shape}, got {array.shape}")
             slot[...] = array
         variable.set_value(jnp.asarray(buffer))
     if leaves:

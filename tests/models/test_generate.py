@@ -1,0 +1,167 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tq_jax as tq
+from tq_jax.models import Sampling, generate, pad_prompts
+from tq_jax.models.decoder import Decoder
+from tq_jax.models.generate import decode_loop, prefill_step
+
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def greedy(tiny, exact_spec, prompts):
+    tokens, lengths = prompts
+    return generate(tiny, tokens, lengths, cache_spec=exact_spec, max_new_tokens=NEW)
+
+
+def oracle_loop(decoder, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens, each from one exact pass over everything before it."""
+    forward = jax.jit(lambda tokens: decoder.logits(decoder.forward(tokens)))
+    sequence = list(prompt)
+    for _ in range(count):
+        padded = np.zeros((1, len(prompt) + count), np.int32)
+        padded[0, : len(sequence)] = sequence
+        sequence.append(int(forward(jnp.asarray(padded))[0, len(sequence) - 1].argmax()))
+    return sequence[len(prompt) :]
+
+
+def test_greedy_equals_the_loop_without_a_cache(tiny, prompts, greedy):
+    tokens, lengths = prompts
+    for row, length, found in zip(tokens, lengths.tolist(), greedy.sequences(), strict=True):
+        assert found == oracle_loop(tiny, row[:length].tolist(), NEW)
+    assert greedy.lengths.tolist() == [NEW] * 3
+    assert greedy.cache.length.tolist() == (lengths + NEW - 1).tolist() * tiny.config.num_layers
+
+
+def test_stop_tokens(tiny, exact_spec, prompts, greedy):
+    tokens, lengths = prompts
+    first, second, third = greedy.sequences()
+    stop = (first[2], second[0])
+    expected = [row[: next((i for i, t in enumerate(row) if t in stop), NEW - 1) + 1] for row in (first, second, third)]
+    out = generate(tiny, tokens, lengths, cache_spec=exact_spec, max_new_tokens=NEW, stop_tokens=stop)
+    assert out.sequences() == expected
+    assert out.lengths.tolist() == [len(row) for row in expected]
+    for row, found in zip(np.asarray(out.tokens), expected, strict=True):
+        assert row.tolist() == found + [-1] * (NEW - len(found))
+    # Rows that stopped appended nothing more.
+    assert out.cache.length[:3].tolist() == (lengths + out.lengths - 1).tolist()
+
+
+def test_compressed_cache(tiny, packed_spec, prompts):
+    tokens, lengths = prompts
+    one, two = (generate(tiny, tokens, lengths, cache_spec=packed_spec, max_new_tokens=NEW) for _ in range(2))
+    np.testing.assert_array_equal(one.tokens, two.tokens)
+    assert int(one.cache.compressed.max()) == 23 + NEW - 1 - 12
+
+
+def test_sampling_is_reproducible(tiny, exact_spec, prompts, greedy):
+    tokens, lengths = prompts
+
+    def run(seed: int, sampling: Sampling):
+        key = jax.random.key(seed)
+        return generate(
+            tiny, tokens, lengths, cache_spec=exact_spec, max_new_tokens=NEW, sampling=sampling, key=key
+        ).sequences()
+
+    warm = Sampling(temperature=1.5)
+    assert run(0, warm) == run(0, warm)
+    assert run(0, warm) != run(1, warm)
+    assert run(3, Sampling(temperature=1.5, top_k=1)) == greedy.sequences()
+
+
+def test_one_trace_each(tiny, exact_spec, monkeypatch):
+    counts = {"prefill": 0, "extend": 0}
+
+    def counted(name):
+        original = getattr(Decoder, name)
+
+        def run(self, *args, **kwargs):
+            counts[name] += 1
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(Decoder, name, run)
+
+    counted("prefill")
+    counted("extend")
+    prefill_step.clear_cache()
+    decode_loop.clear_cache()
+    for prompt in ([1, 2, 3], list(range(13)), [5]):
+        tokens, lengths = pad_prompts([prompt])
+        out = generate(tiny, tokens, lengths, cache_spec=exact_spec, max_new_tokens=NEW, stop_tokens=[prompt[0]])
+        assert 1 <= len(out.sequences()[0]) <= NEW
+    assert counts == {"prefill": 1, "extend": 1}
+
+
+def test_the_cache_is_donated(tiny, exact_spec):
+    cache = tiny.init_cache(exact_spec, batch=1)
+    tokens, keys = jnp.array([[1, 2]]), jax.random.split(jax.random.key(0), 1)
+    first, filled = prefill_step(tiny, tokens, jnp.array([2]), cache, keys, sampling=Sampling())
+    assert cache.exact_keys.is_deleted()
+    stop = jnp.zeros(0, jnp.int32)
+    options = {"sampling": Sampling(), "max_new_tokens": 2, "implementation": "auto"}
+    decode_loop(tiny, first, filled, keys, stop, **options)
+    assert filled.exact_keys.is_deleted()
+
+
+def test_padding_may_exceed_the_cache(tiny):
+    spec = tq.CacheSpec.full_precision(num_kv_heads=2, head_dim=16, max_tokens=21, dtype="float32")
+    prompt = list(range(20))
+    tokens, lengths = pad_prompts([prompt])
+    assert tokens.shape[1] > spec.max_tokens
+    out = generate(tiny, tokens, lengths, cache_spec=spec, max_new_tokens=2)
+    assert out.sequences() == [oracle_loop(tiny, prompt, 2)]
+
+
+def test_exactly_full(tiny, prompts):
+    tokens, lengths = prompts
+    spec = tq.CacheSpec.full_precision(num_kv_heads=2, head_dim=16, max_tokens=23 + 1, dtype="float32")
+    out = generate(tiny, tokens, lengths, cache_spec=spec, max_new_tokens=2)
+    assert bool((out.tokens >= 0).all())
+    with pytest.raises(ValueError, match=r"room for 25 tokens \(prompt 23 \+ 3 new - 1\), got 24"):
+        generate(tiny, tokens, lengths, cache_spec=spec, max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"tokens": jnp.zeros((0, 4), jnp.int32), "lengths": jnp.zeros(0, jnp.int32)},
+            r"neither empty, got int32 \(0, 4\)",
+        ),
+        ({"tokens": jnp.zeros((2, 4))}, "tokens: expected integers"),
+        ({"lengths": jnp.array([4, 0], jnp.int32)}, r"expected prompts of 1 to 4 tokens, got \[4, 0\]"),
+        ({"lengths": jnp.array([4, 5], jnp.int32)}, r"expected prompts of 1 to 4 tokens, got \[4, 5\]"),
+        ({"lengths": jnp.array([4], jnp.int32)}, r"lengths: expected integers \[2\]"),
+        ({"tokens": jnp.full((2, 4), 300, jnp.int32)}, r"tokens: expected ids in \[0, 300\), got 300 to 300"),
+        ({"stop_tokens": [-1]}, r"stop_tokens: expected ids in \[0, 300\)"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ({"max_new_tokens": 200}, r"cache_spec.max_tokens: expected room for 203 tokens"),
+        ({"sampling": Sampling(temperature=1.0)}, "key: expected a random key to sample at temperature 1.0, got None"),
+    ],
+)
+def test_refuses(tiny, exact_spec, change, message):
+    arguments = {"tokens": jnp.zeros((2, 4), jnp.int32), "lengths": jnp.array([4, 2], jnp.int32)}
+    arguments |= {"cache_spec": exact_spec, "max_new_tokens": 3} | change
+    with pytest.raises(ValueError, match=message):
+        generate(tiny, arguments.pop("tokens"), arguments.pop("lengths"), **arguments)
+
+
+def test_refuses_more_than_the_models_context(tiny):
+    spec = tq.CacheSpec.full_precision(num_kv_heads=2, head_dim=16, max_tokens=1024)
+    with pytest.raises(ValueError, match=r"the model's context: expected room for 514 tokens .*, got 512"):
+        generate(tiny, jnp.ones((1, 500), jnp.int32), jnp.array([500]), cache_spec=spec, max_new_tokens=15)
+
+
+def test_padding_shares_shapes():
+    assert {pad_prompts([[1] * n])[0].shape[1] for n in range(1, 17)} == {16}
+    for n in range(1, 3000, 17):
+        padded = pad_prompts([[1] * n])[0].shape[1]
+        assert n <= padded <= max(n + 15, 1.25 * n)
+    assert len({pad_prompts([[1] * n])[0].shape[1] for n in range(1, 3000)}) < 40
+    with pytest.raises(ValueError, match=r"got lengths \[2, 0\]"):
+        pad_prompts([[1, 2], []])
+    with pytest.raises(ValueError, match=r"got lengths \[\]"):
+        pad_prompts([])

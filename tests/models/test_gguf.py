@@ -1,0 +1,170 @@
+"""A small GGUF file written by the gguf package itself, then broken in every way that files break."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from tokenizers import pre_tokenizers
+
+from tq_jax.models import convert_gguf, load_model
+from tq_jax.models.gguf_file import hf_tensors, read_gguf, split_rope_pairs
+
+LAYERS, DIM, HEADS, KV_HEADS, HEAD_DIM, FFN = 2, 64, 4, 2, 16, 96
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+TOKENS = ["<|end|>", *ALPHABET, "he", "ll"]
+
+
+def weights(*, tied: bool = True) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd": (len(TOKENS), DIM), "output_norm": (DIM,)}
+    if not tied:
+        shapes["output"] = (len(TOKENS), DIM)
+    for i in range(LAYERS):
+        shapes |= {
+            f"blk.{i}.attn_norm": (DIM,),
+            f"blk.{i}.attn_q": (HEADS * HEAD_DIM, DIM),
+            f"blk.{i}.attn_k": (KV_HEADS * HEAD_DIM, DIM),
+            f"blk.{i}.attn_v": (KV_HEADS * HEAD_DIM, DIM),
+            f"blk.{i}.attn_output": (DIM, HEADS * HEAD_DIM),
+            f"blk.{i}.ffn_norm": (DIM,),
+            f"blk.{i}.ffn_gate": (FFN, DIM),
+            f"blk.{i}.ffn_up": (FFN, DIM),
+            f"blk.{i}.ffn_down": (DIM, FFN),
+        }
+    return {f"{name}.weight": rng.standard_normal(shape, np.float32) / 8 for name, shape in shapes.items()}
+
+
+def write(path: Path, tensors: dict[str, np.ndarray], *, pre: str = "smollm", extra: dict | None = None) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(128)
+    writer.add_embedding_length(DIM)
+    writer.add_feed_forward_length(FFN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, *[1] * (len(TOKENS) - 1)])
+    writer.add_token_merges(["h e", "l l"])
+    writer.add_eos_token_id(0)
+    for name, value in (extra or {}).items():
+        writer.add_uint32(name, value)
+    for name, array in tensors.items():
+        if array.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TQ_JAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def good(tmp_path) -> Path:
+    return write(tmp_path / "good.gguf", weights())
+
+
+def test_reads_what_was_written(good):
+    file = read_gguf(good)
+    found = hf_tensors(file)
+    assert (file.config.head_dim, file.config.tied_head, file.config.stop_tokens) == (HEAD_DIM, True, (0,))
+    gate = weights()["blk.1.ffn_gate.weight"]
+    np.testing.assert_allclose(found["model.layers.1.mlp.gate_proj.weight"], gate, atol=np.abs(gate).max() / 100)
+    query = split_rope_pairs(weights()["blk.0.attn_q.weight"], head_dim=HEAD_DIM)
+    np.testing.assert_allclose(found["model.layers.0.self_attn.q_proj.weight"], query, atol=0.01)
+
+
+def test_rope_rows_are_the_inverse_of_the_converters_permutation():
+    rows = np.arange(2 * 8 * 3).reshape(16, 3)
+    permuted = (
+        rows.reshape(2, 2, 4, 3).swapaxes(1, 2).reshape(16, 3)
+    )  # llama.cpp convert_hf_to_gguf, LlamaModel.permute
+    np.testing.assert_array_equal(split_rope_pairs(permuted, head_dim=8), rows)
+
+
+def test_converts_once_and_runs(good):
+    directory = convert_gguf(good)
+    stamp = (directory / "model.safetensors").stat().st_mtime_ns
+    model = load_model(good)
+    assert (directory / "model.safetensors").stat().st_mtime_ns == stamp
+    assert [entry.name for entry in directory.parent.iterdir()] == [directory.name]
+    assert model.tokenizer.decode(model.tokenizer.encode("hello 42<|end|>")) == "hello 42"
+    assert model.tokenizer.encode("hello")[:2] == [TOKENS.index("he"), TOKENS.index("ll")]
+    assert model.config.stop_tokens == (0,)
+
+
+def test_an_untied_head_is_read(tmp_path):
+    model = load_model(write(tmp_path / "untied.gguf", weights(tied=False)))
+    assert not model.config.tied_head
+    expected = weights(tied=False)["output.weight"]
+    np.testing.assert_allclose(model.decoder.head.kernel[...], expected, atol=0.01)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 40, 700, 0.2, 0.5, 0.99, -1])
+def test_truncated_files_are_refused(good, keep):
+    data = good.read_bytes()
+    size = int(keep * len(data)) if isinstance(keep, float) else keep
+    good.write_bytes(data[:size])
+    with pytest.raises(ValueError, match="expected a complete GGUF file, got a corrupt or truncated one"):
+        read_gguf(good)
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"not a model" * 100)
+    with pytest.raises(ValueError, match="GGUF magic invalid"):
+        load_model(path)
+    with pytest.raises(FileNotFoundError, match="no GGUF file at"):
+        load_model(tmp_path / "absent.gguf")
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    tensors = weights()
+    del tensors["blk.1.ffn_up.weight"]
+    with pytest.raises(ValueError, match=r"expected 20 tensors, got none named blk.1.ffn_up.weight"):
+        read_gguf(write(tmp_path / "x.gguf", tensors))
+
+
+def test_an_unknown_tensor_is_refused(tmp_path):
+    tensors = weights() | {"blk.0.attn_q.bias": np.zeros(HEADS * HEAD_DIM, np.float32)}
+    with pytest.raises(NotImplementedError, match=r"'blk.0.attn_q.bias' is no part of the llama decoder"):
+        read_gguf(write(tmp_path / "x.gguf", tensors))
+
+
+def test_wrong_shapes_and_broken_numbers_are_refused(tmp_path):
+    tensors = weights()
+    wrong = tensors | {"blk.0.ffn_down.weight": tensors["blk.0.ffn_down.weight"][: DIM // 2]}
+    with pytest.raises(ValueError, match=r"down_proj.weight: expected shape \(64, 96\), got \(32, 96\)"):
+        load_model(write(tmp_path / "shape.gguf", wrong))
+    tensors["output_norm.weight"][3] = np.nan
+    with pytest.raises(ValueError, match="output_norm.weight: expected finite weights, got inf or nan"):
+        convert_gguf(write(tmp_path / "nan.gguf", tensors))
+
+
+def test_unknown_options_and_tokenizers_are_refused(tmp_path):
+    with pytest.raises(NotImplementedError, match="llama.expert_count=4"):
+        read_gguf(write(tmp_path / "experts.gguf", weights(), extra={"llama.expert_count": 4}))
+    with pytest.raises(NotImplementedError, match="tokenizer.ggml.pre='tekken'"):
+        convert_gguf(write(tmp_path / "pre.gguf", weights(), pre="tekken"))
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path, good, monkeypatch):
+    def full_disk(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full_disk)
+    with pytest.raises(OSError, match="disk full"):
+        convert_gguf(good)
+    assert not list((tmp_path / "cache" / "converted").iterdir())

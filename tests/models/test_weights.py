@@ -1,0 +1,135 @@
+"""Hugging Face directories: read back what was written, by us and by transformers, whole and broken."""
+
+import dataclasses
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from tq_jax.models import Decoder, load_decoder
+from tq_jax.models.config import config_to_hf
+from tq_jax.models.families import FAMILIES
+
+TOKENS = jnp.array([[1, 5, 250, 9, 0, 33, 7, 7, 12]], jnp.int32)
+
+
+def hf_arrays(decoder) -> dict[str, np.ndarray]:
+    """A decoder's parameters under their Hugging Face names."""
+    leaves = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(decoder))}
+    family, out = FAMILIES["llama"], {}
+    for tensor in (*family.tensors, family.head):
+        if tensor.path not in leaves:
+            continue
+        stack = leaves[tensor.path] if tensor.per_layer else leaves[tensor.path][None]
+        out |= {tensor.hf.format(layer=i): array for i, array in enumerate(stack)}
+    return out
+
+
+@pytest.fixture
+def directory(tiny, tmp_path):
+    save_file(hf_arrays(tiny), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(tiny.config)))
+    return tmp_path
+
+
+def test_round_trip(tiny, directory):
+    loaded = load_decoder(directory)
+    assert loaded.config == tiny.config
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(tiny))
+
+
+def test_dtype_is_an_option(directory):
+    loaded = load_decoder(directory, dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype("bfloat16")}
+
+
+def test_bfloat16_files(tiny, directory):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), hf_arrays(tiny))
+    save_file({name: np.asarray(array) for name, array in half.items()}, directory / "model.safetensors")
+    loaded = load_decoder(directory)
+    np.testing.assert_array_equal(loaded.norm.scale[...], tiny.norm.scale[...].astype(jnp.bfloat16).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 600, 0.5, -1])
+def test_truncated_safetensors_are_refused(directory, keep):
+    path = directory / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(ValueError, match="expected safetensors, got a corrupt or truncated file"):
+        load_decoder(directory)
+
+
+def test_missing_and_unknown_tensors(tiny, directory):
+    arrays = hf_arrays(tiny)
+    del arrays["model.layers.2.mlp.up_proj.weight"]
+    save_file(arrays, directory / "model.safetensors")
+    with pytest.raises(ValueError, match=r"got none named model.layers.2.mlp.up_proj.weight"):
+        load_decoder(directory)
+    save_file(hf_arrays(tiny) | {"model.layers.0.self_attn.q_proj.bias": np.zeros(4)}, directory / "model.safetensors")
+    with pytest.raises(NotImplementedError, match=r"q_proj.bias' is no part of the llama decoder"):
+        load_decoder(directory)
+
+
+def test_wrong_shape(tiny, directory):
+    arrays = hf_arrays(tiny)
+    arrays["model.norm.weight"] = np.ones(5, np.float32)
+    save_file(arrays, directory / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.norm.weight: expected shape \(48,\), got \(5,\)"):
+        load_decoder(directory)
+
+
+def test_missing_and_broken_files(directory):
+    (directory / "config.json").write_text('{"model_type": "lla')
+    with pytest.raises(ValueError, match="expected JSON, got a corrupt or truncated file"):
+        load_decoder(directory)
+    (directory / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no config.json in"):
+        load_decoder(directory)
+
+
+def test_sharded_directories(tiny, directory):
+    arrays = hf_arrays(tiny)
+    names = sorted(arrays)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, members in shards.items():
+        save_file({name: arrays[name] for name in members}, directory / file)
+    where = {name: file for file, members in shards.items() for name in members}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (directory / "model.safetensors").unlink()
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_decoder(directory)), nnx.state(tiny))
+    save_file({name: arrays[name] for name in names[3::2]}, directory / "b.safetensors")
+    with pytest.raises(ValueError, match=r"expected b.safetensors to hold"):
+        load_decoder(directory)
+    (directory / "b.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"names b.safetensors, which is not in"):
+        load_decoder(directory)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard", ["1MB", "40KB"])
+def test_directories_of_transformers(tiny, tmp_path, tied, shard):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(tiny.config, tied_head=tied, stop_tokens=(4, 7), rope_base=7e4)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        oracle = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config_to_hf(config))).eval()
+        oracle.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors").exists() == (shard == "1MB")
+    loaded = load_decoder(tmp_path)
+    assert loaded.config == config
+    with torch.no_grad():
+        expected = oracle(torch.tensor(TOKENS.tolist())).logits.numpy()
+    np.testing.assert_allclose(loaded.logits(loaded.forward(TOKENS)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_untied_head_differs_from_the_embedding(tiny):
+    tied = Decoder(dataclasses.replace(tiny.config, tied_head=True), rngs=nnx.Rngs(0))
+    assert tied.head is None
+    assert tiny.head is not None
