@@ -18,8 +18,8 @@ class Codebook:
     """A symmetric scalar codebook of half-integers times a step, for coordinates of unit vectors of `dim` dimensions.
 
     A code is sign and magnitude: its top bit is the sign, the others index `levels`; its centroid is (m + 1/2) * step
-    with m = levels[i] for the positive half and m = ~levels[i] = -levels[i] - 1 for the negative, so negation is bitwise
-    NOT. At 8 bits the stored byte is m itself (two's complement) and the grid is uniform.
+    with m = levels[i] for the positive half and m = ~levels[i] = -levels[i] - 1 for the negative, so negation is
+    bitwise NOT. At 8 bits the stored byte is m itself (two's complement) and the grid is uniform.
 
     Attributes:
         dim: Dimensions of the unit vectors it is made for.

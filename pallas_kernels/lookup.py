@@ -8,9 +8,6 @@ from jaxtyping import Array, Float, Int8, UInt8
 from pallas_kernels.format import Code, Codebook, CodebookFormat, GroupFormat, VectorFormat
 from pallas_kernels.packing import packed_bytes, unpack
 
-MAX_SELECTS = 16
-"""Levels up to which a table is looked up by selects."""
-
 
 def integers(codes: UInt8[Array, "*batch dim"], book: Codebook) -> Int8[Array, "*batch dim"]:
     """The int8 integers m of sign-magnitude codes; the centroid is (m + 1/2) * book.step.
@@ -22,15 +19,13 @@ def integers(codes: UInt8[Array, "*batch dim"], book: Codebook) -> Int8[Array, "
     """
     if book.bits == 8:
         return lax.bitcast_convert_type(codes, jnp.int8)
-    sign, index = codes >> (max(book.bits, 1) - 1), codes & (len(book.levels) - 1)
-    if len(book.levels) > MAX_SELECTS:
-        magnitude = jnp.asarray(np.asarray(book.levels, np.int8))[index]
-    else:
-        # Sums of selected gaps, not a gather: that is what compilers turn into vector instructions.
-        magnitude = jnp.full(codes.shape, book.levels[0], jnp.int8)
-        for i, gap in enumerate(np.diff(np.asarray(book.levels, np.int8))):
-            magnitude = magnitude + jnp.where(index > i, gap, np.int8(0))
-    return magnitude ^ -lax.bitcast_convert_type(sign, jnp.int8)
+    positive = np.asarray(book.levels, np.int8)
+    return _look_up(np.concatenate([positive, ~positive]), codes)
+
+
+def _look_up(table: np.ndarray, codes: UInt8[Array, "..."]) -> Array:
+    """table[codes] without the bounds check that keeps compilers from vectorizing it: codes are below 2**bits."""
+    return jnp.asarray(table).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
 def centroid_vectors(
@@ -41,9 +36,17 @@ def centroid_vectors(
     for book in fmt.segments:
         size = packed_bytes(book.dim, book.bits)
         codes = unpack(lax.slice_in_dim(packed, start, start + size, axis=axis), book.bits, book.dim, axis=axis)
-        parts.append((integers(codes, book).astype(jnp.float32) + 0.5) * book.step)
+        parts.append(_centroids(codes, book))
         start += size
     return tuple(parts)
+
+
+def _centroids(codes: UInt8[Array, "..."], book: Codebook) -> Float[Array, "..."]:
+    """(m + 1/2) * step of sign-magnitude codes, float32."""
+    if book.bits == 8:
+        return (integers(codes, book).astype(jnp.float32) + 0.5) * book.step
+    half = book.centroids.size // 2
+    return _look_up(np.concatenate([book.centroids[half:], book.centroids[:half][::-1]]), codes)
 
 
 def decode(code: Code, fmt: VectorFormat, *, axis: int = -1) -> Float[Array, "..."]:

@@ -1,13 +1,13 @@
 """The byte layout of quantized vectors: planes of 8, 4, 2 and 1 bit codes, planar within a plane.
 
-A code of `bits` bits is cut into planes whose widths are the powers of two that sum to `bits`, widest first and low bits
-first: 3 bits are a 2-bit plane (bits 0-1) followed by a 1-bit plane (bit 2), 5 bits a 4-bit and a 1-bit plane. A plane of
-width w stores 8/w codes a byte and takes n = ceil(dim * w / 8) bytes; byte j holds channel j in its lowest w bits, channel
-j + n in the next w, and so on, so that each field of the bytes is a run of consecutive channels:
+A code of `bits` bits is cut into planes whose widths are the powers of two that sum to `bits`, widest first and low
+bits first: 3 bits are a 2-bit plane (bits 0-1) followed by a 1-bit plane (bit 2), 5 bits a 4-bit and a 1-bit plane. A
+plane of width w stores 8/w codes a byte and takes n = ceil(dim * w / 8) bytes; byte j holds channel j in its lowest w
+bits, channel j + n in the next w, and so on, so that each field of the bytes is a run of consecutive channels:
 
     4 bits, dim 128 (64 bytes)          byte j = | ch j+64 | ch j |
     2 bits, dim 128 (32 bytes)          byte j = | ch j+96 | ch j+64 | ch j+32 | ch j |
-    3 bits, dim 128 (48 bytes)          bytes 0-31: bits 0-1 as above; bytes 32-47: bit 2, eight channels a byte, j + 16 i
+    3 bits, dim 128 (48 bytes)          bytes 0-31: bits 0-1 as above; bytes 32-47: bit 2 of channels j + 16 i
 
 A byte never holds two tokens, so writing a token writes whole bytes. When dim is not a multiple of 8/w the last fields
 are padded with zero bits.

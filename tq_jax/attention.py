@@ -6,12 +6,16 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.decode import LogitOptions, Partial, decode_attention, merge
 from pallas_kernels.decode.reference import attend_tokens, nothing
 from tq_jax.cache import Cache, from_storage
 from tq_jax.quantizer import from_rotated, sketch_gain, sketch_query, to_rotated
+
+EXACT_BLOCK = 512
+"""Full-precision slots attended to at a time."""
 
 Implementation = Literal["auto", "reference", "triton", "mosaic"]
 
@@ -64,7 +68,12 @@ def attend(
     """
     spec = cache.spec
     batch = cache.rows if rows is None else rows.shape[0]
-    if query.ndim != 4 or query.shape[0] != batch or query.shape[2] % spec.num_kv_heads or query.shape[3] != spec.head_dim:
+    if (
+        query.ndim != 4
+        or query.shape[0] != batch
+        or query.shape[2] % spec.num_kv_heads
+        or query.shape[3] != spec.head_dim
+    ):
         raise ValueError(
             f"expected query of shape ({batch}, tokens, a multiple of {spec.num_kv_heads}, {spec.head_dim}), "
             f"got {tuple(query.shape)}"
@@ -98,7 +107,7 @@ def _attend(
     step = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     positions = (length - lengths)[:, None] + step
     precise = query.astype(jnp.float32)
-    partial = nothing(query.shape[:3], query.shape[3])
+    partial = nothing(query, query.shape[3])
     if cache.exact_keys.shape[2]:
         partial = _attend_exact(precise, cache, rows, positions, options)
     if cache.pages is not None:
@@ -114,16 +123,43 @@ def _attend(
 def _attend_exact(
     query: Array, cache: Cache, rows: Int[Array, "b"], positions: Int[Array, "b t"], options: LogitOptions
 ) -> Partial:
+    """Attends over sinks and ring, block by block as far as slots are in use."""
+    slots = cache.exact_keys.shape[2]
+    block = min(slots, EXACT_BLOCK)
     key_positions, stored = exact_positions(cache, rows)
-    return attend_tokens(
-        query,
-        from_storage(cache.spec, cache.exact_keys[rows]),
-        from_storage(cache.spec, cache.exact_values[rows]),
-        positions=positions,
-        key_positions=key_positions,
-        stored=stored,
-        options=options,
+
+    def attend_block(index: Array | int) -> Partial:
+        start = jnp.minimum(index * block, slots - block)
+        # The last block may reach back into the one before it, whose slots are not counted again.
+        fresh = start + jnp.arange(block, dtype=jnp.int32)[None] >= index * block
+        keys, values = (_read_block(cache, pool, rows, start, block) for pool in (cache.exact_keys, cache.exact_values))
+        return attend_tokens(
+            query,
+            keys,
+            values,
+            positions=positions,
+            key_positions=lax.dynamic_slice_in_dim(key_positions, start, block, axis=1),
+            stored=lax.dynamic_slice_in_dim(stored, start, block, axis=1) & fresh,
+            options=options,
+        )
+
+    if slots == block:
+        return attend_block(0)
+    used = jnp.minimum(jnp.max(cache.length[rows]), slots)
+    return lax.fori_loop(
+        0, (used + block - 1) // block, lambda i, part: merge(part, attend_block(i)), nothing(query, query.shape[3])
     )
+
+
+def _read_block(
+    cache: Cache, pool: Array, rows: Int[Array, "b"], start: Array, size: int
+) -> Float[Array, "b h_kv s d"]:
+    """Slots start .. start + size of some rows, without a copy of the others."""
+
+    def read(row: Array) -> Array:
+        return lax.dynamic_slice(pool, (row, 0, start, 0), (1, pool.shape[1], size, pool.shape[3]))[0]
+
+    return from_storage(cache.spec, jax.vmap(read)(rows))
 
 
 def exact_positions(cache: Cache, rows: Int[Array, "b"]) -> tuple[Int[Array, "b s"], Bool[Array, "b s"]]:

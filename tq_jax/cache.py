@@ -51,7 +51,8 @@ class CacheSpec:
     Example:
         >>> spec = CacheSpec(num_kv_heads=8, head_dim=128, max_tokens=32768,
         ...                  key=QuantizerSpec(dim=128, bits=4), value=QuantizerSpec(dim=128, bits=4))
-        >>> spec.bytes_per_token(), CacheSpec.full_precision(num_kv_heads=8, head_dim=128, max_tokens=1).bytes_per_token()
+        >>> full = CacheSpec.full_precision(num_kv_heads=8, head_dim=128, max_tokens=32768)
+        >>> spec.bytes_per_token(), full.bytes_per_token()
         (1056, 4096)
     """
 
@@ -136,8 +137,8 @@ class Cache:
 
     Attributes:
         pages: Packed pages, page p of row r at r * pages_per_row + p; None if no token is ever compressed.
-        exact_keys: [rows, h_kv, sinks + ring, d], full-precision keys: the first tokens, then the ring. bfloat16 is held
-            as its bits in uint16, see `to_storage`.
+        exact_keys: [rows, h_kv, sinks + ring, d], full-precision keys: the first tokens, then the ring. bfloat16 is
+            held as its bits in uint16, see `to_storage`.
         exact_values: Likewise.
         length: int32 [rows], tokens appended.
         compressed: int32 [rows], tokens in the pages.

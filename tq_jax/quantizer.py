@@ -41,9 +41,9 @@ class QuantizerSpec:
             sketch of the residual, unbiased for inner products) or "group" (min-max codes in groups, not rotated).
         rotation: "hadamard" or "haar", see `tq_jax.rotation`.
         scale: Which scalar is stored with the centroid vector q of the rotated vector y: "norm" |y| (as published),
-            "matched" |y| / |q|, "least_squares" <y, q> / |q|^2 (least error), "unbiased" |y|^2 / <y, q> (the estimate of
-            <x, x> is exact; arXiv 2604.18555). None means "least_squares", "norm" for prod; in a `CacheSpec` the keys'
-            None means "unbiased".
+            "matched" |y| / |q|, "least_squares" <y, q> / |q|^2 (least error), "unbiased" |y|^2 / <y, q> (the estimate
+            of <x, x> is exact; arXiv 2604.18555). None means "least_squares", "norm" for prod; in a `CacheSpec` the
+            keys' None means "unbiased".
         search: Try 31 multiples of the codebook's step for every vector and keep the one of least squared error.
         group: Channels that share a scale and a zero (kind "group").
         scale_dtype: Type of stored scalars. float16 holds norms up to 65504.

@@ -1,7 +1,8 @@
 """Pools of packed pages: how the codes of a token lie in memory.
 
-A page holds `page_size` consecutive tokens of one sequence for every KV head. Keys are token-major and values
-channel-major, because each matrix product contracts over the contiguous axis; scalars lie beside the codes, tokens last:
+A page holds `page_size` consecutive tokens of one sequence for every KV head. Keys are token-major and values are
+channel-major, because each matrix product contracts over the contiguous axis; scalars lie beside the codes, tokens
+last:
 
     keys.packed   uint8 [pages, h_kv, page_size, bytes]       values.packed   uint8 [pages, h_kv, bytes, page_size]
     keys.scale    [pages, h_kv, page_size]                    values.scale    [pages, h_kv, page_size]
@@ -90,8 +91,8 @@ def read_pages(pages: Pages, ids: Int[Array, "b n"]) -> tuple[Code, Code]:
     """Gathers n pages of every sequence.
 
     Returns:
-        Keys with batch axes [b, n, h_kv, page_size] and channels last; values with batch axes [b, n, h_kv], channels and
-        then tokens.
+        Keys with batch axes [b, n, h_kv, page_size] and channels last; values with batch axes [b, n, h_kv], channels
+        and then tokens.
     """
     keys, values = jax.tree.map(lambda pool: pool[ids], (pages.keys, pages.values))
     if keys.scale.ndim == 5:

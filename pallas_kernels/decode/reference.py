@@ -50,7 +50,7 @@ def attend_pages(
         return merge(partial, softmax_part(logits, visible, known, options, logit_bias))
 
     steps = (jnp.max(lengths) + (step * page_size - 1)) // (step * page_size)
-    return lax.fori_loop(0, steps, attend_step, nothing(query.shape[:3], value_format.dim))
+    return lax.fori_loop(0, steps, attend_step, nothing(query, value_format.dim))
 
 
 def attend_tokens(
@@ -70,10 +70,18 @@ def attend_tokens(
     return softmax_part(logits, visible, jnp.swapaxes(known, -1, -2)[:, None], options, None)
 
 
-def nothing(queries: tuple[int, ...], dim: int) -> Partial:
-    """Attention over no keys."""
-    zeros = jnp.zeros(queries, jnp.float32)
-    return Partial(jnp.zeros((*queries, dim), jnp.float32), jnp.full(queries, NO_KEY, jnp.float32), zeros)
+def nothing(query: Float[Array, "b t h_q d"], dim: int) -> Partial:
+    """Attention over no keys, sharded like the queries, as a loop's start has to be."""
+    batch, count, heads, _ = query.shape
+    acc, peak, total = (
+        lax.full_like(query, value, jnp.float32, shape)
+        for value, shape in (
+            (0, (batch, count, heads, dim)),
+            (NO_KEY, (batch, count, heads)),
+            (0, (batch, count, heads)),
+        )
+    )
+    return Partial(acc, peak, total)
 
 
 def visibility(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import tq_jax as tq
 
@@ -12,14 +13,20 @@ EIGHT = tq.QuantizerSpec(D, 8, scale_dtype="float32")
 
 
 def make_spec(**options):
-    defaults = dict(num_kv_heads=H, head_dim=D, max_tokens=400, key=EIGHT, value=EIGHT, window=24, page_size=16, dtype="float32")
+    defaults = dict(
+        num_kv_heads=H, head_dim=D, max_tokens=400, key=EIGHT, value=EIGHT, window=24, page_size=16, dtype="float32"
+    )
     return tq.CacheSpec(**(defaults | options))
 
 
 def tokens(batch, count, seed=0):
     rng = np.random.default_rng(seed)
     k, v = rng.standard_normal((2, batch, count, H, D)).astype(np.float32)
-    return jnp.asarray(k * 2 + 3), jnp.asarray(v), jnp.asarray(rng.standard_normal((batch, count, H * G, D)), jnp.float32)
+    return (
+        jnp.asarray(k * 2 + 3),
+        jnp.asarray(v),
+        jnp.asarray(rng.standard_normal((batch, count, H * G, D)), jnp.float32),
+    )
 
 
 def dense(q, k, v, *, scale=D**-0.5, sliding_window=None, softcap=None, sink_logits=None):
@@ -54,7 +61,11 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("count", "full"), [(1, False), (150, False), (7, True)])
 def test_parity_with_dense_attention(count, options, full):
-    spec = tq.CacheSpec.full_precision(num_kv_heads=H, head_dim=D, max_tokens=400, dtype="float32") if full else make_spec()
+    spec = (
+        tq.CacheSpec.full_precision(num_kv_heads=H, head_dim=D, max_tokens=400, dtype="float32")
+        if full
+        else make_spec()
+    )
     k, v, q = tokens(2, 200)
     cache = tq.append(tq.init_cache(spec, batch=2), k, v, query=q)
     out = tq.attend(q[:, -count:], cache, **options)
@@ -75,8 +86,12 @@ def test_attention_is_over_the_dequantized_cache(window, sinks, statistics):
     )  # fmt: skip
     k, v, q = tokens(1, 120)
     cache = tq.append(tq.init_cache(spec, batch=1), k, v, query=q)
-    mean, weight = (cache.statistics.mean, cache.statistics.weight) if statistics else (jnp.zeros((1, H, D)), jnp.ones((1, H, D)))
-    quantized = tq.dequantize(cache.key_quantizer, tq.quantize(cache.key_quantizer, (k - mean[:, None]) * weight[:, None]))
+    mean, weight = (
+        (cache.statistics.mean, cache.statistics.weight) if statistics else (jnp.zeros((1, H, D)), jnp.ones((1, H, D)))
+    )
+    quantized = tq.dequantize(
+        cache.key_quantizer, tq.quantize(cache.key_quantizer, (k - mean[:, None]) * weight[:, None])
+    )
     k_hat = quantized / weight[:, None] + mean[:, None]
     v_hat = tq.dequantize(cache.value_quantizer, tq.quantize(cache.value_quantizer, v))
     held = slice(sinks, 120 - window)
@@ -92,7 +107,9 @@ def test_ragged_chunks():
     cache = tq.append(cache, k2, v2, query=q2, lengths=lengths)
     out = tq.attend(q2, cache, lengths=lengths)
     for row, (before, new) in enumerate([(60, 8), (33, 3), (60, 0)]):
-        both = [jnp.concatenate([a[row : row + 1, :before], b[row : row + 1, :new]], axis=1) for a, b in ((k, k2), (v, v2))]
+        both = [
+            jnp.concatenate([a[row : row + 1, :before], b[row : row + 1, :new]], axis=1) for a, b in ((k, k2), (v, v2))
+        ]
         want = dense(q2[row : row + 1, :new], *both)
         np.testing.assert_allclose(out[row, :new], want[0], atol=0.03)
         np.testing.assert_array_equal(out[row, new:], np.zeros((8 - new, H * G, D)))
@@ -121,7 +138,7 @@ def test_dtypes(dtype):
 
 
 def test_centring_saves_keys_with_a_shared_mean():
-    """A mean of norm hundreds, as key biases give real models, destroys plain quantization and is free with centring."""
+    """A mean of norm hundreds, as key biases give real models, destroys plain codes; centring repairs them."""
     k, v, q = tokens(1, 200)
     k = k.at[..., 5].add(300.0).at[..., 20].add(-200.0)
     errors = []
@@ -133,7 +150,30 @@ def test_centring_saves_keys_with_a_shared_mean():
     assert errors[0] < 0.2 < 0.5 < errors[1]
 
 
-def test_under_scan_and_shard_map_over_heads():
+def test_rows_sharded_over_devices():
+    k, v, q = tokens(4, 60)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    cache = tq.init_cache(make_spec(), batch=4)
+    whole = jax.tree.map(lambda _: P("data"), cache)
+    layout = dataclasses.replace(
+        whole,
+        key_quantizer=jax.tree.map(lambda _: P(), cache.key_quantizer),
+        value_quantizer=jax.tree.map(lambda _: P(), cache.value_quantizer),
+    )
+
+    def step(cache, k, v, q):
+        cache = tq.append(cache, k, v, query=q)
+        return cache, tq.attend(q[:, -1:], cache)
+
+    data = P("data")
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=(layout, data, data, data), out_specs=(layout, data))
+    new, out = jax.jit(sharded)(cache, k, v, q)
+    want_cache, want = jax.jit(step)(cache, k, v, q)
+    np.testing.assert_allclose(out, want, atol=1e-5)
+    assert new.compressed.tolist() == want_cache.compressed.tolist()
+
+
+def test_under_scan():
     k, v, q = tokens(1, 100)
     cache = tq.append(tq.init_cache(make_spec(), batch=1), k, v, query=q)
 
@@ -165,7 +205,12 @@ def test_errors():
         (ValueError, "expected softcap above 0, got -1.0", q, {"softcap": -1.0}),
         (ValueError, r"expected sink_logits of shape \(4,\), got \(3,\)", q, {"sink_logits": jnp.zeros(3)}),
         (ValueError, r"expected rows to be integers of shape \(2,\), got float32 \(2,\)", q, {"rows": jnp.zeros(2)}),
-        (NotImplementedError, "implementation='triton'; attend has: 'auto', 'reference'", q, {"implementation": "triton"}),
+        (
+            NotImplementedError,
+            "implementation='triton'; attend has: 'auto', 'reference'",
+            q,
+            {"implementation": "triton"},
+        ),
     ]
     for error, message, query, options in cases:
         with pytest.raises(error, match=message):

@@ -14,10 +14,14 @@ from tq_jax.attention import exact_positions
 H, D = 2, 32
 KEY = tq.QuantizerSpec(D, 4, search=True, scale="unbiased")
 VALUE = tq.QuantizerSpec(D, 3)
+PROD = tq.QuantizerSpec(D, 3, kind="prod")
+GROUP = tq.QuantizerSpec(D, 2, kind="group")
 
 
 def make_spec(**options):
-    defaults = dict(num_kv_heads=H, head_dim=D, max_tokens=200, key=KEY, value=VALUE, window=24, sink_tokens=4, page_size=16)
+    defaults = dict(
+        num_kv_heads=H, head_dim=D, max_tokens=200, key=KEY, value=VALUE, window=24, sink_tokens=4, page_size=16
+    )
     return tq.CacheSpec(**(defaults | options))
 
 
@@ -33,14 +37,15 @@ def states_equal(a, b):
         if "statistics" in str(path):
             np.testing.assert_allclose(x, y, rtol=2e-4, err_msg=str(path))
         elif "pages" in str(path):
-            assert np.mean(np.asarray(x) != np.asarray(y)) < 5e-3, path
+            same = np.isclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=2e-3)
+            assert np.mean(~same) < 5e-3, path
         else:
             np.testing.assert_array_equal(x, y, err_msg=str(path))
 
 
 def test_bytes_are_what_the_arrays_hold():
-    for spec in (make_spec(), make_spec(key=tq.QuantizerSpec(D, 3, kind="prod"), value=tq.QuantizerSpec(D, 2, kind="group")),
-                 make_spec(key=tq.QuantizerSpec(D, 2.5), value=tq.QuantizerSpec(D, 8))):  # fmt: skip
+    for key, value in ((KEY, VALUE), (PROD, GROUP), (tq.QuantizerSpec(D, 2.5), tq.QuantizerSpec(D, 8))):
+        spec = make_spec(key=key, value=value)
         cache = tq.init_cache(spec, batch=3)
         pages = sum(x.nbytes for x in jax.tree.leaves(cache.pages))
         assert pages == 3 * spec.pages_per_row * spec.page_size * spec.bytes_per_token()
@@ -114,7 +119,9 @@ def test_ragged_rows_equal_rows_alone():
     out = tq.attend(query, together)
     for row, count in enumerate(lengths):
         piece = slice(row, row + 1)
-        alone = tq.append(tq.init_cache(make_spec(), batch=1), k[piece, :count], v[piece, :count], query=q[piece, :count])
+        alone = tq.append(
+            tq.init_cache(make_spec(), batch=1), k[piece, :count], v[piece, :count], query=q[piece, :count]
+        )
         np.testing.assert_allclose(out[piece], tq.attend(query[piece], alone), atol=2e-5)
 
 
@@ -221,7 +228,9 @@ def test_empty_batch_and_empty_chunk():
 
 def test_vmap_over_caches():
     k, v, q = tokens(3, 50)
-    cache = jax.vmap(lambda k, v, q: tq.append(tq.init_cache(make_spec(), batch=1), k[None], v[None], query=q[None]))(k, v, q)
+    cache = jax.vmap(lambda k, v, q: tq.append(tq.init_cache(make_spec(), batch=1), k[None], v[None], query=q[None]))(
+        k, v, q
+    )
     together = tq.append(tq.init_cache(make_spec(), batch=3), k, v, query=q)
     out = jax.vmap(lambda q, c: tq.attend(q[None], c))(q[:, -1:], cache)
     np.testing.assert_allclose(out[:, 0], tq.attend(q[:, -1:], together), atol=2e-5)
@@ -235,8 +244,8 @@ def test_vmap_over_caches():
         (ValueError, "expected dtype bfloat16, float16 or float32, got 'int8'", {"dtype": "int8"}),
         (ValueError, "expected key and value specs both or neither", {"key": None}),
         (ValueError, r"expected a key spec of dim 32 \(head_dim\), got dim=64", {"key": tq.QuantizerSpec(64)}),
-        (NotImplementedError, r"keys are quantized with kind in \('mse', 'prod'\), got kind='group'", {"key": tq.QuantizerSpec(D, kind="group")}),
-        (NotImplementedError, r"values are quantized with kind in \('mse', 'group'\), got kind='prod'", {"value": tq.QuantizerSpec(D, kind="prod")}),
+        (NotImplementedError, r"keys are .* kind in \('mse', 'prod'\), got kind='group'", {"key": GROUP}),
+        (NotImplementedError, r"values are .* kind in \('mse', 'group'\), got kind='prod'", {"value": PROD}),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("unchecked_shapes")
@@ -273,8 +282,8 @@ def test_init_errors():
         tq.init_cache(make_spec(), batch=-1)
     with pytest.raises(ValueError, match=r"expected a mean of shape \(2, 32\) or \(3, 2, 32\), got \(2, 2, 32\)"):
         tq.init_cache(make_spec(), batch=3, statistics=(jnp.zeros((2, H, D)), jnp.ones((H, D))))
+    plain = make_spec(center_keys=False, smooth_keys=False)
     with pytest.raises(ValueError, match="expected statistics=None for a cache that neither centres nor smooths"):
-        plain = make_spec(center_keys=False, smooth_keys=False)
         tq.init_cache(plain, batch=3, statistics=(jnp.zeros((H, D)), jnp.ones((H, D))))
     with pytest.raises(ValueError, match="expected a key quantizer of .*bits=4.*, got .*bits=2"):
         tq.init_cache(make_spec(), batch=1, key_quantizer=tq.make_quantizer(tq.QuantizerSpec(D, 2)))

@@ -57,7 +57,7 @@ def test_shipped_books_need_no_solver(monkeypatch):
             book = cb.codebook(dim, bits)
             assert len(book.levels) == 2 ** (bits - 1)
             assert all(a < b for a, b in zip(book.levels[:-1], book.levels[1:], strict=True))
-            assert 0 <= book.levels[0]
+            assert book.levels[0] >= 0
             assert book.levels[-1] <= cb.MAX_INTEGER
     assert len(json.loads(cb.importlib.resources.files("tq_jax.data").joinpath("codebooks.json").read_text())) == len(
         cb.SHIPPED_DIMS

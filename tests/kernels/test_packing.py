@@ -39,8 +39,8 @@ def test_golden_bytes(bits):
     assert by_hand(codes, bits).hex() == GOLDEN[bits]
 
 
-@settings(deadline=None)  # the first call of a shape compiles
-@given(bits=st.integers(1, 8), dim=st.integers(1, 140), data=st.data())
+@settings(deadline=None, max_examples=60)  # the first call of a shape compiles
+@given(bits=st.integers(1, 8), dim=st.sampled_from([1, 7, 16, 17, 80, 128]), data=st.data())
 def test_round_trip_along_any_axis(bits, dim, data):
     codes = data.draw(hnp.arrays(np.uint8, (2, dim), elements=st.integers(0, 2**bits - 1)))
     packed = pack(jnp.asarray(codes), bits)

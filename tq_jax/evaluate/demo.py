@@ -16,15 +16,17 @@ from tq_jax.evaluate.language import (
     CHUNK,
     Quality,
     Scheme,
+    fill_cache,
     full_scheme,
     make_reference,
     measure,
     published_scheme,
+    run_prompt,
     tq_scheme,
 )
 from tq_jax.evaluate.report import JsonTarget, open_console, progress_bar, write_json
-from tq_jax.models import LanguageModel, Sampling, load_model, pad_prompts
-from tq_jax.models.generate import decode_loop, prefill_step
+from tq_jax.models import LanguageModel, Sampling, cache_dir, load_model
+from tq_jax.models.generate import decode_loop
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_BITS = "8/4,4/4,3/3,2/2"
@@ -34,9 +36,9 @@ KL_BOUNDS = {(4, 4): 0.008, (3, 3): 0.03, (2, 2): 0.2}
 PPL_BOUND = 0.01
 """Relative change of perplexity that K4/V4 must stay below."""
 
-PROMPT_TOKENS, NEW_TOKENS = 1024, 32
+PREFIX, NEW_TOKENS = 1024, 32
 QUESTIONS = {
-    True: "According to this text, which book did Sir Walter Elliot take up for his own amusement?",
+    True: "What is the name of Sir Walter Elliot's home?",
     False: "What is this text about? Answer in one sentence.",
 }
 """The question asked about the shipped text (True) and about any other."""
@@ -99,14 +101,15 @@ def demo(
     next-token distributions over the text are compared with full precision. TurboQuant as published stands beside this
     project's defaults at the same bits. Exits 0 only if the claims printed under the table hold.
     """
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     widths = parse_bits(bits)
     console = open_console(json)
     console.print(f"Loading {model or DEFAULT_MODEL} (downloaded and unpacked the first time)")
     language_model = load_model(model)
     decoder = language_model.decoder
     content = text.read_text("utf-8") if text else persuasion()
-    tokens = language_model.tokenizer.encode(content[: 12 * (PROMPT_TOKENS + positions)])
-    forced = tokens[: PROMPT_TOKENS + positions + 1]
+    tokens = language_model.tokenizer.encode(content[: 12 * (PREFIX + positions)])
+    forced = tokens[: PREFIX + positions + 1]
     room = len(forced) + NEW_TOKENS + 256
     schemes = [full_scheme(decoder, room)]
     schemes += [tq_scheme(decoder, room, key_bits=k, value_bits=v) for k, v in widths]
@@ -134,7 +137,9 @@ def demo(
     for claim, holds in claims.items():
         console.print(f"{'holds' if holds else 'FAILS'}  {claim}", style=None if holds else "red")
     source = text.name if text else "persuasion"
-    picture.draw([row.as_dict() for row in rows], plot, title=f"{model or DEFAULT_MODEL}, {positions} positions of {source}")
+    picture.draw(
+        [row.as_dict() for row in rows], plot, title=f"{model or DEFAULT_MODEL}, {positions} positions of {source}"
+    )
     console.print(f"Picture: {plot}")
     payload = {"model": model or DEFAULT_MODEL, "positions": rows[0].quality.positions}
     named = [{"text": source} | row.as_dict() for row in rows]
@@ -160,10 +165,34 @@ def parse_bits(text: str) -> list[tuple[float, float]]:
         raise typer.BadParameter(f"expected key/value bits like 4/4,3/3, got {text!r}") from None
 
 
-def make_prompt(model: LanguageModel, tokens: list[int], question: str) -> list[int]:
-    """A chat prompt with the beginning of a text and a question about it."""
-    excerpt = model.tokenizer.decode(tokens[:PROMPT_TOKENS])
-    return model.tokenizer.encode_chat([{"role": "user", "content": f"{excerpt}\n\n{question}"}])
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt that has run in full precision, right-padded to PREFIX tokens.
+
+    Attributes:
+        length: Tokens that are not padding.
+        projections: See `Decoder.projections`.
+        first: int32 [1], the first token of the answer.
+    """
+
+    length: int
+    projections: tuple[jax.Array, jax.Array, jax.Array]
+    first: jax.Array
+
+
+def make_prompt(model: LanguageModel, tokens: list[int], question: str) -> Prompt:
+    """Runs a chat prompt: the beginning of a text and a question about it, PREFIX tokens at most."""
+    for excerpt in range(PREFIX, 0, -32):
+        content = f"{model.tokenizer.decode(tokens[:excerpt])}\n\n{question}"
+        prompt = model.tokenizer.encode_chat([{"role": "user", "content": content}])
+        if len(prompt) <= PREFIX:
+            break
+    else:
+        raise typer.BadParameter(f"expected a question of less than {PREFIX} tokens, got {len(prompt)}")
+    padded = jnp.zeros((1, PREFIX), jnp.int32).at[0, : len(prompt)].set(jnp.asarray(prompt, jnp.int32))
+    hidden, projections = run_prompt(model.decoder, padded)
+    logits = model.decoder.logits(hidden[:, len(prompt) - 1 : len(prompt)])
+    return Prompt(len(prompt), projections, jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32))
 
 
 def size_row(model: LanguageModel, scheme: Scheme, quality: Quality) -> Row:
@@ -183,19 +212,18 @@ def size_row(model: LanguageModel, scheme: Scheme, quality: Quality) -> Row:
     )
 
 
-def answer(model: LanguageModel, row: Row, prompt: list[int]) -> Row:
+def answer(model: LanguageModel, row: Row, prompt: Prompt) -> Row:
     """Generates greedily from the row's cache; the speed is that of the decode loop alone, compilation excluded."""
-    decoder, sampling = model.decoder, Sampling()
-    tokens, lengths = pad_prompts([prompt])
-    keys = jax.random.split(jax.random.key(0), 1)
+    decoder = model.decoder
     cache = decoder.init_cache(row.scheme.cache, batch=1)
-    first, cache = prefill_step(decoder, tokens, lengths, cache, keys, sampling=sampling)
+    cache = fill_cache(cache, *prompt.projections, jnp.int32(prompt.length))
+    arguments = (decoder, prompt.first, cache, jax.random.split(jax.random.key(0), 1))
     stop = jnp.asarray(model.config.stop_tokens, jnp.int32)
-    options = {"sampling": sampling, "max_new_tokens": NEW_TOKENS, "implementation": "auto"}
-    loop = decode_loop.lower(decoder, first, cache, keys, stop, **options).compile()
+    options = {"sampling": Sampling(), "max_new_tokens": NEW_TOKENS, "implementation": "auto"}
+    loop = decode_loop.lower(*arguments, stop, **options).compile()
     jax.block_until_ready(cache)
     started = time.perf_counter()
-    out, count, _ = jax.block_until_ready(loop(decoder, first, cache, keys, stop))
+    out, count, _ = jax.block_until_ready(loop(*arguments, stop))
     seconds = time.perf_counter() - started
     length = int(count[0])
     speed = (length - 1) / seconds if length > 1 else None

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 import tq_jax as tq
 from tq_jax.models import Decoder
 
-CHUNK = 32
+CHUNK = 64
 """Tokens that are appended at a time."""
 
 
@@ -146,7 +146,7 @@ def make_reference(decoder: Decoder, tokens: list[int], *, positions: int, advan
             f"expected at least {CHUNK} positions and a text longer than {positions + 1} tokens, got {len(tokens)}"
         )
     ids = jnp.asarray(tokens, jnp.int32)
-    projections = _projections(decoder, ids[None, :prefix])
+    _, projections = run_prompt(decoder, ids[None, :prefix])
     scheme = full_scheme(decoder, len(tokens), dtype="float32")
     reference = Reference(ids, prefix, projections, [])
     for logits in _chunks(decoder, reference, scheme.cache, advance):
@@ -174,7 +174,7 @@ def measure(decoder: Decoder, reference: Reference, spec: tq.CacheSpec, *, advan
 
 def _chunks(decoder: Decoder, reference: Reference, spec: tq.CacheSpec, advance: Step):
     """Yields logits [CHUNK, vocab] of each chunk after the prefix."""
-    cache = _fill(decoder.init_cache(spec, batch=1), *reference.projections)
+    cache = fill_cache(decoder.init_cache(spec, batch=1), *reference.projections, jnp.int32(reference.prefix))
     for start in range(reference.prefix, len(reference.tokens) - 1, CHUNK):
         logits, cache = _extend(decoder, reference.tokens[None, start : start + CHUNK], cache)
         yield logits
@@ -182,13 +182,15 @@ def _chunks(decoder: Decoder, reference: Reference, spec: tq.CacheSpec, advance:
 
 
 @jax.jit
-def _projections(decoder: Decoder, tokens: Int[Array, "b t"]) -> tuple[Array, Array, Array]:
+def run_prompt(decoder: Decoder, tokens: Int[Array, "b t"]) -> tuple[Array, tuple[Array, Array, Array]]:
+    """`Decoder.projections`, compiled: what a prompt puts into a cache does not depend on the cache."""
     return decoder.projections(tokens)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _fill(cache: tq.Cache, query: Array, key: Array, value: Array) -> tq.Cache:
-    return tq.append(cache, key, value, query=query)
+def fill_cache(cache: tq.Cache, query: Array, key: Array, value: Array, length: Int[Array, ""]) -> tq.Cache:
+    """Appends the first `length` tokens of a prompt's projections to every row; the cache is donated."""
+    return tq.append(cache, key, value, query=query, lengths=jnp.broadcast_to(length, (cache.rows,)))
 
 
 @functools.partial(jax.jit, donate_argnums=2)

@@ -39,6 +39,7 @@ def _draw_quality(axes: Any, rows: list[dict[str, Any]]) -> None:
     if full:
         axes.axhline(full[0], color=COLORS["full"], linestyle=":", label="bfloat16 cache")
     axes.set(yscale="log", xlabel="stored bits per element, scales included", ylabel="KL to full precision (nats)")
+    axes.margins(x=0.12)
     axes.set_title("What it costs: divergence of the next token", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -158,15 +158,15 @@ class Decoder(nnx.Module):
 
         return self._run(tokens, None, jnp.zeros(tokens.shape[:1], jnp.int32), mix)[0]
 
-    def projections(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def projections(self, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
         """What attention works on when a prompt runs exactly: for studies of real keys and values.
 
         Args:
             tokens: int32 [b, t].
 
         Returns:
-            Queries [num_layers * b, t, num_heads, head_dim], keys and values [num_layers * b, t, num_kv_heads,
-            head_dim], after rotary embedding; the row order is that of a cache.
+            Hidden states [b, t, dim] after the final norm; and queries [num_layers * b, t, num_heads, head_dim], keys
+            and values [num_layers * b, t, num_kv_heads, head_dim], after rotary embedding, rows as in a cache.
         """
         heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
         rows = self.config.num_layers * tokens.shape[0]
@@ -177,7 +177,7 @@ class Decoder(nnx.Module):
             seen = tuple(store.at[rows].set(x) for store, x in zip(seen, (query, key, value), strict=True))
             return causal_attention(query, key, value), seen
 
-        return self._run(tokens, empty, jnp.zeros(tokens.shape[:1], jnp.int32), mix)[1]
+        return self._run(tokens, empty, jnp.zeros(tokens.shape[:1], jnp.int32), mix)
 
     def prefill(
         self, tokens: jax.Array, cache: tq.Cache, *, lengths: jax.Array | None = None
