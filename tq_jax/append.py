@@ -106,6 +106,8 @@ def _check_values(cache: Cache, k: Array, v: Array, query: Array | None, lengths
 @jax.jit
 def _append(cache: Cache, k: Array, v: Array, query: Array | None, lengths: Array, rows: Array) -> Cache:
     spec = cache.spec
+    # All later steps see tokens as the ring would hold them, so that chunks and single tokens give the same codes.
+    k, v = (from_storage(spec, to_storage(spec, x)) for x in (k, v))
     before, compressed = cache.length[rows], cache.compressed[rows]
     fits = before + lengths <= spec.max_tokens
     lengths = jnp.where(fits, lengths, 0)
@@ -135,8 +137,8 @@ def _append(cache: Cache, k: Array, v: Array, query: Array | None, lengths: Arra
     place = (rows[:, None], slice(None), jnp.where(kept, slot, cache.exact_keys.shape[2]))
     # What is not kept is dropped, whatever it is; naming what was read from the ring there tells XLA that the ring is
     # read before it is overwritten, which spares a copy of it.
-    new_keys = jnp.where(kept[:, :, None, None], k.astype(jnp.float32), left_keys.astype(jnp.float32))
-    new_values = jnp.where(kept[:, :, None, None], v.astype(jnp.float32), left_values.astype(jnp.float32))
+    new_keys = jnp.where(kept[:, :, None, None], k, left_keys)
+    new_values = jnp.where(kept[:, :, None, None], v, left_values)
     return dataclasses.replace(
         cache,
         pages=pages,
@@ -168,7 +170,7 @@ def _fix(
     position = before[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None]
     ring = jnp.swapaxes(from_storage(spec, cache.exact_keys[rows][:, :, spec.sinks :]), 1, 2)
     in_ring = jnp.arange(spec.ring, dtype=jnp.int32)[None] < before[:, None] - spec.sinks
-    keys = jnp.concatenate([ring, k.astype(jnp.float32)], axis=1)
+    keys = jnp.concatenate([ring, k], axis=1)
     valid = jnp.concatenate([in_ring, exists & (position >= spec.sinks)], axis=1)
     return fix_statistics(stats, keys, valid, fix, center=spec.center_keys, smooth=spec.smooth_keys)
 
@@ -180,7 +182,7 @@ def _leaving(
     spec = cache.spec
     position = spec.sinks + address
     index = jnp.clip(position - before[:, None], 0, k.shape[1] - 1)[:, :, None, None]
-    chunk = [jnp.take_along_axis(x, index, axis=1).astype(jnp.float32) for x in (k, v)]
+    chunk = [jnp.take_along_axis(x, index, axis=1) for x in (k, v)]
     if not spec.ring:
         return chunk[0], chunk[1]
     place = (rows[:, None], slice(None), _slots(spec, position))

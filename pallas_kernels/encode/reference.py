@@ -77,7 +77,8 @@ def _best_multiple(magnitude: Float[Array, "*batch n"], book: Codebook) -> Float
         better = gain > best[0]
         return (jnp.where(better, gain, best[0]), jnp.where(better, multiple, best[1])), None
 
-    start = tuple(lax.full_like(magnitude, value, jnp.float32, magnitude.shape[:-1]) for value in (-1, 1))
+    vectors = magnitude.shape[:-1]
+    start = lax.full_like(magnitude, -1, jnp.float32, vectors), lax.full_like(magnitude, 1, jnp.float32, vectors)
     (_, multiple), _ = lax.scan(consider, start, jnp.asarray(SEARCH_MULTIPLES))
     return multiple
 

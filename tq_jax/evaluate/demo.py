@@ -30,7 +30,7 @@ from tq_jax.models.generate import decode_loop
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_BITS = "8/4,4/4,3/3,2/2"
-KL_BOUNDS = {(4, 4): 0.008, (3, 3): 0.03, (2, 2): 0.2}
+KL_BOUNDS: dict[tuple[float, float], float] = {(4, 4): 0.008, (3, 3): 0.03, (2, 2): 0.2}
 """Mean KL that the default model and text must stay below."""
 
 PPL_BOUND = 0.01

@@ -21,8 +21,8 @@ from tq_jax.models.causal import causal_attention
 from tq_jax.models.config import DecoderConfig
 from tq_jax.models.rope import rotary_angles, rotate
 
-# (query [b, t, h_q, d], key, value [b, t, h_kv, d]) -> (mixed values [b, t, h_q, d], the cache afterwards)
-Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, tq.Cache | None]]
+# (query [b, t, h_q, d], key, value [b, t, h_kv, d]) -> (mixed values [b, t, h_q, d], what the caller carries on)
+Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class RMSNorm(nnx.Module):
@@ -49,7 +49,7 @@ class Attention(nnx.Module):
         self.value = _linear(config.dim, config.num_kv_heads * config.head_dim, dtype=dtype, rngs=rngs)
         self.output = _linear(config.num_heads * config.head_dim, config.dim, dtype=dtype, rngs=rngs)
 
-    def __call__(self, hidden: jax.Array, angles: jax.Array, mix: Mix) -> tuple[jax.Array, tq.Cache | None]:
+    def __call__(self, hidden: jax.Array, angles: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
         """Mix hidden states [b, t, dim] turned by angles [b, t, head_dim / 2]; also the cache afterwards."""
         query, key, value = (
             projection(hidden).reshape(*hidden.shape[:2], -1, self.head_dim)
@@ -81,7 +81,7 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config, dtype=dtype, rngs=rngs)
         self.mlp = SwiGLU(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, hidden: jax.Array, angles: jax.Array, mix: Mix) -> tuple[jax.Array, tq.Cache | None]:
+    def __call__(self, hidden: jax.Array, angles: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
         """Hidden states [b, t, dim] to the next layer's, and the cache afterwards."""
         mixed, cache = self.attention(self.attention_norm(hidden), angles, mix)
         hidden = hidden + mixed
@@ -109,7 +109,7 @@ class Decoder(nnx.Module):
         self,
         config: DecoderConfig,
         *,
-        block: type[nnx.Module] = Block,
+        block: Callable[..., nnx.Module] = Block,
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
