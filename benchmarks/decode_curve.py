@@ -6,9 +6,7 @@ SmolLM2-135M-Instruct decodes greedily after prompts of several lengths, from fu
 grow with what is attended to; it must not grow with capacity that is not used.
 """
 
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +18,7 @@ from matplotlib.figure import Figure
 
 from tq_jax.data import persuasion
 from tq_jax.evaluate.language import fill_cache, full_scheme, run_prompt, tq_scheme
-from tq_jax.evaluate.report import JsonTarget, open_console, progress_bar, write_json
+from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
 from tq_jax.models import Sampling, load_model
 from tq_jax.models.generate import decode_loop
 
@@ -52,10 +50,7 @@ def main(
                     console.print(row)
                     progress.advance(task)
     draw(rows, plot)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    versions = {"jax": jax.__version__, "python": platform.python_version()}
-    device = f"{jax.devices()[0].device_kind}, {platform.machine()}"
-    write_json({"device": device, "versions": versions, "commit": commit, "rows": rows}, json)
+    write_json(environment() | {"rows": rows}, json)
 
 
 def decode_time(model, spec, projections, used: int) -> float:

@@ -24,7 +24,7 @@ from tq_jax.evaluate.language import (
     run_prompt,
     tq_scheme,
 )
-from tq_jax.evaluate.report import JsonTarget, open_console, progress_bar, write_json
+from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
 from tq_jax.models import LanguageModel, Sampling, cache_dir, load_model
 from tq_jax.models.generate import decode_loop
 
@@ -141,7 +141,7 @@ def demo(
         [row.as_dict() for row in rows], plot, title=f"{model or DEFAULT_MODEL}, {positions} positions of {source}"
     )
     console.print(f"Picture: {plot}")
-    payload = {"model": model or DEFAULT_MODEL, "positions": rows[0].quality.positions}
+    payload = {"model": model or DEFAULT_MODEL, "positions": rows[0].quality.positions} | environment()
     named = [{"text": source} | row.as_dict() for row in rows]
     write_json(payload | {"rows": named, "claims": claims, "question": question or QUESTIONS[text is None]}, json)
     if not all(claims.values()):

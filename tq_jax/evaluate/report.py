@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import platform
+import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,6 +77,19 @@ def write_json(payload: dict[str, Any], target: str | None) -> None:
         typer.echo(text)
     else:
         Path(target).write_text(text + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """Where figures come from: device, versions, and the commit of the working directory if it is a repository."""
+    import jax  # commands that only print help need not wait for it
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    device = f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} CPU cores"
+    return {
+        "device": device,
+        "versions": {"tq-jax": metadata.version("tq-jax"), "jax": jax.__version__, "python": platform.python_version()},
+        "commit": git.stdout.strip(),
+    }
 
 
 def _plain(value: Any) -> Any:
