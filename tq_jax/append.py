@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.decode import Pages
 from pallas_kernels.decode.pages import write_tokens
-from tq_jax.cache import Cache, CacheSpec, from_storage, to_storage
+from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers, to_storage
 from tq_jax.quantizer import encode_rotated, is_traced, to_rotated
 from tq_jax.statistics import KeyStatistics, fix_statistics, observe_queries
 
@@ -81,9 +81,7 @@ def _check_shapes(cache: Cache, k: Array, v: Array, query: Array | None, lengths
     for name, array in (("k", k), ("v", v), ("query", query)):
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"expected {name} to be floating point, got dtype {array.dtype}")
-    for name, array in (("lengths", lengths), ("rows", rows)):
-        if array is not None and (array.shape != (batch,) or not jnp.issubdtype(array.dtype, jnp.integer)):
-            raise ValueError(f"expected {name} to be integers of shape ({batch},), got {array.dtype} {array.shape}")
+    require_row_integers(batch, lengths=lengths, rows=rows)
     return batch, k.shape[1]
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.decode import LogitOptions, Partial, decode_attention, merge
 from pallas_kernels.decode.reference import attend_tokens, nothing
-from tq_jax.cache import Cache, from_storage
+from tq_jax.cache import Cache, from_storage, require_row_integers
 from tq_jax.quantizer import from_rotated, sketch_gain, sketch_query, to_rotated
 
 EXACT_BLOCK = 512
@@ -85,9 +85,7 @@ def attend(
             raise ValueError(f"expected {name} above 0, got {value}")
     if sink_logits is not None and sink_logits.shape != query.shape[2:3]:
         raise ValueError(f"expected sink_logits of shape {query.shape[2:3]}, got {tuple(sink_logits.shape)}")
-    for name, array in (("lengths", lengths), ("rows", rows)):
-        if array is not None and (array.shape != (batch,) or not jnp.issubdtype(array.dtype, jnp.integer)):
-            raise ValueError(f"expected {name} to be integers of shape ({batch},), got {array.dtype} {array.shape}")
+    require_row_integers(batch, lengths=lengths, rows=rows)
     if implementation not in ("auto", "reference"):
         raise NotImplementedError(f"implementation={implementation!r}; attend has: 'auto', 'reference'")
     if lengths is None:

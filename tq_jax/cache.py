@@ -244,6 +244,13 @@ def from_storage(spec: CacheSpec, stored: Shaped[Array, "..."]) -> Float[Array, 
     return tokens.astype(jnp.float32)
 
 
+def require_row_integers(batch: int, **arrays: Array | None) -> None:
+    """Raises ValueError unless each named array is None or one integer a row."""
+    for name, array in arrays.items():
+        if array is not None and (array.shape != (batch,) or not jnp.issubdtype(array.dtype, jnp.integer)):
+            raise ValueError(f"expected {name} to be integers of shape ({batch},), got {array.dtype} {array.shape}")
+
+
 def _quantizer(spec: QuantizerSpec | None, given: Quantizer | None, seed: int, name: str) -> Quantizer | None:
     if given is not None and given.spec != spec:
         raise ValueError(f"expected a {name} quantizer of {spec}, got {given.spec}")
