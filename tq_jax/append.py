@@ -119,9 +119,7 @@ def _append(cache: Cache, k: Array, v: Array, query: Array | None, lengths: Arra
         found = jax.tree.map(lambda x: x[rows], statistics)
         found = found if query is None else observe_queries(found, query, exists)
         fix = ~found.ready & (evicted > 0)
-        found = lax.cond(
-            jnp.any(fix), lambda s: _fix(s, cache, k, rows, before, exists, fix), lambda s: s, found
-        )
+        found = lax.cond(jnp.any(fix), lambda s: _fix(s, cache, k, rows, before, exists, fix), lambda s: s, found)
         statistics = jax.tree.map(lambda x, new: x.at[rows].set(new), statistics, found)
     left_keys, left_values = k, v
     if pages is not None:

@@ -72,9 +72,7 @@ def given_statistics(
     )
 
 
-def observe_queries(
-    stats: KeyStatistics, query: Float[Array, "b t h_q d"], valid: Bool[Array, "b t"]
-) -> KeyStatistics:
+def observe_queries(stats: KeyStatistics, query: Float[Array, "b t h_q d"], valid: Bool[Array, "b t"]) -> KeyStatistics:
     """Adds queries to the running sums of rows whose statistics are not fixed yet."""
     kv_heads = stats.mean.shape[1]
     valid = valid & ~stats.ready[:, None]

@@ -12,14 +12,20 @@ EIGHT = tq.QuantizerSpec(D, 8, scale_dtype="float32")
 
 
 def make_spec(**options):
-    defaults = dict(num_kv_heads=H, head_dim=D, max_tokens=400, key=EIGHT, value=EIGHT, window=24, page_size=16, dtype="float32")
+    defaults = dict(
+        num_kv_heads=H, head_dim=D, max_tokens=400, key=EIGHT, value=EIGHT, window=24, page_size=16, dtype="float32"
+    )
     return tq.CacheSpec(**(defaults | options))
 
 
 def tokens(batch, count, seed=0):
     rng = np.random.default_rng(seed)
     k, v = rng.standard_normal((2, batch, count, H, D)).astype(np.float32)
-    return jnp.asarray(k * 2 + 3), jnp.asarray(v), jnp.asarray(rng.standard_normal((batch, count, H * G, D)), jnp.float32)
+    return (
+        jnp.asarray(k * 2 + 3),
+        jnp.asarray(v),
+        jnp.asarray(rng.standard_normal((batch, count, H * G, D)), jnp.float32),
+    )
 
 
 def dense(q, k, v, *, scale=D**-0.5, sliding_window=None, softcap=None, sink_logits=None):
@@ -54,7 +60,11 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("count", "full"), [(1, False), (150, False), (7, True)])
 def test_parity_with_dense_attention(count, options, full):
-    spec = tq.CacheSpec.full_precision(num_kv_heads=H, head_dim=D, max_tokens=400, dtype="float32") if full else make_spec()
+    spec = (
+        tq.CacheSpec.full_precision(num_kv_heads=H, head_dim=D, max_tokens=400, dtype="float32")
+        if full
+        else make_spec()
+    )
     k, v, q = tokens(2, 200)
     cache = tq.append(tq.init_cache(spec, batch=2), k, v, query=q)
     out = tq.attend(q[:, -count:], cache, **options)
@@ -75,8 +85,12 @@ def test_attention_is_over_the_dequantized_cache(window, sinks, statistics):
     )  # fmt: skip
     k, v, q = tokens(1, 120)
     cache = tq.append(tq.init_cache(spec, batch=1), k, v, query=q)
-    mean, weight = (cache.statistics.mean, cache.statistics.weight) if statistics else (jnp.zeros((1, H, D)), jnp.ones((1, H, D)))
-    quantized = tq.dequantize(cache.key_quantizer, tq.quantize(cache.key_quantizer, (k - mean[:, None]) * weight[:, None]))
+    mean, weight = (
+        (cache.statistics.mean, cache.statistics.weight) if statistics else (jnp.zeros((1, H, D)), jnp.ones((1, H, D)))
+    )
+    quantized = tq.dequantize(
+        cache.key_quantizer, tq.quantize(cache.key_quantizer, (k - mean[:, None]) * weight[:, None])
+    )
     k_hat = quantized / weight[:, None] + mean[:, None]
     v_hat = tq.dequantize(cache.value_quantizer, tq.quantize(cache.value_quantizer, v))
     held = slice(sinks, 120 - window)
@@ -92,7 +106,9 @@ def test_ragged_chunks():
     cache = tq.append(cache, k2, v2, query=q2, lengths=lengths)
     out = tq.attend(q2, cache, lengths=lengths)
     for row, (before, new) in enumerate([(60, 8), (33, 3), (60, 0)]):
-        both = [jnp.concatenate([a[row : row + 1, :before], b[row : row + 1, :new]], axis=1) for a, b in ((k, k2), (v, v2))]
+        both = [
+            jnp.concatenate([a[row : row + 1, :before], b[row : row + 1, :new]], axis=1) for a, b in ((k, k2), (v, v2))
+        ]
         want = dense(q2[row : row + 1, :new], *both)
         np.testing.assert_allclose(out[row, :new], want[0], atol=0.03)
         np.testing.assert_array_equal(out[row, new:], np.zeros((8 - new, H * G, D)))
@@ -165,7 +181,12 @@ def test_errors():
         (ValueError, "expected softcap above 0, got -1.0", q, {"softcap": -1.0}),
         (ValueError, r"expected sink_logits of shape \(4,\), got \(3,\)", q, {"sink_logits": jnp.zeros(3)}),
         (ValueError, r"expected rows to be integers of shape \(2,\), got float32 \(2,\)", q, {"rows": jnp.zeros(2)}),
-        (NotImplementedError, "implementation='triton'; attend has: 'auto', 'reference'", q, {"implementation": "triton"}),
+        (
+            NotImplementedError,
+            "implementation='triton'; attend has: 'auto', 'reference'",
+            q,
+            {"implementation": "triton"},
+        ),
     ]
     for error, message, query, options in cases:
         with pytest.raises(error, match=message):

@@ -17,7 +17,9 @@ VALUE = tq.QuantizerSpec(D, 3)
 
 
 def make_spec(**options):
-    defaults = dict(num_kv_heads=H, head_dim=D, max_tokens=200, key=KEY, value=VALUE, window=24, sink_tokens=4, page_size=16)
+    defaults = dict(
+        num_kv_heads=H, head_dim=D, max_tokens=200, key=KEY, value=VALUE, window=24, sink_tokens=4, page_size=16
+    )
     return tq.CacheSpec(**(defaults | options))
 
 
@@ -114,7 +116,9 @@ def test_ragged_rows_equal_rows_alone():
     out = tq.attend(query, together)
     for row, count in enumerate(lengths):
         piece = slice(row, row + 1)
-        alone = tq.append(tq.init_cache(make_spec(), batch=1), k[piece, :count], v[piece, :count], query=q[piece, :count])
+        alone = tq.append(
+            tq.init_cache(make_spec(), batch=1), k[piece, :count], v[piece, :count], query=q[piece, :count]
+        )
         np.testing.assert_allclose(out[piece], tq.attend(query[piece], alone), atol=2e-5)
 
 
@@ -221,7 +225,9 @@ def test_empty_batch_and_empty_chunk():
 
 def test_vmap_over_caches():
     k, v, q = tokens(3, 50)
-    cache = jax.vmap(lambda k, v, q: tq.append(tq.init_cache(make_spec(), batch=1), k[None], v[None], query=q[None]))(k, v, q)
+    cache = jax.vmap(lambda k, v, q: tq.append(tq.init_cache(make_spec(), batch=1), k[None], v[None], query=q[None]))(
+        k, v, q
+    )
     together = tq.append(tq.init_cache(make_spec(), batch=3), k, v, query=q)
     out = jax.vmap(lambda q, c: tq.attend(q[None], c))(q[:, -1:], cache)
     np.testing.assert_allclose(out[:, 0], tq.attend(q[:, -1:], together), atol=2e-5)

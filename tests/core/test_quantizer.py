@@ -35,7 +35,9 @@ def test_contract_of_every_kind(spec):
     assert code.nbytes == 40 * spec.bytes_per_vector
     restored = tq.dequantize(q, code)
     direct = jnp.sum(restored * y, axis=-1)
-    np.testing.assert_allclose(tq.inner_product(q, y, code), direct, atol=2e-5 * float(jnp.max(jnp.abs(restored))) + 1e-5)
+    np.testing.assert_allclose(
+        tq.inner_product(q, y, code), direct, atol=2e-5 * float(jnp.max(jnp.abs(restored))) + 1e-5
+    )
     for transformed in (jax.jit(tq.quantize)(q, x), jax.vmap(lambda v: tq.quantize(q, v))(x)):
         assert jax.tree.map(jnp.shape, transformed) == jax.tree.map(jnp.shape, code)
         np.testing.assert_allclose(tq.dequantize(q, transformed), restored, atol=0.05)
@@ -85,7 +87,9 @@ def test_outlier_channels_get_the_extra_bit():
 def test_prod_is_unbiased_with_the_right_variance(bits):
     x, y = sphere(300, 128), sphere(300, 128, seed=1)
     run = jax.jit(lambda q: (tq.inner_product(q, x, tq.quantize(q, x)), tq.inner_product(q, y, tq.quantize(q, x))))
-    own, other = zip(*[run(tq.make_quantizer(tq.QuantizerSpec(128, bits, kind="prod"), seed=s)) for s in range(40)], strict=True)
+    own, other = zip(
+        *[run(tq.make_quantizer(tq.QuantizerSpec(128, bits, kind="prod"), seed=s)) for s in range(40)], strict=True
+    )
     assert np.mean(own) == pytest.approx(1, abs=1e-3)
     errors = np.asarray(other) - np.asarray(jnp.sum(x * y, axis=-1))
     want = np.pi / 2 * tq.codebook.distortion(tq.codebook.codebook(128, bits - 1))

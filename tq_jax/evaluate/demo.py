@@ -134,7 +134,9 @@ def demo(
     for claim, holds in claims.items():
         console.print(f"{'holds' if holds else 'FAILS'}  {claim}", style=None if holds else "red")
     source = text.name if text else "persuasion"
-    picture.draw([row.as_dict() for row in rows], plot, title=f"{model or DEFAULT_MODEL}, {positions} positions of {source}")
+    picture.draw(
+        [row.as_dict() for row in rows], plot, title=f"{model or DEFAULT_MODEL}, {positions} positions of {source}"
+    )
     console.print(f"Picture: {plot}")
     payload = {"model": model or DEFAULT_MODEL, "positions": rows[0].quality.positions}
     named = [{"text": source} | row.as_dict() for row in rows]

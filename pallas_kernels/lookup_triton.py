@@ -1,0 +1,213 @@
+"""From packed bytes to int8 tiles inside a Pallas Triton kernel, four elements a register.
+
+The codes of a tile of channels are found in one byte tile a plane (see `pallas_kernels.packing`): element j of the tile
+is field `Field.field + shift[j]` of byte j of the plane, where the shift is absent when all elements share one field.
+Each function builds PTX around `prmt.b32`, which maps four 3-bit selectors to bytes of an 8-byte table, and has a jnp
+twin for interpret mode, where inline PTX does not run.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.format import Codebook
+from pallas_kernels.lookup import integers
+from pallas_kernels.packing import plane_widths
+
+SUPPORTED_BITS = (1, 2, 3, 4, 8)
+"""Widths of codebook codes that have a lookup."""
+
+MAGIC = 0x4B400000
+"""Bits of the float 1.5 * 2**23: integers of 23 bits added to it are the low bits of its mantissa."""
+
+_HALVES = {0: "0x6420", 1: "0x7531"}
+"""Selectors that gather the bytes of even (low nibbles) and odd (high nibbles) lookups."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """Bytes of one plane that hold the codes of a tile.
+
+    Attributes:
+        data: uint8 tile.
+        width: Bits of a field.
+        field: Static number of the field.
+        shift: int8 tile of fields to add for each element; None for zero.
+    """
+
+    data: jax.Array
+    width: int
+    field: int
+    shift: jax.Array | None
+
+
+def codebook_tile(planes: Sequence[Field], book: Codebook, *, interpret: bool) -> jax.Array:
+    """The int8 integers m of a tile of codebook codes; the centroid is (m + 1/2) * book.step.
+
+    Args:
+        planes: The planes of the codes in storage order.
+        book: The codebook.
+        interpret: Whether to compute in jnp.
+
+    Returns:
+        int8, in the shape of the planes' tiles.
+
+    Raises:
+        NotImplementedError: For widths without a lookup.
+    """
+    if book.bits not in SUPPORTED_BITS:
+        raise NotImplementedError(f"lookups exist for codes of {SUPPORTED_BITS} bits, got bits={book.bits}")
+    if interpret:
+        return integers(_codes(planes), book)
+    if book.bits == 8:
+        return lax.bitcast_convert_type(planes[0].data, jnp.int8)
+    build = {1: _signs_ptx, 2: _two_bits_ptx, 3: _three_bits_ptx, 4: _four_bits_ptx}[book.bits]
+    return _inline(planes, build(book.levels, *(plane.field for plane in planes)))
+
+
+def integer_tile(plane: Field, *, interpret: bool) -> jax.Array:
+    """Unsigned codes of a plane as an int8 tile (for min-max groups)."""
+    if interpret:
+        return lax.bitcast_convert_type(_codes([plane]), jnp.int8)
+    mask = _repeat((1 << plane.width) - 1)
+    return _inline([plane], f"shr.b32 a, p0, {plane.width * plane.field}; and.b32 $0, a, {mask};")
+
+
+def round_to_int8(x: jax.Array) -> jax.Array:
+    """Nearest integers of floats between -128 and 127, by the mantissa of a large float."""
+    return lax.bitcast_convert_type(x + 12582912.0, jnp.int32).astype(jnp.int8)
+
+
+def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
+    """2**x; one instruction, denormal results are zero."""
+    return jnp.exp2(x) if interpret else _unary("ex2.approx.ftz.f32", x)
+
+
+def log2(x: jax.Array, *, interpret: bool) -> jax.Array:
+    """Base-2 logarithm of normal positive numbers; one instruction."""
+    return jnp.log2(x) if interpret else _unary("lg2.approx.ftz.f32", x)
+
+
+def tanh(x: jax.Array, *, interpret: bool) -> jax.Array:
+    """Hyperbolic tangent to 2e-7 absolute, which the approximate instruction does not reach."""
+    if interpret:
+        return jnp.tanh(x)
+    decay = exp2(jnp.abs(x) * (-2.0 * 1.4426950408889634), interpret=False)
+    return jnp.where(x < 0, -1.0, 1.0) * ((1.0 - decay) / (1.0 + decay))
+
+
+def _unary(instruction: str, x: jax.Array) -> jax.Array:
+    [out] = plt.elementwise_inline_asm(
+        f"{instruction} $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return out
+
+
+def _codes(planes: Sequence[Field]) -> jax.Array:
+    """The jnp twin: whole codes from their planes."""
+    codes, low = jnp.zeros(planes[0].data.shape, jnp.uint8), 0
+    for plane in planes:
+        count = jnp.full(codes.shape, plane.field, jnp.uint8)
+        if plane.shift is not None:
+            count = count + lax.bitcast_convert_type(plane.shift, jnp.uint8)
+        codes = codes | (((plane.data >> (count * plane.width)) & ((1 << plane.width) - 1)) << low)
+        low += plane.width
+    return codes
+
+
+def _inline(planes: Sequence[Field], body: str) -> jax.Array:
+    """Runs PTX over registers of four elements; it reads p0, p1 (planes), writes $0 and may use a, b, c, d, t, u."""
+    arguments, prologue = [], ""
+    shape = planes[0].data.shape
+    for i, plane in enumerate(planes):
+        arguments.append(plane.data)
+        if plane.shift is None:
+            prologue += f"mov.b32 p{i}, ${len(arguments)};\n"
+            continue
+        # Four neighbours of a register lie in one run of fields, so the first one's shift is everyone's.
+        arguments.append(plane.shift)
+        prologue += f"and.b32 t, ${len(arguments)}, 31;\n"
+        if plane.width > 1:
+            prologue += f"mul.lo.u32 t, t, {plane.width};\n"
+        prologue += f"shr.b32 p{i}, ${len(arguments) - 1}, t;\n"
+    text = "{\n.reg .b32 p0, p1, a, b, c, d, t, u;\n" + prologue + body + "\n}"
+    [out] = plt.elementwise_inline_asm(
+        text,
+        args=arguments,
+        constraints=",".join(["=r"] + ["r"] * len(arguments)),
+        pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.int8)],
+    )
+    return out
+
+
+def _repeat(byte: int) -> str:
+    return f"0x{(byte & 0xFF) * 0x01010101:08x}"
+
+
+def _table(entries: Sequence[int]) -> str:
+    """Four bytes as an immediate, the first lowest."""
+    return f"0x{sum((entry & 0xFF) << (8 * i) for i, entry in enumerate(entries)):08x}"
+
+
+def _look_up(index: str, first: str, second: str, half: int) -> str:
+    """Looks up the eight nibbles of a register and keeps the low or the high nibble of each byte, in u."""
+    return (
+        f"{index}\nshr.b32 b, a, 16;\nmov.b32 t, {first};\nmov.b32 u, {second};\n"
+        f"prmt.b32 c, t, u, a;\nprmt.b32 d, t, u, b;\nprmt.b32 u, c, d, {_HALVES[half]};\n"
+    )
+
+
+def _spread(register: str, bit: int) -> str:
+    """Copies one bit of each byte to all bits of the byte, in t; 0xba98 repeats the top bits."""
+    return f"shl.b32 t, {register}, {7 - bit};\nprmt.b32 t, t, t, 0xba98;\n"
+
+
+def _signs_ptx(levels: Sequence[int], field: int) -> str:
+    return _spread("p0", field) + f"xor.b32 $0, t, {_repeat(levels[0])};"
+
+
+def _two_bits_ptx(levels: Sequence[int], field: int) -> str:
+    table = _table([*levels, ~levels[0], ~levels[1]])
+    index = f"shr.b32 a, p0, {2 * (field % 2)};\nand.b32 a, a, 0x33333333;"
+    return _look_up(index, table, table, field // 2) + "mov.b32 $0, u;"
+
+
+def _three_bits_ptx(levels: Sequence[int], field: int, bit: int) -> str:
+    # The sign goes to bit 2 of the nibble, so that one table of eight holds both signs.
+    nibble = 4 * (field // 2)
+    move = 2 + nibble - bit
+    sign = f"shl.b32 c, p1, {move};" if move >= 0 else f"shr.b32 c, p1, {-move};"
+    index = (
+        f"shr.b32 a, p0, {2 * (field % 2)};\nand.b32 a, a, 0x33333333;\n{sign}\n"
+        "and.b32 c, c, 0x44444444;\nor.b32 a, a, c;"
+    )
+    return _look_up(index, _table(levels), _table([~m for m in levels]), field // 2) + "mov.b32 $0, u;"
+
+
+def _four_bits_ptx(levels: Sequence[int], field: int) -> str:
+    lookup = _look_up("and.b32 a, p0, 0x77777777;", _table(levels[:4]), _table(levels[4:]), field)
+    return lookup + _spread("p0", 3 + 4 * field) + "xor.b32 $0, u, t;"
+
+
+def plane_layout(bits: int, dim: int) -> tuple[tuple[int, int, int], ...]:
+    """Width, first byte and bytes of each plane of the codes of a vector.
+
+    Example:
+        >>> plane_layout(3, 128)
+        ((2, 0, 32), (1, 32, 16))
+    """
+    planes, start = [], 0
+    for width in plane_widths(bits):
+        size = -(-dim * width // 8)
+        planes.append((width, start, size))
+        start += size
+    return tuple(planes)
