@@ -70,11 +70,16 @@ def codebook_tile(planes: Sequence[Field], book: Codebook, *, interpret: bool) -
 
 
 def integer_tile(plane: Field, *, interpret: bool) -> jax.Array:
-    """Unsigned codes of a plane as an int8 tile (for min-max groups)."""
+    """Unsigned codes less 2**(width - 1) as an int8 tile (for min-max groups)."""
+    middle = 1 << (plane.width - 1)
     if interpret:
-        return lax.bitcast_convert_type(_codes([plane]), jnp.int8)
-    mask = _repeat((1 << plane.width) - 1)
-    return _inline([plane], f"shr.b32 a, p0, {plane.width * plane.field}; and.b32 $0, a, {mask};")
+        return lax.bitcast_convert_type(_codes([plane]), jnp.int8) - jnp.int8(middle)
+    # The top bit keeps the borrow of the subtraction inside its byte.
+    return _inline(
+        [plane],
+        f"shr.b32 a, p0, {plane.width * plane.field};\nand.b32 a, a, {_repeat(2 * middle - 1)};\n"
+        f"or.b32 a, a, {_repeat(0x80)};\nsub.u32 a, a, {_repeat(middle)};\nxor.b32 $0, a, {_repeat(0x80)};",
+    )
 
 
 def round_to_int8(x: jax.Array) -> jax.Array:

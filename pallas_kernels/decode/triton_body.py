@@ -366,7 +366,8 @@ def _accumulate(
     weights = p
     if part.unsigned:
         zero = jnp.where(seen, _scale(x.pages.values.zero, part, where, plan), 0.0)
-        weights = p * (zero * inverse)[:, None]
+        middle = float(1 << (part.book.bits - 1))
+        weights = p * (zero * inverse + middle)[:, None]
     offset = offset * alpha + beta * jnp.sum(weights, axis=0)
     return (acc, new_reference, offset), p, alpha, beta
 
