@@ -82,7 +82,7 @@ def attend_pages(
     )
     inputs = Inputs(
         query=query.astype(jnp.float32),
-        pages=pages,
+        pages=jax.tree.map(lambda pool: pool if pool.size else None, pages),
         table=block_table.astype(jnp.int32),
         lengths=lengths.astype(jnp.int32),
         positions=positions.astype(jnp.int32),
