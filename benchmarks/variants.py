@@ -107,7 +107,7 @@ def make_case(variant: Variant, *, kv_heads: int = 2, seed: int = 0) -> Case:
     specs = [tq.QuantizerSpec(variant.dim, **v) for v in (variant.key, variant.value)]
     key, value = specs
     lengths, size = np.array(variant.lengths), variant.page_size
-    per_row = -(-max(lengths) // size) + 1
+    per_row = -(-max(variant.lengths) // size) + 1
     pool = len(lengths) * per_row
     table = rng.permutation(pool).reshape(len(lengths), per_row).astype(np.int32)
     quantizers = [tq.make_quantizer(spec, seed=i) for i, spec in enumerate(specs)]

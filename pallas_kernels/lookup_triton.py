@@ -27,6 +27,9 @@ MAGIC = 0x4B400000
 _HALVES = {0: "0x6420", 1: "0x7531"}
 """Selectors that gather the bytes of even (low nibbles) and odd (high nibbles) lookups."""
 
+PAIR_DISTANCE = {2: 2, 3: 2, 4: 1}
+"""Fields between the two that share the nibbles of a byte in one lookup, by bits of a code."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Field:
@@ -45,13 +48,17 @@ class Field:
     shift: jax.Array | None
 
 
-def codebook_tile(planes: Sequence[Field], book: Codebook, *, interpret: bool) -> jax.Array:
+def codebook_tile(planes: Sequence[Field], book: Codebook, *, interpret: bool, mixed: int | None = None) -> jax.Array:
     """The int8 integers m of a tile of codebook codes; the centroid is (m + 1/2) * book.step.
+
+    Two tiles whose fields lie PAIR_DISTANCE apart in the same bytes come out of the same lookups. Along the channels of
+    keys their elements need not be told apart, if the queries come in the same order (see `mixed_index`).
 
     Args:
         planes: The planes of the codes in storage order.
         book: The codebook.
         interpret: Whether to compute in jnp.
+        mixed: None for this tile; 0 or 1 for a half of it and of its partner, mixed as `mixed_index` says.
 
     Returns:
         int8, in the shape of the planes' tiles.
@@ -62,23 +69,49 @@ def codebook_tile(planes: Sequence[Field], book: Codebook, *, interpret: bool) -
     if book.bits not in SUPPORTED_BITS:
         raise NotImplementedError(f"lookups exist for codes of {SUPPORTED_BITS} bits, got bits={book.bits}")
     if interpret:
-        return integers(_codes(planes), book)
+        return integers(_codes(planes), book) if mixed is None else _mixed_twin(planes, book, mixed)
     if book.bits == 8:
         return lax.bitcast_convert_type(planes[0].data, jnp.int8)
-    build = {1: _signs_ptx, 2: _two_bits_ptx, 3: _three_bits_ptx, 4: _four_bits_ptx}[book.bits]
-    return _inline(planes, build(book.levels, *(plane.field for plane in planes)))
+    return _inline(planes, lookup_ptx(book, [plane.field for plane in planes], mixed))
+
+
+def lookup_ptx(book: Codebook, fields: Sequence[int], mixed: int | None = None) -> str:
+    """PTX that turns p0 (and p1, the second plane) into int8 in $0; see `codebook_tile`."""
+    if book.bits == 1:
+        return _signs_ptx(book.levels, *fields)
+    build = {2: _two_bits_ptx, 3: _three_bits_ptx, 4: _four_bits_ptx}[book.bits]
+    return build(book.levels, *fields, mixed)
+
+
+def mixed_index(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """For elements of a mixed tile of half 0: whether it is the partner's, and its place; half 1 lies two further."""
+    return (i & 1) == 1, (i & ~3) | ((i & 3) >> 1)
+
+
+def _mixed_twin(planes: Sequence[Field], book: Codebook, half: int) -> jax.Array:
+    fields = [
+        dataclasses.replace(p, field=p.field + PAIR_DISTANCE[book.bits] * (2 if p.width == 1 else 1)) for p in planes
+    ]
+    tiles = [integers(_codes(planes), book), integers(_codes(fields), book)]
+    partner, place = mixed_index(jnp.arange(tiles[0].shape[1], dtype=jnp.int32))
+    first, second = (jnp.take(tile, place + 2 * half, axis=1) for tile in tiles)
+    return jnp.where(partner[None, :], second, first)
 
 
 def integer_tile(plane: Field, *, interpret: bool) -> jax.Array:
     """Unsigned codes less 2**(width - 1) as an int8 tile (for min-max groups)."""
-    middle = 1 << (plane.width - 1)
     if interpret:
-        return lax.bitcast_convert_type(_codes([plane]), jnp.int8) - jnp.int8(middle)
+        return lax.bitcast_convert_type(_codes([plane]), jnp.int8) - jnp.int8(1 << (plane.width - 1))
+    return _inline([plane], integer_ptx(plane.width, plane.field))
+
+
+def integer_ptx(width: int, field: int) -> str:
+    """PTX that turns p0 into int8 in $0; see `integer_tile`."""
+    middle = 1 << (width - 1)
     # The top bit keeps the borrow of the subtraction inside its byte.
-    return _inline(
-        [plane],
-        f"shr.b32 a, p0, {plane.width * plane.field};\nand.b32 a, a, {_repeat(2 * middle - 1)};\n"
-        f"or.b32 a, a, {_repeat(0x80)};\nsub.u32 a, a, {_repeat(middle)};\nxor.b32 $0, a, {_repeat(0x80)};",
+    return (
+        f"shr.b32 a, p0, {width * field};\nand.b32 a, a, {_repeat(2 * middle - 1)};\n"
+        f"or.b32 a, a, {_repeat(0x80)};\nsub.u32 a, a, {_repeat(middle)};\nxor.b32 $0, a, {_repeat(0x80)};"
     )
 
 
@@ -163,12 +196,13 @@ def _table(entries: Sequence[int]) -> str:
     return f"0x{sum((entry & 0xFF) << (8 * i) for i, entry in enumerate(entries)):08x}"
 
 
-def _look_up(index: str, first: str, second: str, half: int) -> str:
-    """Looks up the eight nibbles of a register and keeps the low or the high nibble of each byte, in u."""
-    return (
-        f"{index}\nshr.b32 b, a, 16;\nmov.b32 t, {first};\nmov.b32 u, {second};\n"
-        f"prmt.b32 c, t, u, a;\nprmt.b32 d, t, u, b;\nprmt.b32 u, c, d, {_HALVES[half]};\n"
-    )
+def _look_up(index: str, first: str, second: str, field: int, mixed: int | None) -> str:
+    """Looks up nibbles of a, into u: those at the field's place in all bytes, or (mixed) all of the lower or upper bytes."""
+    table = f"mov.b32 t, {first};\nmov.b32 u, {second};\n"
+    lower, upper = "prmt.b32 c, t, u, a;\n", "shr.b32 b, a, 16;\nprmt.b32 d, t, u, b;\n"
+    if mixed is None:
+        return f"{index}\n{table}{lower}{upper}prmt.b32 u, c, d, {_HALVES[field]};\n"
+    return f"{index}\n{table}" + (lower + "mov.b32 u, c;\n", upper + "mov.b32 u, d;\n")[mixed]
 
 
 def _spread(register: str, bit: int) -> str:
@@ -180,27 +214,30 @@ def _signs_ptx(levels: Sequence[int], field: int) -> str:
     return _spread("p0", field) + f"xor.b32 $0, t, {_repeat(levels[0])};"
 
 
-def _two_bits_ptx(levels: Sequence[int], field: int) -> str:
+def _two_bits_ptx(levels: Sequence[int], field: int, mixed: int | None) -> str:
     table = _table([*levels, ~levels[0], ~levels[1]])
     index = f"shr.b32 a, p0, {2 * (field % 2)};\nand.b32 a, a, 0x33333333;"
-    return _look_up(index, table, table, field // 2) + "mov.b32 $0, u;"
+    return _look_up(index, table, table, field // 2, mixed) + "mov.b32 $0, u;"
 
 
-def _three_bits_ptx(levels: Sequence[int], field: int, bit: int) -> str:
+def _three_bits_ptx(levels: Sequence[int], field: int, bit: int, mixed: int | None) -> str:
     # The sign goes to bit 2 of the nibble, so that one table of eight holds both signs.
-    nibble = 4 * (field // 2)
-    move = 2 + nibble - bit
+    move = 2 + 4 * (field // 2) - bit
     sign = f"shl.b32 c, p1, {move};" if move >= 0 else f"shr.b32 c, p1, {-move};"
     index = (
         f"shr.b32 a, p0, {2 * (field % 2)};\nand.b32 a, a, 0x33333333;\n{sign}\n"
         "and.b32 c, c, 0x44444444;\nor.b32 a, a, c;"
     )
-    return _look_up(index, _table(levels), _table([~m for m in levels]), field // 2) + "mov.b32 $0, u;"
+    return _look_up(index, _table(levels), _table([~m for m in levels]), field // 2, mixed) + "mov.b32 $0, u;"
 
 
-def _four_bits_ptx(levels: Sequence[int], field: int) -> str:
-    lookup = _look_up("and.b32 a, p0, 0x77777777;", _table(levels[:4]), _table(levels[4:]), field)
-    return lookup + _spread("p0", 3 + 4 * field) + "xor.b32 $0, u, t;"
+def _four_bits_ptx(levels: Sequence[int], field: int, mixed: int | None) -> str:
+    lookup = _look_up("and.b32 a, p0, 0x77777777;", _table(levels[:4]), _table(levels[4:]), field, mixed)
+    # Signs are top bits of bytes of the register (high nibbles) and of itself four bits up (low nibbles).
+    signs = _spread("p0", 3 + 4 * field)
+    if mixed is not None:
+        signs = f"shl.b32 t, p0, 4;\nprmt.b32 t, t, p0, {('0xd9c8', '0xfbea')[mixed]};\n"
+    return lookup + signs + "xor.b32 $0, u, t;"
 
 
 def plane_layout(bits: int, dim: int) -> tuple[tuple[int, int, int], ...]:

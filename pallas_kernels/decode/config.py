@@ -31,10 +31,15 @@ class TileConfig:
             raise ValueError(f"expected num_warps in (1, 2, 4, 8), got num_warps={self.num_warps}")
 
 
-def default_config(page_size: int, *, precise: bool = False) -> TileConfig:
-    """The configuration for pages of a size, or the largest tile that fits it."""
+def default_config(page_size: int, *, columns: int = 8, dim: int = 128, precise: bool = False) -> TileConfig:
+    """The configuration for pages of a size, query rows padded to `columns`, and head dim.
+
+    One warp holds the accumulators of 8 columns of 128 channels; more of either take more warps.
+    """
+    load = columns * dim * (2 if precise else 1)
+    num_warps = min(8, max(1, 1 << ((load - 1) // 1024).bit_length()))
     tile = max((t for t in TILES if page_size % t == 0 and t <= 64), default=32)
-    return TileConfig(tile=tile, precise=precise)
+    return TileConfig(tile=tile, num_warps=num_warps, programs=132 * max(1, 12 // num_warps), precise=precise)
 
 
 def num_splits(config: TileConfig, *, batch: int, kv_heads: int, capacity: int) -> int:

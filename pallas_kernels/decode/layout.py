@@ -8,7 +8,7 @@ signs of a sketch. Its channels are cut into tiles of power-of-two width along t
 import dataclasses
 
 from pallas_kernels.format import Codebook, CodebookFormat, VectorFormat
-from pallas_kernels.lookup_triton import SUPPORTED_BITS, plane_layout
+from pallas_kernels.lookup_triton import PAIR_DISTANCE, SUPPORTED_BITS, plane_layout
 from pallas_kernels.packing import packed_bytes, plane_widths
 
 LEAST_KEY_TILE = 32
@@ -26,11 +26,15 @@ class Tile:
         start: First channel, counted in the vector whose planes hold it.
         width: Channels of the tile, a power of two.
         valid: Channels of it that exist.
+        partner: Start of the tile whose elements are mixed with this one's (see `lookup_triton`), None if pure.
+        half: Which half of the pair a mixed tile is.
     """
 
     start: int
     width: int
     valid: int
+    partner: int | None = None
+    half: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +99,28 @@ def codebook_parts(fmt: CodebookFormat, *, least: int) -> tuple[Part, ...]:
     return tuple(parts)
 
 
+def mixed_pairs(part: Part) -> Part:
+    """The part with tiles that share their lookups mixed, wherever they come in pairs."""
+    distance = PAIR_DISTANCE.get(part.book.bits)
+    field_bytes = plane_layout(part.book.bits, part.book.dim)[0][2]
+    if distance is None:
+        return part
+    found = {(tile.start, tile.width, tile.valid) for tile in part.tiles}
+    tiles, taken = [], set()
+    for tile in part.tiles:
+        partner = tile.start + distance * field_bytes
+        if tile.start in taken:
+            continue
+        # The fields must be the low and high nibble of a lookup, in this order.
+        low = tile.start // field_bytes % (2 * distance) < distance
+        if not low or (partner, tile.width, tile.valid) not in found:
+            tiles.append(tile)
+            continue
+        taken.add(partner)
+        tiles += [dataclasses.replace(tile, partner=partner, half=half) for half in (0, 1)]
+    return dataclasses.replace(part, tiles=tuple(tiles))
+
+
 def key_parts(fmt: VectorFormat) -> tuple[Part, ...]:
     """Parts of the keys.
 
@@ -103,7 +129,7 @@ def key_parts(fmt: VectorFormat) -> tuple[Part, ...]:
     """
     if not isinstance(fmt, CodebookFormat):
         raise NotImplementedError(f"the kernel reads keys of codebook formats, got {type(fmt).__name__}")
-    return codebook_parts(fmt, least=LEAST_KEY_TILE)
+    return tuple(mixed_pairs(part) for part in codebook_parts(fmt, least=LEAST_KEY_TILE))
 
 
 def value_parts(fmt: VectorFormat) -> tuple[Part, ...]:

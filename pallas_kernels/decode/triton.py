@@ -63,10 +63,10 @@ def attend_pages(
     batch, count, heads, dim = query.shape
     kv_heads, page_size = pages.keys.packed.shape[1:3]
     check_supported(query.shape, pages, key_format, value_format, config)
-    config = default_config(page_size) if config is None else config
-    splits = num_splits(config, batch=batch, kv_heads=kv_heads, capacity=block_table.shape[1] * page_size)
     group = heads // kv_heads
-    columns = max(8, 1 << (count * group - 1).bit_length())
+    columns = padded_columns(count * group)
+    config = default_config(page_size, columns=columns, dim=dim) if config is None else config
+    splits = num_splits(config, batch=batch, kv_heads=kv_heads, capacity=block_table.shape[1] * page_size)
     plan = Plan(
         keys=key_parts(key_format),
         values=value_parts(value_format),
@@ -100,6 +100,11 @@ def attend_pages(
         name="decode",
     )(inputs)
     return _merge_splits(acc, peak, total, count=count, group=group)
+
+
+def padded_columns(rows: int) -> int:
+    """Columns that a number of query rows pads to."""
+    return max(8, 1 << (rows - 1).bit_length())
 
 
 def _merge_splits(acc: Array, peak: Array, total: Array, *, count: int, group: int) -> Partial:

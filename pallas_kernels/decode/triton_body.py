@@ -21,7 +21,17 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.decode.layout import Part, Tile, planes_of
 from pallas_kernels.decode.options import LogitOptions
-from pallas_kernels.lookup_triton import MAGIC, Field, codebook_tile, exp2, integer_tile, log2, round_to_int8, tanh
+from pallas_kernels.lookup_triton import (
+    MAGIC,
+    Field,
+    codebook_tile,
+    exp2,
+    integer_tile,
+    log2,
+    mixed_index,
+    round_to_int8,
+    tanh,
+)
 
 LOG2_E = math.log2(math.e)
 HIDDEN = -1e30
@@ -207,11 +217,15 @@ def _quantized_query(
     for tile in part.tiles:
         shape = (plan.columns, tile.width)
         channel = lax.broadcasted_iota(jnp.int32, shape, 1)
+        start: jax.Array | int = tile.start
+        if tile.partner is not None:
+            partner, channel = mixed_index(channel)
+            start, channel = jnp.where(partner, tile.partner, tile.start), channel + 2 * tile.half
         mask = jnp.broadcast_to(_exists(column, plan)[:, None], shape)
         if tile.valid < tile.width:
             mask = mask & (channel < tile.valid)
         index = [jnp.broadcast_to(i[:, None], shape) for i in (jnp.full_like(token, row), token, head)]
-        at = source.at[(*index, part.channel + tile.start + channel)]
+        at = source.at[(*index, part.channel + start + channel)]
         tiles.append(plt.load(at, mask=mask, other=0.0))
         largest = jnp.maximum(largest, jnp.max(jnp.abs(tiles[-1]), axis=1))
     largest = jnp.maximum(largest, 1e-30)
@@ -300,6 +314,7 @@ def _tiles(ref: Any, part: Part, where: tuple, axis: int, plan: Plan) -> list[ja
     for tile in part.tiles:
         fields = []
         for width, start, size, field in planes_of(part, tile):
+            # Tiles of other fields of the same bytes, mixed ones included, share them.
             key = (start, tile.start % size, tile.width, tile.valid)
             if key not in loaded:
                 loaded[key] = _load_bytes(ref, where, start, size, width, tile, axis, plan)
@@ -307,7 +322,8 @@ def _tiles(ref: Any, part: Part, where: tuple, axis: int, plan: Plan) -> list[ja
         if part.unsigned:
             out.append(integer_tile(fields[0], interpret=plan.interpret))
         else:
-            out.append(codebook_tile(fields, part.book, interpret=plan.interpret))
+            mixed = None if tile.partner is None else tile.half
+            out.append(codebook_tile(fields, part.book, interpret=plan.interpret, mixed=mixed))
     return out
 
 
