@@ -2,8 +2,8 @@
 
     XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/decode.py --limit 500 --json decode.json
 
-Kernel times are CUPTI's, of calls that read other pages each time where the data would fit the L2 cache; end-to-end times
-are those of a loop of jitted calls. Results are written after every row, so that nothing is lost when time runs out.
+Kernel times are CUPTI's, of calls that read other pages each time where the data would fit the L2 cache; end-to-end
+times are those of a loop of jitted calls. Results are written after every row: nothing is lost when time runs out.
 """
 
 import argparse
@@ -130,7 +130,8 @@ def random_pages(key_format, value_format, tokens: int, seed: int = 0):
             return jax.random.bits(key, leaf.shape, jnp.uint8)
         return jax.random.uniform(key, leaf.shape, jnp.float32, 8.0, 14.0).astype(leaf.dtype)
 
-    return tree.unflatten([fill(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
+    filled = [fill(key, leaf) for key, leaf in zip(keys, leaves, strict=True)]
+    return tree.unflatten(filled)
 
 
 def time_decode(results: Results, widths, batch: int, seq: int, config: TileConfig, floor_gbps: float) -> None:
@@ -205,7 +206,7 @@ def guarded(results: Results, label: str, function, *arguments) -> None:
         return
     try:
         function(*arguments)
-    except Exception as error:  # noqa: BLE001  one failing configuration must not lose the others
+    except Exception as error:
         traceback.print_exc()
         results.add("rows", {"failed": label, "error": repr(error)[:400]})
 
@@ -219,10 +220,11 @@ def check_parity(results: Results) -> None:
             try:
                 case = make_case(variant)
                 start = time.perf_counter()
-                config = dataclasses.replace(triton.default_config(case.page_size), precise=precise, programs=64)
-                run = jax.jit(
-                    lambda *a, c=case, f=config: decode_attention(*a, **c.options, config=f, implementation="triton")
-                )
+                query, pages, *_ = case.arrays
+                config = triton.config_for(query.shape, pages, case.options["value_format"], precise=precise)
+                config = dataclasses.replace(config, programs=64)
+                attend = functools.partial(decode_attention, **case.options, config=config, implementation="triton")
+                run = jax.jit(attend)
                 got = jax.block_until_ready(run(*case.arrays))
                 again = run(*case.arrays)
                 row["seconds"] = round(time.perf_counter() - start, 2)
@@ -230,7 +232,7 @@ def check_parity(results: Results) -> None:
                 row["error"] = relative_error(got, want)
                 row["same_twice"] = bool(jnp.array_equal(got.acc, again.acc))
                 row["ok"] = row["same_twice"] and row["error"] <= (1e-3 if precise else variant.tolerance)
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 traceback.print_exc()
                 row |= {"ok": False, "failed": repr(error)[:400]}
             results.add("parity", row)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax._src.lib import triton as _triton
-from jax._src.lib.mlir import ir
+from jax._src.lib import triton as _triton  # pyright: ignore[reportPrivateImportUsage]
+from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 
 ABSTRACT_DEVICE_KIND = "NVIDIA H100 80GB HBM3"
 """A device kind that JAX knows; the Triton IR of these kernels is the same for all of them."""
@@ -92,7 +92,7 @@ def _read(config: Any) -> TritonKernel:
 
 def _text(bytecode: bytes) -> str:
     with ir.Context() as context:
-        _triton.dialect.register_dialect(context)
+        _triton.dialect.register_dialect(context)  # pyright: ignore[reportPrivateImportUsage]
         context.load_all_available_dialects()
         context.allow_unregistered_dialects = True
-        return ir.Module.parse(bytecode).operation.get_asm(enable_debug_info=False)
+        return str(ir.Module.parse(bytecode).operation.get_asm(enable_debug_info=False))

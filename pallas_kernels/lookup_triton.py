@@ -197,7 +197,7 @@ def _table(entries: Sequence[int]) -> str:
 
 
 def _look_up(index: str, first: str, second: str, field: int, mixed: int | None) -> str:
-    """Looks up nibbles of a, into u: those at the field's place in all bytes, or (mixed) all of the lower or upper bytes."""
+    """Looks up nibbles of a, into u: the field's in all bytes or, mixed, all those of the lower or upper two bytes."""
     table = f"mov.b32 t, {first};\nmov.b32 u, {second};\n"
     lower, upper = "prmt.b32 c, t, u, a;\n", "shr.b32 b, a, 16;\nprmt.b32 d, t, u, b;\n"
     if mixed is None:

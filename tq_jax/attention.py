@@ -38,8 +38,8 @@ def attend(
     Args:
         query: Queries after rotary embedding; h_q is a multiple of the cache's KV heads.
         cache: The cache.
-        implementation: "reference" is jnp on any device; "triton" reads the pages with a GPU kernel (interpreted, slowly,
-            where JAX has no GPU); "auto" takes the best one there is.
+        implementation: "reference" is jnp on any device; "triton" reads the pages with a GPU kernel (interpreted where
+            JAX has no GPU, slowly); "auto" takes the best one there is.
         sliding_window: A query sees itself and the sliding_window - 1 tokens before it. All by default.
         softcap: Logits x become softcap * tanh(x / softcap).
         sink_logits: A learned logit a head that takes part in the softmax and has no value.

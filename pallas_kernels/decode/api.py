@@ -1,6 +1,7 @@
 """The public decode op."""
 
 import warnings
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -65,7 +66,7 @@ def decode_attention(
         raise NotImplementedError(f"implementation={implementation!r}; decode_attention has: {IMPLEMENTATIONS}")
     if implementation == "auto":
         implementation = _best(query.shape, pages, key_format, value_format, config)
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         positions=positions,
         key_format=key_format,
         value_format=value_format,

@@ -21,7 +21,7 @@ class TileConfig:
     tile: int = 64
     num_warps: int = 1
     num_stages: int = 3
-    programs: int = 132 * 12
+    programs: int = 132 * 10
     precise: bool = False
 
     def __post_init__(self) -> None:
@@ -31,15 +31,26 @@ class TileConfig:
             raise ValueError(f"expected num_warps in (1, 2, 4, 8), got num_warps={self.num_warps}")
 
 
-def default_config(page_size: int, *, columns: int = 8, dim: int = 128, precise: bool = False) -> TileConfig:
-    """The configuration for pages of a size, query rows padded to `columns`, and head dim.
+def default_config(
+    page_size: int, *, columns: int = 8, dim: int = 128, value_parts: int = 1, precise: bool = False
+) -> TileConfig:
+    """The configuration for pages of a size.
 
-    One warp holds the accumulators of 8 columns of 128 channels; more of either take more warps.
+    One warp has registers for the accumulators of 8 columns of 128 channels; more of either, two-byte arithmetic and
+    several value scales take more warps, and what 8 warps cannot hold takes smaller tiles.
+
+    Args:
+        page_size: Tokens a page.
+        columns: Query rows of a KV head, padded.
+        dim: Head dim.
+        value_parts: Value scales a token.
+        precise: See `TileConfig`.
     """
-    load = columns * dim * (2 if precise else 1)
+    load = columns * dim * (2 if precise else 1) * (2 if value_parts > 2 else 1)
     num_warps = min(8, max(1, 1 << ((load - 1) // 1024).bit_length()))
-    tile = max((t for t in TILES if page_size % t == 0 and t <= 64), default=32)
-    return TileConfig(tile=tile, num_warps=num_warps, programs=132 * max(1, 12 // num_warps), precise=precise)
+    largest = 64 if load <= 8192 else 32
+    tile = max((t for t in TILES if page_size % t == 0 and t <= largest), default=32)
+    return TileConfig(tile=tile, num_warps=num_warps, programs=132 * max(1, 10 // num_warps), precise=precise)
 
 
 def num_splits(config: TileConfig, *, batch: int, kv_heads: int, capacity: int) -> int:

@@ -152,6 +152,6 @@ def value_parts(fmt: VectorFormat) -> tuple[Part, ...]:
 
 
 def planes_of(part: Part, tile: Tile) -> tuple[tuple[int, int, int, int], ...]:
-    """For each plane of a part: width of a field, first byte of the plane, its bytes, and the field of the tile's start."""
+    """Of each plane of a part: width of a field, first byte, number of bytes, and the field where the tile starts."""
     planes = plane_layout(part.book.bits, part.book.dim)
     return tuple((width, part.byte + start, size, tile.start // size) for width, start, size in planes)

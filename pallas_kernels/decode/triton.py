@@ -60,12 +60,12 @@ def attend_pages(
     Raises:
         NotImplementedError: For shapes or formats outside the kernel's limits.
     """
-    batch, count, heads, dim = query.shape
+    batch, count, heads, _ = query.shape
     kv_heads, page_size = pages.keys.packed.shape[1:3]
     check_supported(query.shape, pages, key_format, value_format, config)
     group = heads // kv_heads
     columns = padded_columns(count * group)
-    config = default_config(page_size, columns=columns, dim=dim) if config is None else config
+    config = config_for(query.shape, pages, value_format) if config is None else config
     splits = num_splits(config, batch=batch, kv_heads=kv_heads, capacity=block_table.shape[1] * page_size)
     plan = Plan(
         keys=key_parts(key_format),
@@ -100,6 +100,16 @@ def attend_pages(
         name="decode",
     )(inputs)
     return _merge_splits(acc, peak, total, count=count, group=group)
+
+
+def config_for(
+    query_shape: tuple[int, ...], pages: Pages, value_format: VectorFormat, *, precise: bool = False
+) -> TileConfig:
+    """The tiles that `attend_pages` takes by default."""
+    _, count, heads, dim = query_shape
+    kv_heads, page_size = pages.keys.packed.shape[1:3]
+    columns, parts = padded_columns(count * heads // kv_heads), len(value_parts(value_format))
+    return default_config(page_size, columns=columns, dim=dim, value_parts=parts, precise=precise)
 
 
 def padded_columns(rows: int) -> int:
@@ -147,7 +157,8 @@ def check_supported(
             f"the Triton kernel has up to {MAX_QUERY_TOKENS} query tokens and {MAX_GROUP} query heads a KV head, "
             f"got {count} and {group}"
         )
-    tile = (default_config(page_size) if config is None else config).tile
+    value_parts(value_format)
+    tile = (config_for(query_shape, pages, value_format) if config is None else config).tile
     if page_size % tile:
         raise NotImplementedError(f"the Triton kernel reads pages of a multiple of {tile} tokens, got {page_size=}")
     for array in jax.tree.leaves(pages):
@@ -157,4 +168,3 @@ def check_supported(
                 f"the Triton kernel addresses pools up to 2 GiB or above 4 GiB, got {array.size * array.dtype.itemsize}"
             )
     key_parts(key_format)
-    value_parts(value_format)

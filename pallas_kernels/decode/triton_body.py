@@ -2,11 +2,12 @@
 
 Tokens are the rows and queries the columns of every product, so that queries pad to 8 and not to 16:
 
-    logits [tokens, queries] = keys [tokens, channels] @ q^T        acc [channels, queries] += values [channels, tokens] @ p
+    logits [tokens, queries] = keys [tokens, channels] @ q^T
+    acc [channels, queries] += values [channels, tokens] @ p
 
-Both products take int8 half-integers m of centroids (m + 1/2) * step; q is int8 with one scale a row, and so is p * value
-scale with one scale a tile and row. The halves leave the tiles as sum(q) / 2 and sum(p) / 2. Scales of values enter as
-their logarithm: w = logit + log2(scale), p * scale = 2**(w - max w), which makes the largest of a tile's int8 exactly 127.
+Both products take int8 half-integers m of centroids (m + 1/2) * step; q is int8 with one scale a row, and so is p times
+the value scale, with one scale a tile and row. The halves leave the tiles as sum(q) / 2 and sum(p) / 2. Scales of values
+enter as logarithms: w = logit + log2(scale), p * scale = 2**(w - max w), and the largest int8 of a tile is exactly 127.
 """
 
 import dataclasses
@@ -202,7 +203,7 @@ def _visible(tokens: jax.Array, position: jax.Array, plan: Plan) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Query:
-    """A quantized query: int8 tiles [columns, width] (high bytes, then low), half their sum, and the factor of logits."""
+    """A quantized query: int8 tiles [columns, width] (high, then low bytes), half their sum, the factor of logits."""
 
     tiles: list[tuple[jax.Array, ...]]
     half: jax.Array
