@@ -163,9 +163,10 @@ def time_decode(results: Results, widths, batch: int, seq: int, config: TileConf
     row = {
         "op": "decode", "impl": "triton", "batch": batch, "seq": seq, "q_heads": Q_HEADS, "kv_heads": KV_HEADS,
         "head_dim": DIM, "key": f"mse{widths[0]}", "value": f"mse{widths[1]}", "paged": True, "page_size": PAGE,
-        "us": round(kernel / copies, 2), "merge_us": round(other / copies, 2), "end_to_end_us": round(whole / copies, 2),
-        "floor_us": round(floor, 2), "over_floor": round(kernel / copies / floor, 3), "bytes": nbytes,
-        "config": dataclasses.asdict(config), "kernels": names,
+        "us": round(kernel / copies, 2), "merge_us": round(other / copies, 2),
+        "end_to_end_us": round(whole / copies, 2), "floor_us": round(floor, 2),
+        "over_floor": round(kernel / copies / floor, 3), "bytes": nbytes, "config": dataclasses.asdict(config),
+        "kernels": names,
     }  # fmt: skip
     results.add("rows", row)
 
