@@ -256,7 +256,7 @@ def main() -> None:
     shapes = SHAPES[: options.shapes]
     for shape in shapes if "peers" in parts else ():
         guarded(results, f"peers {shape}", time_cudnn, results, *shape)
-    best = CONFIGS[:1]
+    best = CONFIGS[:2]
     if "configs" in parts:
         for config in CONFIGS:
             label = f"{config}"
