@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.decode import LogitOptions, Partial, decode_attention, merge
+from pallas_kernels.decode.api import IMPLEMENTATIONS
 from pallas_kernels.decode.reference import attend_tokens, nothing
 from tq_jax.cache import Cache, from_storage, require_row_integers
 from tq_jax.quantizer import from_rotated, sketch_gain, sketch_query, to_rotated
@@ -41,7 +42,8 @@ def attend(
     Args:
         query: Queries after rotary embedding; h_q is a multiple of the cache's KV heads.
         cache: The cache.
-        implementation: "reference" is jnp on any device; "auto" takes the best one there is.
+        implementation: "reference" is jnp on any device; "triton" reads the pages with a GPU kernel (interpreted where
+            JAX has no GPU, slowly); "auto" takes the best one there is.
         sliding_window: A query sees itself and the sliding_window - 1 tokens before it. All by default.
         softcap: Logits x become softcap * tanh(x / softcap).
         sink_logits: A learned logit a head that takes part in the softmax and has no value.
@@ -55,7 +57,7 @@ def attend(
 
     Raises:
         ValueError: For shapes or options that do not fit.
-        NotImplementedError: For an implementation that does not exist.
+        NotImplementedError: For an implementation that does not exist or does not support the case.
 
     Example:
         >>> import tq_jax as tq
@@ -86,20 +88,29 @@ def attend(
     if sink_logits is not None and sink_logits.shape != query.shape[2:3]:
         raise ValueError(f"expected sink_logits of shape {query.shape[2:3]}, got {tuple(sink_logits.shape)}")
     require_row_integers(batch, lengths=lengths, rows=rows)
-    if implementation not in ("auto", "reference"):
-        raise NotImplementedError(f"implementation={implementation!r}; attend has: 'auto', 'reference'")
+    if implementation not in IMPLEMENTATIONS:
+        raise NotImplementedError(f"implementation={implementation!r}; attend has: {IMPLEMENTATIONS}")
     if lengths is None:
         lengths = jnp.full(batch, query.shape[1], jnp.int32)
     rows = jnp.arange(cache.rows, dtype=jnp.int32) if rows is None else rows.astype(jnp.int32)
     if query.size == 0:
         return jnp.zeros_like(query)
     options = LogitOptions(scale or float(np.float32(spec.head_dim**-0.5)), softcap, sliding_window)
-    return _attend(query, cache, lengths.astype(jnp.int32), rows, sink_logits, options=options)
+    return _attend(
+        query, cache, lengths.astype(jnp.int32), rows, sink_logits, options=options, implementation=implementation
+    )
 
 
-@functools.partial(jax.jit, static_argnames="options")
+@functools.partial(jax.jit, static_argnames=("options", "implementation"))
 def _attend(
-    query: Array, cache: Cache, lengths: Array, rows: Array, sink_logits: Array | None, *, options: LogitOptions
+    query: Array,
+    cache: Cache,
+    lengths: Array,
+    rows: Array,
+    sink_logits: Array | None,
+    *,
+    options: LogitOptions,
+    implementation: str,
 ) -> Array:
     length = cache.length[rows]
     step = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
@@ -109,7 +120,7 @@ def _attend(
     if cache.exact_keys.shape[2]:
         partial = _attend_exact(precise, cache, rows, positions, options)
     if cache.pages is not None:
-        partial = merge(partial, _attend_compressed(precise, cache, rows, positions, options))
+        partial = merge(partial, _attend_compressed(precise, cache, rows, positions, options, implementation))
     if sink_logits is not None:
         logits = jnp.broadcast_to(sink_logits.astype(jnp.float32)[None, None], partial.peak.shape)
         partial = merge(partial, Partial(jnp.zeros_like(partial.acc), logits, jnp.ones_like(partial.total)))
@@ -176,7 +187,12 @@ def exact_positions(cache: Cache, rows: Int[Array, "b"]) -> tuple[Int[Array, "b 
 
 
 def _attend_compressed(
-    query: Array, cache: Cache, rows: Int[Array, "b"], positions: Int[Array, "b t"], options: LogitOptions
+    query: Array,
+    cache: Cache,
+    rows: Int[Array, "b"],
+    positions: Int[Array, "b t"],
+    options: LogitOptions,
+    implementation: str,
 ) -> Partial:
     spec, key_quantizer, value_quantizer = cache.spec, cache.key_quantizer, cache.value_quantizer
     assert cache.pages is not None and spec.key is not None and spec.value is not None
@@ -202,5 +218,6 @@ def _attend_compressed(
         options=options,
         logit_bias=bias,
         sketch_query=sketch,
+        implementation=implementation,
     )
     return Partial(from_rotated(value_quantizer, partial.acc), partial.peak, partial.total)

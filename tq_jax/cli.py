@@ -15,6 +15,7 @@ COMMANDS = {
     "demo": "tq_jax.evaluate.demo:demo",
     "validate": "tq_jax.evaluate.distortion:validate",
     "audit": "tq_jax.evaluate.audit:audit",
+    "gate": "tq_jax.evaluate.gate:gate",
 }
 """Name of each command and where its function is, in the order of the help text."""
 

@@ -1,12 +1,19 @@
 """The public decode op."""
 
+import warnings
+from typing import Any
+
+import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode import reference
+from pallas_kernels.decode import reference, triton
+from pallas_kernels.decode.config import TileConfig
 from pallas_kernels.decode.options import LogitOptions
 from pallas_kernels.decode.pages import Pages
 from pallas_kernels.decode.partial import Partial
 from pallas_kernels.format import VectorFormat
+
+IMPLEMENTATIONS = ("auto", "reference", "triton")
 
 
 def decode_attention(
@@ -22,6 +29,7 @@ def decode_attention(
     logit_bias: Float[Array, "b t h_q"] | None = None,
     sketch_query: Float[Array, "b t h_q d"] | None = None,
     implementation: str = "auto",
+    config: TileConfig | None = None,
 ) -> Partial:
     """Attends over packed pages in the rotated basis.
 
@@ -36,14 +44,16 @@ def decode_attention(
         options: Logit scale, soft-cap and sliding window.
         logit_bias: Added to every logit of a query after scaling and before the soft-cap (queries times the key mean).
         sketch_query: S y of the rotated queries, premultiplied by the sketch's gain; needed exactly for Prod keys.
-        implementation: "reference" is jnp on any device.
+        implementation: "reference" is jnp on any device; "triton" the Pallas kernel, which runs interpreted, slowly,
+            where JAX has no GPU; "auto" the kernel on a GPU for what it supports and the reference elsewhere.
+        config: Tile sizes and precision of the kernel; by default those for the page size.
 
     Returns:
         The partial attention; its `acc` is in the rotated basis of the values.
 
     Raises:
         ValueError: If head counts or dims do not fit, or sketch_query is missing or superfluous.
-        NotImplementedError: For an implementation that does not exist.
+        NotImplementedError: For an implementation that does not exist, or "triton" where it does not support the case.
     """
     kv_heads = pages.keys.packed.shape[1]
     if query.shape[-1] != key_format.dim or query.shape[2] % kv_heads:
@@ -52,13 +62,11 @@ def decode_attention(
         )
     if (sketch_query is not None) != getattr(key_format, "residual", False):
         raise ValueError(f"expected sketch_query exactly for Prod keys, got sketch_query={sketch_query is not None}")
-    if implementation not in ("auto", "reference"):
-        raise NotImplementedError(f"implementation={implementation!r}; decode_attention has: 'reference'")
-    return reference.attend_pages(
-        query,
-        pages,
-        block_table,
-        lengths,
+    if implementation not in IMPLEMENTATIONS:
+        raise NotImplementedError(f"implementation={implementation!r}; decode_attention has: {IMPLEMENTATIONS}")
+    if implementation == "auto":
+        implementation = _best(query.shape, pages, key_format, value_format, config)
+    arguments: dict[str, Any] = dict(
         positions=positions,
         key_format=key_format,
         value_format=value_format,
@@ -66,3 +74,24 @@ def decode_attention(
         logit_bias=logit_bias,
         sketch_query=sketch_query,
     )
+    if implementation == "triton":
+        return triton.attend_pages(query, pages, block_table, lengths, config=config, **arguments)
+    return reference.attend_pages(query, pages, block_table, lengths, **arguments)
+
+
+def _best(
+    query_shape: tuple[int, ...],
+    pages: Pages,
+    key_format: VectorFormat,
+    value_format: VectorFormat,
+    config: TileConfig | None,
+) -> str:
+    """The kernel on a GPU unless it does not support the case, which is warned about (once, by Python's default)."""
+    if jax.default_backend() != "gpu":
+        return "reference"
+    try:
+        triton.check_supported(query_shape, pages, key_format, value_format, config)
+    except NotImplementedError as error:
+        warnings.warn(f"decode attention runs as the slow reference: {error}", stacklevel=3)
+        return "reference"
+    return "triton"

@@ -207,9 +207,9 @@ def test_errors():
         (ValueError, r"expected rows to be integers of shape \(2,\), got float32 \(2,\)", q, {"rows": jnp.zeros(2)}),
         (
             NotImplementedError,
-            "implementation='triton'; attend has: 'auto', 'reference'",
+            "implementation='mosaic'; attend has: ",
             q,
-            {"implementation": "triton"},
+            {"implementation": "mosaic"},
         ),
     ]
     for error, message, query, options in cases:

@@ -163,6 +163,6 @@ def test_errors():
         call(jnp.zeros((1, 1, 3, DIM)))
     with pytest.raises(ValueError, match="expected sketch_query exactly for Prod keys, got sketch_query=True"):
         call(jnp.zeros((1, 1, 2, DIM)), sketch_query=jnp.zeros((1, 1, 2, DIM)))
-    with pytest.raises(NotImplementedError, match="implementation='mosaic'; decode_attention has: 'reference'"):
+    with pytest.raises(NotImplementedError, match="implementation='mosaic'; decode_attention has: "):
         call(jnp.zeros((1, 1, 2, DIM)), implementation="mosaic")
     assert dataclasses.asdict(LogitOptions(scale=1.0))["softcap"] is None

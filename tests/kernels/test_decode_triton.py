@@ -1,0 +1,127 @@
+"""The Triton kernel, interpreted, against the reference."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.variants import VARIANTS, Variant, make_case, normalized, relative_error
+from pallas_kernels.decode import LogitOptions, TileConfig, decode_attention
+from pallas_kernels.decode.config import default_config, num_splits
+from pallas_kernels.decode.pages import empty_pages
+from tq_jax import QuantizerSpec
+
+PRECISE = {"k4v4", "prod3 group2", "count 5 window"}
+QUICK = PRECISE | {
+    "k2v2",
+    "k3v3",
+    "k8v3",
+    "k2.5v3.5",
+    "prod1 v3",
+    "d80",
+    "d64 low",
+    "window 1",
+    "softcap bias",
+    "group 16",
+}
+CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
+
+
+def attend(case, implementation, **config):
+    base = dataclasses.replace(default_config(case.page_size), programs=64)
+    config = dataclasses.replace(base, **config)
+    return decode_attention(*case.arrays, **case.options, implementation=implementation, config=config)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parity_with_the_reference(name):
+    case = make_case(VARIANTS[name])
+    want = attend(case, "reference")
+    got = attend(case, "triton")
+    assert relative_error(got, want) <= VARIANTS[name].tolerance
+    np.testing.assert_array_equal(got.total > 0, want.total > 0)
+    seen = np.asarray(want.total > 0)
+    log_sum = np.asarray(want.peak + jnp.log(jnp.where(want.total > 0, want.total, 1.0)))
+    np.testing.assert_allclose(np.asarray(got.peak)[seen], log_sum[seen], atol=0.05)
+    np.testing.assert_array_equal(np.asarray(got.peak)[~seen], np.asarray(want.peak)[~seen])
+    if name in PRECISE:
+        assert relative_error(attend(case, "triton", precise=True), want) <= 1e-3
+
+
+def test_rounding_is_a_tenth_of_quantization():
+    """Against attention over full-precision keys and values, the kernel is as good as the reference."""
+    variant = dataclasses.replace(VARIANTS["k4v4"], lengths=(500, 500))
+    case = make_case(variant)
+    finer = make_case(dataclasses.replace(variant, key={"bits": 8, "search": True}, value={"bits": 8, "search": True}))
+    exact = attend(finer, "reference")
+    quantization = relative_error(attend(case, "reference"), exact)
+    assert relative_error(attend(case, "triton"), attend(case, "reference")) <= quantization / 10
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"tile": 32}, {"tile": 128, "num_warps": 2}, {"tile": 128, "programs": 1}, {"programs": 10_000}],
+    ids=str,
+)
+def test_tiles_and_splits_do_not_matter(config):
+    case = make_case(dataclasses.replace(VARIANTS["k4v4"], page_size=128, lengths=(257, 1, 0, 128)))
+    want = attend(case, "reference")
+    assert relative_error(attend(case, "triton", precise=True, **config), want) <= 1e-4
+
+
+def test_running_twice_gives_the_same_bits():
+    case = make_case(VARIANTS["k3v3"])
+    first, second = (attend(case, "triton") for _ in range(2))
+    np.testing.assert_array_equal(first.acc, second.acc)
+    np.testing.assert_array_equal(first.peak, second.peak)
+
+
+def test_vectors_of_zeros_count_in_the_softmax():
+    """A value scale of zero hides no probability."""
+    case = make_case(VARIANTS["k4v4"])
+    query, pages, *rest = case.arrays
+    scale = pages.values.scale.at[..., ::2].multiply(0)
+    pages = dataclasses.replace(pages, values=dataclasses.replace(pages.values, scale=scale))
+    case = dataclasses.replace(case, arrays=(query, pages, *rest))
+    want = attend(case, "reference")
+    assert relative_error(attend(case, "triton", precise=True), want) <= 1e-4
+
+
+def test_large_logits_of_one_key():
+    """Tiles whose largest probability is 2**-100 of the whole leave no trace, and no NaN."""
+    case = make_case(Variant(lengths=(200, 129)))
+    query, *rest = case.arrays
+    options = case.options | {"options": LogitOptions(scale=8.0)}
+    case = dataclasses.replace(case, arrays=(query, *rest), options=options)
+    want = attend(case, "reference")
+    assert np.isfinite(normalized(attend(case, "triton"))).all()
+    assert relative_error(attend(case, "triton", precise=True), want) <= 1e-2
+
+
+def test_limits_are_named():
+    def call(key=None, value=None, *, dim=64, heads=2, count=1, page=64, config=None):
+        key, value = key or QuantizerSpec(dim, 4), value or QuantizerSpec(dim, 4)
+        pages = empty_pages(2, 1, page, key.format, value.format)
+        return decode_attention(
+            jnp.zeros((1, count, heads, dim)), pages, jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32),
+            positions=jnp.zeros((1, count), jnp.int32), key_format=key.format, value_format=value.format,
+            options=LogitOptions(1.0), implementation="triton", config=config,
+        )  # fmt: skip
+
+    for match, arguments in [
+        ("head dims .*, got 48 and 48", {"dim": 48}),
+        ("up to 8 query tokens and 16 query heads a KV head, got 9 and 2", {"count": 9}),
+        ("got 1 and 17", {"heads": 17}),
+        ("pages of a multiple of 32 tokens, got page_size=16", {"page": 16}),
+        ("pages of a multiple of 128 tokens, got page_size=64", {"config": TileConfig(tile=128)}),
+        (r"codes of \(1, 2, 3, 4, 8\) bits, got bits=5", {"key": QuantizerSpec(64, 5)}),
+        ("keys of codebook formats, got GroupFormat", {"key": QuantizerSpec(64, 4, kind="group")}),
+        ("values without a sketch", {"value": QuantizerSpec(64, 4, kind="prod")}),
+    ]:
+        with pytest.raises(NotImplementedError, match=match):
+            call(**arguments)
+    with pytest.raises(ValueError, match="expected tile in .*, got tile=48"):
+        TileConfig(tile=48)
+    assert num_splits(TileConfig(programs=1584), batch=8, kv_heads=8, capacity=32768) == 24
+    assert num_splits(TileConfig(), batch=1, kv_heads=8, capacity=64) == 1

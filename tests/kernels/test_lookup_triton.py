@@ -1,0 +1,110 @@
+"""The PTX of the lookups, run by a small emulator, against packing and the plain lookup."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import lookup_triton as lt
+from pallas_kernels.decode.layout import cut, key_parts, planes_of, value_parts
+from pallas_kernels.format import GroupFormat
+from pallas_kernels.lookup import integers
+from pallas_kernels.packing import pack
+from tq_jax import QuantizerSpec
+from tq_jax.codebook import codebook
+
+MASK = 0xFFFFFFFF
+
+
+def prmt(a, b, selector):
+    source, out = [(x >> (8 * i)) & 0xFF for x in (a, b) for i in range(4)], 0
+    for i in range(4):
+        nibble = (selector >> (4 * i)) & 0xF
+        byte = source[nibble & 7]
+        out |= ((0xFF if byte & 0x80 else 0) if nibble & 8 else byte) << (8 * i)
+    return out
+
+
+OPERATIONS = {
+    "mov.b32": lambda a: a,
+    "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "xor.b32": lambda a, b: a ^ b,
+    "shl.b32": lambda a, b: a << b,
+    "shr.b32": lambda a, b: a >> b,
+    "sub.u32": lambda a, b: a - b,
+    "mul.lo.u32": lambda a, b: a * b,
+    "prmt.b32": prmt,
+}
+
+
+def emulate(ptx, **registers):
+    """Runs straight-line PTX on 32-bit registers and returns $0."""
+    for line in filter(None, (part.strip() for part in ptx.replace("\n", " ").split(";"))):
+        operation, rest = line.split(" ", 1)
+        target, *sources = re.split(r",\s*", rest)
+        values = [int(s, 0) if re.match(r"(0x)?\d", s) else registers[s] for s in sources]
+        registers[target] = OPERATIONS[operation](*values) & MASK
+    return registers["$0"]
+
+
+def words(array):
+    return [int(w) for w in np.ascontiguousarray(array, np.uint8).view("<u4")]
+
+
+def int8s(word):
+    return np.array([word], "<u4").view(np.int8)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+def test_ptx_of_plain_and_mixed_tiles(bits, dim):
+    book = codebook(dim, bits)
+    codes = np.random.default_rng(bits).integers(0, 2**bits, dim).astype(np.uint8)
+    want = np.asarray(integers(jnp.asarray(codes), book))
+    packed = np.asarray(pack(jnp.asarray(codes), bits))
+    part = key_parts(QuantizerSpec(dim, bits).format)[0]
+    mixed = 0
+    for tile in part.tiles:
+        channel = np.arange(tile.valid // 4 * 4)
+        start = np.full_like(channel, tile.start)
+        if tile.partner is not None:
+            partner, place = (np.asarray(x) for x in lt.mixed_index(jnp.asarray(channel)))
+            start, channel, mixed = np.where(partner, tile.partner, tile.start), place + 2 * tile.half, mixed + 1
+        wanted = want[start + channel]
+        planes = []
+        for width, first, size, _ in planes_of(part, tile):
+            place = tile.start + np.arange(len(channel))
+            planes.append((width, packed[first + place % size], place // size - tile.start // size))
+        fields = [field for *_, field in planes_of(part, tile)]
+        ptx = lt.lookup_ptx(book, fields, None if tile.partner is None else tile.half)
+        for i in range(0, len(channel), 4):
+            registers = {}
+            for p, (width, data, shift) in enumerate(planes):
+                if len(set(shift[i : i + 4])) > 1:
+                    data = data >> (shift * width)
+                    shift = np.zeros_like(shift)
+                registers[f"p{p}"] = words(data[i : i + 4])[0] >> int(shift[i]) * width
+            np.testing.assert_array_equal(int8s(emulate(ptx, **registers)), wanted[i : i + 4])
+    assert mixed == (0 if bits == 1 else len(part.tiles))
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_ptx_of_group_codes(width):
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 256, 4).astype(np.uint8)
+    for field in range(8 // width):
+        got = int8s(emulate(lt.integer_ptx(width, field), p0=words(data)[0]))
+        want = ((data >> (width * field)) & (2**width - 1)).astype(np.int64) - 2 ** (width - 1)
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_tiles_cover_every_channel_once(dim, bits):
+    for least in (16, 32):
+        channels = [c for tile in cut(dim, bits, least=least) for c in range(tile.start, tile.start + tile.valid)]
+        assert channels == list(range(dim))
+    parts = value_parts(GroupFormat(dim, 4, 16))
+    assert [c for p in parts for t in p.tiles for c in range(t.start, t.start + t.valid)] == list(range(dim))
