@@ -48,7 +48,7 @@ def default_config(
     """
     load = columns * dim * (2 if precise else 1) * (2 if value_parts > 2 else 1)
     num_warps = min(8, max(1, 1 << ((load - 1) // 1024).bit_length()))
-    largest = 64 if load <= 8192 else 32
+    largest = 64 if load < 8192 else 32
     tile = max((t for t in TILES if page_size % t == 0 and t <= largest), default=32)
     return TileConfig(tile=tile, num_warps=num_warps, programs=132 * max(1, 10 // num_warps), precise=precise)
 
