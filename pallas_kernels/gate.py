@@ -57,7 +57,7 @@ def compile_for(kernel: TritonKernel, architecture: str, *, disassemble: bool = 
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tools = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder) / "kernel.ttir", Path(folder) / "kernel.cubin"
         source.write_text(kernel.ir)

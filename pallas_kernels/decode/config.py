@@ -46,6 +46,9 @@ def default_config(
         value_parts: Value scales a token.
         precise: See `TileConfig`.
     """
+    if page_size % 128 == 0 and columns <= 8 and dim <= 128 and value_parts == 1 and not precise:
+        # Measured on an H100: the best of 16 configurations at all widths but 4 bits, and within 5 % of it there.
+        return TileConfig(tile=128, num_warps=2, num_stages=3, programs=132 * 6)
     load = columns * dim * (2 if precise else 1) * (2 if value_parts > 2 else 1)
     num_warps = min(8, max(1, 1 << ((load - 1) // 1024).bit_length()))
     largest = 64 if load < 8192 else 32

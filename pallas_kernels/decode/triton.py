@@ -15,9 +15,10 @@ from pallas_kernels.decode.options import LogitOptions
 from pallas_kernels.decode.pages import Pages
 from pallas_kernels.decode.partial import NO_KEY, Partial
 from pallas_kernels.decode.triton_body import Inputs, Plan, attend
-from pallas_kernels.format import VectorFormat
+from pallas_kernels.format import CodebookFormat, VectorFormat
+from pallas_kernels.packing import plane_widths
 
-MAX_QUERY_TOKENS, MAX_GROUP = 8, 16
+MAX_QUERY_TOKENS, MAX_GROUP, MAX_COLUMNS = 8, 16, 32
 DIMS = (64, 80, 96, 128, 192, 256)
 """Head dims that are tested."""
 
@@ -157,6 +158,14 @@ def check_supported(
             f"the Triton kernel has up to {MAX_QUERY_TOKENS} query tokens and {MAX_GROUP} query heads a KV head, "
             f"got {count} and {group}"
         )
+    columns = padded_columns(count * group)
+    if columns > MAX_COLUMNS:
+        raise NotImplementedError(
+            f"the Triton kernel has up to {MAX_COLUMNS} query rows a KV head (query tokens times query heads), "
+            f"got {count * group}"
+        )
+    if config is not None and config.precise and columns > 8:
+        raise NotImplementedError(f"precise=True has up to 8 query rows a KV head, got {count * group}")
     value_parts(value_format)
     tile = (config_for(query_shape, pages, value_format) if config is None else config).tile
     if page_size % tile:
@@ -168,3 +177,15 @@ def check_supported(
                 f"the Triton kernel addresses pools up to 2 GiB or above 4 GiB, got {array.size * array.dtype.itemsize}"
             )
     key_parts(key_format)
+    assert isinstance(key_format, CodebookFormat)
+    _check_key_planes(key_format)
+
+
+def _check_key_planes(fmt: CodebookFormat) -> None:
+    """Raises NotImplementedError for keys whose planes do not start at whole words, as loads of four bytes need."""
+    for dim, bits in [(book.dim, book.bits) for book in fmt.segments] + [(fmt.dim, 1)] * fmt.residual:
+        for width in plane_widths(bits):
+            if dim * width % 32:
+                raise NotImplementedError(
+                    f"the Triton kernel has key planes of a multiple of 4 bytes, got {dim} channels of {width} bits"
+                )

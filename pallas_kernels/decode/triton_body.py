@@ -6,7 +6,7 @@ Tokens are the rows and queries the columns of every product, so that queries pa
     acc [channels, queries] += values [channels, tokens] @ p
 
 Both products take int8 half-integers m of centroids (m + 1/2) * step; q is int8 with one scale a row, and so is p times
-the value scale, with one scale a tile and row. The halves leave the tiles as sum(q) / 2 and sum(p) / 2. Scales of values
+the value scale, with one scale a tile and row. The halves leave the tiles as sum(q) / 2 and sum(p) / 2. Value scales
 enter as logarithms: w = logit + log2(scale), p * scale = 2**(w - max w), and the largest int8 of a tile is exactly 127.
 """
 

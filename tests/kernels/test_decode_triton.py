@@ -12,7 +12,7 @@ from pallas_kernels.decode.config import default_config, num_splits
 from pallas_kernels.decode.pages import empty_pages
 from tq_jax import QuantizerSpec
 
-PRECISE = {"k4v4", "prod3 group2", "count 5 window"}
+PRECISE = {"k4v4", "prod3 group2", "window"}
 QUICK = PRECISE | {
     "k2v2",
     "k3v3",
@@ -115,6 +115,9 @@ def test_limits_are_named():
         ("got 1 and 17", {"heads": 17}),
         ("pages of a multiple of 32 tokens, got page_size=16", {"page": 16}),
         ("pages of a multiple of 128 tokens, got page_size=64", {"config": TileConfig(tile=128)}),
+        ("up to 32 query rows a KV head .*, got 40", {"count": 4, "heads": 10}),
+        ("precise=True has up to 8 query rows a KV head, got 16", {"heads": 16, "config": TileConfig(precise=True)}),
+        ("key planes of a multiple of 4 bytes, got 80 channels of 1 bits", {"key": QuantizerSpec(80, 3), "dim": 80}),
         (r"codes of \(1, 2, 3, 4, 8\) bits, got bits=5", {"key": QuantizerSpec(64, 5)}),
         ("keys of codebook formats, got GroupFormat", {"key": QuantizerSpec(64, 4, kind="group")}),
         ("values without a sketch", {"value": QuantizerSpec(64, 4, kind="prod")}),
