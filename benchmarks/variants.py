@@ -41,7 +41,7 @@ class Variant:
     softcap: float | None = None
     window: int | None = None
     bias: bool = False
-    tolerance: float = 0.013
+    tolerance: float = 0.015
 
 
 def _bits(key: float, value: float, **options: Any) -> Variant:

@@ -17,7 +17,8 @@ class Partial:
 
     Attributes:
         acc: float32 [b, t, h_q, d], sum of exp(logit - peak) * value.
-        peak: float32 [b, t, h_q], largest logit, NO_KEY where no key is visible.
+        peak: float32 [b, t, h_q], largest logit, or the log of the sum of exponentials of a part that is already
+            normalized (total is 1 there); NO_KEY where no key is visible.
         total: float32 [b, t, h_q], sum of exp(logit - peak).
     """
 
