@@ -64,8 +64,8 @@ def cut(dim: int, bits: int, *, least: int, start: int = 0, stop: int | None = N
     """Cuts channels start to stop of a packed vector into tiles of at least `least` channels.
 
     Example:
-        >>> cut(128, 4, least=32)
-        (Tile(start=0, width=64, valid=64), Tile(start=64, width=64, valid=64))
+        >>> [(tile.start, tile.width) for tile in cut(128, 4, least=32)]
+        [(0, 64), (64, 64)]
         >>> cut(80, 4, least=32)[1]
         Tile(start=32, width=32, valid=8)
     """
