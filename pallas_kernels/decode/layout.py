@@ -66,8 +66,8 @@ def cut(dim: int, bits: int, *, least: int, start: int = 0, stop: int | None = N
     Example:
         >>> [(tile.start, tile.width) for tile in cut(128, 4, least=32)]
         [(0, 64), (64, 64)]
-        >>> cut(80, 4, least=32)[1]
-        Tile(start=32, width=32, valid=8)
+        >>> cut(80, 4, least=32)[1].valid
+        8
     """
     stop = dim if stop is None else stop
     run = -(-dim * plane_widths(bits)[0] // 8)
