@@ -6,7 +6,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from tq_jax.bench.claims import OURS
 from tq_jax.bench.job import Row
 
 COLORS = {
@@ -17,11 +16,11 @@ COLORS = {
     "flashinfer_fp8": "#c8553d",
 }
 OWN = "#1b6ca8"
-MARKERS = "osD^vP*X"
+COLUMNS = 4
 
 
 def draw(rows: Sequence[Row], path: Path, *, copy_gbps: float, title: str) -> None:
-    """Draws rows into an image file, one panel an operation.
+    """Draws rows into an image file, one panel a shape of an operation.
 
     Args:
         rows: Rows of any operations.
@@ -29,37 +28,53 @@ def draw(rows: Sequence[Row], path: Path, *, copy_gbps: float, title: str) -> No
         copy_gbps: Speed of the copy that sets the floor.
         title: Heading.
     """
-    ops = list(dict.fromkeys(row["op"] for row in rows))
-    figure = Figure(figsize=(max(7.5, 6.0 * len(ops)), 5.6), layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    for index, op in enumerate(ops):
-        axes = figure.add_subplot(1, len(ops), index + 1)
-        chosen = [row for row in rows if row["op"] == op]
-        if op == "model":
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        panels.setdefault(row["op"] if row["op"] == "model" else f"{row['op']}, {_shape(row)}", []).append(row)
+    columns = min(COLUMNS, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(max(6.0, 3.6 * columns), 3.5 * lines + 0.6), layout="constrained")
+    seen: dict[str, Any] = {}
+    for index, (name, chosen) in enumerate(panels.items()):
+        axes = figure.add_subplot(lines, columns, index + 1)
+        axes.set_title(name, fontsize=9)
+        axes.grid(alpha=0.3)
+        if chosen[0]["op"] == "model":
             _curve(axes, chosen)
         else:
-            _panel(axes, chosen, copy_gbps)
-        axes.set_title(op, fontsize=10)
+            _panel(axes, chosen, copy_gbps, seen)
+    floor = f"; line: a copy at {copy_gbps:.0f} GB/s" if seen else ""
+    figure.suptitle(title + floor, fontsize=11)
+    if seen:
+        figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=len(seen), fontsize=8)
     figure.savefig(path, dpi=130)
 
 
-def _panel(axes: Any, rows: Sequence[Row], copy_gbps: float) -> None:
-    shapes = list(dict.fromkeys(_shape(row) for row in rows))
-    for shape in shapes:
-        marker = MARKERS[shapes.index(shape) % len(MARKERS)]
-        for row in (row for row in rows if _shape(row) == shape):
-            color = COLORS.get(row["impl"], OWN)
-            face = color if row["impl"] in (*OURS, "reference") else "none"
-            axes.plot(row["bytes"] / 1e6, row["us"], marker, color=color, markerfacecolor=face, markersize=6)
-        axes.plot([], [], marker, color="black", markerfacecolor="none", label=shape)
-    for impl in dict.fromkeys(row["impl"] for row in rows):
-        axes.plot([], [], "s", color=COLORS.get(impl, OWN), label=f"tq-jax ({impl})" if impl not in COLORS else impl)
-    ends = [min(row["bytes"] for row in rows) / 1.5, max(row["bytes"] for row in rows) * 1.5]
-    axes.plot([x / 1e6 for x in ends], [x / copy_gbps / 1e3 for x in ends], color="black", linewidth=1)
-    axes.plot([], [], color="black", linewidth=1, label=f"floor: copy at {copy_gbps:.0f} GB/s")
-    axes.set(xscale="log", yscale="log", xlabel="megabytes that have to be read", ylabel="microseconds")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7, loc="upper left")
+def _panel(axes: Any, rows: Sequence[Row], copy_gbps: float, seen: dict[str, Any]) -> None:
+    """Microseconds against megabytes of one shape, the project's rows with their codes; `seen` is for the legend."""
+    for row in rows:
+        color = COLORS.get(row["impl"], OWN)
+        place = row["bytes"] / 1e6, row["us"]
+        own = row["impl"] not in COLORS
+        [mark] = axes.plot(*place, "o" if own else "s", color=color, markerfacecolor=color if own else "none", ms=6)
+        seen.setdefault(f"tq-jax ({row['impl']})" if own else row["impl"], mark)
+        if own and row.get("paged", True):
+            axes.annotate(_codes(row), place, xytext=(1, 5), textcoords="offset points", rotation=50, fontsize=7)
+    wide, high = max(row["bytes"] for row in rows) * 1.15e-6, max(row["us"] for row in rows) * 1.2
+    axes.plot([0, wide], [0, wide * 1e3 / copy_gbps], color="black", linewidth=1)
+    axes.set(xlim=(0, wide), ylim=(0, high), xlabel="megabytes to read", ylabel="microseconds")
+
+
+def _codes(row: Row) -> str:
+    """What a row stores, K4/V4 for two codes of mse.
+
+    Example:
+        >>> _codes({"key": "mse4", "value": "mse2"}), _codes({"key": "prod3", "value": "group2"})
+        ('K4/V2', 'prod3/group2')
+    """
+    key, value = row["key"], row["value"]
+    both = key.startswith("mse") and value.startswith("mse")
+    return f"K{key[3:]}/V{value[3:]}" if both else f"{key}/{value}"
 
 
 def _curve(axes: Any, rows: Sequence[Row]) -> None:
@@ -73,12 +88,11 @@ def _curve(axes: Any, rows: Sequence[Row]) -> None:
         label = f"{stored}, room for {capacity}"
         axes.plot(*zip(*points, strict=True), style, marker="o", color=color, label=label)
     axes.set(xlabel="tokens in the cache", ylabel="milliseconds per decoded token", ylim=(0, None))
-    axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
 
 
 def _shape(row: Row) -> str:
     """The shape of a row in a few characters."""
-    parts = [f"{row['batch']} x {row['seq']}"] if "seq" in row else [f"{row.get('batch', '')} vectors"]
+    parts = [f"{row['batch']} x {row['seq']}" if "seq" in row else f"{row['batch']}"]
     parts += [f"dim {row['head_dim']}"] if row.get("head_dim", 128) != 128 else []
     return ", ".join(parts + ([f"{row['q_len']} queries"] if row.get("q_len", 1) > 1 else []))

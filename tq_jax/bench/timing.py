@@ -1,6 +1,7 @@
 """How long work takes: GPU kernels by CUPTI, calls by the clock."""
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 
 from pallas_kernels._compat import gpu_kernel_times
 
-ITERATIONS = 9
+ITERATIONS, QUEUE = 9, 24
+"""Timed runs, and calls in a queue."""
+
 ROTATED_BYTES = 250e6
 """Bytes that successive calls read before they read the same again: five times the L2 cache of an H100."""
 
@@ -22,7 +25,8 @@ class Timing:
 
     Attributes:
         us: Microseconds a call: of its GPU kernels, or of the whole call where there is no GPU.
-        end_to_end_us: Microseconds a call in a queue of calls: dispatched by JAX, or replayed from a CUDA graph.
+        end_to_end_us: Microseconds a call in a queue of calls: dispatched by JAX from Python, or replayed from a CUDA
+            graph.
         kernels: Microseconds a call of each kernel.
     """
 
@@ -46,7 +50,7 @@ def num_copies(nbytes: int) -> int:
     return max(1, min(8, -int(-ROTATED_BYTES // nbytes)))
 
 
-def time_jax(function: Callable, inputs: Sequence[tuple]) -> Timing:
+def time_jax(function: Callable, inputs: list[tuple]) -> Timing:
     """Times a jitted function on several inputs in turn.
 
     Args:
@@ -54,13 +58,15 @@ def time_jax(function: Callable, inputs: Sequence[tuple]) -> Timing:
         inputs: Positional arguments of each call.
     """
 
-    def run() -> None:
-        jax.block_until_ready([function(*arguments) for arguments in inputs])
+    def run(repeats: int = 1) -> None:
+        jax.block_until_ready([function(*arguments) for arguments in inputs * repeats])
 
-    wall = median_time(run, len(inputs))
     if jax.default_backend() != "gpu":
+        wall = median_time(run, len(inputs))
         return Timing(wall, wall)
     kernels = kernel_times(run, len(inputs))
+    repeats = -(-QUEUE // len(inputs))
+    wall = median_time(functools.partial(run, repeats), repeats * len(inputs))
     return Timing(sum(kernels.values()), wall, kernels)
 
 
