@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
@@ -78,6 +79,7 @@ def attend_pages(
         tile=config.tile,
         page_size=page_size,
         splits=splits,
+        num_warps=config.num_warps,
         precise=config.precise,
         interpret=jax.default_backend() != "gpu" if interpret is None else interpret,
     )
@@ -89,6 +91,7 @@ def attend_pages(
         positions=positions.astype(jnp.int32),
         bias=logit_bias,
         sketch=sketch_query,
+        counting=np.arange(256, dtype=np.uint8),
     )
     lead = (batch, kv_heads, splits)
     shapes = [(*lead, value_format.dim, columns), (*lead, columns), (*lead, columns)]
