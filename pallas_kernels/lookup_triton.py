@@ -209,7 +209,8 @@ def _table(entries: Sequence[int]) -> str:
 
 def _look_up(index: str, first: str, second: str, field: int, mixed: int | None) -> str:
     """Looks up nibbles of a, into u: the field's in all bytes or, mixed, all those of the lower or upper two bytes."""
-    table = f"mov.b32 t, {first};\nmov.b32 u, {second};\n"
+    # The assembler would copy a known constant anew for every use; it does not know that no lane lies below 31 others.
+    table = f"mov.u32 t, %lanemask_lt;\nshr.u32 t, t, 31;\nxor.b32 t, t, {first};\nmov.b32 u, {second};\n"
     lower, upper = "prmt.b32 c, t, u, a;\n", "shr.b32 b, a, 16;\nprmt.b32 d, t, u, b;\n"
     if mixed is None:
         return f"{index}\n{table}{lower}{upper}prmt.b32 u, c, d, {_HALVES[field]};\n"

@@ -430,11 +430,13 @@ def _accumulate(
     tiles = _tiles(x.pages.values.packed, part, where, 0, shifts, plan)
     if plan.precise:
         high, low = _bytes_of(_integers(p), plan)
-        sums = [((_pv(v, high) << 8) + _pv(v, low)).astype(jnp.float32) for v in tiles]
+        sums = [((_pv(v, high) << 8) + _pv(v, low)).astype(jnp.float32) * beta[None, :] for v in tiles]
     else:
-        integer = round_to_int8(p)
-        sums = [_pv(v, integer).astype(jnp.float32) for v in tiles]
-    acc = tuple(a * alpha[None, :] + s * beta[None, :] for a, s in zip(acc, sums, strict=True))
+        # As for logits, starting at the bits of a large float makes sums floats without conversion.
+        integer, large = round_to_int8(p), (12582912.0 * beta)[None, :]
+        raw = [lax.bitcast_convert_type(_pv(v, integer) + MAGIC, jnp.float32) for v in tiles]
+        sums = [r * beta[None, :] - large for r in raw]
+    acc = tuple(a * alpha[None, :] + s for a, s in zip(acc, sums, strict=True))
     weights = p
     if part.unsigned:
         zero = jnp.where(seen, _scale(x.pages.values.zero, part, where, plan), 0.0)
