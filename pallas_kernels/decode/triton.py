@@ -1,7 +1,8 @@
-"""Launch of the Pallas Triton decode kernel and the merge of its splits."""
+"""Launch of the Pallas Triton decode kernel."""
 
+import dataclasses
 import functools
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode.config import TileConfig, default_config, num_splits
 from pallas_kernels.decode.layout import key_parts, value_parts
+from pallas_kernels.decode.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.decode.options import LogitOptions
 from pallas_kernels.decode.pages import Pages
-from pallas_kernels.decode.partial import NO_KEY, Partial
+from pallas_kernels.decode.partial import Partial
 from pallas_kernels.decode.triton_body import Inputs, Plan, attend
 from pallas_kernels.format import CodebookFormat, VectorFormat
 from pallas_kernels.packing import plane_widths
@@ -61,46 +63,86 @@ def attend_pages(
     Raises:
         NotImplementedError: For shapes or formats outside the kernel's limits.
     """
-    batch, count, heads, _ = query.shape
-    kv_heads, page_size = pages.keys.packed.shape[1:3]
-    check_supported(query.shape, pages, key_format, value_format, config)
-    group = heads // kv_heads
-    columns = padded_columns(count * group)
-    config = config_for(query.shape, pages, value_format) if config is None else config
-    splits = num_splits(config, batch=batch, kv_heads=kv_heads, capacity=block_table.shape[1] * page_size)
-    plan = Plan(
-        keys=key_parts(key_format),
-        values=value_parts(value_format),
+    interpret = jax.default_backend() != "gpu" if interpret is None else interpret
+    plan, num_warps, num_stages = decode_plan(
+        query.shape,
+        pages,
+        block_table.shape[1],
+        key_format=key_format,
+        value_format=value_format,
         options=options,
-        count=count,
-        group=group,
-        columns=columns,
-        tile=config.tile,
-        page_size=page_size,
-        splits=splits,
-        precise=config.precise,
-        interpret=jax.default_backend() != "gpu" if interpret is None else interpret,
+        config=config,
+        interpret=interpret,
     )
     inputs = Inputs(
         query=query.astype(jnp.float32),
-        pages=jax.tree.map(lambda pool: pool if pool.size else None, pages),
+        pages=pages,
         table=block_table.astype(jnp.int32),
         lengths=lengths.astype(jnp.int32),
         positions=positions.astype(jnp.int32),
         bias=logit_bias,
         sketch=sketch_query,
     )
-    lead = (batch, kv_heads, splits)
-    shapes = [(*lead, value_format.dim, columns), (*lead, columns), (*lead, columns)]
-    acc, peak, total = pl.pallas_call(
-        functools.partial(attend, plan=plan),
-        grid=(splits, batch, kv_heads),
-        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-        interpret=plan.interpret,
-        name="decode",
-    )(inputs)
-    return _merge_splits(acc, peak, total, count=count, group=group)
+    splits = decode(inputs, value_format.dim, plan, num_warps=num_warps, num_stages=num_stages)
+    shape = (*query.shape[:3], value_format.dim)
+    return Partial(
+        *merge_splits(MergeInputs(splits), merge_plan(shape, dtype="float32", partial=True, interpret=interpret))
+    )
+
+
+def decode_plan(
+    query_shape: tuple[int, ...],
+    pages: Pages,
+    table_width: int,
+    *,
+    key_format: VectorFormat,
+    value_format: VectorFormat,
+    options: LogitOptions,
+    config: TileConfig | None,
+    precise: bool = False,
+    interpret: bool,
+) -> tuple[Plan, int, int]:
+    """The plan for queries [b, t, h_q, d] and a block table [b, table_width], warps and stages.
+
+    Raises:
+        NotImplementedError: For shapes or formats outside the kernel's limits.
+    """
+    batch, count, heads, _ = query_shape
+    kv_heads, page_size = pages.keys.packed.shape[1:3]
+    check_supported(query_shape, pages, key_format, value_format, config, precise=precise)
+    config = config_for(query_shape, pages, value_format, precise=precise) if config is None else config
+    group = heads // kv_heads
+    plan = Plan(
+        keys=key_parts(key_format),
+        values=value_parts(value_format),
+        options=options,
+        count=count,
+        group=group,
+        columns=padded_columns(count * group),
+        tile=config.tile,
+        page_size=page_size,
+        splits=num_splits(config, batch=batch, kv_heads=kv_heads, capacity=table_width * page_size),
+        precise=config.precise,
+        interpret=interpret,
+    )
+    return plan, config.num_warps, config.num_stages
+
+
+def decode(x: Inputs, value_dim: int, plan: Plan, *, num_warps: int, num_stages: int) -> Splits:
+    """Launches the kernel."""
+    batch, kv_heads = x.lengths.shape[0], x.pages.keys.packed.shape[1]
+    lead = (batch, kv_heads, plan.splits)
+    shapes = [(*lead, plan.count * plan.group, value_dim), (*lead, plan.columns), (*lead, plan.columns)]
+    return Splits(
+        *pl.pallas_call(
+            functools.partial(attend, plan=plan),
+            grid=(plan.splits, batch, kv_heads),
+            out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+            compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+            interpret=plan.interpret,
+            name="decode",
+        )(dataclasses.replace(x, pages=jax.tree.map(lambda pool: pool if pool.size else None, x.pages)))
+    )
 
 
 def config_for(
@@ -118,34 +160,14 @@ def padded_columns(rows: int) -> int:
     return max(8, 1 << (rows - 1).bit_length())
 
 
-def _merge_splits(acc: Array, peak: Array, total: Array, *, count: int, group: int) -> Partial:
-    """Combines the splits [b, h_kv, splits, (d,) columns]; exponents are base 2 here and base e in the result."""
-    batch, kv_heads, _, dim, _ = acc.shape
-    acc, peak, total = (x[..., : count * group] for x in (acc, peak, total))
-    top = jnp.max(peak, axis=2)
-    weight = jnp.exp2(peak - top[:, :, None])
-    sums = jnp.sum(total * weight, axis=2)
-    seen = sums > 0
-    out = jnp.sum(acc * weight[:, :, :, None], axis=2) / jnp.where(seen, sums, 1.0)[:, :, None]
-    peak = jnp.where(seen, (top + jnp.log2(jnp.where(seen, sums, 1.0))) * math.log(2), NO_KEY)
-
-    def queries_first(x: Array) -> Array:
-        x = jnp.moveaxis(x.reshape(*x.shape[:-1], count, group), -2, 1)
-        return jnp.moveaxis(x, -1, 3)
-
-    def per_query(x: Array) -> Array:
-        return queries_first(x).reshape(batch, count, kv_heads * group)
-
-    acc = queries_first(out).reshape(batch, count, kv_heads * group, dim)
-    return Partial(acc, per_query(peak), per_query(seen.astype(jnp.float32)))
-
-
 def check_supported(
     query_shape: tuple[int, ...],
     pages: Pages,
     key_format: VectorFormat,
     value_format: VectorFormat,
     config: TileConfig | None,
+    *,
+    precise: bool = False,
 ) -> None:
     """Raises NotImplementedError, naming value and limit, for what the kernel does not do."""
     _, count, heads, dim = query_shape
@@ -164,21 +186,27 @@ def check_supported(
             f"the Triton kernel has up to {MAX_COLUMNS} query rows a KV head (query tokens times query heads), "
             f"got {count * group}"
         )
-    if config is not None and config.precise and columns > 8:
+    config = config_for(query_shape, pages, value_format, precise=precise) if config is None else config
+    if config.precise and columns > 8:
         raise NotImplementedError(f"precise=True has up to 8 query rows a KV head, got {count * group}")
-    value_parts(value_format)
-    tile = (config_for(query_shape, pages, value_format) if config is None else config).tile
-    if page_size % tile:
-        raise NotImplementedError(f"the Triton kernel reads pages of a multiple of {tile} tokens, got {page_size=}")
-    for array in jax.tree.leaves(pages):
-        # Pallas addresses arrays up to 4 GiB with signed 32 bits.
+    if page_size % config.tile:
+        raise NotImplementedError(
+            f"the Triton kernel reads pages of a multiple of {config.tile} tokens, got {page_size=}"
+        )
+    check_addressable(pages)
+    key_parts(key_format)
+    assert isinstance(key_format, CodebookFormat)
+    _check_key_planes(key_format)
+
+
+def check_addressable(arrays: Any) -> None:
+    """Raises NotImplementedError for arrays that Pallas addresses with too few bits."""
+    for array in jax.tree.leaves(arrays):
+        # Those up to 4 GiB with signed 32 bits.
         if 2**31 < array.size * array.dtype.itemsize <= 2**32:
             raise NotImplementedError(
                 f"the Triton kernel addresses pools up to 2 GiB or above 4 GiB, got {array.size * array.dtype.itemsize}"
             )
-    key_parts(key_format)
-    assert isinstance(key_format, CodebookFormat)
-    _check_key_planes(key_format)
 
 
 def _check_key_planes(fmt: CodebookFormat) -> None:

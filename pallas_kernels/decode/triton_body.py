@@ -96,7 +96,7 @@ class Inputs:
 
 
 def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan) -> None:
-    """The kernel body; writes acc [channels, columns] and peak, total [columns] of its split, exponents base 2."""
+    """The kernel body; writes acc [queries, channels] and peak, total [columns] of its split, exponents base 2."""
     split, row, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     column = lax.broadcasted_iota(jnp.int32, (plan.columns,), 0)
     token, head_column = _query_index(column, head, plan)
@@ -409,4 +409,4 @@ def _store_acc(parts: tuple, ref: Any, lead: tuple, column: jax.Array, plan: Pla
             else:
                 out = (sums + (0.5 * offset)[None, :]) * (factor * part.book.step)[None, :]
             index = [jnp.broadcast_to(i, shape) for i in (*lead, column[None, :])]
-            plt.store(ref.at[(*index[:3], part.channel + tile.start + channel, index[3])], out, mask=mask)
+            plt.store(ref.at[(*index, part.channel + tile.start + channel)], out, mask=mask)
