@@ -76,7 +76,7 @@ def power_of_two(size: int) -> int:
 
 
 def float32_product(a: jax.Array, b: jax.Array, *, interpret: bool, transpose: bool = False) -> jax.Array:
-    """a [m, k] times b [k, n] (or [n, k], transposed) with errors of float32 on tensor cores."""
+    """Multiplies a [m, k] by b [k, n] (or [n, k], transposed) with errors of float32 on tensor cores."""
     return lax.dot_general(
         a,
         b,

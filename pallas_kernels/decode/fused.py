@@ -86,9 +86,7 @@ def check_attend(query_shape: tuple[int, ...], cache: CacheArrays, plan: AttendP
     """Raises NotImplementedError, naming value and limit, for what the kernels do not do."""
     if cache.pages is not None:
         assert plan.key_format is not None and plan.value_format is not None
-        check_supported(
-            query_shape, cache.pages, plan.key_format, plan.value_format, plan.config, precise=plan.precise
-        )
+        check_supported(query_shape, cache.pages, plan.key_format, plan.value_format, plan.config, precise=plan.precise)
     check_addressable((cache.exact_keys, cache.exact_values))
     if query_shape[3] not in DIMS:
         raise NotImplementedError(f"the Triton kernels have head dims {DIMS}, got {query_shape[3]}")
@@ -135,6 +133,7 @@ def attend_cache(
         ),
         merge_plan(
             query.shape,
+            segments=0 if cache.value_basis is None else len(cache.value_basis.matrices),
             dtype="float32" if plan.partial else jnp.dtype(query.dtype).name,
             partial=plan.partial,
             interpret=plan.interpret,
@@ -151,8 +150,8 @@ def _prepare(query: Any, cache: CacheArrays, plan: AttendPlan, rows: Any, counts
             counts=counts,
             length=cache.length,
             compressed=cache.compressed,
-            keys=cache.exact_keys,
-            values=cache.exact_values,
+            keys=cache.exact_keys if cache.exact_keys.size else None,
+            values=cache.exact_values if cache.exact_values.size else None,
             mean=cache.mean,
             weight=cache.weight,
             basis=cache.key_basis,
@@ -161,6 +160,7 @@ def _prepare(query: Any, cache: CacheArrays, plan: AttendPlan, rows: Any, counts
         prepare_plan(
             query.shape,
             cache.exact_keys.shape,
+            cache.exact_keys.dtype.itemsize,
             options=plan.options,
             sinks=plan.sinks,
             pages_per_row=0 if cache.pages is None else cache.pages.keys.packed.shape[0] // cache.length.shape[0],

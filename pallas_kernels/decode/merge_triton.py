@@ -1,6 +1,6 @@
 """The merge kernel: combines the splits of decode and of full-precision slots, and leaves the rotated basis.
 
-Splits come as acc = sum of 2**(w - peak) * value, total = sum of 2**(w - peak) and peak, with logits w base 2. A program
+Splits come as acc = sum of 2**(w - peak) * value, total = sum of 2**(w - peak) and peak, with w base 2. A program
 combines all coordinates of some queries, turns them to a block of channels, adds full-precision splits and divides.
 """
 
@@ -85,11 +85,12 @@ class MergeInputs:
     overflow: Any = None
 
 
-def merge_plan(shape: tuple[int, ...], *, dtype: str, partial: bool, interpret: bool) -> MergePlan:
-    """The plan for outputs [b, t, h_q, d]: about one program a multiprocessor of an H100."""
+def merge_plan(shape: tuple[int, ...], *, segments: int, dtype: str, partial: bool, interpret: bool) -> MergePlan:
+    """The plan for outputs [b, t, h_q, d] in a basis of some segments: a program a multiprocessor of an H100."""
     batch, count, heads, dim = shape
     queries = batch * count * heads
-    channels = min(64, power_of_two(dim))
+    # What the factors of a program take of registers.
+    channels = min(power_of_two(dim), max(16, 64 * 128 // (power_of_two(dim) * max(1, segments))))
     rows = min(16, power_of_two(max(1, queries * -(-dim // channels) // 128)))
     return MergePlan((batch, count, heads, dim), dtype, partial, rows, channels, interpret)
 
@@ -166,9 +167,7 @@ def _body(x: MergeInputs, out_ref: Any, *partial_refs: Any, plan: MergePlan) -> 
     if plan.partial:
         log_sum = (top + jnp.log2(jnp.where(seen, sums, 1.0))) * math.log(2)
         once = rows.exists & (pl.program_id(0) == 0)
-        for ref, value in zip(
-            partial_refs, (jnp.where(seen, log_sum, NO_KEY), jnp.where(seen, 1.0, 0.0)), strict=True
-        ):
+        for ref, value in zip(partial_refs, (jnp.where(seen, log_sum, NO_KEY), jnp.where(seen, 1.0, 0.0)), strict=True):
             plt.store(ref.at[rows.sequence, rows.token, rows.head], value, mask=once)
 
 

@@ -34,20 +34,24 @@ class PreparePlan:
 
     Attributes:
         options: Logit options.
+        kv_heads: KV heads.
         sinks: Full-precision slots before the ring.
         pages_per_row: Pages of a cache row; 0 without compressed tokens.
         sketch_gain: Factor of the sketch of queries.
         slot_tile: Full-precision slots a step.
         slot_splits: Programs for the slots of a sequence and KV head; 0 without slots.
+        num_warps: Warps a program.
         interpret: Whether the kernel runs as jnp.
     """
 
     options: LogitOptions
+    kv_heads: int
     sinks: int
     pages_per_row: int
     sketch_gain: float
     slot_tile: int
     slot_splits: int
+    num_warps: int
     interpret: bool
 
 
@@ -114,6 +118,7 @@ class Prepared:
 def prepare_plan(
     query_shape: tuple[int, ...],
     slots_shape: tuple[int, ...],
+    itemsize: int,
     *,
     options: LogitOptions,
     sinks: int,
@@ -121,26 +126,35 @@ def prepare_plan(
     sketch_gain: float,
     interpret: bool,
 ) -> PreparePlan:
-    """The plan for queries [b, t, h_q, d] and slots [rows, h_kv, slots, d]."""
-    batch, count, heads, _ = query_shape
+    """The plan for queries [b, t, h_q, d] and slots [rows, h_kv, slots, d] of a size an element."""
+    batch, count, heads, dim = query_shape
     kv_heads, slots = slots_shape[1:3]
-    tile = min(64, max(16, power_of_two(slots))) if slots else 16
+    # What a tile and its products take of registers and shared memory.
+    largest = 64 * 128 * 2 // (power_of_two(dim) * itemsize)
+    tile = max(16, min(64, largest, power_of_two(slots))) if slots else 16
     blocks = -(-count * heads // kv_heads // query_block(count, heads // kv_heads))
     most = max(1, SLOT_PROGRAMS // (batch * kv_heads * blocks))
     return PreparePlan(
-        options, sinks, pages_per_row, sketch_gain, tile, min(-(-slots // tile), most), interpret=interpret
+        options=options,
+        kv_heads=kv_heads,
+        sinks=sinks,
+        pages_per_row=pages_per_row,
+        sketch_gain=sketch_gain,
+        slot_tile=tile,
+        slot_splits=min(-(-slots // tile), most),
+        num_warps=4 if dim * itemsize <= 256 else 8,
+        interpret=interpret,
     )
 
 
 def prepare(x: PrepareInputs, plan: PreparePlan) -> Prepared:
     """Launches the kernel."""
     programs = _programs(x, plan)
-    # Four warps, as a tile of slots has four tensor-core instructions of rows.
     [out] = pl.pallas_call(
         functools.partial(_body, plan=plan),
         grid=(sum(programs),),
         out_shape=[_outputs(x, plan)],
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=plan.num_warps, num_stages=2),
         interpret=plan.interpret,
         name="prepare",
     )(x)
@@ -150,7 +164,7 @@ def prepare(x: PrepareInputs, plan: PreparePlan) -> Prepared:
 def _programs(x: PrepareInputs, plan: PreparePlan) -> tuple[int, int, int]:
     """Programs for slots, for rotation and for block tables."""
     batch, count, heads, dim = x.query.shape
-    kv_heads = x.keys.shape[1]
+    kv_heads = plan.kv_heads
     group = heads // kv_heads
     blocks = -(-count * group // query_block(count, group))
     slots = batch * kv_heads * blocks * plan.slot_splits
@@ -162,7 +176,7 @@ def _programs(x: PrepareInputs, plan: PreparePlan) -> tuple[int, int, int]:
 
 def _outputs(x: PrepareInputs, plan: PreparePlan) -> Prepared:
     batch, count, heads, dim = x.query.shape
-    kv_heads = x.keys.shape[1]
+    kv_heads = plan.kv_heads
 
     def floats(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -271,10 +285,8 @@ def _rotate(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
     query = query.astype(jnp.float32)
     if x.mean is not None:
         row = sequence if x.rows is None else plt.load(x.rows.at[sequence], mask=exists, other=0)
-        kv_head = lax.div(head, jnp.full_like(head, heads // x.keys.shape[1]))
-        mean, weight = (
-            plt.load(ref.at[at_channels(row, kv_head)], mask=mask, other=1.0) for ref in (x.mean, x.weight)
-        )
+        kv_head = lax.div(head, jnp.full_like(head, heads // plan.kv_heads))
+        mean, weight = (plt.load(ref.at[at_channels(row, kv_head)], mask=mask, other=1.0) for ref in (x.mean, x.weight))
         bias = jnp.sum(query * mean, axis=1) * plan.options.scale
         plt.store(out.bias.at[sequence, token, head], bias, mask=exists & (block == 0))
         query = query / weight

@@ -86,7 +86,9 @@ def attend_pages(
     splits = decode(inputs, value_format.dim, plan, num_warps=num_warps, num_stages=num_stages)
     shape = (*query.shape[:3], value_format.dim)
     return Partial(
-        *merge_splits(MergeInputs(splits), merge_plan(shape, dtype="float32", partial=True, interpret=interpret))
+        *merge_splits(
+            MergeInputs(splits), merge_plan(shape, segments=0, dtype="float32", partial=True, interpret=interpret)
+        )
     )
 
 
