@@ -56,7 +56,8 @@ class Plan:
         options: Logit options.
         count: Query tokens.
         group: Query heads a KV head.
-        columns: count * group, padded.
+        columns: Columns of a program.
+        blocks: Programs that share the columns, count * group padded.
         tile: Tokens a step.
         page_size: Tokens a page.
         splits: Programs a sequence and KV head.
@@ -71,6 +72,7 @@ class Plan:
     count: int
     group: int
     columns: int
+    blocks: int
     tile: int
     page_size: int
     splits: int
@@ -87,7 +89,7 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Arrays of the kernel, or its references; see `decode_attention`."""
+    """Arrays of the kernel, or its references; see `decode_attention`. `counting` is 0 to 255, see `_load_shifts`."""
 
     query: Any
     pages: Any
@@ -96,13 +98,15 @@ class Inputs:
     positions: Any
     bias: Any
     sketch: Any
-    counting: Any
+    counting: Any = None
 
 
 def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan) -> None:
-    """The kernel body; writes acc [channels, columns] and peak, total [columns] of its split, exponents base 2."""
-    split, row, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    column = lax.broadcasted_iota(jnp.int32, (plan.columns,), 0)
+    """The kernel body; writes acc [queries, channels] and peak, total [columns] of its split, exponents base 2."""
+    # Blocks of columns of the same tiles come side by side, so that the second one finds them in the cache.
+    program, row, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    split, block = lax.div(program, jnp.int32(plan.blocks)), lax.rem(program, jnp.int32(plan.blocks))
+    column = block * plan.columns + lax.broadcasted_iota(jnp.int32, (plan.columns,), 0)
     token, head_column = _query_index(column, head, plan)
     begin, end = _tiles_of_split(x, row, split, plan)
     queries = [_quantized_query(x, part, row, token, head_column, column, plan) for part in plan.keys]
@@ -113,13 +117,12 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
     position = None
     if plan.count > 1:
         position = plt.load(x.positions.at[jnp.full_like(token, row), token], mask=_exists(column, plan), other=0)
-    last_page = x.table.shape[1] - 1
     shifts = _load_shifts(x, plan)
 
     def step(index: jax.Array, state: tuple) -> tuple:
         page, parts, total = state
         # Read a step early: the loads of the next tile wait for its page.
-        following = x.table[row, jnp.minimum(_page(index + 1, plan), last_page)]
+        following = _page(x, row, index + 1, plan)
         where = (page, head, _slot(index, plan))
         tokens = index * plan.tile + lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
         seen = _seen_tokens(x, row, tokens, plan)
@@ -140,11 +143,12 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
         return following, tuple(updated), total
 
     parts = tuple(_empty_part(part, plan) for part in plan.values)
-    first = x.table[row, jnp.minimum(_page(begin, plan), last_page)]
-    _, parts, total = lax.fori_loop(begin, end, step, (first, parts, _folded_zeros(plan)))
+    state = _page(x, row, begin, plan), parts, _folded_zeros(plan)
+    _, parts, total = lax.fori_loop(begin, end, step, state)
     _store_acc(parts, acc_ref, (row, head, split), column, plan)
-    peak_ref[row, head, split, :] = parts[0][1]
-    total_ref[row, head, split, :] = jnp.sum(total, axis=0)
+    columns = pl.ds(block * plan.columns, plan.columns)
+    peak_ref[row, head, split, columns] = parts[0][1]
+    total_ref[row, head, split, columns] = jnp.sum(total, axis=0)
 
 
 def _query_index(column: jax.Array, head: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -155,14 +159,25 @@ def _query_index(column: jax.Array, head: jax.Array, plan: Plan) -> tuple[jax.Ar
     return lax.div(column, group), head * plan.group + lax.rem(column, group)
 
 
-def _page(index: jax.Array, plan: Plan) -> jax.Array:
-    """Place in the block table of a tile. Remainders are those of C, whose divisibility Triton understands."""
-    return lax.div(index, jnp.int32(plan.page_size // plan.tile))
+def _page(x: Inputs, row: jax.Array, index: jax.Array, plan: Plan) -> jax.Array:
+    """Page of a tile or, where pages are smaller, of each of its tokens [tile].
+
+    Quotients and remainders are those of C, whose divisibility Triton understands.
+    """
+    last = x.table.shape[1] - 1
+    if plan.tile <= plan.page_size:
+        return x.table[row, jnp.minimum(lax.div(index, jnp.int32(plan.page_size // plan.tile)), last)]
+    token = lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
+    place = index * (plan.tile // plan.page_size) + lax.div(token, jnp.full_like(token, plan.page_size))
+    return plt.load(x.table.at[jnp.full_like(token, row), jnp.minimum(place, last)])
 
 
 def _slot(index: jax.Array, plan: Plan) -> jax.Array:
-    """First token of a tile in its page."""
-    return lax.rem(index, jnp.int32(plan.page_size // plan.tile)) * plan.tile
+    """Place in its page of a tile's first token or, where pages are smaller, of each of its tokens [tile]."""
+    if plan.tile <= plan.page_size:
+        return lax.rem(index, jnp.int32(plan.page_size // plan.tile)) * plan.tile
+    token = lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
+    return lax.rem(token, jnp.full_like(token, plan.page_size))
 
 
 def _exists(column: jax.Array, plan: Plan) -> jax.Array:
@@ -304,7 +319,10 @@ def _scale(ref: Any, part: Part, where: tuple, plan: Plan) -> jax.Array:
     """Scales [tile] of a part, float32."""
     page, head, slot = where
     place = () if part.scale is None else (part.scale,)
-    return ref[(page, head, *place, pl.ds(slot, plan.tile))].astype(jnp.float32)
+    if not page.ndim:
+        return ref[(page, head, *place, pl.ds(slot, plan.tile))].astype(jnp.float32)
+    others = [jnp.full_like(page, i) for i in (head, *place)]
+    return plt.load(ref.at[(page, *others, slot)]).astype(jnp.float32)
 
 
 def _exponent(x: Inputs, part: Part, where: tuple, seen: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -336,7 +354,7 @@ def _tiles(ref: Any, part: Part, where: tuple, axis: int, shifts: dict, plan: Pl
             # Tiles of other fields of the same bytes, mixed ones included, share them.
             key = (start, tile.start % size, tile.width, tile.valid)
             if key not in loaded:
-                loaded[key] = _load_bytes(ref, where, start, size, width, tile, axis, shifts, plan)
+                loaded[key] = _load_bytes(ref, where, part, (width, start, size), tile, axis, shifts, plan)
             fields.append(Field(loaded[key][0], width, field, loaded[key][1]))
         if part.unsigned:
             out.append(integer_tile(fields[0], interpret=plan.interpret))
@@ -347,39 +365,56 @@ def _tiles(ref: Any, part: Part, where: tuple, axis: int, shifts: dict, plan: Pl
 
 
 def _load_bytes(
-    ref: Any, where: tuple, start: int, size: int, width: int, tile: Tile, axis: int, shifts: dict, plan: Plan
+    ref: Any, where: tuple, part: Part, plane: tuple[int, int, int], tile: Tile, axis: int, shifts: dict, plan: Plan
 ) -> tuple[jax.Array, jax.Array | None]:
     """Bytes of one plane for a tile, and the shift in fields where the tile covers several."""
-    page, head, slot = where
+    width, start, size = plane
     first = tile.start % size
     several = first + tile.valid > size
     whole = tile.valid == tile.width
     shape = (plan.tile, tile.width) if axis else (tile.width, plan.tile)
-    shift = jnp.expand_dims(shifts[first, size, tile.width], 1 - axis) if several else None
-    if whole and (not several or (first == 0 and tile.width % size == 0 and _is_power(size))):
-        count = size if several else tile.width
-        token, byte = pl.ds(slot, plan.tile), pl.ds(start + first, count)
-        data = ref[(page, head, token, byte) if axis else (page, head, byte, token)]
-        if several:
-            # Repeated by views alone, so that the operand of the product is loaded as such.
-            split = (plan.tile, -1, count) if axis else (-1, count, plan.tile)
-            data = jnp.broadcast_to(jnp.expand_dims(data, axis), [shape[axis] // count if n < 0 else n for n in split])
-            data = data.reshape(shape)
-        return data, None if shift is None else jnp.broadcast_to(shift, shape)
-    channel = lax.broadcasted_iota(jnp.int32, shape, axis)
-    token = slot + lax.broadcasted_iota(jnp.int32, shape, 1 - axis)
-    byte = start + lax.rem(first + channel, jnp.full_like(channel, size))
-    mask = None if whole else channel < tile.valid
-    pages, heads = jnp.broadcast_to(page, shape), jnp.broadcast_to(head, shape)
-    at = ref.at[(pages, heads, token, byte) if axis else (pages, heads, byte, token)]
-    data = plt.load(at) if mask is None else plt.load(at, mask=mask, other=jnp.uint8(0))
-    if shift is None:
+    # Repeated bytes are repeated by views alone, which leaves the operand of the product a load.
+    repeated = several and whole and first == 0 and tile.width % size == 0 and _is_power(size)
+    if repeated or (whole and not several):
+        count = size if repeated else tile.width
+        data = _load_run(ref, where, start + first, count, axis, plan)
+        if repeated:
+            views = (plan.tile, tile.width // size, size) if axis else (tile.width // size, size, plan.tile)
+            data = jnp.broadcast_to(jnp.expand_dims(data, axis), views).reshape(shape)
+    else:
+        channel = lax.broadcasted_iota(jnp.int32, shape, axis)
+        byte = start + lax.rem(first + channel, jnp.full_like(channel, size))
+        at = ref.at[_byte_index(where, byte, axis, plan)]
+        data = plt.load(at) if whole else plt.load(at, mask=channel < tile.valid, other=jnp.uint8(0))
+    if not several:
         return data, None
-    shift = jnp.broadcast_to(shift, shape)
-    if axis and size % 4:
+    shift = jnp.broadcast_to(jnp.expand_dims(shifts[first, size, tile.width], 1 - axis), shape)
+    if axis and not part.words:
         # Four neighbours do not share their field: shift each by itself.
         return data >> (lax.bitcast_convert_type(shift, jnp.uint8) * width), None
     return data, shift
+
+
+def _load_run(ref: Any, where: tuple, start: int, count: int, axis: int, plan: Plan) -> jax.Array:
+    """Bytes start to start + count of the tokens of a tile, along an axis."""
+    page, head, slot = where
+    if not page.ndim:
+        token, byte = pl.ds(slot, plan.tile), pl.ds(start, count)
+        return ref[(page, head, token, byte) if axis else (page, head, byte, token)]
+    shape = (plan.tile, count) if axis else (count, plan.tile)
+    return plt.load(ref.at[_byte_index(where, start + lax.broadcasted_iota(jnp.int32, shape, axis), axis, plan)])
+
+
+def _byte_index(where: tuple, byte: jax.Array, axis: int, plan: Plan) -> tuple[jax.Array, ...]:
+    """Index of bytes given as an array of the tile's shape."""
+    page, head, slot = where
+    if page.ndim:
+        page, slot = jnp.expand_dims(page, axis), jnp.expand_dims(slot, axis)
+        token = jnp.broadcast_to(slot, byte.shape)
+    else:
+        token = slot + lax.broadcasted_iota(jnp.int32, byte.shape, 1 - axis)
+    page, head = jnp.broadcast_to(page, byte.shape), jnp.broadcast_to(head, byte.shape)
+    return (page, head, token, byte) if axis else (page, head, byte, token)
 
 
 def _is_power(n: int) -> bool:
@@ -467,4 +502,4 @@ def _store_acc(parts: tuple, ref: Any, lead: tuple, column: jax.Array, plan: Pla
             else:
                 out = (sums + (0.5 * offset)[None, :]) * (factor * part.book.step)[None, :]
             index = [jnp.broadcast_to(i, shape) for i in (*lead, column[None, :])]
-            plt.store(ref.at[(*index[:3], part.channel + tile.start + channel, index[3])], out, mask=mask)
+            plt.store(ref.at[(*index, part.channel + tile.start + channel)], out, mask=mask)
