@@ -60,7 +60,8 @@ def parity(name: str, variant: Variant, *, precise: bool) -> Iterator[Row]:
     """The kernel against the reference, twice."""
     case = make_case(variant)
     query, pages, *_ = case.arrays
-    config = triton.config_for(query.shape, pages, case.options["value_format"], precise=precise)
+    formats = case.options["key_format"], case.options["value_format"]
+    config = triton.config_for(query.shape, pages, *formats, precise=precise)
     config = dataclasses.replace(config, programs=64)
     run = jax.jit(functools.partial(decode_attention, **case.options, config=config, implementation="triton"))
     got = jax.block_until_ready(run(*case.arrays))
@@ -74,7 +75,7 @@ def parity(name: str, variant: Variant, *, precise: bool) -> Iterator[Row]:
 def jobs(parts: list[str], setting: Setting) -> Iterator[tuple[str, Job]]:
     """Everything to measure, with the kind of its rows."""
     for name, variant in VARIANTS.items() if "parity" in parts else ():
-        for precise in (False, True) if variant.count * variant.group <= 8 else (False,):
+        for precise in (False, True):
             yield "parity", Job(name, functools.partial(parity, name, variant, precise=precise))
     for bits in (4, 3, 2) if "configs" in parts else ():
         for config in CONFIGS:

@@ -71,7 +71,7 @@ def case(
     shape = jax.ShapeDtypeStruct
     pages = jax.eval_shape(lambda: empty_pages(BATCH * PAGES, KV_HEADS, PAGE_SIZE, key.format, value.format))
     query = shape((BATCH, count, KV_HEADS * group, key.dim), jnp.float32)
-    config = config_for(query.shape, pages, value.format, precise=precise)
+    config = config_for(query.shape, pages, key.format, value.format, precise=precise)
 
     def run(query: Any, pages: Any, table: Any, lengths: Any, positions: Any, bias: Any, sketch: Any) -> Any:
         return attend_pages(
