@@ -1,0 +1,102 @@
+"""The public prefill op."""
+
+import warnings
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.decode import reference
+from pallas_kernels.decode.options import LogitOptions
+from pallas_kernels.decode.pages import Pages
+from pallas_kernels.decode.partial import Partial
+from pallas_kernels.format import VectorFormat
+from pallas_kernels.prefill import triton
+from pallas_kernels.prefill.config import PrefillConfig
+
+IMPLEMENTATIONS = ("auto", "reference", "triton")
+
+
+def prefill_attention(
+    query: Float[Array, "b t h_q d"],
+    pages: Pages,
+    block_table: Int[Array, "b n"],
+    lengths: Int[Array, "b"],
+    *,
+    positions: Int[Array, "b t"],
+    key_format: VectorFormat,
+    value_format: VectorFormat,
+    options: LogitOptions,
+    logit_bias: Float[Array, "b t h_q"] | None = None,
+    sketch_query: Float[Array, "b t h_q d"] | None = None,
+    implementation: str = "auto",
+    config: PrefillConfig | None = None,
+) -> Partial:
+    """Attends with many query tokens over packed pages in the rotated basis, on tensor cores straight from the codes.
+
+    It computes what `pallas_kernels.decode.decode_attention` does, of which it takes the arguments, for the chunks of a
+    chunked prefill and for speculated tokens. What the chunk's own tokens add, as long as they are not in the pages, is
+    the caller's to `merge`.
+
+    Args:
+        query: Rotated queries; h_q is a multiple of the pages' KV heads.
+        pages: Pools of packed keys and values.
+        block_table: Page of each run of page_size tokens of each sequence.
+        lengths: Tokens in the pages of each sequence; anything behind them may hold garbage, NaN included.
+        positions: Position of each query, counted like the tokens of the pages; in any order.
+        key_format: Format of the keys.
+        value_format: Format of the values; the kernel reads scales as float16, whatever they are stored as.
+        options: Logit scale, soft-cap and sliding window.
+        logit_bias: Added to every logit of a query after scaling and before the soft-cap (queries times the key mean).
+        sketch_query: S y of the rotated queries, premultiplied by the sketch's gain; needed exactly for Prod keys.
+        implementation: "reference" is jnp on any device; "triton" the Pallas kernel, which runs interpreted, slowly,
+            where JAX has no GPU; "auto" the kernel on a GPU for what it supports and the reference elsewhere.
+        config: Tile sizes of the kernel; by default those for the shapes.
+
+    Returns:
+        The partial attention; its `acc` is in the rotated basis of the values.
+
+    Raises:
+        ValueError: If head counts or dims do not fit, or sketch_query is missing or superfluous.
+        NotImplementedError: For an implementation that does not exist, or "triton" where it does not support the case.
+    """
+    kv_heads = pages.keys.packed.shape[1]
+    if query.shape[-1] != key_format.dim or query.shape[2] % kv_heads:
+        raise ValueError(
+            f"expected queries with a multiple of {kv_heads} heads and dim {key_format.dim}, got {query.shape}"
+        )
+    if (sketch_query is not None) != getattr(key_format, "residual", False):
+        raise ValueError(f"expected sketch_query exactly for Prod keys, got sketch_query={sketch_query is not None}")
+    if implementation not in IMPLEMENTATIONS:
+        raise NotImplementedError(f"implementation={implementation!r}; prefill_attention has: {IMPLEMENTATIONS}")
+    if implementation == "auto":
+        implementation = _best(query.shape, pages, key_format, value_format, config)
+    arguments: dict[str, Any] = dict(
+        positions=positions,
+        key_format=key_format,
+        value_format=value_format,
+        options=options,
+        logit_bias=logit_bias,
+        sketch_query=sketch_query,
+    )
+    if implementation == "triton":
+        return triton.attend_pages(query, pages, block_table, lengths, config=config, **arguments)
+    return reference.attend_pages(query, pages, block_table, lengths, **arguments)
+
+
+def _best(
+    query_shape: tuple[int, ...],
+    pages: Pages,
+    key_format: VectorFormat,
+    value_format: VectorFormat,
+    config: PrefillConfig | None,
+) -> str:
+    """The kernel on a GPU unless it does not support the case, which is warned about (once, by Python's default)."""
+    if jax.default_backend() != "gpu":
+        return "reference"
+    try:
+        triton.check_supported(query_shape, pages, key_format, value_format, config)
+    except NotImplementedError as error:
+        warnings.warn(f"prefill attention runs as the slow reference: {error}", stacklevel=3)
+        return "reference"
+    return "triton"
