@@ -1,5 +1,6 @@
 """`tq-jax bench`: the kernels against the memory floor and against peers, in one process."""
 
+import dataclasses
 import importlib
 import os
 import time
@@ -17,13 +18,13 @@ from tq_jax.bench import claims, peers, timing
 from tq_jax.bench.job import Job, Row, Setting
 from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
 
-OPS = {"decode": "tq_jax.bench.decode", "model": "tq_jax.bench.model"}
+OPS = {"decode": "tq_jax.bench.decode", "prefill": "tq_jax.bench.prefill", "model": "tq_jax.bench.model"}
 """Where the jobs of each operation are."""
 
 BY_DEFAULT = [name for name in OPS if name != "model"]  # whose weights have to be downloaded
 
-COPY_BYTES = {True: 2**30, False: 2**26}
-"""Size of the copy that sets the floor, with and without a GPU."""
+COPY_BYTES, MATRIX = {True: 2**30, False: 2**26}, {True: 8192, False: 512}
+"""Sizes of the copy and of the matrix product that set the floor, with and without a GPU."""
 
 
 def bench(
@@ -49,7 +50,8 @@ def bench(
     wanted = _choose(against.split(",") if against else [], [peer.name for peer in peers.PEERS], "peers")
     gpu = jax.default_backend() == "gpu"
     setting = make_setting(gpu, wanted, console)
-    data: dict[str, Any] = environment() | {"copy_gbps": setting.copy_gbps, "rows": [], "failed": [], "skipped": []}
+    speeds = {"copy_gbps": setting.copy_gbps, "matmul_tflops": setting.matmul_tflops}
+    data: dict[str, Any] = environment() | speeds | {"rows": [], "failed": [], "skipped": []}
     jobs = [(op, job) for op in chosen for job in importlib.import_module(OPS[op]).jobs(setting) if only in job.label]
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(jobs))
@@ -82,8 +84,11 @@ def _choose(names: Sequence[str], known: Any, what: str) -> list[str]:
 
 def make_setting(gpu: bool, wanted: Sequence[str], console: Console) -> Setting:
     """Measures the copy, and finds out which of the wanted peers can run; says why the others cannot."""
-    setting = Setting(gpu, timing.copy_gbps(COPY_BYTES[gpu]))
-    console.print(f"A copy moves {setting.copy_gbps:.1f} GB/s, read plus written: the floor of every row")
+    setting = Setting(gpu, timing.copy_gbps(COPY_BYTES[gpu]), timing.matmul_tflops(MATRIX[gpu]))
+    console.print(
+        f"The floor of every row: a copy moves {setting.copy_gbps:.4g} GB/s, read plus written, and a bfloat16 matrix "
+        f"product does {setting.matmul_tflops:.4g} tera-operations a second"
+    )
     if not gpu:
         console.print("No NVIDIA GPU: small shapes on the reference; peers and claims are not measured")
         return setting
@@ -93,7 +98,7 @@ def make_setting(gpu: bool, wanted: Sequence[str], console: Console) -> Setting:
             console.print(f"{peer.name} is not measured: {peer.missing}")
         else:
             found.append(peer)
-    return Setting(gpu, setting.copy_gbps, tuple(found))
+    return dataclasses.replace(setting, peers=tuple(found))
 
 
 def run(op: str, job: Job, data: dict[str, Any], console: Console) -> None:

@@ -16,21 +16,29 @@ class Setting:
     Attributes:
         gpu: Whether JAX has an NVIDIA GPU. Without one small shapes run on the reference.
         copy_gbps: GB/s, read plus written, of a large copy in this run.
+        matmul_tflops: Tera-operations a second of a large bfloat16 matrix product in this run.
         peers: The peers that can run here.
     """
 
     gpu: bool
     copy_gbps: float
+    matmul_tflops: float
     peers: tuple[Peer, ...] = ()
 
-    def floor_us(self, nbytes: int) -> float:
-        """Microseconds that reading so many bytes takes at the speed of the copy.
+    def floor(self, us: float, nbytes: int, operations: int = 0) -> Row:
+        """The part of a row that says how near to the hardware's limits so many microseconds are.
+
+        Args:
+            us: The time.
+            nbytes: Bytes that have to be read and written.
+            operations: Multiplications and additions that have to be done.
 
         Example:
-            >>> Setting(gpu=False, copy_gbps=1000.0).floor_us(2_000_000)
-            2.0
+            >>> Setting(gpu=False, copy_gbps=1000.0, matmul_tflops=1.0).floor(3.0, 2_000_000, 10)
+            {'bytes': 2000000, 'floor_us': 2.0, 'over_floor': 1.5}
         """
-        return nbytes / self.copy_gbps / 1e3
+        floor = max(nbytes / self.copy_gbps / 1e3, operations / self.matmul_tflops / 1e6)
+        return {"bytes": nbytes, "floor_us": round(floor, 2), "over_floor": round(us / floor, 3)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,11 @@ class Shape:
         dim = "" if self.head_dim == 128 else f", dim {self.head_dim}"
         return f"{self.batch} x {self.seq}{dim}" + (f", {self.q_len} queries" if self.q_len > 1 else "")
 
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of both products, causal masks aside."""
+        return 4 * self.batch * self.q_len * self.seq * self.q_heads * self.head_dim
+
     def nbytes(self, bytes_per_token: int) -> int:
         """Bytes of keys and values that attention has to read, from those of a token and KV head."""
         return self.batch * self.seq * self.kv_heads * bytes_per_token
@@ -55,5 +60,11 @@ DECODE = {
 }
 """Llama 3.1 8B at several loads; other head dims; speculative tokens to verify."""
 
-SMALL = {"small": Shape(2, 512, q_heads=8, kv_heads=2)}
+PREFILL = {"chunk": Shape(1, 32768, q_len=256), "chunks": Shape(4, 32768, q_len=256)}
+"""A chunk of a long prompt; chunks of several."""
+
+SMALL = {
+    "decode": Shape(2, 512, q_heads=8, kv_heads=2),
+    "prefill": Shape(1, 256, q_len=32, q_heads=8, kv_heads=2),
+}
 """What a CPU can run."""

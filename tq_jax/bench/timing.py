@@ -61,12 +61,22 @@ def time_jax(function: Callable, inputs: list[tuple]) -> Timing:
     def run(repeats: int = 1) -> None:
         jax.block_until_ready([function(*arguments) for arguments in inputs * repeats])
 
+    return time_runs(run, len(inputs))
+
+
+def time_runs(run: Callable[[int], Any], calls: int) -> Timing:
+    """Times what makes some calls of JAX, repeats them, and waits for all.
+
+    Args:
+        run: Takes how often to repeat.
+        calls: How many calls it makes, not repeated.
+    """
     if jax.default_backend() != "gpu":
-        wall = median_time(run, len(inputs))
+        wall = median_time(functools.partial(run, 1), calls)
         return Timing(wall, wall)
-    kernels = kernel_times(run, len(inputs))
-    repeats = -(-QUEUE // len(inputs))
-    wall = median_time(functools.partial(run, repeats), repeats * len(inputs))
+    kernels = kernel_times(functools.partial(run, 1), calls)
+    repeats = -(-QUEUE // calls)
+    wall = median_time(functools.partial(run, repeats), repeats * calls)
     return Timing(sum(kernels.values()), wall, kernels)
 
 
@@ -145,3 +155,9 @@ def copy_gbps(nbytes: int) -> float:
     """GB/s, read plus written, of a copy that adds 1 to an array of so many bytes; four digits."""
     x = jnp.zeros(nbytes // 4, jnp.float32)
     return float(f"{2 * x.nbytes / time_jax(jax.jit(lambda x: x + 1), [(x,)]).us / 1e3:.4g}")
+
+
+def matmul_tflops(size: int) -> float:
+    """Tera-operations a second of a bfloat16 product of square matrices of random numbers; four digits."""
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
+    return float(f"{2 * size**3 / time_jax(jax.jit(jnp.dot), [(a, b)]).us / 1e6:.4g}")
