@@ -5,11 +5,15 @@ levels m + 1/2 nearest to |s|, and every scale follows from sum(|s| * (m + 1/2))
 is exact in float32.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
+from pallas_kernels.decode.pages import Pages, write_tokens
+from pallas_kernels.encode.encoder import Encoder
 from pallas_kernels.format import Code, Codebook, CodebookFormat, GroupFormat, ScaleRule, VectorFormat
 from pallas_kernels.packing import pack
 
@@ -26,6 +30,36 @@ that of 31 multiples tried one by one, to three digits at all widths."""
 
 OWN_STEP = 20
 """Place of the multiple 1."""
+
+LEAST_GROUP_SCALE = 1e-37
+"""Scales of min-max groups up to here, whose inverse is hardly a float, give codes of zero."""
+
+
+def encode_pages(
+    keys: Float[Array, "b t h d"],
+    values: Float[Array, "b t h d"],
+    pages: Pages,
+    slots: Int[Array, "b t"],
+    *,
+    key: Encoder,
+    value: Encoder,
+    mean: Float[Array, "b h d"] | None,
+    weight: Float[Array, "b h d"] | None,
+) -> Pages:
+    """See `pallas_kernels.encode.encode_pages`."""
+    if mean is not None and weight is not None:
+        keys = (keys.astype(jnp.float32) - mean[:, None]) * weight[:, None]
+    num_pages, page_size = pages.values.scale.shape[0], pages.values.scale.shape[-1]
+    page = jnp.where(slots < 0, num_pages, slots // page_size)
+    codes = [_encode_raw(x, encoder) for x, encoder in ((keys, key), (values, value))]
+    return write_tokens(pages, page, slots % page_size, *codes)
+
+
+def _encode_raw(x: Float[Array, "*batch dim"], encoder: Encoder) -> Code:
+    x = x.astype(jnp.float32)
+    if encoder.matrix is not None:
+        x = jnp.einsum("...i,ij->...j", x, encoder.matrix, precision=lax.Precision.HIGHEST)
+    return encode(x, encoder.format, scale=encoder.scale, search=encoder.search, sketch=encoder.sketch)
 
 
 def encode(
@@ -114,16 +148,25 @@ def best_inverse_multiple(magnitude: Float[Array, "*batch n"], book: Codebook) -
     return inverse[place]
 
 
-def scale_of(norm: Array, along: Array, squared: Array, book: Codebook, rule: ScaleRule) -> Array:
+def scale_of(
+    norm: Array,
+    along: Array,
+    squared: Array,
+    book: Codebook,
+    rule: ScaleRule,
+    *,
+    divide: Callable[[Array, Array], Array] = jnp.divide,
+    root: Callable[[Array], Array] = jnp.sqrt,
+) -> Array:
     """The scalar to store: norm is |y|, along and squared are sums over s as the module says (arXiv 2604.18555)."""
     if rule == "norm":
         return norm
     if rule == "matched":
-        return norm / (jnp.sqrt(squared) * book.step)
+        return divide(norm, root(squared) * book.step)
     if rule == "least_squares":
-        return norm * (along / squared)
+        return norm * divide(along, squared)
     # A zero vector has along = 0 and is stored with scale 0, which reconstructs it exactly.
-    return norm / (jnp.where(along == 0, 1.0, along) * book.step**2)
+    return divide(norm, jnp.where(along == 0, 1.0, along) * book.step**2)
 
 
 def _with_residual(code: Code, residual: Array, fmt: CodebookFormat, sketch: Array) -> Code:
@@ -139,6 +182,7 @@ def _encode_groups(vectors: Float[Array, "*batch dim"], fmt: GroupFormat) -> Cod
     low, high = jnp.min(groups, axis=-1), jnp.max(groups, axis=-1)
     top = 2**fmt.bits - 1
     scale, zero = ((high - low) / top).astype(fmt.scale_dtype), low.astype(fmt.scale_dtype)
-    divisor = jnp.where(scale > 0, scale.astype(jnp.float32), 1.0)[..., None]
-    codes = jnp.clip(jnp.round((groups - zero.astype(jnp.float32)[..., None]) / divisor), 0, top)
+    wide = scale.astype(jnp.float32)
+    inverse = 1 / jnp.where(wide > LEAST_GROUP_SCALE, wide, 1.0)
+    codes = jnp.round(jnp.clip((groups - zero.astype(jnp.float32)[..., None]) * inverse[..., None], 0, top))
     return Code(packed=pack(codes.astype(jnp.uint8).reshape(vectors.shape), fmt.bits), scale=scale, zero=zero)
