@@ -17,10 +17,11 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 INSTRUCTIONS = {
     "mma": r"mma\.sync\.aligned\.m16n8k32\S*\.s8\.s8|wgmma\S*s8\.s8",
+    "half mma": r"mma\.sync\.aligned\.m16n8k16\S*\.f16|wgmma\S*\.f16",
     "prmt": r"prmt\.b32",
     "async": r"cp\.async",
 }
-"""PTX that a decode kernel must contain: 8-bit tensor-core products, table lookups, asynchronous copies."""
+"""PTX that kernels must contain: tensor-core products of bytes or halves, table lookups, asynchronous copies."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pallas_kernels.gate import ARCHITECTURES, Compiled, compile_for, missing
 from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
 
 MOST_REGISTERS = 255
-SOURCES = {"decode": "tq_jax.evaluate.gate_decode"}
+SOURCES = {name: f"tq_jax.evaluate.gate_{name}" for name in ("decode", "prefill", "encode", "attend")}
 """Modules whose `cases()` are compiled, by operation."""
 
 
@@ -32,6 +32,7 @@ class Case:
         config: Its tiles, for a reader.
         expected: What the machine code of each kernel must contain, by the kernel's name; see
             `pallas_kernels.gate.INSTRUCTIONS`.
+        only: Names of the kernels to compile, where others have cases of their own; all if empty.
         quick: Whether it is compiled by default.
     """
 
@@ -40,11 +41,13 @@ class Case:
     arguments: tuple
     config: str = ""
     expected: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    only: Sequence[str] = ()
     quick: bool = False
 
     def lower(self) -> list[TritonKernel]:
         """Its kernels as Triton IR."""
-        return triton_kernels(lower_for_cuda(self.function, *self.arguments))
+        kernels = triton_kernels(lower_for_cuda(self.function, *self.arguments))
+        return [kernel for kernel in kernels if not self.only or kernel.name in self.only]
 
 
 def all_cases() -> Iterator[tuple[str, Case]]:
@@ -52,6 +55,12 @@ def all_cases() -> Iterator[tuple[str, Case]]:
     for op, module in SOURCES.items():
         for case in importlib.import_module(module).cases():
             yield op, case
+
+
+def kernel_names(op: str, case: Case, kernels: Sequence[TritonKernel]) -> list[str]:
+    """Names for a case's kernels: the kernel's unless it is the operation's, and a number if there are several such."""
+    names = [f"{op} {case.name}" + (f": {kernel.name}" if kernel.name != op else "") for kernel in kernels]
+    return [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def make_row(op: str, case: Case, kernel: TritonKernel, architecture: str, job: Future[Compiled]) -> dict[str, Any]:
