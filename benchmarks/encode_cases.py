@@ -190,7 +190,7 @@ def _compare_vectors(found: Differences, name: str, own: dict, other: dict, x: n
         size = packed_bytes(book.dim, book.bits)
         y = rotated[..., channel : channel + book.dim]
         codes = [np.asarray(unpack(jnp.asarray(c["packed"][..., byte : byte + size]), book.bits, book.dim)) for c in (own, other)]
-        steps = np.abs(y) / np.maximum(np.linalg.norm(y, axis=-1, keepdims=True), 1e-30) / book.step
+        steps = np.abs(y) / np.maximum(np.linalg.norm(y, axis=-1, keepdims=True), 1e-30) / (book.step or 1.0)
         different = codes[0] != codes[1]
         found.values += different.size
         searched = np.zeros(different.shape[:2], bool)
