@@ -2,20 +2,23 @@
 #   make demo                              the demonstration, in .venv-demo
 #   make test                              all tests, in .venv (with torch and transformers)
 #   make test-jax PYTHON=python3.12        the tests that need no torch, in .venv-jax, on the JAX release below
+#   make gate                              the GPU kernels of each class compiled for six GPU generations, in .venv
 #   make test PYTEST="-x tests/evaluate"   a part of them
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
 JAX ?= 0.11.2
+TRITON ?= 3.6.0
 PYTEST ?=
+GATE ?=
 DEMO ?=
 
 # What CUDA builds of torch would add is several GB, so the tests name a release that has a CPU build.
-TEST_EXTRAS := models,hf,dev
+TEST_EXTRAS := models,hf,gate,dev
 JAX_EXTRAS := models,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-jax lint format clean
+.PHONY: help demo test test-jax gate lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
@@ -29,7 +32,7 @@ $(1)/bin/python -m pip install --disable-pip-version-check $(2)
 endef
 
 .venv/.ready: pyproject.toml
-	$(call environment,.venv,"torch==$(TORCH)" -e ".[$(TEST_EXTRAS)]")
+	$(call environment,.venv,"torch==$(TORCH)" "triton==$(TRITON)" -e ".[$(TEST_EXTRAS)]")
 
 .venv-jax/.ready: pyproject.toml
 	$(call environment,.venv-jax,"jax==$(JAX)" "jaxlib==$(JAX)" -e ".[$(JAX_EXTRAS)]")
@@ -45,6 +48,9 @@ test: .venv/.ready ## all tests
 
 test-jax: .venv-jax/.ready ## the tests that need no torch
 	.venv-jax/bin/python -m pytest --durations=15 $(PYTEST)
+
+gate: .venv/.ready ## compile the GPU kernels of each class for six GPU generations, without a GPU
+	.venv/bin/tq-jax gate $(GATE)
 
 lint: .venv/.ready ## formatting, lint and types, changing nothing
 	.venv/bin/ruff format --check .

@@ -96,3 +96,20 @@ def _text(bytecode: bytes) -> str:
         context.load_all_available_dialects()
         context.allow_unregistered_dialects = True
         return str(ir.Module.parse(bytecode).operation.get_asm(enable_debug_info=False))
+
+
+def gpu_kernel_times(run: Callable[[], Any]) -> list[tuple[str, float]]:
+    """Name and milliseconds of each GPU kernel of the process, JAX's or not, in order of launch.
+
+    Args:
+        run: Launches them and waits for them.
+    """
+    from jax._src.lib import mosaic_gpu
+
+    cupti: Any = mosaic_gpu._mosaic_gpu_ext  # pyright: ignore[reportPrivateImportUsage]
+    cupti._cupti_init()
+    try:
+        run()
+    finally:
+        timings = cupti._cupti_get_timings(True)
+    return list(timings or ())

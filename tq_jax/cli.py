@@ -15,7 +15,9 @@ COMMANDS = {
     "demo": "tq_jax.evaluate.demo:demo",
     "validate": "tq_jax.evaluate.distortion:validate",
     "audit": "tq_jax.evaluate.audit:audit",
+    "bench": "tq_jax.bench.command:bench",
     "gate": "tq_jax.evaluate.gate:gate",
+    "doctor": "tq_jax.doctor:doctor",
 }
 """Name of each command and where its function is, in the order of the help text."""
 

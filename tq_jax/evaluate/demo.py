@@ -1,7 +1,6 @@
 """`tq-jax demo`: a real model answering from compressed caches, with size, quality and speed measured."""
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import typer
 from rich.table import Table
 
+import tq_jax as tq
 from tq_jax.data import persuasion
 from tq_jax.evaluate import picture
 from tq_jax.evaluate.language import (
@@ -25,8 +25,8 @@ from tq_jax.evaluate.language import (
     tq_scheme,
 )
 from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
-from tq_jax.models import LanguageModel, Sampling, cache_dir, load_model
-from tq_jax.models.generate import decode_loop
+from tq_jax.models import LanguageModel, cache_dir, load_model
+from tq_jax.models.generate import time_decode
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_BITS = "8/4,4/4,3/3,2/2"
@@ -215,16 +215,13 @@ def size_row(model: LanguageModel, scheme: Scheme, quality: Quality) -> Row:
 def answer(model: LanguageModel, row: Row, prompt: Prompt) -> Row:
     """Generates greedily from the row's cache; the speed is that of the decode loop alone, compilation excluded."""
     decoder = model.decoder
-    cache = decoder.init_cache(row.scheme.cache, batch=1)
-    cache = fill_cache(cache, *prompt.projections, jnp.int32(prompt.length))
-    arguments = (decoder, prompt.first, cache, jax.random.split(jax.random.key(0), 1))
-    stop = jnp.asarray(model.config.stop_tokens, jnp.int32)
-    options = {"sampling": Sampling(), "max_new_tokens": NEW_TOKENS, "implementation": "auto"}
-    loop = decode_loop.lower(*arguments, stop, **options).compile()
-    jax.block_until_ready(cache)
-    started = time.perf_counter()
-    out, count, _ = jax.block_until_ready(loop(*arguments, stop))
-    seconds = time.perf_counter() - started
+
+    def make_cache() -> tq.Cache:
+        return fill_cache(decoder.init_cache(row.scheme.cache, batch=1), *prompt.projections, jnp.int32(prompt.length))
+
+    out, count, seconds = time_decode(
+        decoder, prompt.first, make_cache, max_new_tokens=NEW_TOKENS, stop_tokens=model.config.stop_tokens
+    )
     length = int(count[0])
     speed = (length - 1) / seconds if length > 1 else None
     text = model.tokenizer.decode(out[0, :length].tolist())

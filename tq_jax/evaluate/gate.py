@@ -1,133 +1,72 @@
-"""`tq-jax gate`: compile every supported kernel for six GPU generations, without a GPU."""
+"""`tq-jax gate`: compile the kernels for six GPU generations, without a GPU."""
 
 import dataclasses
-import functools
+import importlib
+import importlib.util
 import multiprocessing
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from typing import Annotated, Any
 
-import jax
-import jax.numpy as jnp
 import typer
 from rich.table import Table
 
 from pallas_kernels._compat import TritonKernel, lower_for_cuda, triton_kernels
-from pallas_kernels.decode import LogitOptions, TileConfig
-from pallas_kernels.decode.config import default_config
-from pallas_kernels.decode.layout import value_parts
-from pallas_kernels.decode.pages import empty_pages
-from pallas_kernels.decode.triton import attend_pages, padded_columns
 from pallas_kernels.gate import ARCHITECTURES, Compiled, compile_for, missing
-from tq_jax.evaluate.report import JsonTarget, open_console, progress_bar, write_json
-from tq_jax.quantizer import QuantizerSpec
+from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
 
 MOST_REGISTERS = 255
-BATCH, PAGES, KV_HEADS, PAGE_SIZE = 2, 64, 2, 128
-PLAIN = LogitOptions(scale=0.1)
+SOURCES = {"decode": "tq_jax.evaluate.gate_decode"}
+"""Modules whose `cases()` are compiled, by operation."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """A supported kernel.
+class Case:
+    """A function to lower and compile.
 
     Attributes:
         name: What is special about it.
-        key: Key quantizer.
-        value: Value quantizer.
-        group: Query heads a KV head.
-        count: Query tokens.
-        options: Logit options.
-        bias: Whether logits are biased.
-        precise: Whether queries and probabilities have two bytes.
+        function: A function of arrays that launches Pallas Triton kernels, none of them interpreted.
+        arguments: Shapes of its arguments.
+        config: Its tiles, for a reader.
+        expected: What the machine code of each kernel must contain, by the kernel's name; see
+            `pallas_kernels.gate.INSTRUCTIONS`.
+        quick: Whether it is compiled by default.
     """
 
     name: str
-    key: QuantizerSpec
-    value: QuantizerSpec
-    group: int = 4
-    count: int = 1
-    options: LogitOptions = PLAIN
-    bias: bool = False
-    precise: bool = False
+    function: Callable
+    arguments: tuple
+    config: str = ""
+    expected: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    quick: bool = False
 
-    @property
-    def config(self) -> TileConfig:
-        """The tiles that `attend_pages` would choose."""
-        columns = padded_columns(self.count * self.group)
-        parts = len(value_parts(self.value.format))
-        return default_config(PAGE_SIZE, columns=columns, dim=self.key.dim, value_parts=parts, precise=self.precise)
-
-    @property
-    def expected(self) -> tuple[str, ...]:
-        """Instructions that the kernel must contain; bytes need no lookup."""
-        return ("mma", "async") if self.key.bits == self.value.bits == 8 else ("mma", "prmt", "async")
+    def lower(self) -> list[TritonKernel]:
+        """Its kernels as Triton IR."""
+        return triton_kernels(lower_for_cuda(self.function, *self.arguments))
 
 
-def kernels() -> Iterator[Kernel]:
-    """Every supported format, head dim, mask and row count; not every combination."""
-    spec = QuantizerSpec
-    for bits in (1, 2, 3, 4, 8):
-        for precise in (False, True):
-            name = f"K{bits}/V{bits}{' precise' if precise else ''}"
-            yield Kernel(name, spec(128, bits), spec(128, bits), precise=precise)
-    for dim in (64, 80, 96, 192, 256):
-        yield Kernel(f"K4/V4 dim {dim}", spec(dim, 4), spec(dim, 4))
-        low = 2 if dim == 80 else 3
-        yield Kernel(f"K{low}/V2 dim {dim}", spec(dim, low), spec(dim, 2))
-    four, two = spec(128, 4), spec(128, 2, kind="group")
-    for bits in (2.5, 3.5):
-        yield Kernel(f"K{bits}/V{bits}", spec(128, bits), spec(128, bits))
-    for bits in (1, 2, 3, 4):
-        yield Kernel(f"prod {bits}, min-max 2", spec(128, bits, kind="prod"), two)
-    yield Kernel("min-max 4", four, spec(128, 4, kind="group"))
-    for group, count in ((1, 1), (8, 1), (16, 1), (4, 2), (4, 5), (4, 8)):
-        yield Kernel(f"group {group}, {count} queries", four, four, group=group, count=count)
-    everything = LogitOptions(scale=0.1, softcap=30.0, sliding_window=512)
-    yield Kernel("window, soft-cap, bias", four, four, options=everything, bias=True)
-    yield Kernel("window, soft-cap, bias, 5 queries", four, four, options=everything, bias=True, count=5)
+def all_cases() -> Iterator[tuple[str, Case]]:
+    """Every case with its operation."""
+    for op, module in SOURCES.items():
+        for case in importlib.import_module(module).cases():
+            yield op, case
 
 
-def lower(kernel: Kernel) -> TritonKernel:
-    """The kernel as Triton IR."""
-    key, value = kernel.key.format, kernel.value.format
-    shape = jax.ShapeDtypeStruct
-    pages = jax.eval_shape(lambda: empty_pages(BATCH * PAGES, KV_HEADS, PAGE_SIZE, key, value))
-    query = shape((BATCH, kernel.count, KV_HEADS * kernel.group, kernel.key.dim), jnp.float32)
-
-    def run(query: Any, pages: Any, table: Any, lengths: Any, positions: Any, bias: Any, sketch: Any) -> Any:
-        return attend_pages(
-            query,
-            pages,
-            table,
-            lengths,
-            positions=positions,
-            key_format=key,
-            value_format=value,
-            options=kernel.options,
-            logit_bias=bias,
-            sketch_query=sketch,
-            config=kernel.config,
-            interpret=False,
-        )
-
-    integers = [shape(s, jnp.int32) for s in ((BATCH, PAGES), (BATCH,), (BATCH, kernel.count))]
-    bias = shape(query.shape[:3], jnp.float32) if kernel.bias else None
-    sketch = query if kernel.key.kind == "prod" else None
-    [lowered] = triton_kernels(lower_for_cuda(run, query, pages, *integers, bias, sketch))
-    return lowered
-
-
-def make_row(kernel: Kernel, architecture: str, compiled: Compiled) -> dict[str, Any]:
-    """One row of the report."""
-    lacking = missing(compiled, kernel.expected)
-    fits = compiled.registers <= MOST_REGISTERS and not compiled.stack_bytes
-    config = kernel.config
-    return {
-        "kernel": f"decode {kernel.name}",
-        "config": f"{config.tile} tokens, {config.num_warps} warps, {config.num_stages} stages",
+def make_row(op: str, case: Case, kernel: TritonKernel, architecture: str, job: Future[Compiled]) -> dict[str, Any]:
+    """One row of the report; what does not compile has its error in it."""
+    row: dict[str, Any] = {
+        "kernel": f"{op} {case.name}" + (f": {kernel.name}" if kernel.name != op else ""),
+        "config": case.config or f"{kernel.num_warps} warps, {kernel.num_stages} stages",
         "arch": architecture,
+    }
+    if error := job.exception():
+        return row | {"error": repr(error)[:400], "ok": False}
+    compiled = job.result()
+    lacking = missing(compiled, case.expected.get(kernel.name, ()))
+    fits = compiled.registers <= MOST_REGISTERS and not compiled.stack_bytes
+    return row | {
         "registers": compiled.registers,
         "spill_bytes": compiled.stack_bytes,
         "shared_bytes": compiled.shared_bytes,
@@ -139,39 +78,57 @@ def make_row(kernel: Kernel, architecture: str, compiled: Compiled) -> dict[str,
 
 def gate(
     arch: Annotated[str, typer.Option(help="Architectures, comma-separated.")] = ",".join(ARCHITECTURES),
-    only: Annotated[str, typer.Option(help="Compile only kernels whose name contains this.")] = "",
+    only: Annotated[str, typer.Option(help="Compile only kernels whose name contains this, all of them.")] = "",
+    full: Annotated[bool, typer.Option("--full", help="Compile every case, not one of each class.")] = False,
     workers: Annotated[int, typer.Option(help="Compilers at a time; one a core by default.", min=0)] = 0,
     json: JsonTarget = None,
 ) -> None:
-    """Compile every supported kernel for six GPU generations, without a GPU.
+    """Compile the GPU kernels for six GPU generations, without a GPU.
 
     Exits 0 only if each compiles without spilling registers and with the tensor-core, lookup and asynchronous-copy
     instructions it is made of. Needs the triton package.
     """
+    architectures = arch.split(",")
+    unknown = [name for name in architectures if name not in ARCHITECTURES]
+    if unknown:
+        raise typer.BadParameter(f"expected architectures among {', '.join(ARCHITECTURES)}, got {', '.join(unknown)}")
+    if importlib.util.find_spec("triton") is None:
+        raise typer.BadParameter('the gate needs the triton package: pip install "tq-jax[gate]"')
     console = open_console(json)
-    chosen = [kernel for kernel in kernels() if only in kernel.name]
-    rows = []
+    chosen = [(op, case) for op, case in all_cases() if only in f"{op} {case.name}" and (full or only or case.quick)]
+    rows, seen = [], set()
     # Fresh processes: neither JAX nor MLIR survives a fork.
     context = multiprocessing.get_context("spawn")
     with progress_bar(console) as progress, ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
-        task = progress.add_task("compiling", total=len(chosen) * len(arch.split(",")))
+        task = progress.add_task("compiling", total=None)
         jobs = {}
-        for kernel in chosen:
-            lowered = lower(kernel)
-            for name in arch.split(","):
-                jobs[pool.submit(functools.partial(compile_for, lowered, name))] = kernel, name
+        for op, case in chosen:
+            for kernel in case.lower():
+                # Kernels around an operation's own are the same in many cases.
+                if kernel not in seen:
+                    seen.add(kernel)
+                    jobs |= {pool.submit(compile_for, kernel, name): (op, case, kernel, name) for name in architectures}
+        progress.update(task, total=len(jobs))
         for job in as_completed(jobs):
-            kernel, name = jobs[job]
-            rows.append(make_row(kernel, name, job.result()))
+            op, case, kernel, name = jobs[job]
+            rows.append(make_row(op, case, kernel, name, job))
             progress.advance(task)
     rows.sort(key=lambda row: (row["kernel"], ARCHITECTURES.index(row["arch"])))
-    table = Table(title="Decode kernels, compiled", title_justify="left")
-    for column in ("kernel", "config", "arch", "registers", "spill_bytes", "shared_bytes", "ok"):
-        table.add_column(column, justify="left" if column in ("kernel", "config", "arch") else "right")
-    for row in rows:
-        table.add_row(*(str(row[column.header]) for column in table.columns), style=None if row["ok"] else "red")
-    console.print(table)
+    console.print(make_table(rows))
     console.print(f"{sum(row['ok'] for row in rows)} of {len(rows)} compile as they should")
-    write_json({"rows": rows}, json)
+    write_json(environment() | {"rows": rows}, json)
     if not rows or not all(row["ok"] for row in rows):
         raise typer.Exit(1)
+
+
+def make_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows for a reader."""
+    table = Table(title="GPU kernels, compiled", title_justify="left")
+    words, numbers = ("kernel", "config", "arch"), ("registers", "spill_bytes", "shared_bytes")
+    for column in (*words, *numbers, "fault"):
+        table.add_column(column, justify="right" if column in numbers else "left")
+    for row in rows:
+        fault = row.get("error") or " ".join(f"no {name}" for name in row["missing"])
+        texts = [str(row.get(name, "")) for name in (*words, *numbers)]
+        table.add_row(*texts, fault, style=None if row["ok"] else "red")
+    return table

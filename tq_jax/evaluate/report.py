@@ -1,10 +1,13 @@
 """What commands print: tables for a reader, one JSON object for a program."""
 
+import contextlib
 import json
 import math
 import os
 import platform
+import shutil
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 WIDTH_OF_FILES = 120
 """Columns of tables that no terminal shows."""
+
+PACKAGES = ("tq-jax", "jax", "jaxlib", "torch", "triton", "transformers", "vllm", "flashinfer-python")
+"""Whose versions stand beside figures."""
 
 
 def _writable(target: str | None) -> str | None:
@@ -80,16 +86,42 @@ def write_json(payload: dict[str, Any], target: str | None) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Where figures come from: device, versions, and the commit of the working directory if it is a repository."""
+    """Where figures come from: device, versions of what is installed, and the commit that the code is of.
+
+    The commit of a copy without its repository is that of the environment variable TQ_JAX_COMMIT; "" if nobody knows.
+    """
     import jax  # commands that only print help need not wait for it
 
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    device = f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} CPU cores"
     return {
-        "device": device,
-        "versions": {"tq-jax": metadata.version("tq-jax"), "jax": jax.__version__, "python": platform.python_version()},
-        "commit": git.stdout.strip(),
+        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} CPU cores",
+        "versions": {"python": platform.python_version()} | versions(PACKAGES),
+        "commit": _commit() or os.environ.get("TQ_JAX_COMMIT", ""),
     }
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed.
+
+    Args:
+        packages: Names as on PyPI.
+
+    Example:
+        >>> sorted(versions(["numpy", "no-such-package"]))
+        ['numpy']
+    """
+    found = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _commit() -> str:
+    """The commit of this file's repository, marked if files differ from it; "" outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    if shutil.which("git") is None:
+        return ""
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
 
 
 def _plain(value: Any) -> Any:

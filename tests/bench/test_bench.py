@@ -1,0 +1,173 @@
+"""`tq-jax bench` where there is no GPU: rows of the reference, and claims judged on rows that are given."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from typer.testing import CliRunner
+
+from pallas_kernels.decode import triton
+from pallas_kernels.decode.pages import empty_pages
+from tq_jax import cli
+from tq_jax.bench import claims, command, decode, roofline, timing
+from tq_jax.bench.job import Job, Setting
+from tq_jax.bench.peers import PEERS
+from tq_jax.bench.shapes import DECODE, SMALL
+
+CASES = list(decode.cases())
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.build(["bench"]), ["bench", *arguments], catch_exceptions=False)
+
+
+def test_without_a_gpu_small_shapes_run_and_nothing_is_claimed(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "ITERATIONS", 1)
+    monkeypatch.setitem(command.COPY_BYTES, False, 2**20)
+    path, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    result = run("decode", "--json", str(path), "--png", str(picture))
+    assert result.exit_code == 0, result.output
+    assert "peers and claims are not measured" in result.output
+    found = json.loads(path.read_text())
+    assert {"device", "versions", "commit", "copy_gbps", "rows"} <= found.keys()
+    assert found["claims"] == [] == found["failed"]
+    shape = SMALL["small"]
+    for row, width in zip(found["rows"], (4, 2), strict=True):
+        assert (row["op"], row["impl"], row["batch"], row["seq"]) == ("decode", "reference", shape.batch, shape.seq)
+        assert (row["key"], row["value"], row["paged"]) == (f"mse{width}", f"mse{width}", True)
+        assert row["bytes"] == shape.batch * shape.seq * shape.kv_heads * 2 * (128 * width // 8 + 2)
+        assert row["us"] > 0
+        assert row["floor_us"] == pytest.approx(row["bytes"] / found["copy_gbps"] / 1e3, abs=0.01)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_unknown_operations_and_peers_are_refused():
+    result = run("decoding")
+    assert result.exit_code == 2
+    assert "expected operations among decode" in result.output
+    assert run("decode", "--against", "cublas").exit_code == 2
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+def test_the_kernel_takes_every_measured_case(case):
+    key, value = (spec.format for spec in case.specs)
+    shape = case.shape
+    pages = jax.eval_shape(lambda: empty_pages(16, shape.kv_heads, case.page_size, key, value))
+    triton.check_supported((shape.batch, shape.q_len, shape.q_heads, shape.head_dim), pages, key, value, None)
+
+
+def rows_for(ours: float, fp8: float = 100.0):
+    """Rows of every measured case in which the project takes so many microseconds, cuDNN 100 and 120."""
+    shapes = dict.fromkeys(case.shape for case in CASES)
+    peers = [
+        {"op": "decode", "impl": impl, "us": us, **shape.as_dict()}
+        for shape in shapes
+        for impl, us in (("cudnn_bf16", 120.0), ("jax_cudnn_bf16", 100.0), ("flashinfer_fp8", fp8))
+    ]
+    own = [
+        {"op": "decode", "impl": "triton", "us": ours, **case.shape.as_dict()}
+        | {"key": case.names[0], "value": case.names[1], "paged": case.paged}
+        for case in CASES
+    ]
+    return peers + own
+
+
+def test_all_claims_can_be_measured_hold_and_fail():
+    fast, missing = claims.measure(rows_for(25.0))
+    assert not missing
+    assert all(claim.ok for claim in fast)
+    slow, _ = claims.measure(rows_for(60.0, fp8=60.0))
+    # Shuffled pages and several queries are compared with the kernel itself.
+    assert {claim.name for claim in slow if claim.ok} == {claim.name for claim in slow if "time of" in claim.name} | {
+        claim.name for claim in slow if "min-max 2" in claim.name
+    }
+    faster = next(claim for claim in fast if "K4/V4: times faster than cuDNN" in claim.name)
+    assert faster.figure == pytest.approx(4.0)
+
+
+def test_claims_without_rows_are_not_measured():
+    measured, missing = claims.measure([])
+    assert measured == []
+    assert len(missing) == len(claims.RATIOS)
+
+
+def test_rows_say_how_many_times_faster_than_peers_they_are():
+    rows = rows_for(50.0)
+    claims.add_ratios(rows)
+    own = [row for row in rows if row["impl"] == "triton"]
+    assert own[0]["faster_than"] == {"cudnn_bf16": 2.4, "jax_cudnn_bf16": 2.0, "flashinfer_fp8": 2.0}
+
+
+def broken():
+    """A job that fails."""
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(("peer", "ok"), [(True, True), (False, False)])
+def test_a_failed_job_ends_nothing_but_itself(peer, ok):
+    console = command.open_console("-")
+    data = {"rows": [], "failed": [], "skipped": []}
+    command.run("decode", Job("broken", broken, peer=peer), data, console)
+    good = {"op": "decode", "impl": "triton", "key": "mse4", "value": "mse4", "batch": 1, "us": 2.0, "floor_us": 1.0}
+    command.run("decode", Job("good", lambda: iter([good])), data, console)
+    assert [failure["error"] for failure in data["failed"]] == ["RuntimeError('out of memory')"]
+    command.conclude(data, gpu=True, console=console)
+    assert data["ok"] == ok
+
+
+def test_a_wrong_result_fails():
+    data = {"rows": [], "failed": [], "skipped": []}
+    wrong = {"op": "decode", "impl": "triton", "key": "mse4", "value": "mse4", "us": 2.0, "ok": False, "error": 0.5}
+    data["rows"].append(wrong)
+    command.conclude(data, gpu=True, console=command.open_console("-"))
+    assert not data["ok"]
+
+
+def test_a_time_limit_skips_what_has_not_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "ITERATIONS", 1)
+    monkeypatch.setitem(command.COPY_BYTES, False, 2**20)
+    path = tmp_path / "bench.json"
+    result = run("decode", "--limit", "0", "--json", str(path))
+    assert result.exit_code == 1  # nothing was measured
+    assert len(json.loads(path.read_text())["skipped"]) == 2
+
+
+def test_agreement_is_judged():
+    x = jax.numpy.ones((1, 1, 2, 4))
+    part = decode.Partial(x, x[..., 0], x[..., 0])
+    off = dataclasses.replace(part, acc=1.1 * x)
+    assert decode._agreement(part, part, part)["ok"]
+    assert not decode._agreement(off, off, part)["ok"]
+    assert not decode._agreement(part, off, part)["ok"]
+
+
+def test_peers_of_a_gpu_are_missing_without_one():
+    assert {peer.missing for peer in PEERS} == {"no NVIDIA GPU"}
+    peers = tuple(dataclasses.replace(peer, packages=()) for peer in PEERS)
+    labels = [job.label for job in decode.jobs(Setting(gpu=True, copy_gbps=1.0, peers=peers))]
+    assert len(labels) == len(set(labels))
+    for shape in DECODE.values():
+        assert f"decode {shape.label}, cudnn_bf16" in labels
+
+
+def test_kernel_times_are_medians_of_equal_runs(monkeypatch):
+    timed = [("a", 1.0), ("b", 0.5), ("a", 1.0)] * timing.ITERATIONS
+    monkeypatch.setattr(timing, "gpu_kernel_times", lambda run: timed)
+    assert timing.kernel_times(lambda: None, calls=2) == {"a": 1000.0, "b": 250.0}
+    monkeypatch.setattr(timing, "gpu_kernel_times", lambda run: timed[:-1])
+    with pytest.raises(RuntimeError, match="expected the same kernels in each of 9 runs, got 26"):
+        timing.kernel_times(lambda: None, calls=2)
+
+
+def test_the_picture_has_a_panel_an_operation(tmp_path):
+    rows = [row | {"bytes": 10**8} for row in rows_for(50.0)]
+    rows += [
+        {"op": "model", "impl": "reference", "key": key, "seq": seq, "capacity": 512, "us": 1e3}
+        for key in ("bf16", "mse4")
+        for seq in (128, 256)
+    ]
+    path = tmp_path / "roofline.svg"
+    roofline.draw(rows, path, copy_gbps=3000.0, title="a device")
+    shapes = {case.shape for case in CASES}
+    assert path.read_text().count('<g id="axes_') == len(shapes) + 1

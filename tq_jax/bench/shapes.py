@@ -1,0 +1,59 @@
+"""Named shapes of attention in production, for benchmarks and tests."""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Attention of the last tokens of sequences over all of their tokens.
+
+    Attributes:
+        batch: Sequences.
+        seq: Tokens of each.
+        q_len: Tokens of each that ask.
+        q_heads: Query heads.
+        kv_heads: KV heads.
+        head_dim: Channels of a head.
+    """
+
+    batch: int
+    seq: int
+    q_len: int = 1
+    q_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+
+    def as_dict(self) -> dict[str, Any]:
+        """The shape as part of a row."""
+        return dataclasses.asdict(self)
+
+    @property
+    def label(self) -> str:
+        """The shape in a few characters.
+
+        Example:
+            >>> Shape(8, 32768, q_len=4).label
+            '8 x 32768, 4 queries'
+        """
+        dim = "" if self.head_dim == 128 else f", dim {self.head_dim}"
+        return f"{self.batch} x {self.seq}{dim}" + (f", {self.q_len} queries" if self.q_len > 1 else "")
+
+    def nbytes(self, bytes_per_token: int) -> int:
+        """Bytes of keys and values that attention has to read, from those of a token and KV head."""
+        return self.batch * self.seq * self.kv_heads * bytes_per_token
+
+
+DECODE = {
+    "batch 8": Shape(8, 32768),
+    "batch 32": Shape(32, 8192),
+    "long": Shape(1, 131072),
+    "single": Shape(1, 32768),
+    "dim 64": Shape(8, 32768, head_dim=64),
+    "dim 256": Shape(8, 32768, head_dim=256),
+    "verify": Shape(8, 32768, q_len=4),
+}
+"""Llama 3.1 8B at several loads; other head dims; speculative tokens to verify."""
+
+SMALL = {"small": Shape(2, 512, q_heads=8, kv_heads=2)}
+"""What a CPU can run."""

@@ -1,0 +1,158 @@
+"""`tq-jax doctor`: what this machine has, what runs on which implementation and why, and whether attention works."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import typer
+from rich.console import Console
+
+from pallas_kernels.decode import triton
+from pallas_kernels.decode.pages import empty_pages
+from tq_jax.append import append
+from tq_jax.attention import attend
+from tq_jax.cache import CacheSpec, init_cache
+from tq_jax.evaluate.report import JsonTarget, environment, open_console, versions, write_json
+from tq_jax.quantizer import QuantizerSpec
+
+TOLERANCE = 0.02
+"""Relative error to the reference that attention by one-byte queries and probabilities may have."""
+
+NEEDED_FOR = {
+    "torch": "caches of PyTorch models, peers of tq-jax bench",
+    "transformers": "Hugging Face caches",
+    "vllm": "the vLLM backend",
+    "triton": "tq-jax gate",
+    "gguf": "tq-jax demo",
+    "matplotlib": "pictures",
+}
+"""Optional packages."""
+
+FORMATS = ("mse 1", "mse 2", "mse 2.5", "mse 3", "mse 3.5", "mse 4", "mse 5", "mse 8", "prod 3", "prod 4", "prod 5")
+AXES: dict[str, tuple[Any, ...]] = {
+    "head dim": (16, 32, 64, 80, 96, 112, 128, 192, 256, 512),
+    "keys": (*FORMATS, "group 4"),
+    "values": (*FORMATS, "group 2", "group 4"),
+    "queries": (1, 2, 4, 8, 16, 256),
+    "group": (1, 2, 4, 5, 8, 16, 32),
+    "page size": (8, 16, 32, 64, 128, 256),
+    "GiB": (1, 2, 3, 4, 8),
+}
+"""What decode attention may differ in: a group is the query heads of a KV head, GiB the size of a pool."""
+
+BASE: dict[str, Any] = dict(zip(AXES, (128, "mse 4", "mse 4", 1, 4, 128, 1), strict=True))
+"""What the axes other than the one that is tried are at."""
+
+
+def doctor(json: JsonTarget = None) -> None:
+    """Say what this machine has, which implementation each case takes and why, and whether attention works.
+
+    Exits 0 only if attention over a small compressed cache agrees with the reference.
+
+    Args:
+        json: Where to write the findings.
+    """
+    console = open_console(json)
+    found = environment() | {"backend": jax.default_backend(), "gpu": describe_gpu()}
+    found["packages"] = {name: version(name) for name in NEEDED_FOR}
+    found["decode"] = list(decode_axes())
+    found["check"] = check_attention()
+    found["ok"] = found["check"]["ok"]
+    print_findings(found, console)
+    write_json(found, json)
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+def version(name: str) -> str | None:
+    """Version of a package; None if it is not installed."""
+    return versions([name]).get(name)
+
+
+def describe_gpu() -> dict[str, Any] | None:
+    """The first GPU of JAX; None if it has none."""
+    if jax.default_backend() != "gpu":
+        return None
+    device = jax.devices()[0]
+    return {
+        "kind": device.device_kind,
+        "count": jax.device_count(),
+        "compute_capability": str(getattr(device, "compute_capability", "")),
+        "bytes": (device.memory_stats() or {}).get("bytes_limit"),
+    }
+
+
+def decode_axes() -> Iterator[dict[str, Any]]:
+    """For each axis the values that the decode kernel takes, and why the reference takes the others."""
+    for axis, values in AXES.items():
+        verdicts = {str(value): why_not(BASE | {axis: value}) for value in values}
+        kernel = [value for value, reason in verdicts.items() if reason is None]
+        reference = {value: reason for value, reason in verdicts.items() if reason is not None}
+        yield {"axis": axis, "triton": kernel, "reference": reference}
+
+
+def why_not(case: dict[str, Any]) -> str | None:
+    """Why the decode kernel does not take a case; None if it does."""
+    try:
+        keys, values = (_spec(case["head dim"], case[name]).format for name in ("keys", "values"))
+        vector = max(keys.packed_bytes, values.packed_bytes)
+        pages = (case["GiB"] << 30) // (vector * case["page size"])
+        pools = jax.eval_shape(lambda: empty_pages(pages, 1, case["page size"], keys, values))
+        triton.check_supported((1, case["queries"], case["group"], case["head dim"]), pools, keys, values, None)
+    except (NotImplementedError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _spec(dim: int, name: str) -> QuantizerSpec:
+    kind, bits = name.split()
+    return QuantizerSpec(dim, float(bits), kind=kind)  # pyright: ignore[reportArgumentType]
+
+
+def check_attention() -> dict[str, Any]:
+    """Attends over a small compressed cache by what "auto" takes and by the reference."""
+    quantizer = QuantizerSpec(64, 4)
+    spec = CacheSpec(num_kv_heads=2, head_dim=64, max_tokens=512, key=quantizer, value=quantizer)
+    key, value, query = jax.random.normal(jax.random.key(0), (3, 1, 300, 2, 64))
+    cache = append(init_cache(spec, batch=1), key, value)
+    query = jnp.repeat(query[:, -1:], 4, axis=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = attend(query, cache)
+    want = attend(query, cache, implementation="reference")
+    error = float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+    notes = [str(warning.message) for warning in caught if "reference" in str(warning.message)]
+    return {"error": error, "tolerance": TOLERANCE, "warnings": notes, "ok": error <= TOLERANCE}
+
+
+def print_findings(found: dict[str, Any], console: Console) -> None:
+    """The findings for a reader."""
+    line = lambda name, text: console.print(f"[bold]{name:>14}[/bold]  {text}", highlight=False)  # noqa: E731
+    line("device", found["device"])
+    if found["gpu"]:
+        gpu = found["gpu"]
+        line("GPU", f"{gpu['count']} x {gpu['kind']}, compute capability {gpu['compute_capability']}")
+    line("versions", ", ".join(f"{name} {number}" for name, number in found["versions"].items()))
+    line("commit", found["commit"] or "unknown")
+    for name, number in found["packages"].items():
+        line(name, f"{number or 'not installed'} ({NEEDED_FOR[name]})")
+    if found["gpu"]:
+        console.print(
+            "\nDecode attention runs by the Pallas Triton kernel; as the reference, slowly, where it says so:"
+        )
+    else:
+        console.print(
+            "\nNo NVIDIA GPU: everything runs as the reference. On one decode attention would run by the Pallas"
+        )
+        console.print("Triton kernel, except where it says so:")
+    for axis in found["decode"]:
+        line(axis["axis"], ", ".join(axis["triton"]))
+        for value, reason in axis["reference"].items():
+            console.print(f"{'':>16}{value}: reference, {reason}", style="yellow", highlight=False, markup=False)
+    line("encode", "reference (XLA)")
+    line("longer chunks", "reference (XLA)")
+    check = found["check"]
+    verdict = "works" if check["ok"] else "FAILS"
+    console.print(f"\nAttention {verdict}: error {check['error']:.1e} to the reference (at most {check['tolerance']})")

@@ -1,0 +1,103 @@
+"""Decode kernels to compile: every supported format, head dim, mask and row count; not every combination."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode import LogitOptions
+from pallas_kernels.decode.pages import empty_pages
+from pallas_kernels.decode.triton import attend_pages, config_for
+from tq_jax.evaluate.gate import Case
+from tq_jax.quantizer import QuantizerSpec
+
+BATCH, PAGES, KV_HEADS, PAGE_SIZE = 2, 64, 2, 128
+PLAIN = LogitOptions(scale=0.1)
+EVERYTHING = LogitOptions(scale=0.1, softcap=30.0, sliding_window=512)
+
+
+def cases() -> Iterator[Case]:
+    """The cases, of which the quick ones stand for each class of tiles and of code."""
+    spec = QuantizerSpec
+    for bits in (1, 2, 3, 4, 8):
+        for precise in (False, True):
+            name = f"K{bits}/V{bits}{' precise' if precise else ''}"
+            quick = bits in (4,) if precise else bits > 1
+            yield case(name, spec(128, bits), spec(128, bits), precise=precise, quick=quick)
+    for dim in (64, 80, 96, 192, 256):
+        yield case(f"K4/V4 dim {dim}", spec(dim, 4), spec(dim, 4), quick=dim in (64, 256))
+        low = 2 if dim == 80 else 3
+        yield case(f"K{low}/V2 dim {dim}", spec(dim, low), spec(dim, 2), quick=dim in (80, 96, 192))
+    four, two = spec(128, 4), spec(128, 2, kind="group")
+    for bits in (2.5, 3.5):
+        yield case(f"K{bits}/V{bits}", spec(128, bits), spec(128, bits), quick=bits == 3.5)
+    for bits in (1, 2, 3, 4):
+        yield case(f"prod {bits}, min-max 2", spec(128, bits, kind="prod"), two, quick=bits == 3)
+    yield case("min-max 4", four, spec(128, 4, kind="group"))
+    for group, count in ((1, 1), (8, 1), (16, 1), (4, 2), (4, 5), (4, 8)):
+        quick = (group, count) in ((16, 1), (4, 8))
+        yield case(f"group {group}, {count} queries", four, four, group=group, count=count, quick=quick)
+    name = "window, soft-cap, bias"
+    yield case(name, four, four, options=EVERYTHING, bias=True)
+    yield case(f"{name}, 5 queries", four, four, options=EVERYTHING, bias=True, count=5, quick=True)
+
+
+def case(
+    name: str,
+    key: QuantizerSpec,
+    value: QuantizerSpec,
+    *,
+    group: int = 4,
+    count: int = 1,
+    options: LogitOptions = PLAIN,
+    bias: bool = False,
+    precise: bool = False,
+    quick: bool = False,
+) -> Case:
+    """Attention of some query tokens over pages of two quantizers.
+
+    Args:
+        name: What is special about it.
+        key: Key quantizer.
+        value: Value quantizer.
+        group: Query heads a KV head.
+        count: Query tokens.
+        options: Logit options.
+        bias: Whether logits are biased.
+        precise: Whether queries and probabilities have two bytes.
+        quick: Whether it is compiled by default.
+    """
+    shape = jax.ShapeDtypeStruct
+    pages = jax.eval_shape(lambda: empty_pages(BATCH * PAGES, KV_HEADS, PAGE_SIZE, key.format, value.format))
+    query = shape((BATCH, count, KV_HEADS * group, key.dim), jnp.float32)
+    config = config_for(query.shape, pages, value.format, precise=precise)
+
+    def run(query: Any, pages: Any, table: Any, lengths: Any, positions: Any, bias: Any, sketch: Any) -> Any:
+        return attend_pages(
+            query,
+            pages,
+            table,
+            lengths,
+            positions=positions,
+            key_format=key.format,
+            value_format=value.format,
+            options=options,
+            logit_bias=bias,
+            sketch_query=sketch,
+            config=config,
+            interpret=False,
+        )
+
+    integers = [shape(s, jnp.int32) for s in ((BATCH, PAGES), (BATCH,), (BATCH, count))]
+    biases = shape(query.shape[:3], jnp.float32) if bias else None
+    # Bytes need no lookup.
+    lookup = () if key.bits == value.bits == 8 else ("prmt",)
+    return Case(
+        name,
+        run,
+        (query, pages, *integers, biases, query if key.kind == "prod" else None),
+        config=f"{config.tile} tokens, {config.num_warps} warps, {config.num_stages} stages",
+        expected={"decode": ("mma", "async", *lookup)},
+        quick=quick,
+    )
