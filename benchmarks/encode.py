@@ -2,15 +2,15 @@
 
     XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/encode.py --limit 200 --json encode.json
 
-Times are CUPTI's, of encoding raw bfloat16 vectors into the pages of one of several pools, which do not fit the L2 cache
-together. The floor is the time of copying as many bytes as are read and written. Results are written after every row.
+Times are CUPTI's, of encoding raw bfloat16 vectors (more than the L2 cache holds) into pages. The floor is the time of
+copying as many bytes as are read and written. Results are written after every row.
 """
 
 import argparse
 import dataclasses
 import functools
+import json
 import os
-import statistics
 import sys
 import time
 import traceback
@@ -27,24 +27,35 @@ import jax.numpy as jnp
 import numpy as np
 
 import tq_jax as tq
-from benchmarks.decode import Results, copy_bandwidth
 from benchmarks.encode_cases import CASES, compare, make_arrays
 from pallas_kernels.decode.pages import empty_pages
 from pallas_kernels.encode import TileConfig, encode_pages, triton
+from tq_jax.bench import timing
+from tq_jax.bench.command import COPY_BYTES
+from tq_jax.evaluate.report import environment
 from tq_jax.quantizer import encoder
 
 DIM, HEADS, PAGE = 128, 8, 256
 CONFIGS = (TileConfig(128, 8), TileConfig(64, 4), TileConfig(64, 8), TileConfig(32, 4), TileConfig(128, 4))
 
 
-def kernel_us(function, *arguments, iterations: int = 7) -> tuple[float, float]:
-    """Median microseconds of the encode kernels and of everything else in a jitted call."""
-    from jax.experimental.mosaic.gpu import profiler
+class Results:
+    """Rows of a JSON file that is rewritten after each."""
 
-    _, runs = profiler.measure(function, aggregate=False, iterations=iterations)(*arguments)
-    kernel = [sum(ms for name, ms in run if "encode" in name) for run in runs]
-    other = [sum(ms for name, ms in run if "encode" not in name) for run in runs]
-    return statistics.median(kernel) * 1e3, statistics.median(other) * 1e3
+    def __init__(self, path: str | None, limit: float):
+        self.path, self.end = path, time.monotonic() + limit
+        self.data: dict = environment() | {"copy_gbps": timing.copy_gbps(COPY_BYTES[True]), "parity": [], "rows": []}
+        print("copy GB/s", self.data["copy_gbps"], flush=True)
+
+    def add(self, kind: str, row: dict) -> None:
+        self.data[kind].append(row)
+        print(kind, json.dumps(row), flush=True)
+        if self.path:
+            Path(self.path).write_text(json.dumps(self.data, indent=1))
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self.end
 
 
 def time_encode(
@@ -82,7 +93,9 @@ def time_encode(
     start = time.perf_counter()
     jax.block_until_ready(run(x, pool, slots, enc, mean, weight))
     seconds = time.perf_counter() - start
-    us, other = kernel_us(run, x, pool, slots, enc, mean, weight)
+    kernels = timing.kernel_times(lambda: jax.block_until_ready(run(x, pool, slots, enc, mean, weight)), 1)
+    us = sum(t for name, t in kernels.items() if "encode" in name)
+    other = sum(kernels.values()) - us
     nbytes = count * HEADS * (2 * DIM + spec.bytes_per_vector)
     floor = nbytes / copy_gbps / 1e3
     return {
@@ -148,17 +161,13 @@ def main() -> None:
     options = parser.parse_args()
     parts = options.parts.split(",")
     results = Results(options.json, options.limit)
-    bandwidth = copy_bandwidth()
-    results.data["copy_gbps"] = round(bandwidth, 1)
-    print("copy GB/s", round(bandwidth, 1), flush=True)
     if "times" in parts:
-        for row in rows(bandwidth, configs=CONFIGS if "configs" in parts else (None,)):
+        for row in rows(results.data["copy_gbps"], configs=CONFIGS if "configs" in parts else (None,)):
             results.add("rows", row)
             if results.over:
                 break
     if "parity" in parts:
         check_parity(results, options.cases.split(","))
-    results.write()
     failed = [row for row in results.data["parity"] if not row["ok"]]
     print("parity failures:", failed)
     sys.exit(bool(failed))

@@ -17,7 +17,7 @@ from pallas_kernels.gate import ARCHITECTURES, Compiled, compile_for, missing
 from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
 
 MOST_REGISTERS = 255
-SOURCES = {"decode": "tq_jax.evaluate.gate_decode"}
+SOURCES = {"decode": "tq_jax.evaluate.gate_decode", "encode": "tq_jax.evaluate.gate_encode"}
 """Modules whose `cases()` are compiled, by operation."""
 
 
