@@ -55,18 +55,18 @@ def _bits(key: float, value: float, key_scale: str = "unbiased", **options: Any)
 CASES = {
     "k4v4": _bits(4, 4),
     "k4v4 search": _bits(4, 4, search=True),
-    "k3v3 search": _bits(3, 3, search=True),
-    "k2v2 matched": _bits(2, 2, "matched", search=True),
-    "k1v8 norm": _bits(1, 8, "norm"),
+    "k3v5 matched search": _bits(3, 5, "matched", search=True),
+    "k2v2 search": _bits(2, 2, search=True),
+    "k1v8 norm": _bits(1, 8, "norm", lead=(2, 20)),
     "k8v1 search": _bits(8, 1, search=True),
-    "k5v5": _bits(5, 5, search=True),
-    "k2.5v3.5": _bits(2.5, 3.5),
-    "k3.5v2.5 d64": _bits(3.5, 2.5, dim=64, search=True),
+    "k5v3": _bits(5, 3),
+    "k2.5v3.5 d64": _bits(2.5, 3.5, dim=64),
+    "k3.5v2.5 search": _bits(3.5, 2.5, search=True),
     "prod4 group2": Case({"bits": 4, "kind": "prod"}, {"bits": 2, "kind": "group"}),
     "prod1 group4": Case({"bits": 1, "kind": "prod"}, {"bits": 4, "kind": "group", "group": 16}, dim=64),
     "prod3 haar": Case({"bits": 3, "kind": "prod", "rotation": "haar"}, {"bits": 4, "rotation": "haar"}, dim=64),
     "d64 float32": _bits(4, 3, dim=64, dtype="float32", lead=(1, 65)),
-    "d80": _bits(3, 2.5, dim=80),
+    "d80 haar": Case({"bits": 3}, {"bits": 2.5, "rotation": "haar"}, dim=80, lead=(1, 17)),
     "d96 group": Case({"bits": 4}, {"bits": 4, "kind": "group"}, dim=96),
     "d192": _bits(3, 4, dim=192, lead=(1, 33)),
     "d256": _bits(4, 2, dim=256, lead=(1, 20)),
@@ -75,7 +75,7 @@ CASES = {
     "decode step": _bits(4, 3, lead=(21, 1)),
     "no statistics": _bits(4, 4, statistics=False, dtype="float16"),
     "float32 scales": Case({"bits": 4, "scale_dtype": "float32"}, {"bits": 2, "scale_dtype": "float32"}),
-}  # fmt: skip
+}
 """Cases by name."""
 
 
@@ -189,8 +189,11 @@ def _compare_vectors(found: Differences, name: str, own: dict, other: dict, x: n
     for i, book in enumerate(fmt.segments):
         size = packed_bytes(book.dim, book.bits)
         y = rotated[..., channel : channel + book.dim]
-        codes = [np.asarray(unpack(jnp.asarray(c["packed"][..., byte : byte + size]), book.bits, book.dim)) for c in (own, other)]
-        steps = np.abs(y) / np.maximum(np.linalg.norm(y, axis=-1, keepdims=True), 1e-30) / book.step
+        codes = [
+            np.asarray(unpack(jnp.asarray(c["packed"][..., byte : byte + size]), book.bits, book.dim))
+            for c in (own, other)
+        ]
+        steps = np.abs(y) / np.maximum(np.linalg.norm(y, axis=-1, keepdims=True), 1e-30) / (book.step or 1.0)
         different = codes[0] != codes[1]
         found.values += different.size
         searched = np.zeros(different.shape[:2], bool)
@@ -222,7 +225,9 @@ def _is_tie(y: np.ndarray, steps: np.ndarray, at: int, book: Any, search: bool) 
     thresholds = np.asarray(book.thresholds)
     if book.bits == 8:
         thresholds = np.arange(1, 128)
-    thresholds = np.concatenate([[0.0], np.ravel(thresholds[:, None] * reference.SEARCH_MULTIPLES) if search else thresholds])
+    thresholds = np.concatenate(
+        [[0.0], np.ravel(thresholds[:, None] * reference.SEARCH_MULTIPLES) if search else thresholds]
+    )
     return bool(np.min(np.abs(steps[at] - thresholds)) <= TIE * np.max(steps))
 
 
@@ -239,7 +244,9 @@ def _equal_gains(steps: np.ndarray, codes: list[np.ndarray], book: Any, differen
 def _compare_scalars(found: Differences, name: str, scalars: list[np.ndarray], changed: np.ndarray) -> None:
     a, b = (s.astype(np.float64) for s in scalars)
     ulp = HALF_TIE if scalars[0].dtype == np.float16 else 2e-6
-    different = ~((a == b) | (~np.isfinite(a) & ~np.isfinite(b))) & ~changed.reshape(changed.shape + (1,) * (a.ndim - 2))
+    different = ~((a == b) | (~np.isfinite(a) & ~np.isfinite(b))) & ~changed.reshape(
+        changed.shape + (1,) * (a.ndim - 2)
+    )
     far = different & ~(np.abs(a - b) <= ulp * np.abs(b) + 6e-8 * (scalars[0].dtype == np.float16))
     found.scales += int(different.sum()) if scalars[0].dtype == np.float16 else 0
     if far.any():

@@ -1,8 +1,8 @@
 """The encode ops in obvious jnp, float32: the definition.
 
-All arithmetic of a codebook segment is in steps: a vector y of norm |y| becomes s = y / (|y| * step), whose codes are the
-levels m + 1/2 nearest to |s|, and every scale follows from sum(|s| * (m + 1/2)) and sum((m + 1/2)^2), of which the second
-is exact in float32.
+All arithmetic of a codebook segment is in steps: a vector y of norm |y| becomes s = y / (|y| * step), whose codes are
+the levels m + 1/2 nearest to |s|, and every scale follows from sum(|s| * (m + 1/2)) and sum((m + 1/2)^2), of which the
+second is exact in float32.
 """
 
 from collections.abc import Callable
@@ -93,7 +93,7 @@ def encode(
 def quantize_segment(
     part: Float[Array, "*batch n"], book: Codebook, *, scale: ScaleRule, search: bool
 ) -> tuple[UInt8[Array, "*batch n"], Float[Array, "*batch n"], Float[Array, "*batch"]]:
-    """Nearest codes of one segment at the codebook's own step or the best multiple of it, their centroids, the scale."""
+    """Codes of one segment at the codebook's own step or the best multiple of it, their centroids, the scale."""
     norm = jnp.sqrt(jnp.sum(part * part, axis=-1))
     if book.bits == 0:
         return jnp.zeros(part.shape, jnp.uint8), jnp.zeros_like(part), norm
@@ -127,7 +127,7 @@ def _nearest(magnitude: Float[Array, "*batch n"], book: Codebook) -> tuple[UInt8
 
 
 def best_inverse_multiple(magnitude: Float[Array, "*batch n"], book: Codebook) -> Float[Array, "*batch"]:
-    """1 / the multiple whose codes q leave the least squared error: the largest <y, q>^2 / |q|^2, from coarse to fine."""
+    """1 / the multiple whose codes q leave the least squared error, the largest <y, q>^2 / |q|^2, coarse to fine."""
     inverse = jnp.asarray(INVERSE_MULTIPLES)
 
     def consider(best: tuple[Array, Array], place: Array) -> tuple[tuple[Array, Array], None]:

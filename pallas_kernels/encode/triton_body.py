@@ -123,7 +123,7 @@ def encode_tile(x: Inputs, _: Code, pool: Code, *, plan: Plan) -> None:
     byte, channel = 0, 0
     for i, book in enumerate(plan.fmt.segments):
         y = _rotated(x, rows, at, i, channel, plan)
-        norm, scale, code, centroid = _quantize(x, y, factor, book, plan)
+        scale, code, centroid = _quantize(x, y, factor, book, plan)
         stored = scale.astype(plan.fmt.scale_dtype)
         _store_scalar(pool.scale, stored, at, i if plan.fmt.num_scales > 1 else None)
         if book.bits:
@@ -215,9 +215,7 @@ def _product(left: list[jax.Array], right: Sequence[jax.Array]) -> jax.Array:
     return sum(dot[1:], dot[0])
 
 
-def _rotated(
-    x: Inputs, rows: list[list[jax.Array]], at: _Place, segment: int, channel: int, plan: Plan
-) -> jax.Array:
+def _rotated(x: Inputs, rows: list[list[jax.Array]], at: _Place, segment: int, channel: int, plan: Plan) -> jax.Array:
     """One segment of the rotated vectors, in units of the factor that `_vectors` gave."""
     assert isinstance(plan.fmt, CodebookFormat)
     if not x.matrices:
@@ -247,12 +245,12 @@ def padded_size(count: int) -> int:
 
 def _quantize(
     x: Inputs, y: jax.Array, factor: jax.Array, book: Codebook, plan: Plan
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Norm, scale, int32 codes and centroids of one segment; see `reference.quantize_segment`."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scale, int32 codes and centroids of one segment; see `reference.quantize_segment`."""
     scaled = _rounded("sqrt.rn.f32", jnp.sum(y * y, axis=1), interpret=plan.interpret)
     norm = scaled * factor
     if book.bits == 0:
-        return norm, norm, y, y
+        return norm, y, y
     one = jnp.ones_like(norm)
     unit = jnp.where(scaled > 0, scaled, one) * book.step
     steps = y * _rounded("div.rn.f32", one, unit, interpret=plan.interpret)[:, None]
@@ -274,7 +272,7 @@ def _quantize(
     def root(a: jax.Array) -> jax.Array:
         return _rounded("sqrt.rn.f32", a, interpret=plan.interpret)
 
-    return norm, scale_of(norm, along, squared, book, plan.scale, divide=divide, root=root), code, centroid
+    return scale_of(norm, along, squared, book, plan.scale, divide=divide, root=root), code, centroid
 
 
 def _best_inverse_multiple(x: Inputs, magnitude: jax.Array, book: Codebook, plan: Plan) -> jax.Array:
@@ -326,7 +324,10 @@ def _above(
         for threshold, weight in zip(thresholds, weights, strict=True):
             total = total + jnp.where(magnitude > threshold, np.float32(weight), np.float32(0))
         return total
-    lines = [f"setp.gt.f32 p, $1, {_hex(t)};\n@p add.f32 $0, $0, {_hex(w)};" for t, w in zip(thresholds, weights)]
+    lines = [
+        f"setp.gt.f32 p, $1, {_hex(t)};\n@p add.f32 $0, $0, {_hex(w)};"
+        for t, w in zip(thresholds, weights, strict=True)
+    ]
     text = "{\n.reg .pred p;\n" + f"mov.f32 $0, {_hex(MAGIC)};\n" + "\n".join(lines) + "\n}"
     return _assembled(text, "=&f,f", magnitude)
 
@@ -397,9 +398,7 @@ def _store_scalar(ref: Any, scalar: jax.Array, at: _Place, number: int | None) -
     plt.store(ref.at[index], scalar, mask=at.valid)
 
 
-def _store_residual(
-    x: Inputs, pool: Code, residual: jax.Array, at: _Place, fmt: CodebookFormat, plan: Plan
-) -> None:
+def _store_residual(x: Inputs, pool: Code, residual: jax.Array, at: _Place, fmt: CodebookFormat, plan: Plan) -> None:
     """Stores the signs of S r and |r| of a tile of residuals r."""
     norm = _rounded("sqrt.rn.f32", jnp.sum(residual * residual, axis=1), interpret=plan.interpret)
     _store_scalar(pool.residual, norm.astype(fmt.scale_dtype), at, None)
@@ -409,7 +408,9 @@ def _store_residual(
     data = None
     for start in range(0, width, step):
         projected = _product(planes, [ref[:, start : start + step] for ref in x.sketch])
-        half = lax.bitcast_convert_type(jnp.where(projected < 0, HALF_BITS + 1, HALF_BITS).astype(jnp.int16), jnp.float16)
+        half = lax.bitcast_convert_type(
+            jnp.where(projected < 0, HALF_BITS + 1, HALF_BITS).astype(jnp.int16), jnp.float16
+        )
         packer = x.signs[start : start + step, :]
         part = lax.dot_general(half, packer, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         data = part if data is None else data + part

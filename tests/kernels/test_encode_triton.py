@@ -8,19 +8,166 @@ import numpy as np
 import pytest
 
 from benchmarks.encode_cases import CASES, Case, compare, make_arrays
-from pallas_kernels.encode import TileConfig, encode_pages
+from pallas_kernels.decode.pages import empty_pages
+from pallas_kernels.encode import Encoder, TileConfig, encode_pages
+from pallas_kernels.encode.config import default_config
+from pallas_kernels.encode.triton import check_supported
+from pallas_kernels.format import GroupFormat
+from tq_jax import QuantizerSpec, make_quantizer
+from tq_jax.quantizer import encoder
+
+QUICK = {
+    "k3v5 matched search",
+    "k1v8 norm",
+    "k2.5v3.5 d64",
+    "prod4 group2",
+    "prod1 group4",
+    "d80 haar",
+    "decode step",
+}
+PARITY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
+SMALL = Case({"bits": 4, "scale": "unbiased"}, {"bits": 2}, dim=64, lead=(1, 40))
 
 
 def run(arrays, implementation, **options):
-    function = jax.jit(lambda k, v, p, s: encode_pages(k, v, p, s, **arrays.options, implementation=implementation, **options))
-    return function(arrays.keys, arrays.values, arrays.pages, arrays.slots)
+    def encode(keys, values, pages, slots):
+        return encode_pages(keys, values, pages, slots, **arrays.options, implementation=implementation, **options)
+
+    return jax.jit(encode)(arrays.keys, arrays.values, arrays.pages, arrays.slots)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", PARITY)
 def test_parity_with_the_reference(name):
-    arrays = make_arrays(CASES[name])
+    arrays = make_arrays(CASES[name], heads=1)
     found = compare(arrays, run(arrays, "triton"), run(arrays, "reference"))
     assert not found.wrong
     assert found.ties <= max(2, 1e-4 * found.values)
     assert found.scales <= 2
     assert found.searched <= 1
+
+
+def test_comparison_finds_what_is_wrong():
+    arrays = make_arrays(SMALL, heads=1)
+    want = run(arrays, "reference")
+    assert not compare(arrays, want, want).wrong
+    free = int(np.setdiff1d(np.arange(want.keys.scale.size), np.asarray(arrays.slots))[0])
+    taken = int(arrays.slots.max())
+    for slot, expected in ((free, "bytes of other slots"), (taken, "key code")):
+        packed = want.keys.packed.at[slot // 16, 0, slot % 16, 3].add(1)
+        wrong = dataclasses.replace(want, keys=dataclasses.replace(want.keys, packed=packed))
+        assert any(expected in text for text in compare(arrays, wrong, want).wrong)
+    scaled = dataclasses.replace(want, values=dataclasses.replace(want.values, scale=want.values.scale * 1.01))
+    assert any("value scale" in text for text in compare(arrays, scaled, want).wrong)
+
+
+def test_the_same_rotated_vectors_give_the_same_codes():
+    """Without a rotation only sums over channels round differently."""
+    arrays = make_arrays(dataclasses.replace(SMALL, dtype="float32", statistics=False), heads=1)
+    plain = {name: dataclasses.replace(arrays.options[name], matrix=None) for name in ("key", "value")}
+    arrays = dataclasses.replace(arrays, options=plain)
+    found = compare(arrays, run(arrays, "triton"), run(arrays, "reference"))
+    assert not found.wrong
+    assert found.ties == 0
+
+
+def test_running_twice_and_in_other_tiles_gives_the_same_bits():
+    arrays = make_arrays(SMALL, heads=2)
+    first = run(arrays, "triton")
+    for config in (None, TileConfig(tile=16, num_warps=4, chunk=64), TileConfig(tile=32, num_warps=1, chunk=32)):
+        jax.tree.map(np.testing.assert_array_equal, first, run(arrays, "triton", config=config))
+
+
+def test_poison_zeros_and_extremes():
+    """Vectors that are not finite get a scale that is not finite; skipped tokens may hold anything."""
+    arrays = make_arrays(dataclasses.replace(SMALL, dtype="float32", statistics=False, skip=0.0), heads=1)
+    keys = arrays.keys.at[0, 0, 0, 5].set(jnp.nan).at[0, 1, 0, 7].set(jnp.inf).at[0, 2, 0, 1].set(-jnp.inf)
+    keys = keys.at[0, 3].set(0.0).at[0, 4].multiply(1e-15).at[0, 5].multiply(1e15).at[0, 6].set(jnp.nan)
+    slots = arrays.slots.at[0, 6].set(-7).at[0, 7].set(arrays.pages.keys.scale.size)
+    finite = [3, 4, 5, *range(8, 40)]
+    wide = make_quantizer(QuantizerSpec(64, 4, scale="unbiased", scale_dtype="float32"))
+    groups = encoder(make_quantizer(QuantizerSpec(64, 2, kind="group")))
+    pages = empty_pages(arrays.pages.keys.scale.shape[0], 1, 16, wide.spec.format, groups.format)
+    arrays = dataclasses.replace(
+        arrays, keys=keys, values=keys, slots=slots, pages=pages, options={"key": encoder(wide), "value": groups}
+    )
+    got, want = run(arrays, "triton"), run(arrays, "reference")
+    page, place = np.asarray(slots[0]) // 16, np.asarray(slots[0]) % 16
+    for pools in (got, want):
+        assert not np.isfinite(pools.keys.scale[page[:3], 0, place[:3]]).any()
+        group = (
+            np.asarray(pools.values.scale)[page[:3], 0, :, place[:3]] * 0 + pools.values.zero[page[:3], 0, :, place[:3]]
+        )
+        assert (~np.isfinite(group)).any(axis=1).all()
+    page, place = page[finite], place[finite]
+    np.testing.assert_array_equal(got.keys.packed[page, 0, place], want.keys.packed[page, 0, place])
+    np.testing.assert_allclose(got.keys.scale[page, 0, place], want.keys.scale[page, 0, place], rtol=1e-6)
+    np.testing.assert_array_equal(got.values.packed[page, 0, :, place], want.values.packed[page, 0, :, place])
+    assert got.keys.scale[page[0], 0, place[0]] == 0
+    written = np.zeros(got.keys.scale.size, bool)
+    written[[s for i, s in enumerate(np.asarray(slots[0])) if i not in (6, 7)]] = True
+    assert (np.asarray(got.keys.scale).ravel()[~written] == 0).all()
+
+
+def test_no_tokens():
+    arrays = make_arrays(SMALL, heads=1)
+    for shape in ((0, 40), (1, 0)):
+        none = dataclasses.replace(
+            arrays,
+            keys=jnp.zeros((*shape, 1, 64)),
+            values=jnp.zeros((*shape, 1, 64)),
+            slots=jnp.zeros(shape, jnp.int32),
+            options={name: arrays.options[name] for name in ("key", "value")},
+        )
+        for implementation in ("triton", "reference"):
+            jax.tree.map(np.testing.assert_array_equal, run(none, implementation), arrays.pages)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_errors():
+    def call(implementation="triton", **options):
+        key = encoder(make_quantizer(QuantizerSpec(64, 4)))
+        pages = empty_pages(2, 1, 16, key.format, key.format)
+        x = jnp.zeros((1, 3, 1, 64))
+        arguments = dict(keys=x, values=x, slots=jnp.zeros((1, 3), jnp.int32), key=key, value=key) | options
+        keys, values, slots = (arguments.pop(name) for name in ("keys", "values", "slots"))
+        return encode_pages(keys, values, pages, slots, implementation=implementation, **arguments)
+
+    x = jnp.zeros((1, 3, 1, 64))
+    prod = encoder(make_quantizer(QuantizerSpec(64, 4, kind="prod")))
+    for error, match, arguments in [
+        (ValueError, r"expected keys of shape \(1, 3, 1, 64\) .*, got \(1, 3, 1, 32\)", {"keys": x[..., :32]}),
+        (ValueError, r"expected values of shape .*, got \(1, 2, 1, 64\)", {"values": x[:, :2]}),
+        (ValueError, "expected mean and weight both or neither, got True and False", {"mean": x[:, 0]}),
+        (ValueError, "expected a sketch exactly for .*, got False", {"key": dataclasses.replace(prod, sketch=None)}),
+        (NotImplementedError, "implementation='cuda'; encode_pages has: .*'triton'", {"implementation": "cuda"}),
+    ]:
+        with pytest.raises(error, match=match):
+            call(**arguments)
+
+
+def test_limits_are_named():
+    four, prod, odd = (
+        encoder(make_quantizer(spec))
+        for spec in (QuantizerSpec(64, 4), QuantizerSpec(64, 4, kind="prod"), QuantizerSpec(48, 4))
+    )
+    groups = Encoder(None, None, GroupFormat(96, 4, 48))
+
+    def pages(value, count=1):
+        return jax.eval_shape(lambda: empty_pages(count, 8, 64, four.format, value.format))
+
+    for match, value, count in [
+        ("groups of a power of two, got group=48", groups, 1),
+        ("values without a sketch, got a residual", prod, 1),
+        ("head dims .*, got 48", odd, 1),
+        ("pools up to 2 GiB or above 4 GiB, got 2684354560", four, 5 * 2**15),
+    ]:
+        with pytest.raises(NotImplementedError, match=match):
+            check_supported(pages(value, count), four, value)
+    with pytest.raises(ValueError, match="expected tile in .*, got tile=48"):
+        TileConfig(tile=48)
+
+
+def test_default_tiles():
+    assert default_config(1, 128).tile == 16
+    assert default_config(100, 64).tile == 128
+    assert default_config(4096, 256).tile == 64

@@ -1,0 +1,69 @@
+"""Encode kernels to compile: every format, head dim and kind of rotation; not every combination."""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode.pages import empty_pages
+from pallas_kernels.encode import triton
+from pallas_kernels.encode.config import default_config
+from tq_jax.evaluate.gate import Case
+from tq_jax.quantizer import QuantizerSpec, encoder, make_quantizer
+
+PAGES, KV_HEADS, PAGE_SIZE, TOKENS = 64, 2, 128, 4096
+
+
+def cases() -> Iterator[Case]:
+    """The cases, of which the quick ones stand for each class of tiles and of code."""
+    spec = QuantizerSpec
+    for bits in (1, 2, 3, 4, 5, 8):
+        yield case(f"V{bits}", spec(128, bits), quick=bits in (4, 8))
+        if bits > 1:
+            searching = spec(128, bits, search=True, scale="unbiased")
+            yield case(f"K{bits} search", searching, keys=True, quick=bits in (3, 4))
+    for dim in (64, 80, 96, 192, 256):
+        yield case(f"K4 search dim {dim}", spec(dim, 4, search=True), keys=True, quick=dim in (80, 256))
+        yield case(f"V3 dim {dim}", spec(dim, 3), quick=dim == 192)
+    for bits in (2.5, 3.5):
+        yield case(f"V{bits} search", spec(128, bits, search=True), quick=bits == 3.5)
+    for bits in (1, 4):
+        yield case(f"prod {bits}", spec(128, bits, kind="prod"), keys=True, quick=bits == 4)
+    yield case("prod 3 dim 256", spec(256, 3, kind="prod"), keys=True)
+    yield case("min-max 2", spec(128, 2, kind="group"), quick=True)
+    yield case("K4 haar", spec(128, 4, rotation="haar"), keys=True, quick=True)
+    yield case("V4 search, 32 rows", spec(128, 4, search=True), rows=32, tokens=1, quick=True)
+
+
+def case(
+    name: str, spec: QuantizerSpec, *, keys: bool = False, rows: int = 1, tokens: int = TOKENS, quick: bool = False
+) -> Case:
+    """Raw bfloat16 vectors into pages.
+
+    Args:
+        name: What is special about it.
+        spec: Their quantizer.
+        keys: Whether they are keys, centred and weighted.
+        rows: Rows of the batch.
+        tokens: Tokens a row.
+        quick: Whether it is compiled by default.
+    """
+    shape = jax.ShapeDtypeStruct
+    pages = jax.eval_shape(lambda: empty_pages(PAGES, KV_HEADS, PAGE_SIZE, spec.format, spec.format))
+    config = default_config(rows * tokens if tokens < triton.LEAST_ROW else tokens, spec.dim)
+    statistics = shape((rows, KV_HEADS, spec.dim), jnp.float32) if keys else None
+    return Case(
+        name,
+        functools.partial(triton.encode_pool, channel_major=not keys, config=config),
+        (
+            shape((rows, tokens, KV_HEADS, spec.dim), jnp.bfloat16),
+            pages.keys if keys else pages.values,
+            shape((rows, tokens), jnp.int32),
+            jax.eval_shape(lambda: encoder(make_quantizer(spec))),
+            statistics,
+            statistics,
+        ),
+        config=f"{config.tile} tokens, {config.num_warps} warps",
+        quick=quick,
+    )
