@@ -7,15 +7,19 @@ import jax
 import pytest
 from typer.testing import CliRunner
 
-from pallas_kernels.decode import triton
+from pallas_kernels.decode import Partial
+from pallas_kernels.decode import triton as decode_kernel
 from pallas_kernels.decode.pages import empty_pages
+from pallas_kernels.encode import triton as encode_kernel
+from pallas_kernels.prefill import triton as prefill_kernel
 from tq_jax import cli
-from tq_jax.bench import claims, command, decode, roofline, timing
+from tq_jax.bench import claims, command, decode, encode, paged, prefill, roofline, timing
 from tq_jax.bench.job import Job, Setting
 from tq_jax.bench.peers import PEERS
 from tq_jax.bench.shapes import DECODE, SMALL
+from tq_jax.quantizer import encoder, make_quantizer
 
-CASES = list(decode.cases())
+CASES = {"decode": list(decode.cases()), "prefill": list(prefill.cases())}
 
 
 def run(*arguments):
@@ -25,20 +29,24 @@ def run(*arguments):
 def test_without_a_gpu_small_shapes_run_and_nothing_is_claimed(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "ITERATIONS", 1)
     monkeypatch.setitem(command.COPY_BYTES, False, 2**20)
+    monkeypatch.setitem(command.MATRIX, False, 64)
     path, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    result = run("decode", "--json", str(path), "--png", str(picture))
+    result = run("--only", "mse4", "--json", str(path), "--png", str(picture))
     assert result.exit_code == 0, result.output
     assert "peers and claims are not measured" in result.output
     found = json.loads(path.read_text())
     assert {"device", "versions", "commit", "copy_gbps", "rows"} <= found.keys()
     assert found["claims"] == [] == found["failed"]
-    shape = SMALL["small"]
-    for row, width in zip(found["rows"], (4, 2), strict=True):
-        assert (row["op"], row["impl"], row["batch"], row["seq"]) == ("decode", "reference", shape.batch, shape.seq)
-        assert (row["key"], row["value"], row["paged"]) == (f"mse{width}", f"mse{width}", True)
-        assert row["bytes"] == shape.batch * shape.seq * shape.kv_heads * 2 * (128 * width // 8 + 2)
+    assert [row["op"] for row in found["rows"]] == ["decode", "encode", "prefill"]
+    for row in found["rows"]:
+        assert (row["impl"], row["key"], row["value"]) == ("reference", "mse4", "mse4")
         assert row["us"] > 0
-        assert row["floor_us"] == pytest.approx(row["bytes"] / found["copy_gbps"] / 1e3, abs=0.01)
+    decoded, encoded, _ = found["rows"]
+    shape = SMALL["decode"]
+    assert (decoded["batch"], decoded["seq"], decoded["paged"]) == (shape.batch, shape.seq, True)
+    assert decoded["bytes"] == shape.batch * shape.seq * shape.kv_heads * 2 * (64 + 2)
+    assert encoded["bytes"] == 2 * 256 * 2 * (2 * 128 + 64 + 2)
+    assert encoded["floor_us"] == pytest.approx(encoded["bytes"] / found["copy_gbps"] / 1e3, abs=0.01)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -49,28 +57,38 @@ def test_unknown_operations_and_peers_are_refused():
     assert run("decode", "--against", "cublas").exit_code == 2
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
-def test_the_kernel_takes_every_measured_case(case):
+@pytest.mark.parametrize(
+    ("op", "case"), [pytest.param(op, case, id=f"{op} {case.label}") for op in CASES for case in CASES[op]]
+)
+def test_the_kernels_take_every_measured_case(op, case):
     key, value = (spec.format for spec in case.specs)
     shape = case.shape
     pages = jax.eval_shape(lambda: empty_pages(16, shape.kv_heads, case.page_size, key, value))
-    triton.check_supported((shape.batch, shape.q_len, shape.q_heads, shape.head_dim), pages, key, value, None)
+    check = {"decode": decode_kernel, "prefill": prefill_kernel}[op].check_supported
+    check((shape.batch, shape.q_len, shape.q_heads, shape.head_dim), pages, key, value, None)
+
+
+@pytest.mark.parametrize("case", list(encode.cases()), ids=lambda case: case.label)
+def test_the_encoder_takes_every_measured_case(case):
+    key, value = case.specs
+    pages = jax.eval_shape(lambda: empty_pages(4, 1, case.page_size, key.format, value.format))
+    encode_kernel.check_supported(pages, encoder(make_quantizer(key)), encoder(make_quantizer(value)))
 
 
 def rows_for(ours: float, fp8: float = 100.0):
     """Rows of every measured case in which the project takes so many microseconds, cuDNN 100 and 120."""
-    shapes = dict.fromkeys(case.shape for case in CASES)
-    peers = [
-        {"op": "decode", "impl": impl, "us": us, **shape.as_dict()}
-        for shape in shapes
-        for impl, us in (("cudnn_bf16", 120.0), ("jax_cudnn_bf16", 100.0), ("flashinfer_fp8", fp8))
-    ]
-    own = [
-        {"op": "decode", "impl": "triton", "us": ours, **case.shape.as_dict()}
-        | {"key": case.names[0], "value": case.names[1], "paged": case.paged}
-        for case in CASES
-    ]
-    return peers + own
+    rows = []
+    for op, cases in CASES.items():
+        for shape in dict.fromkeys(case.shape for case in cases):
+            for impl, us in (("cudnn_bf16", 120.0), ("jax_cudnn_bf16", 100.0), ("flashinfer_fp8", fp8)):
+                rows.append({"op": op, "impl": impl, "us": us, "memory": 4.0, **shape.as_dict()})
+        for case in cases:
+            row = {"op": op, "impl": "triton", "us": ours, "memory": ours / 25.0, **case.shape.as_dict()}
+            rows.append(row | {"key": case.names[0], "value": case.names[1], "paged": case.paged})
+    for case in encode.cases():
+        row = {"op": "encode", "impl": "triton", "us": ours, "floor_us": 20.0, "vectors": case.vectors}
+        rows.append(row | {"key": "mse4", "value": "mse4", "search": case.search, "batch": case.batch})
+    return rows
 
 
 def test_all_claims_can_be_measured_hold_and_fail():
@@ -79,8 +97,9 @@ def test_all_claims_can_be_measured_hold_and_fail():
     assert all(claim.ok for claim in fast)
     slow, _ = claims.measure(rows_for(60.0, fp8=60.0))
     # Shuffled pages and several queries are compared with the kernel itself.
-    assert {claim.name for claim in slow if claim.ok} == {claim.name for claim in slow if "time of" in claim.name} | {
-        claim.name for claim in slow if "min-max 2" in claim.name
+    held = ("time of", "min-max 2", "time over cuDNN")
+    assert {claim.name for claim in slow if claim.ok} == {
+        claim.name for claim in slow if any(words in claim.name for words in held)
     }
     faster = next(claim for claim in fast if "K4/V4: times faster than cuDNN" in claim.name)
     assert faster.figure == pytest.approx(4.0)
@@ -95,7 +114,7 @@ def test_claims_without_rows_are_not_measured():
 def test_rows_say_how_many_times_faster_than_peers_they_are():
     rows = rows_for(50.0)
     claims.add_ratios(rows)
-    own = [row for row in rows if row["impl"] == "triton"]
+    own = [row for row in rows if row["impl"] == "triton" and row["op"] == "decode"]
     assert own[0]["faster_than"] == {"cudnn_bf16": 2.4, "jax_cudnn_bf16": 2.0, "flashinfer_fp8": 2.0}
 
 
@@ -127,6 +146,7 @@ def test_a_wrong_result_fails():
 def test_a_time_limit_skips_what_has_not_started(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "ITERATIONS", 1)
     monkeypatch.setitem(command.COPY_BYTES, False, 2**20)
+    monkeypatch.setitem(command.MATRIX, False, 64)
     path = tmp_path / "bench.json"
     result = run("decode", "--limit", "0", "--json", str(path))
     assert result.exit_code == 1  # nothing was measured
@@ -135,17 +155,17 @@ def test_a_time_limit_skips_what_has_not_started(tmp_path, monkeypatch):
 
 def test_agreement_is_judged():
     x = jax.numpy.ones((1, 1, 2, 4))
-    part = decode.Partial(x, x[..., 0], x[..., 0])
+    part = Partial(x, x[..., 0], x[..., 0])
     off = dataclasses.replace(part, acc=1.1 * x)
-    assert decode._agreement(part, part, part)["ok"]
-    assert not decode._agreement(off, off, part)["ok"]
-    assert not decode._agreement(part, off, part)["ok"]
+    assert paged.agreement(part, part, part, 0.05)["ok"]
+    assert not paged.agreement(off, off, part, 0.05)["ok"]
+    assert not paged.agreement(part, off, part, 0.05)["ok"]
 
 
 def test_peers_of_a_gpu_are_missing_without_one():
     assert {peer.missing for peer in PEERS} == {"no NVIDIA GPU"}
     peers = tuple(dataclasses.replace(peer, packages=()) for peer in PEERS)
-    labels = [job.label for job in decode.jobs(Setting(gpu=True, copy_gbps=1.0, peers=peers))]
+    labels = [job.label for job in decode.jobs(Setting(gpu=True, copy_gbps=1.0, matmul_tflops=1.0, peers=peers))]
     assert len(labels) == len(set(labels))
     for shape in DECODE.values():
         assert f"decode {shape.label}, cudnn_bf16" in labels
@@ -169,5 +189,6 @@ def test_the_picture_has_a_panel_an_operation(tmp_path):
     ]
     path = tmp_path / "roofline.svg"
     roofline.draw(rows, path, copy_gbps=3000.0, title="a device")
-    shapes = {case.shape for case in CASES}
-    assert path.read_text().count('<g id="axes_') == len(shapes) + 1
+    shapes = {(op, case.shape) for op, cases in CASES.items() for case in cases}
+    # Encoding has two shapes here, the model one panel.
+    assert path.read_text().count('<g id="axes_') == len(shapes) + 3

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from tq_jax.bench.job import Row
-from tq_jax.bench.shapes import DECODE, Shape
+from tq_jax.bench.shapes import DECODE, PREFILL, Shape
 from tq_jax.evaluate.claims import Claim
 
 CUDNN = ("cudnn_bf16", "jax_cudnn_bf16")
@@ -67,8 +67,10 @@ def _find(rows: Iterable[Row], fields: Row) -> Row | None:
     return min((row for row in rows if agrees(row)), key=lambda row: row["us"], default=None)
 
 
-def _decode(shape: Shape, impl: Any, key: Any = None, value: Any = None, *, paged: bool | None = None) -> Row:
-    fields = {"op": "decode", "impl": impl, "key": key, "value": value, "paged": paged}
+def _fields(
+    shape: Shape, impl: Any, key: Any = None, value: Any = None, *, op: str = "decode", paged: bool | None = None
+) -> Row:
+    fields = {"op": op, "impl": impl, "key": key, "value": value, "paged": paged}
     return {name: field for name, field in fields.items() if field is not None} | shape.as_dict()
 
 
@@ -76,26 +78,41 @@ def _decode_ratios() -> Iterable[Ratio]:
     for name, bounds in DECODE_BOUNDS.items():
         shape = DECODE[name]
         for bits, bound in zip((4, 3, 2), bounds["cudnn"], strict=True):
-            ours = _decode(shape, OURS, f"mse{bits}", f"mse{bits}", paged=True)
+            ours = _fields(shape, OURS, f"mse{bits}", f"mse{bits}", paged=True)
             label = f"decode {shape.label}, K{bits}/V{bits}: times faster than"
-            yield Ratio(f"{label} cuDNN bf16", _decode(shape, CUDNN), ours, ">=", bound)
+            yield Ratio(f"{label} cuDNN bf16", _fields(shape, CUDNN), ours, ">=", bound)
             if bits == 4:
-                yield Ratio(f"{label} FlashInfer fp8", _decode(shape, FP8), ours, ">=", bounds["fp8"])
+                yield Ratio(f"{label} FlashInfer fp8", _fields(shape, FP8), ours, ">=", bounds["fp8"])
     shape = DECODE["batch 8"]
-    ours, ordered = (_decode(shape, OURS, "mse4", "mse4", paged=paged) for paged in (True, False))
+    ours, ordered = (_fields(shape, OURS, "mse4", "mse4", paged=paged) for paged in (True, False))
     yield Ratio(f"decode {shape.label}, K4/V4: time of shuffled pages over ordered ones", ours, ordered, "<=", 1.05)
-    prod = _decode(shape, OURS, "prod3", "group2")
+    prod = _fields(shape, OURS, "prod3", "group2")
     yield Ratio(
-        f"decode {shape.label}, prod 3, min-max 2: times faster than cuDNN bf16", _decode(shape, CUDNN), prod, ">=", 1.5
+        f"decode {shape.label}, prod 3, min-max 2: times faster than cuDNN bf16", _fields(shape, CUDNN), prod, ">=", 1.5
     )
     for name in ("dim 64", "dim 256"):
-        mine, cudnn = _decode(DECODE[name], OURS, "mse4", "mse4"), _decode(DECODE[name], CUDNN)
+        mine, cudnn = _fields(DECODE[name], OURS, "mse4", "mse4"), _fields(DECODE[name], CUDNN)
         yield Ratio(f"decode {DECODE[name].label}, K4/V4: times faster than cuDNN bf16", cudnn, mine, ">=", 2.3)
-    verify = _decode(DECODE["verify"], OURS, "mse4", "mse4")
+    verify = _fields(DECODE["verify"], OURS, "mse4", "mse4")
     yield Ratio(f"decode {shape.label}, K4/V4: time of 4 queries over that of 1", verify, ours, "<=", 1.5)
 
 
-RATIOS = tuple(_decode_ratios())
+def _encode_ratios() -> Iterable[Ratio]:
+    row = {"op": "encode", "impl": OURS, "key": "mse4", "value": "mse4", "search": False, "vectors": 2**20}
+    name = "encode a million vectors, K4/V4 without search: speed as a share of the copy's"
+    yield Ratio(name, row, row, ">=", 0.5, ("floor_us", "us"))
+
+
+def _prefill_ratios() -> Iterable[Ratio]:
+    shape = PREFILL["chunk"]
+    ours = _fields(shape, OURS, "mse4", "mse4", op="prefill")
+    cudnn = _fields(shape, CUDNN, op="prefill")
+    name = f"prefill {shape.label}, K4/V4:"
+    yield Ratio(f"{name} time over cuDNN bf16", ours, cudnn, "<=", 1.3)
+    yield Ratio(f"{name} bytes, temporary ones too, over those of bf16", ours, cudnn, "<=", 0.3, ("memory", "memory"))
+
+
+RATIOS = (*_decode_ratios(), *_encode_ratios(), *_prefill_ratios())
 """Every claim."""
 
 

@@ -108,6 +108,7 @@ def run_peer(op: str, peer: Peer, shape: Shape, setting: Setting) -> Iterator[Ro
         "paged": peer.name.startswith("flashinfer"),
         **timing.as_dict(),
         **setting.floor(timing.us, nbytes, shape.operations),
+        "memory": nbytes,
     }
 
 
@@ -142,7 +143,7 @@ def run_case(operation: Operation, case: Case, setting: Setting) -> Iterator[Row
     row = {"op": operation.name, "impl": implementation, **shape.as_dict()}
     row |= {"key": case.names[0], "value": case.names[1], "paged": case.paged, "page_size": case.page_size}
     row |= {"config": dataclasses.asdict(case.config)} if case.config else {}
-    row["temporary_bytes"] = kernel.memory_analysis().temp_size_in_bytes
+    row["memory"] = nbytes + kernel.memory_analysis().temp_size_in_bytes
     if setting.gpu:
         row |= agreement(kernel(*inputs[0]), kernel(*inputs[0]), compiled("reference")(*inputs[0]), operation.tolerance)
     timing = time_jax(kernel, inputs)

@@ -27,7 +27,9 @@ def cases() -> Iterator[Case]:
     yield case("no statistics", four, four, center_keys=False, smooth_keys=False)
     yield case("no window", four, four, window=0, sink_tokens=0)
     yield case("group 16", four, four, group=16)
-    yield case("8 queries, sink logits, window, soft-cap", four, four, count=8, options=EVERYTHING, sinks=True, quick=True)
+    yield case(
+        "8 queries, sink logits, window, soft-cap", four, four, count=8, options=EVERYTHING, sinks=True, quick=True
+    )
 
 
 def case(
