@@ -116,9 +116,9 @@ def integer_ptx(width: int, field: int) -> str:
     )
 
 
-def round_to_int8(x: jax.Array) -> jax.Array:
-    """Nearest integers of floats between -128 and 127, by the mantissa of a large float."""
-    return lax.bitcast_convert_type(x + 12582912.0, jnp.int32).astype(jnp.int8)
+def round_to_int8(x: jax.Array, *, less: int = 0) -> jax.Array:
+    """Nearest integers of floats, less `less`, that lie between -128 and 127; by the mantissa of a large float."""
+    return lax.bitcast_convert_type(x + (12582912.0 - less), jnp.int32).astype(jnp.int8)
 
 
 def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:

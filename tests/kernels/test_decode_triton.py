@@ -24,6 +24,8 @@ QUICK = PRECISE | {
     "window 1",
     "softcap bias",
     "group 16",
+    "d80 3",
+    "pages 16 window",
 }
 CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
 
@@ -113,11 +115,8 @@ def test_limits_are_named():
         ("head dims .*, got 48 and 48", {"dim": 48}),
         ("up to 8 query tokens and 16 query heads a KV head, got 9 and 2", {"count": 9}),
         ("got 1 and 17", {"heads": 17}),
-        ("pages of a multiple of 32 tokens, got page_size=16", {"page": 16}),
-        ("pages of a multiple of 128 tokens, got page_size=64", {"config": TileConfig(tile=128)}),
-        ("up to 32 query rows a KV head .*, got 40", {"count": 4, "heads": 10}),
-        ("precise=True has up to 8 query rows a KV head, got 16", {"heads": 16, "config": TileConfig(precise=True)}),
-        ("key planes of a multiple of 4 bytes, got 80 channels of 1 bits", {"key": QuantizerSpec(80, 3), "dim": 80}),
+        ("pages of a multiple of 16 tokens .*, got page_size=24", {"page": 24}),
+        ("that divide 128 or are a multiple of it, got page_size=192", {"page": 192, "config": TileConfig(tile=128)}),
         (r"codes of \(1, 2, 3, 4, 8\) bits, got bits=5", {"key": QuantizerSpec(64, 5)}),
         ("keys of codebook formats, got GroupFormat", {"key": QuantizerSpec(64, 4, kind="group")}),
         ("values without a sketch", {"value": QuantizerSpec(64, 4, kind="prod")}),
