@@ -86,7 +86,7 @@ def test_merge_combines_splits():
         )
         for n, columns in zip(splits, (16, 9), strict=True)
     ]
-    plan = merge_plan(shape, segments=0, dtype="float32", partial=True, interpret=True)
+    plan = merge_plan(shape, splits=5, dtype="float32", partial=True, interpret=True)
     out, log_sum, seen = merge_splits(MergeInputs(*parts), plan)
     acc, peak, total = (
         np.concatenate([np.asarray(getattr(p, name), np.float64)[:, :, :, :9] for p in parts], axis=2)
