@@ -211,17 +211,18 @@ def time_attend(results: Results, widths: tuple[float, float], batch: int, seq: 
     cache = random_cache(spec, copies * batch, seq + WINDOW + SINKS)
     query = jax.random.normal(jax.random.key(1), (batch, 1, Q_HEADS, DIM), jnp.bfloat16)
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def chain(query, cache, calls):
+    rows = [jnp.arange(batch, dtype=jnp.int32) + batch * i for i in range(copies)]
+
+    @functools.partial(jax.jit, static_argnames="calls")
+    def chain(query, cache, rows, calls):
         for i in range(calls):
-            rows = np.arange(batch, dtype=np.int32) + batch * (i % copies)
-            query = tq.attend(query, cache, implementation="triton", rows=jnp.asarray(rows), **options)
+            query = tq.attend(query, cache, implementation="triton", rows=rows[i % copies], **options)
         return query
 
-    names = kernels_by_name(functools.partial(chain, calls=copies), query, cache)
+    names = kernels_by_name(functools.partial(chain, calls=copies), query, cache, rows)
     names = {name: round(us / copies, 2) for name, us in names.items()}
     calls = -(-CHAIN // copies) * copies
-    whole = end_to_end(lambda q, c: chain(q, c, calls), query, cache, iterations=5) / calls
+    whole = end_to_end(lambda q, c, r: chain(q, c, r, calls=calls), query, cache, rows, iterations=5) / calls
     row = {
         "op": label, "impl": "triton", "batch": batch, "seq": seq, "key": f"mse{widths[0]}", "value": f"mse{widths[1]}",
         "us": round(sum(names.values()), 2), "chained_us": round(whole, 2), "kernels": names, "bytes": nbytes,

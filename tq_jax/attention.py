@@ -11,11 +11,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.decode import LogitOptions, Partial, TileConfig, decode_attention, fused, merge
-from pallas_kernels.decode.basis import Basis
+from pallas_kernels.decode.basis import Basis, Segment
 from pallas_kernels.decode.reference import attend_tokens, nothing
 from tq_jax.cache import Cache, from_storage, require_row_integers
 from tq_jax.quantizer import Quantizer, from_rotated, sketch_gain, sketch_query, to_rotated
-from tq_jax.rotation import mixing_matrix
+from tq_jax.rotation import mixing_factors
 
 EXACT_BLOCK = 512
 """Full-precision slots attended to at a time."""
@@ -176,15 +176,14 @@ def _basis(quantizer: Quantizer | None) -> Basis | None:
     """What `to_rotated` does, as arrays; None for nothing."""
     if quantizer is None or not quantizer.rotations:
         return None
-    hadamard = [rotation.ndim == 1 for rotation in quantizer.rotations]
-    return Basis(
-        matrices=tuple(
-            jnp.asarray(mixing_matrix(r.shape[0]).T) if mixed else r
-            for r, mixed in zip(quantizer.rotations, hadamard, strict=True)
-        ),
-        signs=tuple(r if mixed else None for r, mixed in zip(quantizer.rotations, hadamard, strict=True)),
-        outliers=quantizer.outliers,
-    )
+    segments = []
+    for rotation in quantizer.rotations:
+        if rotation.ndim == 1:
+            outer, inner = (jnp.asarray(factor) for factor in mixing_factors(rotation.shape[0]))
+            segments.append(Segment(outer, inner, rotation))
+        else:
+            segments.append(Segment(rotation))
+    return Basis(tuple(segments), quantizer.outliers)
 
 
 @functools.partial(jax.jit, static_argnames=("options",))

@@ -85,10 +85,27 @@ def mixing_matrix(dim: int) -> np.ndarray:
         >>> mixing_matrix(2).tolist() == (np.array([[1, 1], [1, -1]], np.float32) * np.float32(0.5**0.5)).tolist()
         True
     """
-    power = dim & -dim
-    blocks = dim // power
-    angle = 2 * np.pi / blocks * np.outer(np.arange(blocks), np.arange(blocks))
-    hartley = (np.cos(angle) + np.sin(angle)) / blocks**0.5
-    matrix = np.kron(hartley, linalg.hadamard(power) / power**0.5).astype(np.float32)
+    matrix = np.kron(*(factor.astype(np.float64) for factor in _factors(dim))).astype(np.float32)
     matrix.setflags(write=False)
     return matrix
+
+
+def mixing_factors(dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two small symmetric orthogonal matrices whose Kronecker product is `mixing_matrix`, float32.
+
+    Example:
+        >>> outer, inner = mixing_factors(96)
+        >>> outer.shape, inner.shape, bool(np.allclose(np.kron(outer, inner), mixing_matrix(96), atol=1e-7))
+        ((6, 6), (16, 16), True)
+    """
+    outer, inner = (factor.astype(np.float32) for factor in _factors(dim))
+    return outer, inner
+
+
+def _factors(dim: int) -> tuple[np.ndarray, np.ndarray]:
+    power = dim & -dim
+    blocks, inner = dim // power, min(power, 16)
+    angle = 2 * np.pi / blocks * np.outer(np.arange(blocks), np.arange(blocks))
+    hartley = (np.cos(angle) + np.sin(angle)) / blocks**0.5
+    rest = power // inner
+    return np.kron(hartley, linalg.hadamard(rest) / rest**0.5), linalg.hadamard(inner) / inner**0.5

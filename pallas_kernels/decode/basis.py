@@ -1,6 +1,7 @@
 """The orthogonal map between channels and the coordinates that are quantized, as kernels read it."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,58 +12,123 @@ from jax.experimental.pallas import triton as plt
 NOWHERE = 1 << 30
 """A channel that does not exist."""
 
+BLOCK = 16
+"""Rows of an outer factor taken at a time."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Coordinates y = (outer (x) inner) (signs * x) of consecutive channels; arrays or references.
+
+    Attributes:
+        outer: float32 [n, n].
+        inner: float32 [k, k]; None for the number one.
+        signs: float32 [n * k]; None for ones.
+    """
+
+    outer: Any
+    inner: Any = None
+    signs: Any = None
+
+    @property
+    def inner_size(self) -> int:
+        """Side of the inner factor."""
+        return 1 if self.inner is None else self.inner.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """Channels."""
+        return self.outer.shape[0] * self.inner_size
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Basis:
-    """Coordinates y_j = sum_c matrix[j, c] * signs[c] * x_c, segment by segment; a pytree of arrays or references.
+    """Segments one after the other; a pytree of arrays or references.
 
     Attributes:
-        matrices: float32 [d_i, d_i] of each segment, orthogonal.
-        signs: float32 [d_i] of each segment; None for ones.
-        outliers: int32 [n], ascending channels that make up the first segment, the others following in order; None for
-            channels in order.
+        segments: The segments.
+        outliers: int32 [n], ascending channels that make up the first segment, the second having the others in order;
+            None for channels in order.
     """
 
-    matrices: tuple[Any, ...]
-    signs: tuple[Any, ...]
+    segments: tuple[Segment, ...]
     outliers: Any = None
 
 
-def basis_tile(basis: Basis, channel: jax.Array, coordinate: jax.Array, *, channel_axis: int) -> jax.Array:
-    """The factors of channels [m] in coordinates [n]: [m, n] with channel_axis 0, else [n, m]; zero where outside."""
-
-    def along(x: jax.Array, channels: bool) -> jax.Array:
-        return x[:, None] if channels == (channel_axis == 0) else x[None, :]
-
-    sizes = [channel.shape[0], coordinate.shape[0]]
-    shape = tuple(sizes if channel_axis == 0 else sizes[::-1])
-    place = _place(basis, channel)
-    tile, start = jnp.zeros(shape, jnp.float32), 0
-    for matrix, signs in zip(basis.matrices, basis.signs, strict=True):
-        size = matrix.shape[0]
-        c, j = place - start, coordinate - start
-        here = (c >= 0) & (c < size)
-        mask = along(here, True) & along((j >= 0) & (j < size), False)
-        at = matrix.at[jnp.broadcast_to(along(j, False), shape), jnp.broadcast_to(along(c, True), shape)]
-        factors = plt.load(at, mask=mask, other=0.0)
-        if signs is not None:
-            factors = factors * along(plt.load(signs.at[c], mask=here, other=0.0), True)
-        tile = tile + factors
-        start += size
-    return tile
+def grid_of(segment: Segment, rows: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Outer index, inner index and validity of the elements [n, k] of a segment, or of a block of `rows` of it."""
+    n = power_of_two(segment.outer.shape[0]) if rows is None else rows
+    shape = (n, power_of_two(segment.inner_size))
+    i, j = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    return i, j, (i < segment.outer.shape[0]) & (j < segment.inner_size)
 
 
-def _place(basis: Basis, channel: jax.Array) -> jax.Array:
-    """Where each channel is among those in the order of the segments."""
+def channels_of(basis: Basis, index: int, place: jax.Array, valid: jax.Array) -> jax.Array:
+    """Channels [n, k] at places of a segment."""
     if basis.outliers is None:
-        return channel
+        return place + sum(segment.dim for segment in basis.segments[:index])
+    if index == 0:
+        return plt.load(basis.outliers.at[place], mask=valid, other=0)
     count = basis.outliers.shape[0]
-    index = lax.broadcasted_iota(jnp.int32, (power_of_two(count),), 0)
-    outlier = plt.load(basis.outliers.at[index], mask=index < count, other=NOWHERE)
-    before = jnp.sum((outlier[None, :] < channel[:, None]).astype(jnp.int32), axis=1)
-    among = jnp.sum((outlier[None, :] == channel[:, None]).astype(jnp.int32), axis=1) > 0
-    return jnp.where(among, before, count + channel - before)
+    i = lax.broadcasted_iota(jnp.int32, (power_of_two(count),), 0)
+    outlier = plt.load(basis.outliers.at[i], mask=i < count, other=NOWHERE)
+    # Outlier i comes after outlier - i others.
+    return place + jnp.sum(((outlier - i)[None, None, :] <= place[:, :, None]).astype(jnp.int32), axis=2)
+
+
+def apply_factors(
+    segment: Segment,
+    x: jax.Array,
+    consume: Callable[[jax.Array, jax.Array, jax.Array, Any], Any],
+    state: Any,
+    *,
+    inverse: bool,
+) -> Any:
+    """Multiplies x [rows, n, k] by both factors, or by their transposes, and hands on one block after the other.
+
+    Args:
+        segment: The segment; its signs are not applied.
+        x: float32, padded with zeros.
+        consume: Takes places [m, k] in the segment, their validity, the result [rows, m, k] and a state; returns that.
+        state: The first state.
+        inverse: Whether to transpose.
+
+    Returns:
+        The last state.
+    """
+    size = segment.outer.shape[0]
+    padded = x.shape[1]
+    rows = min(BLOCK, padded)
+    i, j, _ = grid_of(segment, rows)
+
+    def block(index: jax.Array | int, state: Any) -> Any:
+        shape = (rows, padded)
+        out_row = index * rows + lax.broadcasted_iota(jnp.int32, shape, 0)
+        column = lax.broadcasted_iota(jnp.int32, shape, 1)
+        outer = _factor(segment.outer, out_row, column, inverse)
+        y = jnp.sum(x[:, None, :, :] * outer[None, :, :, None], axis=2)
+        if segment.inner is not None:
+            shape = (x.shape[2], x.shape[2])
+            inner = _factor(segment.inner, *(lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1)), inverse)
+            y = jnp.sum(y[:, :, None, :] * inner[None, None, :, :], axis=3)
+        outer_index = index * rows + i
+        valid = (outer_index < size) & (j < segment.inner_size)
+        return consume(outer_index * segment.inner_size + j, valid, y, state)
+
+    return block(0, state) if padded == rows else lax.fori_loop(0, padded // rows, block, state)
+
+
+def _factor(ref: Any, row: jax.Array, column: jax.Array, transpose: bool) -> jax.Array:
+    size = ref.shape[0]
+    at = ref.at[column, row] if transpose else ref.at[row, column]
+    return plt.load(at, mask=(row < size) & (column < size), other=0.0)
+
+
+def load_signs(segment: Segment, place: jax.Array, valid: jax.Array) -> jax.Array | None:
+    """Signs [n, k] at places of a segment."""
+    return None if segment.signs is None else plt.load(segment.signs.at[place], mask=valid, other=0.0)
 
 
 def power_of_two(size: int) -> int:

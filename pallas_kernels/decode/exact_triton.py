@@ -102,9 +102,9 @@ def slot_positions(
     return jnp.where(in_sinks, slot, sinks + address), jnp.where(in_sinks, slot < length, in_ring)
 
 
-def query_block(count: int, group: int) -> int:
+def query_block(count: int, group: int, largest: int) -> int:
     """Queries of one KV head that a program takes: what one tensor-core instruction has rows for, or several."""
-    return max(16, min(64, power_of_two(count * group)))
+    return max(16, min(largest, power_of_two(count * group)))
 
 
 def _zero(pool: Any) -> jax.Array:

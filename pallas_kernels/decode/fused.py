@@ -121,9 +121,10 @@ def attend_cache(
     check_attend(query.shape, cache, plan)
     prepared = _prepare(query, cache, plan, rows, counts)
     exact = None if prepared.acc is None else Splits(prepared.acc, prepared.peak, prepared.total)
+    packed = _decode(prepared, cache, plan)
     merged = merge_splits(
         MergeInputs(
-            packed=_decode(prepared, cache, plan),
+            packed=packed,
             exact=exact,
             basis=cache.value_basis,
             sink_logits=sink_logits,
@@ -133,7 +134,7 @@ def attend_cache(
         ),
         merge_plan(
             query.shape,
-            segments=0 if cache.value_basis is None else len(cache.value_basis.matrices),
+            splits=1 if packed is None else packed.acc.shape[2],
             dtype="float32" if plan.partial else jnp.dtype(query.dtype).name,
             partial=plan.partial,
             interpret=plan.interpret,

@@ -14,18 +14,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.decode.basis import Basis, basis_tile, float32_product, power_of_two
+from pallas_kernels.decode.basis import Basis, apply_factors, channels_of, grid_of, load_signs, power_of_two
 from pallas_kernels.decode.exact_triton import attend_slots, query_block
 from pallas_kernels.decode.options import LogitOptions
 
-ROWS, COORDINATES, TABLE_BLOCK = 16, 32, 1024
-"""Queries and coordinates of a program that rotates, entries of one that writes the block table."""
+SKETCHED, TABLE_BLOCK = 16, 1024
+"""Coordinates of a program that sketches, entries of one that writes the block table."""
 
 TERMS = {"bfloat16": 1, "float16": 2}
 """bfloat16 numbers that sum to a query of a type; three for others."""
 
-SLOT_PROGRAMS = 132 * 4
-"""Programs to aim at for full-precision slots."""
+SLOT_PROGRAMS, ROTATE_PROGRAMS = 132 * 2, 128
+"""Programs to aim at for full-precision slots and for rotation: all run at once on an H100."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,9 @@ class PreparePlan:
         pages_per_row: Pages of a cache row; 0 without compressed tokens.
         sketch_gain: Factor of the sketch of queries.
         slot_tile: Full-precision slots a step.
+        slot_queries: Queries of a KV head that a program attends with.
         slot_splits: Programs for the slots of a sequence and KV head; 0 without slots.
+        rows: Queries that a program rotates.
         num_warps: Warps a program.
         interpret: Whether the kernel runs as jnp.
     """
@@ -50,7 +52,9 @@ class PreparePlan:
     pages_per_row: int
     sketch_gain: float
     slot_tile: int
+    slot_queries: int
     slot_splits: int
+    rows: int
     num_warps: int
     interpret: bool
 
@@ -132,7 +136,8 @@ def prepare_plan(
     # What a tile and its products take of registers and shared memory.
     largest = 64 * 128 * 2 // (power_of_two(dim) * itemsize)
     tile = max(16, min(64, largest, power_of_two(slots))) if slots else 16
-    blocks = -(-count * heads // kv_heads // query_block(count, heads // kv_heads))
+    queries = query_block(count, heads // kv_heads, 64 * 256 // (power_of_two(dim) * itemsize))
+    blocks = -(-count * heads // kv_heads // queries)
     most = max(1, SLOT_PROGRAMS // (batch * kv_heads * blocks))
     return PreparePlan(
         options=options,
@@ -141,7 +146,9 @@ def prepare_plan(
         pages_per_row=pages_per_row,
         sketch_gain=sketch_gain,
         slot_tile=tile,
+        slot_queries=queries,
         slot_splits=min(-(-slots // tile), most),
+        rows=min(8, power_of_two(max(1, batch * count * heads // ROTATE_PROGRAMS))),
         num_warps=4 if dim * itemsize <= 256 else 8,
         interpret=interpret,
     )
@@ -166,11 +173,11 @@ def _programs(x: PrepareInputs, plan: PreparePlan) -> tuple[int, int, int]:
     batch, count, heads, dim = x.query.shape
     kv_heads = plan.kv_heads
     group = heads // kv_heads
-    blocks = -(-count * group // query_block(count, group))
+    blocks = -(-count * group // plan.slot_queries)
     slots = batch * kv_heads * blocks * plan.slot_splits
     if not plan.pages_per_row:
         return slots, 0, 0
-    rotate = -(-batch * count * heads // ROWS) * (power_of_two(dim) // COORDINATES)
+    rotate = -(-batch * count * heads // plan.rows) * (1 if x.sketch is None else -(-dim // SKETCHED))
     return slots, rotate, batch * -(-plan.pages_per_row // TABLE_BLOCK)
 
 
@@ -225,7 +232,7 @@ def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
     count, heads, dim = x.query.shape[1:]
     kv_heads, slots = x.keys.shape[1:3]
     group, padded = heads // kv_heads, power_of_two(dim)
-    size = query_block(count, group)
+    size = plan.slot_queries
     split, rest = _divided(program, plan.slot_splits)
     block, rest = _divided(rest, -(-count * group // size))
     head, sequence = _divided(rest, kv_heads)
@@ -265,59 +272,67 @@ def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
 
 
 def _rotate(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
-    """Rotates a block of queries to a block of coordinates."""
+    """Rotates a block of queries; with a sketch, as often as it has blocks of coordinates, each adding one of these."""
     batch, count, heads, dim = x.query.shape
-    padded = power_of_two(dim)
-    block, rest = _divided(program, padded // COORDINATES)
-    first = rest * ROWS + lax.broadcasted_iota(jnp.int32, (ROWS,), 0)
-    exists = first < batch * count * heads
-    head, rest = _divided(first, heads)
+    block, rest = _divided(program, 1 if x.sketch is None else -(-dim // SKETCHED))
+    query = rest * plan.rows + lax.broadcasted_iota(jnp.int32, (plan.rows,), 0)
+    exists = (query < batch * count * heads)[:, None, None]
+    head, rest = _divided(query, heads)
     token, sequence = _divided(rest, count)
+    row = sequence
+    if x.rows is not None and x.mean is not None:
+        row = plt.load(x.rows.at[sequence], mask=query < batch * count * heads, other=0)
+    kv_head = lax.div(head, jnp.full_like(head, heads // plan.kv_heads))
+    assert x.basis is not None
+    coordinate = block * SKETCHED + lax.broadcasted_iota(jnp.int32, (SKETCHED,), 0)
+    sketch = jnp.zeros((plan.rows, SKETCHED if x.sketch is not None else 1), jnp.float32)
+    bias, start = jnp.zeros((plan.rows,), jnp.float32), 0
+    for index, segment in enumerate(x.basis.segments):
+        i, j, valid = grid_of(segment)
+        place = i * segment.inner_size + j
+        shape = (plan.rows, *place.shape)
+        channel = jnp.broadcast_to(channels_of(x.basis, index, place, valid)[None], shape)
+        mask = jnp.broadcast_to(exists & valid[None], shape)
 
-    shape = (ROWS, padded)
-    channel = lax.broadcasted_iota(jnp.int32, shape, 1)
-    mask = jnp.broadcast_to(exists[:, None], shape) & (channel < dim)
+        def load(ref: Any, *lead: jax.Array, at: jax.Array = channel, mask: jax.Array = mask) -> jax.Array:
+            lead = tuple(jnp.broadcast_to(k[:, None, None], at.shape) for k in lead)
+            return plt.load(ref.at[(*lead, at)], mask=mask, other=jnp.zeros((), ref.dtype)).astype(jnp.float32)
 
-    def at_channels(*index: jax.Array) -> tuple:
-        return (*(jnp.broadcast_to(i[:, None], shape) for i in index), channel)
+        values = load(x.query, sequence, token, head)
+        if x.mean is not None:
+            mean, weight = (load(ref, row, kv_head) for ref in (x.mean, x.weight))
+            bias = bias + jnp.sum(jnp.sum(values * mean, axis=2), axis=1)
+            values = values / jnp.where(mask, weight, 1.0)
+        signs = load_signs(segment, place, valid)
+        values = values if signs is None else values * signs[None]
 
-    query = plt.load(x.query.at[at_channels(sequence, token, head)], mask=mask, other=jnp.zeros((), x.query.dtype))
-    query = query.astype(jnp.float32)
+        def consume(
+            place: jax.Array, valid: jax.Array, y: jax.Array, sketch: jax.Array, start: int = start
+        ) -> jax.Array:
+            at = [jnp.broadcast_to(k[:, None, None], y.shape) for k in (sequence, token, head)]
+            at.append(jnp.broadcast_to(start + place[None], y.shape))
+            mask = jnp.broadcast_to(exists & valid[None] & (block == 0), y.shape)
+            plt.store(out.query.at[tuple(at)], y, mask=mask)
+            return sketch if x.sketch is None else sketch + _sketched(x.sketch, coordinate, place, valid, y)
+
+        sketch = apply_factors(segment, values, consume, sketch, inverse=False)
+        start += segment.dim
     if x.mean is not None:
-        row = sequence if x.rows is None else plt.load(x.rows.at[sequence], mask=exists, other=0)
-        kv_head = lax.div(head, jnp.full_like(head, heads // plan.kv_heads))
-        mean, weight = (plt.load(ref.at[at_channels(row, kv_head)], mask=mask, other=1.0) for ref in (x.mean, x.weight))
-        bias = jnp.sum(query * mean, axis=1) * plan.options.scale
-        plt.store(out.bias.at[sequence, token, head], bias, mask=exists & (block == 0))
-        query = query / weight
+        at = out.bias.at[sequence, token, head]
+        plt.store(at, bias * plan.options.scale, mask=exists[:, 0, 0] & (block == 0))
+    if x.sketch is not None:
+        at = [jnp.broadcast_to(k[:, None], sketch.shape) for k in (sequence, token, head)]
+        at.append(jnp.broadcast_to(coordinate[None, :], sketch.shape))
+        plt.store(out.sketch.at[tuple(at)], sketch * plan.sketch_gain, mask=exists[:, 0] & (coordinate < dim)[None, :])
 
-    def rotated(block: jax.Array) -> jax.Array:
-        coordinate = block * COORDINATES + lax.broadcasted_iota(jnp.int32, (COORDINATES,), 0)
-        channel = lax.broadcasted_iota(jnp.int32, (padded,), 0)
-        assert x.basis is not None
-        return float32_product(
-            query, basis_tile(x.basis, channel, coordinate, channel_axis=0), interpret=plan.interpret
-        )
 
-    shape = (ROWS, COORDINATES)
-    coordinate = block * COORDINATES + lax.broadcasted_iota(jnp.int32, (COORDINATES,), 0)
-    index = [jnp.broadcast_to(i[:, None], shape) for i in (sequence, token, head)]
-    at = (*index, jnp.broadcast_to(coordinate[None, :], shape))
-    mask = exists[:, None] & (coordinate < dim)[None, :]
-    plt.store(out.query.at[at], rotated(block), mask=mask)
-    if x.sketch is None:
-        return
-
-    def sketched(i: jax.Array, sums: jax.Array) -> jax.Array:
-        inner = i * COORDINATES + lax.broadcasted_iota(jnp.int32, (COORDINATES,), 0)
-        square = (COORDINATES, COORDINATES)
-        index = jnp.broadcast_to(coordinate[None, :], square), jnp.broadcast_to(inner[:, None], square)
-        inside = (index[0] < dim) & (index[1] < dim)
-        factors = plt.load(x.sketch.at[index], mask=inside, other=0.0)
-        return sums + float32_product(rotated(i), factors, interpret=plan.interpret)
-
-    sums = lax.fori_loop(0, padded // COORDINATES, sketched, jnp.zeros(shape, jnp.float32))
-    plt.store(out.sketch.at[at], sums * plan.sketch_gain, mask=mask)
+def _sketched(matrix: Any, coordinate: jax.Array, place: jax.Array, valid: jax.Array, y: jax.Array) -> jax.Array:
+    """What rotated queries y [rows, m, k] at places contribute to coordinates of the sketch."""
+    shape = (coordinate.shape[0], *place.shape)
+    mask = jnp.broadcast_to((coordinate < matrix.shape[0])[:, None, None] & valid[None], shape)
+    at = [jnp.broadcast_to(k, shape) for k in (coordinate[:, None, None], place[None])]
+    factors = plt.load(matrix.at[tuple(at)], mask=mask, other=0.0)
+    return jnp.sum(jnp.sum(y[:, None] * factors[None], axis=3), axis=2)
 
 
 def _write_table(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:

@@ -87,7 +87,8 @@ def attend_pages(
     shape = (*query.shape[:3], value_format.dim)
     return Partial(
         *merge_splits(
-            MergeInputs(splits), merge_plan(shape, segments=0, dtype="float32", partial=True, interpret=interpret)
+            MergeInputs(splits),
+            merge_plan(shape, splits=plan.splits, dtype="float32", partial=True, interpret=interpret),
         )
     )
 

@@ -99,5 +99,6 @@ def case(
         (query, pages, *integers, biases, query if key.kind == "prod" else None),
         config=f"{config.tile} tokens, {config.num_warps} warps, {config.num_stages} stages",
         expected={"decode": ("mma", "async", *lookup)},
+        only=("decode",),
         quick=quick,
     )
