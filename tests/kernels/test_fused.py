@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tq_jax as tq
-from benchmarks.attend import CASES, attend_case, filled_cache, make_spec, relative_error
+from benchmarks.attend_cases import CASES, attend_case, filled_cache, make_spec, relative_error
 from pallas_kernels._compat import lower_for_cuda, triton_kernels
 from pallas_kernels.decode import LogitOptions, TileConfig, fused, prepare_triton
 from pallas_kernels.decode.merge_triton import MergeInputs, Splits, merge_plan, merge_splits

@@ -13,8 +13,11 @@ CUDNN = ("cudnn_bf16", "jax_cudnn_bf16")
 
 FP8 = ("flashinfer_fp8",)
 OURS = ("triton", "mosaic")
-SAME = ("op", "batch", "seq", "q_len", "q_heads", "kv_heads", "head_dim")
+SAME = ("batch", "seq", "q_len", "q_heads", "kv_heads", "head_dim")
 """What rows agree in that can be compared."""
+
+PEERS_OF = {"attend": "decode"}
+"""Operations that are compared with the peers of another."""
 
 DECODE_BOUNDS = {
     "batch 8": {"cudnn": (2.9, 3.0, 3.5), "fp8": 1.9},
@@ -131,4 +134,4 @@ def add_ratios(rows: Sequence[Row]) -> None:
 
 
 def _same(a: Row, b: Row) -> bool:
-    return all(a.get(name) == b.get(name) for name in SAME)
+    return PEERS_OF.get(a["op"], a["op"]) == b["op"] and all(a.get(name) == b.get(name) for name in SAME)

@@ -18,7 +18,7 @@ from tq_jax.bench import claims, peers, timing
 from tq_jax.bench.job import Job, Row, Setting
 from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
 
-OPS = {name: f"tq_jax.bench.{name}" for name in ("decode", "encode", "prefill", "model")}
+OPS = {name: f"tq_jax.bench.{name}" for name in ("decode", "attend", "encode", "prefill", "model")}
 """Where the jobs of each operation are."""
 
 BY_DEFAULT = [name for name in OPS if name != "model"]  # whose weights have to be downloaded

@@ -49,10 +49,12 @@ class Case:
     @property
     def specs(self) -> tuple[QuantizerSpec, QuantizerSpec]:
         """The quantizers."""
-        options = [
-            spec if spec.get("kind") == "group" else spec | {"search": self.search} for spec in (self.key, self.value)
-        ]
-        return QuantizerSpec(self.head_dim, **options[0]), QuantizerSpec(self.head_dim, **options[1])
+
+        def spec(options: dict[str, Any]) -> QuantizerSpec:
+            search = {} if options.get("kind") == "group" else {"search": self.search}
+            return QuantizerSpec(self.head_dim, **(options | search))
+
+        return spec(self.key), spec(self.value)
 
     @property
     def vectors(self) -> int:

@@ -158,15 +158,22 @@ def random_pages(case: Case, copies: int) -> tuple[Pages, list[jax.Array]]:
     shapes = jax.eval_shape(lambda: empty_pages(count, shape.kv_heads, size, key, value))
     leaves, tree = jax.tree.flatten(shapes)
 
-    def fill(key: jax.Array, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if leaf.dtype == jnp.uint8:
-            return jax.random.bits(key, leaf.shape, jnp.uint8)
-        return jax.random.uniform(key, leaf.shape, jnp.float32, 8.0, 14.0).astype(leaf.dtype)
-
     seeds = jax.random.split(jax.random.key(0), len(leaves))
-    pages = tree.unflatten([fill(seed, leaf) for seed, leaf in zip(seeds, leaves, strict=True)])
+    pages = tree.unflatten(
+        [random_array(seed, leaf.shape, leaf.dtype) for seed, leaf in zip(seeds, leaves, strict=True)]
+    )
     order = np.random.default_rng(0).permutation(count) if case.paged else np.arange(count)
     return pages, list(jnp.asarray(order.reshape(copies, shape.batch, -1), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def random_array(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Random bytes, random bits of bfloat16 for uint16, and positive scales for floats."""
+    if dtype == jnp.uint8:
+        return jax.random.bits(key, shape, jnp.uint8)
+    if dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(jax.random.normal(key, shape, jnp.bfloat16), jnp.uint16)
+    return jax.random.uniform(key, shape, jnp.float32, 8.0, 14.0).astype(dtype)
 
 
 def agreement(got: Partial, again: Partial, want: Partial, tolerance: float) -> Row:

@@ -1,0 +1,136 @@
+"""Every kernel against the reference on the device that JAX has, twice each: all cases of the tests, and fast.
+
+    python benchmarks/parity.py decode attend prefill encode --limit 300 --json parity.json
+
+Where there is no GPU the kernels are interpreted, slowly. Results are written after every row.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import attend_cases, encode_cases, variants
+from pallas_kernels.decode import decode_attention, triton
+from pallas_kernels.encode import encode_pages
+from pallas_kernels.prefill import prefill_attention
+from tq_jax.bench.job import Row
+from tq_jax.evaluate.report import environment, write_json
+
+PREFILL_COUNT, PREFILL_TOLERANCE = 9, 2e-3
+Check = Callable[[], Row]
+
+
+def decode(name: str, precise: bool) -> Row:
+    """Few queries over pages."""
+    variant = variants.VARIANTS[name]
+    case = variants.make_case(variant)
+    query, pages, *_ = case.arrays
+    formats = case.options["key_format"], case.options["value_format"]
+    config = dataclasses.replace(triton.config_for(query.shape, pages, *formats, precise=precise), programs=64)
+    run = jax.jit(functools.partial(decode_attention, **case.options, config=config, implementation="triton"))
+    return attention(case, run, 1e-3 if precise else variant.tolerance)
+
+
+def prefill(name: str) -> Row:
+    """A chunk of queries over pages."""
+    case = variants.make_case(dataclasses.replace(variants.VARIANTS[name], count=PREFILL_COUNT))
+    run = jax.jit(functools.partial(prefill_attention, **case.options, implementation="triton"))
+    return attention(case, run, PREFILL_TOLERANCE)
+
+
+def attention(case: variants.Case, run: Callable, tolerance: float) -> Row:
+    """What the two have in common."""
+    got, again = run(*case.arrays), run(*case.arrays)
+    want = decode_attention(*case.arrays, **case.options, implementation="reference")
+    return verdict(variants.relative_error(got, want), tolerance, same=bool(jnp.array_equal(got.acc, again.acc)))
+
+
+def attend(name: str, precise: bool) -> Row:
+    """Attention over a whole cache."""
+    case = attend_cases.CASES[name]
+    run, query, cache = attend_cases.attend_case(case)
+    got, again = (run(query, cache, implementation="triton", precise=precise) for _ in range(2))
+    want = run(query, cache, implementation="reference")
+    # Outputs of 16 bits are rounded to 2**-8.
+    tolerance = (1e-3 if case.dtype == "float32" else 4e-3) if precise else case.tolerance
+    return verdict(attend_cases.relative_error(got, want), tolerance, same=bool(jnp.array_equal(got, again)))
+
+
+def encode(name: str) -> Row:
+    """Tokens into pages; differences must be ties of float32 rounding, and few."""
+    arrays = encode_cases.make_arrays(encode_cases.CASES[name])
+    got, again, want = (
+        jax.jit(functools.partial(encode_pages, **arrays.options, implementation=implementation))(
+            arrays.keys, arrays.values, arrays.pages, arrays.slots
+        )
+        for implementation in ("triton", "triton", "reference")
+    )
+    found = encode_cases.compare(arrays, got, want)
+    same = all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(again), strict=True))
+    ok = same and not found.wrong and found.ties <= max(2, 1e-4 * found.values)
+    return dataclasses.asdict(found) | {"wrong": found.wrong[:3], "same_twice": same, "ok": ok}
+
+
+def verdict(error: float, tolerance: float, *, same: bool) -> Row:
+    """The row of a relative error."""
+    return {"error": error, "tolerance": tolerance, "same_twice": same, "ok": same and error <= tolerance}
+
+
+def checks(ops: list[str]) -> Iterator[tuple[Row, Check]]:
+    """Every case of some operations."""
+    cases = {"decode": variants.VARIANTS, "attend": attend_cases.CASES}
+    for op, function in (("decode", decode), ("attend", attend)):
+        for name in cases[op] if op in ops else ():
+            for precise in (False, True):
+                yield {"op": op, "case": name, "precise": precise}, functools.partial(function, name, precise)
+    for op, function, names in (("prefill", prefill, variants.VARIANTS), ("encode", encode, encode_cases.CASES)):
+        for name in names if op in ops else ():
+            yield {"op": op, "case": name}, functools.partial(function, name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ops", nargs="*", default=["decode", "attend", "prefill", "encode"])
+    parser.add_argument("--limit", type=float, default=500, help="seconds")
+    parser.add_argument("--json", help="where to write the results")
+    options = parser.parse_args()
+    end, data = time.monotonic() + options.limit, environment() | {"rows": []}
+    chosen = list(checks(options.ops))
+    for row, check in chosen:
+        if time.monotonic() > end:
+            break
+        try:
+            row |= check()
+        except Exception as error:
+            traceback.print_exc()
+            row |= {"ok": False, "failed": repr(error)[:400]}
+        data["rows"].append(row)
+        print(json.dumps(row), flush=True)
+        write_json(data, options.json)
+    failed = [row for row in data["rows"] if not row["ok"]]
+    print(
+        f"{len(data['rows']) - len(failed)} of {len(data['rows'])} agree, {len(chosen) - len(data['rows'])} not tried"
+    )
+    for row in failed:
+        print("FAILED", json.dumps(row))
+    sys.exit(bool(failed) or not data["rows"])
+
+
+if __name__ == "__main__":
+    main()

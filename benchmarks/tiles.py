@@ -1,0 +1,73 @@
+"""Time of tile configurations on a GPU, on the timer of `tq-jax bench`.
+
+    python benchmarks/tiles.py decode --bits 4,3 --tiles "64,1,3,12 128,2,3,6" --json tiles.json
+
+A configuration of decode is its tile, warps, stages and programs a multiprocessor; of prefill its rows, tile, warps,
+stages and programs a multiprocessor.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
+
+from pallas_kernels.decode import TileConfig
+from pallas_kernels.prefill import PrefillConfig
+from tq_jax.bench import timing
+from tq_jax.bench.command import COPY_BYTES, MATRIX
+from tq_jax.bench.decode import DECODE_ATTENTION
+from tq_jax.bench.job import Setting
+from tq_jax.bench.paged import MSE, Case, run_case
+from tq_jax.bench.prefill import PREFILL_ATTENTION
+from tq_jax.bench.shapes import DECODE, PREFILL
+from tq_jax.evaluate.report import environment, write_json
+
+MULTIPROCESSORS = 132
+TILES = {
+    "decode": "64,1,3,12 64,1,2,12 64,1,3,10 64,1,4,12 64,1,3,24 128,2,3,6 128,2,2,6 128,1,2,8 128,1,3,8 32,1,4,16 "
+    "64,2,3,8 256,4,2,3 256,4,3,3 256,2,2,4 128,4,3,4 128,4,2,4",
+    "prefill": "128,64,8,2,2 128,64,8,3,2 128,64,4,2,2 64,64,4,2,4 64,64,4,3,4 256,64,8,2,1 128,128,8,2,2",
+}
+OPERATIONS = {"decode": (DECODE_ATTENTION, DECODE, TileConfig), "prefill": (PREFILL_ATTENTION, PREFILL, PrefillConfig)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("op", choices=OPERATIONS)
+    parser.add_argument("--shape", help="name in tq_jax.bench.shapes; the first by default")
+    parser.add_argument("--bits", default="4,3,2")
+    parser.add_argument("--tiles", help="configurations, separated by spaces")
+    parser.add_argument("--limit", type=float, default=500, help="seconds")
+    parser.add_argument("--json", help="where to write the results")
+    options = parser.parse_args()
+    end = time.monotonic() + options.limit
+    operation, shapes, config = OPERATIONS[options.op]
+    shape = shapes[options.shape or next(iter(shapes))]
+    setting = Setting(True, timing.copy_gbps(COPY_BYTES[True]), timing.matmul_tflops(MATRIX[True]))
+    data = environment() | {"copy_gbps": setting.copy_gbps, "rows": []}
+    for bits in map(int, options.bits.split(",")):
+        for text in (options.tiles or TILES[options.op]).split():
+            if time.monotonic() > end:
+                break
+            *sizes, programs = map(int, text.split(","))
+            case = Case(shape, MSE[bits], MSE[bits], config=config(*sizes, programs * MULTIPROCESSORS))
+            try:
+                [row] = run_case(operation, case, setting)
+            except Exception as error:
+                traceback.print_exc()
+                row = {"op": options.op, "config": text, "failed": repr(error)[:400]}
+            data["rows"].append(row)
+            print(text, json.dumps(row), flush=True)
+            write_json(data, options.json)
+
+
+if __name__ == "__main__":
+    main()
