@@ -17,7 +17,8 @@ def test_findings():
     assert (found["backend"], found["gpu"]) == ("cpu", None)
     assert found["check"]["error"] == 0.0
     assert found["packages"]["matplotlib"]
-    axes = {axis["axis"]: axis for axis in found["decode"]}
+    assert set(found["kernels"]) == {"decode", "prefill", "encode"}
+    axes = {axis["axis"]: axis for axis in found["kernels"]["decode"]}
     assert set(axes) == set(doctor.AXES)
     assert "128" in axes["head dim"]["triton"]
     assert "head dims" in axes["head dim"]["reference"]["112"]

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import typer
 from rich.console import Console
 
-from pallas_kernels.decode import triton
+from pallas_kernels.decode import triton as decode
 from pallas_kernels.decode.pages import empty_pages
+from pallas_kernels.encode import triton as encode
+from pallas_kernels.prefill import triton as prefill
 from tq_jax.append import append
 from tq_jax.attention import attend
 from tq_jax.cache import CacheSpec, init_cache
 from tq_jax.evaluate.report import JsonTarget, environment, open_console, versions, write_json
-from tq_jax.quantizer import QuantizerSpec
+from tq_jax.quantizer import QuantizerSpec, encoder, make_quantizer
 
 TOLERANCE = 0.02
 """Relative error to the reference that attention by one-byte queries and probabilities may have."""
@@ -40,10 +42,13 @@ AXES: dict[str, tuple[Any, ...]] = {
     "page size": (8, 16, 32, 64, 128, 256),
     "GiB": (1, 2, 3, 4, 8),
 }
-"""What decode attention may differ in: a group is the query heads of a KV head, GiB the size of a pool."""
+"""What a call may differ in: a group is the query heads of a KV head, GiB the size of a pool."""
 
 BASE: dict[str, Any] = dict(zip(AXES, (128, "mse 4", "mse 4", 1, 4, 128, 1), strict=True))
 """What the axes other than the one that is tried are at."""
+
+OPERATIONS: dict[str, dict[str, Any]] = {"decode": {}, "prefill": {"queries": 256}, "encode": {}}
+"""Operations with kernels, and in what their cases differ from BASE."""
 
 
 def doctor(json: JsonTarget = None) -> None:
@@ -57,7 +62,7 @@ def doctor(json: JsonTarget = None) -> None:
     console = open_console(json)
     found = environment() | {"backend": jax.default_backend(), "gpu": describe_gpu()}
     found["packages"] = {name: version(name) for name in NEEDED_FOR}
-    found["decode"] = list(decode_axes())
+    found["kernels"] = {op: list(kernel_axes(op)) for op in OPERATIONS}
     found["check"] = check_attention()
     found["ok"] = found["check"]["ok"]
     print_findings(found, console)
@@ -84,23 +89,31 @@ def describe_gpu() -> dict[str, Any] | None:
     }
 
 
-def decode_axes() -> Iterator[dict[str, Any]]:
-    """For each axis the values that the decode kernel takes, and why the reference takes the others."""
+def kernel_axes(op: str) -> Iterator[dict[str, Any]]:
+    """For each axis the values that an operation's kernel takes, and why the reference takes the others."""
     for axis, values in AXES.items():
-        verdicts = {str(value): why_not(BASE | {axis: value}) for value in values}
+        if op == "encode" and axis in ("queries", "group"):
+            continue
+        verdicts = {str(value): why_not(op, BASE | OPERATIONS[op] | {axis: value}) for value in values}
         kernel = [value for value, reason in verdicts.items() if reason is None]
         reference = {value: reason for value, reason in verdicts.items() if reason is not None}
         yield {"axis": axis, "triton": kernel, "reference": reference}
 
 
-def why_not(case: dict[str, Any]) -> str | None:
-    """Why the decode kernel does not take a case; None if it does."""
+def why_not(op: str, case: dict[str, Any]) -> str | None:
+    """Why the kernel of an operation does not take a case; None if it does."""
     try:
-        keys, values = (_spec(case["head dim"], case[name]).format for name in ("keys", "values"))
+        specs = [_spec(case["head dim"], case[name]) for name in ("keys", "values")]
+        keys, values = (spec.format for spec in specs)
         vector = max(keys.packed_bytes, values.packed_bytes)
         pages = (case["GiB"] << 30) // (vector * case["page size"])
         pools = jax.eval_shape(lambda: empty_pages(pages, 1, case["page size"], keys, values))
-        triton.check_supported((1, case["queries"], case["group"], case["head dim"]), pools, keys, values, None)
+        if op == "encode":
+            key, value = jax.eval_shape(lambda: [encoder(make_quantizer(spec)) for spec in specs])
+            encode.check_supported(pools, key, value)
+        else:
+            query = (1, case["queries"], case["group"], case["head dim"])
+            {"decode": decode, "prefill": prefill}[op].check_supported(query, pools, keys, values, None)
     except (NotImplementedError, ValueError) as error:
         return str(error)
     return None
@@ -138,21 +151,16 @@ def print_findings(found: dict[str, Any], console: Console) -> None:
     line("commit", found["commit"] or "unknown")
     for name, number in found["packages"].items():
         line(name, f"{number or 'not installed'} ({NEEDED_FOR[name]})")
-    if found["gpu"]:
-        console.print(
-            "\nDecode attention runs by the Pallas Triton kernel; as the reference, slowly, where it says so:"
-        )
-    else:
-        console.print(
-            "\nNo NVIDIA GPU: everything runs as the reference. On one decode attention would run by the Pallas"
-        )
-        console.print("Triton kernel, except where it says so:")
-    for axis in found["decode"]:
-        line(axis["axis"], ", ".join(axis["triton"]))
-        for value, reason in axis["reference"].items():
-            console.print(f"{'':>16}{value}: reference, {reason}", style="yellow", highlight=False, markup=False)
-    line("encode", "reference (XLA)")
-    line("longer chunks", "reference (XLA)")
+    where = (
+        "Kernels run" if found["gpu"] else "No NVIDIA GPU: everything runs as the reference. On one, kernels would run"
+    )
+    console.print(f"\n{where} these cases, and the reference, slowly, those that it says:")
+    for op, axes in found["kernels"].items():
+        console.print(f"[bold]{op}[/bold]")
+        for axis in axes:
+            line(axis["axis"], ", ".join(axis["triton"]))
+            for value, reason in axis["reference"].items():
+                console.print(f"{'':>16}{value}: reference, {reason}", style="yellow", highlight=False, markup=False)
     check = found["check"]
     verdict = "works" if check["ok"] else "FAILS"
     console.print(f"\nAttention {verdict}: error {check['error']:.1e} to the reference (at most {check['tolerance']})")

@@ -37,11 +37,11 @@ def test_without_a_gpu_small_shapes_run_and_nothing_is_claimed(tmp_path, monkeyp
     found = json.loads(path.read_text())
     assert {"device", "versions", "commit", "copy_gbps", "rows"} <= found.keys()
     assert found["claims"] == [] == found["failed"]
-    assert [row["op"] for row in found["rows"]] == ["decode", "encode", "prefill"]
+    assert [row["op"] for row in found["rows"]] == ["decode", "attend", "encode", "prefill"]
     for row in found["rows"]:
         assert (row["impl"], row["key"], row["value"]) == ("reference", "mse4", "mse4")
         assert row["us"] > 0
-    decoded, encoded, _ = found["rows"]
+    decoded, _, encoded, _ = found["rows"]
     shape = SMALL["decode"]
     assert (decoded["batch"], decoded["seq"], decoded["paged"]) == (shape.batch, shape.seq, True)
     assert decoded["bytes"] == shape.batch * shape.seq * shape.kv_heads * 2 * (64 + 2)

@@ -51,7 +51,7 @@ class Case:
         """The quantizers."""
 
         def spec(options: dict[str, Any]) -> QuantizerSpec:
-            search = {} if options.get("kind") == "group" else {"search": self.search}
+            search: dict[str, Any] = {} if options.get("kind") == "group" else {"search": self.search}
             return QuantizerSpec(self.head_dim, **(options | search))
 
         return spec(self.key), spec(self.value)
