@@ -121,7 +121,7 @@ def lower(kernel: Kernel) -> TritonKernel:
     integers = [shape(s, jnp.int32) for s in ((BATCH, PAGES), (BATCH,), (BATCH, kernel.count))]
     bias = shape(query.shape[:3], jnp.float32) if kernel.bias else None
     sketch = query if kernel.key.kind == "prod" else None
-    [lowered] = triton_kernels(lower_for_cuda(run, query, pages, *integers, bias, sketch))
+    lowered, _ = triton_kernels(lower_for_cuda(run, query, pages, *integers, bias, sketch))
     return lowered
 
 
