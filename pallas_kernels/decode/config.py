@@ -61,7 +61,7 @@ def default_config(
         bits: Bits of the widest codes of keys and of values.
     """
     block = column_block(columns, dim=dim, precise=precise)
-    if block == 8 and dim <= 128 and value_parts == 1 and not precise:
+    if block == 8 and dim in (64, 128) and value_parts == 1 and not precise:
         if min(bits) >= 4 and page_size % 256 == 0:
             return TileConfig(tile=256, num_warps=4, num_stages=3, programs=132 * 2)
         if page_size % 128 == 0:

@@ -81,6 +81,11 @@ class Plan:
     interpret: bool
 
     @property
+    def twins(self) -> bool:
+        """Whether columns that would be padding repeat the others."""
+        return not self.precise and self.blocks == 1 and 2 * self.count * self.group <= self.columns
+
+    @property
     def top(self) -> float:
         """Largest integer of a quantized query or probability."""
         return 127.0 * 256 if self.precise else 127.0
@@ -118,6 +123,8 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
     if plan.count > 1:
         position = plt.load(x.positions.at[jnp.full_like(token, row), token], mask=_exists(column, plan), other=0)
     shifts = _load_shifts(x, plan)
+    # Twins round a quarter up and a quarter down: their mean has half the error.
+    dither = jnp.where(_twin(column, plan), 0.25, -0.25) if plan.twins else None
 
     def step(index: jax.Array, state: tuple) -> tuple:
         page, parts, total = state
@@ -136,7 +143,7 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
             w = logits if alone else logits + exponents[i][:, None]
             if visible is not None:
                 w = jnp.where(visible, w, HIDDEN)
-            new, p, alpha, beta = _accumulate(x, part, where, w, inverses[i], seen, parts[i], shifts, plan)
+            new, p, alpha, beta = _accumulate(x, part, where, w, inverses[i], seen, parts[i], dither, shifts, plan)
             updated.append(new)
             if i == 0:
                 total = total * alpha[None, :] + _fold(p * inverses[i][:, None], plan) * beta[None, :]
@@ -145,7 +152,7 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
     parts = tuple(_empty_part(part, plan) for part in plan.values)
     state = _page(x, row, begin, plan), parts, _folded_zeros(plan)
     _, parts, total = lax.fori_loop(begin, end, step, state)
-    _store_acc(parts, acc_ref, (row, head, split), column, plan)
+    _store_acc(parts, acc_ref, (row, head, split), block * plan.columns, plan)
     columns = pl.ds(block * plan.columns, plan.columns)
     peak_ref[row, head, split, columns] = parts[0][1]
     total_ref[row, head, split, columns] = jnp.sum(total, axis=0)
@@ -153,10 +160,16 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
 
 def _query_index(column: jax.Array, head: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
     """Query token and query head of each column."""
+    if plan.twins:
+        column = jnp.where(_twin(column, plan), column - plan.columns // 2, column)
     if plan.count == 1:
         return jnp.zeros_like(column), head * plan.group + column
     group = jnp.full_like(column, plan.group)
     return lax.div(column, group), head * plan.group + lax.rem(column, group)
+
+
+def _twin(column: jax.Array, plan: Plan) -> jax.Array:
+    return column >= plan.columns // 2
 
 
 def _page(x: Inputs, row: jax.Array, index: jax.Array, plan: Plan) -> jax.Array:
@@ -181,7 +194,10 @@ def _slot(index: jax.Array, plan: Plan) -> jax.Array:
 
 
 def _exists(column: jax.Array, plan: Plan) -> jax.Array:
-    return column < plan.count * plan.group
+    rows = plan.count * plan.group
+    if plan.twins:
+        return (column < rows) | (_twin(column, plan) & (column < rows + plan.columns // 2))
+    return column < rows
 
 
 def _tiles_of_split(x: Inputs, row: jax.Array, split: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -292,9 +308,13 @@ def _logits(
     for part, query in zip(plan.keys, queries, strict=True):
         scales = keys.residual if part.sketch else keys.scale
         scale = jnp.where(seen, _scale(scales, part, where, plan), 0.0)
-        tiles = _tiles(keys.signs if part.sketch else keys.packed, part, where, 1, shifts, plan)
+        source = keys.signs if part.sketch else keys.packed
+        tiles = _tiles(source, part, where, 1, shifts, plan)
         if plan.precise:
-            product = [_products(tiles, [q[i] for q in query.tiles], jnp.zeros(shape, jnp.int32)) for i in (0, 1)]
+            again = _tiles(source, part, where, 1, shifts, plan, again=True)
+            product = [
+                _products(t, [q[i] for q in query.tiles], jnp.zeros(shape, jnp.int32)) for i, t in enumerate((tiles, again))
+            ]
             whole = (product[0] << 8) + product[1] + query.half[None, :]
             term = whole.astype(jnp.float32) * scale[:, None]
         else:
@@ -344,8 +364,14 @@ def _fold(x: jax.Array, plan: Plan) -> jax.Array:
     return jnp.sum(x.reshape(-1, min(plan.tile, 16 * plan.num_warps), plan.columns), axis=0)
 
 
-def _tiles(ref: Any, part: Part, where: tuple, axis: int, shifts: dict, plan: Plan) -> list[jax.Array]:
-    """int8 tiles of a part, [tile, width] with axis 1 (keys) or [width, tile] with axis 0 (values)."""
+def _tiles(
+    ref: Any, part: Part, where: tuple, axis: int, shifts: dict, plan: Plan, *, again: bool = False
+) -> list[jax.Array]:
+    """int8 tiles of a part, [tile, width] with axis 1 (keys) or [width, tile] with axis 0 (values).
+
+    A tile may enter one product only: of two, the compiled kernel gets the second wrong for some layouts of operands.
+    A second product takes the tile looked up `again`, which is different code to the compiler.
+    """
     loaded: dict[tuple, tuple[jax.Array, jax.Array | None]] = {}
     out = []
     for tile in part.tiles:
@@ -357,10 +383,10 @@ def _tiles(ref: Any, part: Part, where: tuple, axis: int, shifts: dict, plan: Pl
                 loaded[key] = _load_bytes(ref, where, part, (width, start, size), tile, axis, shifts, plan)
             fields.append(Field(loaded[key][0], width, field, loaded[key][1]))
         if part.unsigned:
-            out.append(integer_tile(fields[0], interpret=plan.interpret))
+            out.append(integer_tile(fields[0], interpret=plan.interpret, again=again))
         else:
             mixed = None if tile.partner is None else tile.half
-            out.append(codebook_tile(fields, part.book, interpret=plan.interpret, mixed=mixed))
+            out.append(codebook_tile(fields, part.book, interpret=plan.interpret, mixed=mixed, again=again))
     return out
 
 
@@ -452,13 +478,13 @@ def _accumulate(
     inverse: jax.Array,
     seen: jax.Array,
     state: tuple,
+    dither: jax.Array | None,
     shifts: dict,
     plan: Plan,
 ) -> tuple[tuple, jax.Array, jax.Array, jax.Array]:
     """Adds a tile to a value part; returns the part, p * scale, and the factors of what was and of what came."""
     acc, reference, offset = state
-    top = plan.top if plan.precise else 254.0
-    tile_reference = jnp.maximum(jnp.max(w, axis=0) - math.log2(top), FLOOR)
+    tile_reference = jnp.maximum(jnp.max(w, axis=0) - math.log2(plan.top), FLOOR)
     p = exp2(w - tile_reference[None, :], interpret=plan.interpret)
     new_reference = jnp.maximum(reference, tile_reference)
     alpha = exp2(reference - new_reference, interpret=plan.interpret)
@@ -466,10 +492,14 @@ def _accumulate(
     tiles = _tiles(x.pages.values.packed, part, where, 0, shifts, plan)
     if plan.precise:
         high, low = _bytes_of(_integers(p), plan)
-        sums = [((_pv(v, high) << 8) + _pv(v, low)).astype(jnp.float32) * beta[None, :] for v in tiles]
+        again = _tiles(x.pages.values.packed, part, where, 0, shifts, plan, again=True)
+        whole = [(_pv(v, high) << 8) + _pv(u, low) for v, u in zip(tiles, again, strict=True)]
+        sums = [s.astype(jnp.float32) * beta[None, :] for s in whole]
     else:
-        integer = round_to_int8(p, less=127)
-        sums = [_sums_of_bytes(v, integer, beta, plan) for v in tiles]
+        integer, large = round_to_int8(p if dither is None else p + dither[None, :]), (12582912.0 * beta)[None, :]
+        # As for logits, starting at the bits of a large float makes sums floats without conversion.
+        raw = [lax.bitcast_convert_type(_pv(v, integer) + MAGIC, jnp.float32) for v in tiles]
+        sums = [r * beta[None, :] - large for r in raw]
     acc = tuple(a * alpha[None, :] + s for a, s in zip(acc, sums, strict=True))
     weights = p
     if part.unsigned:
@@ -480,37 +510,29 @@ def _accumulate(
     return (acc, new_reference, offset), p, alpha, beta
 
 
-def _sums_of_bytes(values: jax.Array, p: jax.Array, factor: jax.Array, plan: Plan) -> jax.Array:
-    """Sums of values * (p + 127) * factor: p from 0 to 254 has twice the resolution that its int8 alone would give."""
-    constant = jnp.full((plan.tile, plan.columns), 127, jnp.int8)
-    large = 254 * 128 * plan.tile >= 2**22
-    # As for logits, starting at the bits of a large float makes sums floats without conversion.
-    start = jnp.full((values.shape[0], plan.columns), 0 if large else MAGIC, jnp.int32)
-    sums = start + _pv(values, p) + _pv(values, constant)
-    if large:
-        return sums.astype(jnp.float32) * factor[None, :]
-    return lax.bitcast_convert_type(sums, jnp.float32) * factor[None, :] - (12582912.0 * factor)[None, :]
-
-
 def _pv(values: jax.Array, p: jax.Array) -> jax.Array:
     return lax.dot_general(values, p, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
 
 
-def _store_acc(parts: tuple, ref: Any, lead: tuple, column: jax.Array, plan: Plan) -> None:
+def _store_acc(parts: tuple, ref: Any, lead: tuple, first: jax.Array, plan: Plan) -> None:
     """Writes the accumulators of all parts, relative to the reference of the first."""
     common = parts[0][1]
     for part, (acc, reference, offset) in zip(plan.values, parts, strict=True):
         factor = exp2(reference - common, interpret=plan.interpret)
         offset = jnp.sum(offset, axis=0)
         for tile, sums in zip(part.tiles, acc, strict=True):
-            shape = (tile.width, plan.columns)
-            channel = lax.broadcasted_iota(jnp.int32, shape, 0)
-            mask = jnp.broadcast_to(_exists(column, plan)[None, :], shape)
-            if tile.valid < tile.width:
-                mask = mask & (channel < tile.valid)
             if part.unsigned:
                 out = (sums + offset[None, :]) * factor[None, :]
             else:
                 out = (sums + (0.5 * offset)[None, :]) * (factor * part.book.step)[None, :]
+            column = first + lax.broadcasted_iota(jnp.int32, (plan.columns,), 0)
+            if plan.twins:
+                column = lax.broadcasted_iota(jnp.int32, (plan.columns // 2,), 0)
+                out = 0.5 * jnp.sum(out.reshape(tile.width, 2, plan.columns // 2), axis=1)
+            shape = out.shape
+            channel = lax.broadcasted_iota(jnp.int32, shape, 0)
+            mask = jnp.broadcast_to((column < plan.count * plan.group)[None, :], shape)
+            if tile.valid < tile.width:
+                mask = mask & (channel < tile.valid)
             index = [jnp.broadcast_to(i, shape) for i in (*lead, column[None, :])]
             plt.store(ref.at[(*index, part.channel + tile.start + channel)], out, mask=mask)
