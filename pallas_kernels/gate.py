@@ -84,7 +84,8 @@ def _optimized(source: Path, target: Any, options: dict[str, int]) -> str:
     from triton._C.libtriton import ir
     from triton.compiler.compiler import make_backend
 
-    backend, context = make_backend(target), ir.context()
+    backend: Any = make_backend(target)
+    context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
     module = ir.parse_mlir_module(str(source), context)

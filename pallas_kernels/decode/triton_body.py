@@ -20,15 +20,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.decode.layout import Part, Tile, planes_of
-from pallas_kernels.decode.options import LogitOptions
+from pallas_kernels.decode.layout import Part
+from pallas_kernels.decode.plan import Inputs, Plan
+from pallas_kernels.decode.tiles_triton import load_scale, load_shifts, load_tiles, page_of, slot_of
 from pallas_kernels.lookup_triton import (
     MAGIC,
-    Field,
     at_least,
-    codebook_tile,
     exp2,
-    integer_tile,
     log2,
     mixed_index,
     round_to_int8,
@@ -44,66 +42,6 @@ FLOOR = -1e29
 
 LEAST_SCALE = 2.0**-100
 """Value scales below it are taken for it; its inverse times 127 is still a float."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about a kernel.
-
-    Attributes:
-        keys: Parts of the keys.
-        values: Parts of the values.
-        options: Logit options.
-        count: Query tokens.
-        group: Query heads a KV head.
-        columns: Columns of a program.
-        blocks: Programs that share the columns, count * group padded.
-        tile: Tokens a step.
-        page_size: Tokens a page.
-        splits: Programs a sequence and KV head.
-        num_warps: Warps a program.
-        precise: Whether queries and probabilities have two bytes.
-        interpret: Whether the kernel runs as jnp.
-    """
-
-    keys: tuple[Part, ...]
-    values: tuple[Part, ...]
-    options: LogitOptions
-    count: int
-    group: int
-    columns: int
-    blocks: int
-    tile: int
-    page_size: int
-    splits: int
-    num_warps: int
-    precise: bool
-    interpret: bool
-
-    @property
-    def twins(self) -> bool:
-        """Whether columns that would be padding repeat the others."""
-        return not self.precise and self.blocks == 1 and 2 * self.count * self.group <= self.columns
-
-    @property
-    def top(self) -> float:
-        """Largest integer of a quantized query or probability."""
-        return 127.0 * 256 if self.precise else 127.0
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """Arrays of the kernel, or its references; see `decode_attention`. `counting` is 0 to 255, see `_load_shifts`."""
-
-    query: Any
-    pages: Any
-    table: Any
-    lengths: Any
-    positions: Any
-    bias: Any
-    sketch: Any
-    counting: Any = None
 
 
 def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan) -> None:
@@ -122,15 +60,15 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
     position = None
     if plan.count > 1:
         position = plt.load(x.positions.at[jnp.full_like(token, row), token], mask=_exists(column, plan), other=0)
-    shifts = _load_shifts(x, plan)
+    shifts = load_shifts(x, plan)
     # Twins round a quarter up and a quarter down: their mean has half the error.
     dither = jnp.where(_twin(column, plan), 0.25, -0.25) if plan.twins else None
 
     def step(index: jax.Array, state: tuple) -> tuple:
         page, parts, total = state
         # Read a step early: the loads of the next tile wait for its page.
-        following = _page(x, row, index + 1, plan)
-        where = (page, head, _slot(index, plan))
+        following = page_of(x, row, index + 1, plan)
+        where = (page, head, slot_of(index, plan))
         tokens = index * plan.tile + lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
         seen = _seen_tokens(x, row, tokens, plan)
         visible = None if position is None else _visible(tokens, position, plan)
@@ -150,7 +88,7 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
         return following, tuple(updated), total
 
     parts = tuple(_empty_part(part, plan) for part in plan.values)
-    state = _page(x, row, begin, plan), parts, _folded_zeros(plan)
+    state = page_of(x, row, begin, plan), parts, _folded_zeros(plan)
     _, parts, total = lax.fori_loop(begin, end, step, state)
     _store_acc(parts, acc_ref, (row, head, split), block * plan.columns, plan)
     columns = pl.ds(block * plan.columns, plan.columns)
@@ -170,27 +108,6 @@ def _query_index(column: jax.Array, head: jax.Array, plan: Plan) -> tuple[jax.Ar
 
 def _twin(column: jax.Array, plan: Plan) -> jax.Array:
     return column >= plan.columns // 2
-
-
-def _page(x: Inputs, row: jax.Array, index: jax.Array, plan: Plan) -> jax.Array:
-    """Page of a tile or, where pages are smaller, of each of its tokens [tile].
-
-    Quotients and remainders are those of C, whose divisibility Triton understands.
-    """
-    last = x.table.shape[1] - 1
-    if plan.tile <= plan.page_size:
-        return x.table[row, jnp.minimum(lax.div(index, jnp.int32(plan.page_size // plan.tile)), last)]
-    token = lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
-    place = index * (plan.tile // plan.page_size) + lax.div(token, jnp.full_like(token, plan.page_size))
-    return plt.load(x.table.at[jnp.full_like(token, row), jnp.minimum(place, last)])
-
-
-def _slot(index: jax.Array, plan: Plan) -> jax.Array:
-    """Place in its page of a tile's first token or, where pages are smaller, of each of its tokens [tile]."""
-    if plan.tile <= plan.page_size:
-        return lax.rem(index, jnp.int32(plan.page_size // plan.tile)) * plan.tile
-    token = lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
-    return lax.rem(token, jnp.full_like(token, plan.page_size))
 
 
 def _exists(column: jax.Array, plan: Plan) -> jax.Array:
@@ -307,13 +224,14 @@ def _logits(
         logits = bias[None, :] + jnp.zeros(shape, jnp.float32) if logits is None else logits + bias[None, :]
     for part, query in zip(plan.keys, queries, strict=True):
         scales = keys.residual if part.sketch else keys.scale
-        scale = jnp.where(seen, _scale(scales, part, where, plan), 0.0)
+        scale = jnp.where(seen, load_scale(scales, part, where, plan), 0.0)
         source = keys.signs if part.sketch else keys.packed
-        tiles = _tiles(source, part, where, 1, shifts, plan)
+        tiles = load_tiles(source, part, where, 1, shifts, plan)
         if plan.precise:
-            again = _tiles(source, part, where, 1, shifts, plan, again=True)
+            again = load_tiles(source, part, where, 1, shifts, plan, again=True)
             product = [
-                _products(t, [q[i] for q in query.tiles], jnp.zeros(shape, jnp.int32)) for i, t in enumerate((tiles, again))
+                _products(t, [q[i] for q in query.tiles], jnp.zeros(shape, jnp.int32))
+                for i, t in enumerate((tiles, again))
             ]
             whole = (product[0] << 8) + product[1] + query.half[None, :]
             term = whole.astype(jnp.float32) * scale[:, None]
@@ -335,19 +253,9 @@ def _products(tiles: list[jax.Array], queries: list[jax.Array], start: jax.Array
     return start
 
 
-def _scale(ref: Any, part: Part, where: tuple, plan: Plan) -> jax.Array:
-    """Scales [tile] of a part, float32."""
-    page, head, slot = where
-    place = () if part.scale is None else (part.scale,)
-    if not page.ndim:
-        return ref[(page, head, *place, pl.ds(slot, plan.tile))].astype(jnp.float32)
-    others = [jnp.full_like(page, i) for i in (head, *place)]
-    return plt.load(ref.at[(page, *others, slot)]).astype(jnp.float32)
-
-
 def _exponent(x: Inputs, part: Part, where: tuple, seen: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
     """log2 of the scales [tile] of a value part, HIDDEN where not seen, and their inverses, any number there."""
-    scale = _scale(x.pages.values.scale, part, where, plan)
+    scale = load_scale(x.pages.values.scale, part, where, plan)
     if plan.interpret:
         # Compiled, the maximum of NaN and a number is the number.
         scale = jnp.where(seen, scale, 1.0)
@@ -362,106 +270,6 @@ def _folded_zeros(plan: Plan) -> jax.Array:
 def _fold(x: jax.Array, plan: Plan) -> jax.Array:
     """Sums of [tile, columns] over the rows that one thread holds: what is left is summed once, after the last tile."""
     return jnp.sum(x.reshape(-1, min(plan.tile, 16 * plan.num_warps), plan.columns), axis=0)
-
-
-def _tiles(
-    ref: Any, part: Part, where: tuple, axis: int, shifts: dict, plan: Plan, *, again: bool = False
-) -> list[jax.Array]:
-    """int8 tiles of a part, [tile, width] with axis 1 (keys) or [width, tile] with axis 0 (values).
-
-    A tile may enter one product only: of two, the compiled kernel gets the second wrong for some layouts of operands.
-    A second product takes the tile looked up `again`, which is different code to the compiler.
-    """
-    loaded: dict[tuple, tuple[jax.Array, jax.Array | None]] = {}
-    out = []
-    for tile in part.tiles:
-        fields = []
-        for width, start, size, field in planes_of(part, tile):
-            # Tiles of other fields of the same bytes, mixed ones included, share them.
-            key = (start, tile.start % size, tile.width, tile.valid)
-            if key not in loaded:
-                loaded[key] = _load_bytes(ref, where, part, (width, start, size), tile, axis, shifts, plan)
-            fields.append(Field(loaded[key][0], width, field, loaded[key][1]))
-        if part.unsigned:
-            out.append(integer_tile(fields[0], interpret=plan.interpret, again=again))
-        else:
-            mixed = None if tile.partner is None else tile.half
-            out.append(codebook_tile(fields, part.book, interpret=plan.interpret, mixed=mixed, again=again))
-    return out
-
-
-def _load_bytes(
-    ref: Any, where: tuple, part: Part, plane: tuple[int, int, int], tile: Tile, axis: int, shifts: dict, plan: Plan
-) -> tuple[jax.Array, jax.Array | None]:
-    """Bytes of one plane for a tile, and the shift in fields where the tile covers several."""
-    width, start, size = plane
-    first = tile.start % size
-    several = first + tile.valid > size
-    whole = tile.valid == tile.width
-    shape = (plan.tile, tile.width) if axis else (tile.width, plan.tile)
-    # Repeated bytes are repeated by views alone, which leaves the operand of the product a load.
-    repeated = several and whole and first == 0 and tile.width % size == 0 and _is_power(size)
-    if repeated or (whole and not several):
-        count = size if repeated else tile.width
-        data = _load_run(ref, where, start + first, count, axis, plan)
-        if repeated:
-            views = (plan.tile, tile.width // size, size) if axis else (tile.width // size, size, plan.tile)
-            data = jnp.broadcast_to(jnp.expand_dims(data, axis), views).reshape(shape)
-    else:
-        channel = lax.broadcasted_iota(jnp.int32, shape, axis)
-        byte = start + lax.rem(first + channel, jnp.full_like(channel, size))
-        at = ref.at[_byte_index(where, byte, axis, plan)]
-        data = plt.load(at) if whole else plt.load(at, mask=channel < tile.valid, other=jnp.uint8(0))
-    if not several:
-        return data, None
-    shift = jnp.broadcast_to(jnp.expand_dims(shifts[first, size, tile.width], 1 - axis), shape)
-    if axis and not part.words:
-        # Four neighbours do not share their field: shift each by itself.
-        return data >> (lax.bitcast_convert_type(shift, jnp.uint8) * width), None
-    return data, shift
-
-
-def _load_run(ref: Any, where: tuple, start: int, count: int, axis: int, plan: Plan) -> jax.Array:
-    """Bytes start to start + count of the tokens of a tile, along an axis."""
-    page, head, slot = where
-    if not page.ndim:
-        token, byte = pl.ds(slot, plan.tile), pl.ds(start, count)
-        return ref[(page, head, token, byte) if axis else (page, head, byte, token)]
-    shape = (plan.tile, count) if axis else (count, plan.tile)
-    return plt.load(ref.at[_byte_index(where, start + lax.broadcasted_iota(jnp.int32, shape, axis), axis, plan)])
-
-
-def _byte_index(where: tuple, byte: jax.Array, axis: int, plan: Plan) -> tuple[jax.Array, ...]:
-    """Index of bytes given as an array of the tile's shape."""
-    page, head, slot = where
-    if page.ndim:
-        page, slot = jnp.expand_dims(page, axis), jnp.expand_dims(slot, axis)
-        token = jnp.broadcast_to(slot, byte.shape)
-    else:
-        token = slot + lax.broadcasted_iota(jnp.int32, byte.shape, 1 - axis)
-    page, head = jnp.broadcast_to(page, byte.shape), jnp.broadcast_to(head, byte.shape)
-    return (page, head, token, byte) if axis else (page, head, byte, token)
-
-
-def _is_power(n: int) -> bool:
-    return n & (n - 1) == 0
-
-
-def _load_shifts(x: Inputs, plan: Plan) -> dict[tuple[int, int, int], jax.Array]:
-    """For tiles that cover several fields: how many fields to add for each channel, int8 [width].
-
-    They come from counting numbers in memory: Triton moves the layout of a product's operands up through arithmetic to
-    loads, but not to numbers that are made on the spot, and would send the whole tile through shared memory instead.
-    """
-    shifts: dict[tuple[int, int, int], jax.Array] = {}
-    for part in plan.keys + plan.values:
-        for tile in part.tiles:
-            for _, _, size, _ in planes_of(part, tile):
-                first = tile.start % size
-                if first + tile.valid > size and (first, size, tile.width) not in shifts:
-                    number = x.counting[pl.ds(first, tile.width)].astype(jnp.int32)
-                    shifts[first, size, tile.width] = lax.div(number, jnp.full_like(number, size)).astype(jnp.int8)
-    return shifts
 
 
 def _empty_part(part: Part, plan: Plan) -> tuple:
@@ -489,10 +297,10 @@ def _accumulate(
     new_reference = jnp.maximum(reference, tile_reference)
     alpha = exp2(reference - new_reference, interpret=plan.interpret)
     beta = exp2(tile_reference - new_reference, interpret=plan.interpret)
-    tiles = _tiles(x.pages.values.packed, part, where, 0, shifts, plan)
+    tiles = load_tiles(x.pages.values.packed, part, where, 0, shifts, plan)
     if plan.precise:
         high, low = _bytes_of(_integers(p), plan)
-        again = _tiles(x.pages.values.packed, part, where, 0, shifts, plan, again=True)
+        again = load_tiles(x.pages.values.packed, part, where, 0, shifts, plan, again=True)
         whole = [(_pv(v, high) << 8) + _pv(u, low) for v, u in zip(tiles, again, strict=True)]
         sums = [s.astype(jnp.float32) * beta[None, :] for s in whole]
     else:
@@ -503,7 +311,7 @@ def _accumulate(
     acc = tuple(a * alpha[None, :] + s for a, s in zip(acc, sums, strict=True))
     weights = p
     if part.unsigned:
-        zero = jnp.where(seen, _scale(x.pages.values.zero, part, where, plan), 0.0)
+        zero = jnp.where(seen, load_scale(x.pages.values.zero, part, where, plan), 0.0)
         middle = float(1 << (part.book.bits - 1))
         weights = p * (zero * inverse + middle)[:, None]
     offset = offset * alpha[None, :] + _fold(weights, plan) * beta[None, :]
