@@ -49,7 +49,9 @@ class Field:
     shift: jax.Array | None
 
 
-def codebook_tile(planes: Sequence[Field], book: Codebook, *, interpret: bool, mixed: int | None = None) -> jax.Array:
+def codebook_tile(
+    planes: Sequence[Field], book: Codebook, *, interpret: bool, mixed: int | None = None, again: bool = False
+) -> jax.Array:
     """The int8 integers m of a tile of codebook codes; the centroid is (m + 1/2) * book.step.
 
     Two tiles whose fields lie PAIR_DISTANCE apart in the same bytes come out of the same lookups. Along the channels of
@@ -60,6 +62,7 @@ def codebook_tile(planes: Sequence[Field], book: Codebook, *, interpret: bool, m
         book: The codebook.
         interpret: Whether to compute in jnp.
         mixed: None for this tile; 0 or 1 for a half of it and of its partner, mixed as `mixed_index` says.
+        again: Whether the compiler shall not see that this tile was looked up before.
 
     Returns:
         int8, in the shape of the planes' tiles.
@@ -72,8 +75,8 @@ def codebook_tile(planes: Sequence[Field], book: Codebook, *, interpret: bool, m
     if interpret:
         return integers(_codes(planes), book) if mixed is None else _mixed_twin(planes, book, mixed)
     if book.bits == 8:
-        return lax.bitcast_convert_type(planes[0].data, jnp.int8)
-    return _inline(planes, lookup_ptx(book, [plane.field for plane in planes], mixed))
+        return lax.bitcast_convert_type(planes[0].data, jnp.int8) if not again else _inline(planes, "mov.b32 $0, p0;")
+    return _inline(planes, lookup_ptx(book, [plane.field for plane in planes], mixed), again=again)
 
 
 def lookup_ptx(book: Codebook, fields: Sequence[int], mixed: int | None = None) -> str:
@@ -99,11 +102,11 @@ def _mixed_twin(planes: Sequence[Field], book: Codebook, half: int) -> jax.Array
     return jnp.where(partner[None, :], second, first)
 
 
-def integer_tile(plane: Field, *, interpret: bool) -> jax.Array:
+def integer_tile(plane: Field, *, interpret: bool, again: bool = False) -> jax.Array:
     """Unsigned codes less 2**(width - 1) as an int8 tile (for min-max groups)."""
     if interpret:
         return lax.bitcast_convert_type(_codes([plane]), jnp.int8) - jnp.int8(1 << (plane.width - 1))
-    return _inline([plane], integer_ptx(plane.width, plane.field))
+    return _inline([plane], integer_ptx(plane.width, plane.field), again=again)
 
 
 def integer_ptx(width: int, field: int) -> str:
@@ -116,9 +119,9 @@ def integer_ptx(width: int, field: int) -> str:
     )
 
 
-def round_to_int8(x: jax.Array, *, less: int = 0) -> jax.Array:
-    """Nearest integers of floats, less `less`, that lie between -128 and 127; by the mantissa of a large float."""
-    return lax.bitcast_convert_type(x + (12582912.0 - less), jnp.int32).astype(jnp.int8)
+def round_to_int8(x: jax.Array) -> jax.Array:
+    """Nearest integers of floats between -128 and 127, by the mantissa of a large float."""
+    return lax.bitcast_convert_type(x + 12582912.0, jnp.int32).astype(jnp.int8)
 
 
 def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
@@ -172,7 +175,7 @@ def _codes(planes: Sequence[Field]) -> jax.Array:
     return codes
 
 
-def _inline(planes: Sequence[Field], body: str) -> jax.Array:
+def _inline(planes: Sequence[Field], body: str, *, again: bool = False) -> jax.Array:
     """Runs PTX over registers of four elements; it reads p0, p1 (planes), writes $0 and may use a, b, c, d, t, u."""
     arguments, prologue = [], ""
     shape = planes[0].data.shape
@@ -187,6 +190,7 @@ def _inline(planes: Sequence[Field], body: str) -> jax.Array:
         if plane.width > 1:
             prologue += f"mul.lo.u32 t, t, {plane.width};\n"
         prologue += f"shr.b32 p{i}, ${len(arguments) - 1}, t;\n"
+    body += "\n// again" if again else ""
     text = "{\n.reg .b32 p0, p1, a, b, c, d, t, u;\n" + prologue + body + "\n}"
     [out] = plt.elementwise_inline_asm(
         text,

@@ -84,15 +84,22 @@ def cut(dim: int, bits: int, *, least: int, start: int = 0, stop: int | None = N
     return tuple(tiles)
 
 
-def codebook_parts(fmt: CodebookFormat, *, least: int) -> tuple[Part, ...]:
-    """Parts of a codebook format: its segments, then the sketch if there is one."""
+def codebook_parts(fmt: CodebookFormat, *, least: int, smallest: int) -> tuple[Part, ...]:
+    """Parts of a codebook format: its segments, then the sketch if there is one.
+
+    Args:
+        fmt: The format.
+        least: Channels that a tile should have.
+        smallest: Those that it must have, and does where the segment is no power of two of more.
+    """
     parts, byte, channel = [], 0, 0
     for i, book in enumerate(fmt.segments):
         if book.bits not in SUPPORTED_BITS and book.bits:
             raise NotImplementedError(f"the kernel decodes codes of {SUPPORTED_BITS} bits, got bits={book.bits}")
         if book.bits:
             scale = i if fmt.num_scales > 1 else None
-            tiles = cut(book.dim, book.bits, least=least)
+            whole = book.dim >= least and book.dim & (book.dim - 1) == 0
+            tiles = cut(book.dim, book.bits, least=least if whole else min(least, smallest))
             edges = [n for _, start, size in plane_layout(book.bits, book.dim) for n in (byte + start, size)]
             words = not any(n % 4 for n in (fmt.packed_bytes, *edges))
             parts.append(Part(book, False, False, byte, channel, scale, words, tiles))
@@ -133,19 +140,24 @@ def key_parts(fmt: VectorFormat) -> tuple[Part, ...]:
     """
     if not isinstance(fmt, CodebookFormat):
         raise NotImplementedError(f"the kernel reads keys of codebook formats, got {type(fmt).__name__}")
-    return tuple(mixed_pairs(part) for part in codebook_parts(fmt, least=LEAST_KEY_TILE))
+    return tuple(mixed_pairs(part) for part in codebook_parts(fmt, least=LEAST_KEY_TILE, smallest=LEAST_KEY_TILE))
 
 
-def value_parts(fmt: VectorFormat) -> tuple[Part, ...]:
+def value_parts(fmt: VectorFormat, *, num_warps: int = 1) -> tuple[Part, ...]:
     """Parts of the values.
+
+    Args:
+        fmt: Their format.
+        num_warps: Warps of a program, which share the rows of a tile; each needs those of one instruction.
 
     Raises:
         NotImplementedError: For sketched values and widths without a lookup.
     """
+    least = LEAST_VALUE_TILE * num_warps
     if isinstance(fmt, CodebookFormat):
         if fmt.residual:
             raise NotImplementedError("the kernel reads values without a sketch, got a residual")
-        return codebook_parts(fmt, least=LEAST_VALUE_TILE)
+        return codebook_parts(fmt, least=least, smallest=LEAST_VALUE_TILE)
     if fmt.bits not in (2, 4):
         raise NotImplementedError(f"the kernel reads min-max values of 2 and 4 bits, got bits={fmt.bits}")
     book = Codebook(fmt.dim, fmt.bits, levels=(), step=1.0)

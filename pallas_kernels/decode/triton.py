@@ -119,7 +119,7 @@ def decode_plan(
     block = column_block(columns, dim=max(query_shape[3], value_format.dim), precise=config.precise)
     plan = Plan(
         keys=key_parts(key_format),
-        values=value_parts(value_format),
+        values=value_parts(value_format, num_warps=config.num_warps),
         options=options,
         count=count,
         group=group,

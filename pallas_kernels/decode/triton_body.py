@@ -20,15 +20,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.decode.layout import Part, Tile, planes_of
-from pallas_kernels.decode.options import LogitOptions
+from pallas_kernels.decode.layout import Part
+from pallas_kernels.decode.plan import Inputs, Plan
+from pallas_kernels.decode.tiles_triton import load_scale, load_shifts, load_tiles, page_of, slot_of
 from pallas_kernels.lookup_triton import (
     MAGIC,
-    Field,
     at_least,
-    codebook_tile,
     exp2,
-    integer_tile,
     log2,
     mixed_index,
     round_to_int8,
@@ -44,61 +42,6 @@ FLOOR = -1e29
 
 LEAST_SCALE = 2.0**-100
 """Value scales below it are taken for it; its inverse times 127 is still a float."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about a kernel.
-
-    Attributes:
-        keys: Parts of the keys.
-        values: Parts of the values.
-        options: Logit options.
-        count: Query tokens.
-        group: Query heads a KV head.
-        columns: Columns of a program.
-        blocks: Programs that share the columns, count * group padded.
-        tile: Tokens a step.
-        page_size: Tokens a page.
-        splits: Programs a sequence and KV head.
-        num_warps: Warps a program.
-        precise: Whether queries and probabilities have two bytes.
-        interpret: Whether the kernel runs as jnp.
-    """
-
-    keys: tuple[Part, ...]
-    values: tuple[Part, ...]
-    options: LogitOptions
-    count: int
-    group: int
-    columns: int
-    blocks: int
-    tile: int
-    page_size: int
-    splits: int
-    num_warps: int
-    precise: bool
-    interpret: bool
-
-    @property
-    def top(self) -> float:
-        """Largest integer of a quantized query or probability."""
-        return 127.0 * 256 if self.precise else 127.0
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """Arrays of the kernel, or its references; see `decode_attention`. `counting` is 0 to 255, see `_load_shifts`."""
-
-    query: Any
-    pages: Any
-    table: Any
-    lengths: Any
-    positions: Any
-    bias: Any
-    sketch: Any
-    counting: Any = None
 
 
 def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan) -> None:
@@ -117,13 +60,15 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
     position = None
     if plan.count > 1:
         position = plt.load(x.positions.at[jnp.full_like(token, row), token], mask=_exists(column, plan), other=0)
-    shifts = _load_shifts(x, plan)
+    shifts = load_shifts(x, plan)
+    # Twins round a quarter up and a quarter down: their mean has half the error.
+    dither = jnp.where(_twin(column, plan), 0.25, -0.25) if plan.twins else None
 
     def step(index: jax.Array, state: tuple) -> tuple:
         page, parts, total = state
         # Read a step early: the loads of the next tile wait for its page.
-        following = _page(x, row, index + 1, plan)
-        where = (page, head, _slot(index, plan))
+        following = page_of(x, row, index + 1, plan)
+        where = (page, head, slot_of(index, plan))
         tokens = index * plan.tile + lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
         seen = _seen_tokens(x, row, tokens, plan)
         visible = None if position is None else _visible(tokens, position, plan)
@@ -136,16 +81,16 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
             w = logits if alone else logits + exponents[i][:, None]
             if visible is not None:
                 w = jnp.where(visible, w, HIDDEN)
-            new, p, alpha, beta = _accumulate(x, part, where, w, inverses[i], seen, parts[i], shifts, plan)
+            new, p, alpha, beta = _accumulate(x, part, where, w, inverses[i], seen, parts[i], dither, shifts, plan)
             updated.append(new)
             if i == 0:
                 total = total * alpha[None, :] + _fold(p * inverses[i][:, None], plan) * beta[None, :]
         return following, tuple(updated), total
 
     parts = tuple(_empty_part(part, plan) for part in plan.values)
-    state = _page(x, row, begin, plan), parts, _folded_zeros(plan)
+    state = page_of(x, row, begin, plan), parts, _folded_zeros(plan)
     _, parts, total = lax.fori_loop(begin, end, step, state)
-    _store_acc(parts, acc_ref, (row, head, split), column, plan)
+    _store_acc(parts, acc_ref, (row, head, split), block * plan.columns, plan)
     columns = pl.ds(block * plan.columns, plan.columns)
     peak_ref[row, head, split, columns] = parts[0][1]
     total_ref[row, head, split, columns] = jnp.sum(total, axis=0)
@@ -153,35 +98,23 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
 
 def _query_index(column: jax.Array, head: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
     """Query token and query head of each column."""
+    if plan.twins:
+        column = jnp.where(_twin(column, plan), column - plan.columns // 2, column)
     if plan.count == 1:
         return jnp.zeros_like(column), head * plan.group + column
     group = jnp.full_like(column, plan.group)
     return lax.div(column, group), head * plan.group + lax.rem(column, group)
 
 
-def _page(x: Inputs, row: jax.Array, index: jax.Array, plan: Plan) -> jax.Array:
-    """Page of a tile or, where pages are smaller, of each of its tokens [tile].
-
-    Quotients and remainders are those of C, whose divisibility Triton understands.
-    """
-    last = x.table.shape[1] - 1
-    if plan.tile <= plan.page_size:
-        return x.table[row, jnp.minimum(lax.div(index, jnp.int32(plan.page_size // plan.tile)), last)]
-    token = lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
-    place = index * (plan.tile // plan.page_size) + lax.div(token, jnp.full_like(token, plan.page_size))
-    return plt.load(x.table.at[jnp.full_like(token, row), jnp.minimum(place, last)])
-
-
-def _slot(index: jax.Array, plan: Plan) -> jax.Array:
-    """Place in its page of a tile's first token or, where pages are smaller, of each of its tokens [tile]."""
-    if plan.tile <= plan.page_size:
-        return lax.rem(index, jnp.int32(plan.page_size // plan.tile)) * plan.tile
-    token = lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
-    return lax.rem(token, jnp.full_like(token, plan.page_size))
+def _twin(column: jax.Array, plan: Plan) -> jax.Array:
+    return column >= plan.columns // 2
 
 
 def _exists(column: jax.Array, plan: Plan) -> jax.Array:
-    return column < plan.count * plan.group
+    rows = plan.count * plan.group
+    if plan.twins:
+        return (column < rows) | (_twin(column, plan) & (column < rows + plan.columns // 2))
+    return column < rows
 
 
 def _tiles_of_split(x: Inputs, row: jax.Array, split: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -291,10 +224,15 @@ def _logits(
         logits = bias[None, :] + jnp.zeros(shape, jnp.float32) if logits is None else logits + bias[None, :]
     for part, query in zip(plan.keys, queries, strict=True):
         scales = keys.residual if part.sketch else keys.scale
-        scale = jnp.where(seen, _scale(scales, part, where, plan), 0.0)
-        tiles = _tiles(keys.signs if part.sketch else keys.packed, part, where, 1, shifts, plan)
+        scale = jnp.where(seen, load_scale(scales, part, where, plan), 0.0)
+        source = keys.signs if part.sketch else keys.packed
+        tiles = load_tiles(source, part, where, 1, shifts, plan)
         if plan.precise:
-            product = [_products(tiles, [q[i] for q in query.tiles], jnp.zeros(shape, jnp.int32)) for i in (0, 1)]
+            again = load_tiles(source, part, where, 1, shifts, plan, again=True)
+            product = [
+                _products(t, [q[i] for q in query.tiles], jnp.zeros(shape, jnp.int32))
+                for i, t in enumerate((tiles, again))
+            ]
             whole = (product[0] << 8) + product[1] + query.half[None, :]
             term = whole.astype(jnp.float32) * scale[:, None]
         else:
@@ -315,19 +253,9 @@ def _products(tiles: list[jax.Array], queries: list[jax.Array], start: jax.Array
     return start
 
 
-def _scale(ref: Any, part: Part, where: tuple, plan: Plan) -> jax.Array:
-    """Scales [tile] of a part, float32."""
-    page, head, slot = where
-    place = () if part.scale is None else (part.scale,)
-    if not page.ndim:
-        return ref[(page, head, *place, pl.ds(slot, plan.tile))].astype(jnp.float32)
-    others = [jnp.full_like(page, i) for i in (head, *place)]
-    return plt.load(ref.at[(page, *others, slot)]).astype(jnp.float32)
-
-
 def _exponent(x: Inputs, part: Part, where: tuple, seen: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
     """log2 of the scales [tile] of a value part, HIDDEN where not seen, and their inverses, any number there."""
-    scale = _scale(x.pages.values.scale, part, where, plan)
+    scale = load_scale(x.pages.values.scale, part, where, plan)
     if plan.interpret:
         # Compiled, the maximum of NaN and a number is the number.
         scale = jnp.where(seen, scale, 1.0)
@@ -344,100 +272,6 @@ def _fold(x: jax.Array, plan: Plan) -> jax.Array:
     return jnp.sum(x.reshape(-1, min(plan.tile, 16 * plan.num_warps), plan.columns), axis=0)
 
 
-def _tiles(ref: Any, part: Part, where: tuple, axis: int, shifts: dict, plan: Plan) -> list[jax.Array]:
-    """int8 tiles of a part, [tile, width] with axis 1 (keys) or [width, tile] with axis 0 (values)."""
-    loaded: dict[tuple, tuple[jax.Array, jax.Array | None]] = {}
-    out = []
-    for tile in part.tiles:
-        fields = []
-        for width, start, size, field in planes_of(part, tile):
-            # Tiles of other fields of the same bytes, mixed ones included, share them.
-            key = (start, tile.start % size, tile.width, tile.valid)
-            if key not in loaded:
-                loaded[key] = _load_bytes(ref, where, part, (width, start, size), tile, axis, shifts, plan)
-            fields.append(Field(loaded[key][0], width, field, loaded[key][1]))
-        if part.unsigned:
-            out.append(integer_tile(fields[0], interpret=plan.interpret))
-        else:
-            mixed = None if tile.partner is None else tile.half
-            out.append(codebook_tile(fields, part.book, interpret=plan.interpret, mixed=mixed))
-    return out
-
-
-def _load_bytes(
-    ref: Any, where: tuple, part: Part, plane: tuple[int, int, int], tile: Tile, axis: int, shifts: dict, plan: Plan
-) -> tuple[jax.Array, jax.Array | None]:
-    """Bytes of one plane for a tile, and the shift in fields where the tile covers several."""
-    width, start, size = plane
-    first = tile.start % size
-    several = first + tile.valid > size
-    whole = tile.valid == tile.width
-    shape = (plan.tile, tile.width) if axis else (tile.width, plan.tile)
-    # Repeated bytes are repeated by views alone, which leaves the operand of the product a load.
-    repeated = several and whole and first == 0 and tile.width % size == 0 and _is_power(size)
-    if repeated or (whole and not several):
-        count = size if repeated else tile.width
-        data = _load_run(ref, where, start + first, count, axis, plan)
-        if repeated:
-            views = (plan.tile, tile.width // size, size) if axis else (tile.width // size, size, plan.tile)
-            data = jnp.broadcast_to(jnp.expand_dims(data, axis), views).reshape(shape)
-    else:
-        channel = lax.broadcasted_iota(jnp.int32, shape, axis)
-        byte = start + lax.rem(first + channel, jnp.full_like(channel, size))
-        at = ref.at[_byte_index(where, byte, axis, plan)]
-        data = plt.load(at) if whole else plt.load(at, mask=channel < tile.valid, other=jnp.uint8(0))
-    if not several:
-        return data, None
-    shift = jnp.broadcast_to(jnp.expand_dims(shifts[first, size, tile.width], 1 - axis), shape)
-    if axis and not part.words:
-        # Four neighbours do not share their field: shift each by itself.
-        return data >> (lax.bitcast_convert_type(shift, jnp.uint8) * width), None
-    return data, shift
-
-
-def _load_run(ref: Any, where: tuple, start: int, count: int, axis: int, plan: Plan) -> jax.Array:
-    """Bytes start to start + count of the tokens of a tile, along an axis."""
-    page, head, slot = where
-    if not page.ndim:
-        token, byte = pl.ds(slot, plan.tile), pl.ds(start, count)
-        return ref[(page, head, token, byte) if axis else (page, head, byte, token)]
-    shape = (plan.tile, count) if axis else (count, plan.tile)
-    return plt.load(ref.at[_byte_index(where, start + lax.broadcasted_iota(jnp.int32, shape, axis), axis, plan)])
-
-
-def _byte_index(where: tuple, byte: jax.Array, axis: int, plan: Plan) -> tuple[jax.Array, ...]:
-    """Index of bytes given as an array of the tile's shape."""
-    page, head, slot = where
-    if page.ndim:
-        page, slot = jnp.expand_dims(page, axis), jnp.expand_dims(slot, axis)
-        token = jnp.broadcast_to(slot, byte.shape)
-    else:
-        token = slot + lax.broadcasted_iota(jnp.int32, byte.shape, 1 - axis)
-    page, head = jnp.broadcast_to(page, byte.shape), jnp.broadcast_to(head, byte.shape)
-    return (page, head, token, byte) if axis else (page, head, byte, token)
-
-
-def _is_power(n: int) -> bool:
-    return n & (n - 1) == 0
-
-
-def _load_shifts(x: Inputs, plan: Plan) -> dict[tuple[int, int, int], jax.Array]:
-    """For tiles that cover several fields: how many fields to add for each channel, int8 [width].
-
-    They come from counting numbers in memory: Triton moves the layout of a product's operands up through arithmetic to
-    loads, but not to numbers that are made on the spot, and would send the whole tile through shared memory instead.
-    """
-    shifts: dict[tuple[int, int, int], jax.Array] = {}
-    for part in plan.keys + plan.values:
-        for tile in part.tiles:
-            for _, _, size, _ in planes_of(part, tile):
-                first = tile.start % size
-                if first + tile.valid > size and (first, size, tile.width) not in shifts:
-                    number = x.counting[pl.ds(first, tile.width)].astype(jnp.int32)
-                    shifts[first, size, tile.width] = lax.div(number, jnp.full_like(number, size)).astype(jnp.int8)
-    return shifts
-
-
 def _empty_part(part: Part, plan: Plan) -> tuple:
     """Accumulators of a value part: tiles, reference exponent, sum of p and sum of p * zero."""
     acc = tuple(jnp.zeros((tile.width, plan.columns), jnp.float32) for tile in part.tiles)
@@ -452,65 +286,61 @@ def _accumulate(
     inverse: jax.Array,
     seen: jax.Array,
     state: tuple,
+    dither: jax.Array | None,
     shifts: dict,
     plan: Plan,
 ) -> tuple[tuple, jax.Array, jax.Array, jax.Array]:
     """Adds a tile to a value part; returns the part, p * scale, and the factors of what was and of what came."""
     acc, reference, offset = state
-    top = plan.top if plan.precise else 254.0
-    tile_reference = jnp.maximum(jnp.max(w, axis=0) - math.log2(top), FLOOR)
+    tile_reference = jnp.maximum(jnp.max(w, axis=0) - math.log2(plan.top), FLOOR)
     p = exp2(w - tile_reference[None, :], interpret=plan.interpret)
     new_reference = jnp.maximum(reference, tile_reference)
     alpha = exp2(reference - new_reference, interpret=plan.interpret)
     beta = exp2(tile_reference - new_reference, interpret=plan.interpret)
-    tiles = _tiles(x.pages.values.packed, part, where, 0, shifts, plan)
+    tiles = load_tiles(x.pages.values.packed, part, where, 0, shifts, plan)
     if plan.precise:
         high, low = _bytes_of(_integers(p), plan)
-        sums = [((_pv(v, high) << 8) + _pv(v, low)).astype(jnp.float32) * beta[None, :] for v in tiles]
+        again = load_tiles(x.pages.values.packed, part, where, 0, shifts, plan, again=True)
+        whole = [(_pv(v, high) << 8) + _pv(u, low) for v, u in zip(tiles, again, strict=True)]
+        sums = [s.astype(jnp.float32) * beta[None, :] for s in whole]
     else:
-        integer = round_to_int8(p, less=127)
-        sums = [_sums_of_bytes(v, integer, beta, plan) for v in tiles]
+        integer, large = round_to_int8(p if dither is None else p + dither[None, :]), (12582912.0 * beta)[None, :]
+        # As for logits, starting at the bits of a large float makes sums floats without conversion.
+        raw = [lax.bitcast_convert_type(_pv(v, integer) + MAGIC, jnp.float32) for v in tiles]
+        sums = [r * beta[None, :] - large for r in raw]
     acc = tuple(a * alpha[None, :] + s for a, s in zip(acc, sums, strict=True))
     weights = p
     if part.unsigned:
-        zero = jnp.where(seen, _scale(x.pages.values.zero, part, where, plan), 0.0)
+        zero = jnp.where(seen, load_scale(x.pages.values.zero, part, where, plan), 0.0)
         middle = float(1 << (part.book.bits - 1))
         weights = p * (zero * inverse + middle)[:, None]
     offset = offset * alpha[None, :] + _fold(weights, plan) * beta[None, :]
     return (acc, new_reference, offset), p, alpha, beta
 
 
-def _sums_of_bytes(values: jax.Array, p: jax.Array, factor: jax.Array, plan: Plan) -> jax.Array:
-    """Sums of values * (p + 127) * factor: p from 0 to 254 has twice the resolution that its int8 alone would give."""
-    constant = jnp.full((plan.tile, plan.columns), 127, jnp.int8)
-    large = 254 * 128 * plan.tile >= 2**22
-    # As for logits, starting at the bits of a large float makes sums floats without conversion.
-    start = jnp.full((values.shape[0], plan.columns), 0 if large else MAGIC, jnp.int32)
-    sums = start + _pv(values, p) + _pv(values, constant)
-    if large:
-        return sums.astype(jnp.float32) * factor[None, :]
-    return lax.bitcast_convert_type(sums, jnp.float32) * factor[None, :] - (12582912.0 * factor)[None, :]
-
-
 def _pv(values: jax.Array, p: jax.Array) -> jax.Array:
     return lax.dot_general(values, p, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
 
 
-def _store_acc(parts: tuple, ref: Any, lead: tuple, column: jax.Array, plan: Plan) -> None:
+def _store_acc(parts: tuple, ref: Any, lead: tuple, first: jax.Array, plan: Plan) -> None:
     """Writes the accumulators of all parts, relative to the reference of the first."""
     common = parts[0][1]
     for part, (acc, reference, offset) in zip(plan.values, parts, strict=True):
         factor = exp2(reference - common, interpret=plan.interpret)
         offset = jnp.sum(offset, axis=0)
         for tile, sums in zip(part.tiles, acc, strict=True):
-            shape = (tile.width, plan.columns)
-            channel = lax.broadcasted_iota(jnp.int32, shape, 0)
-            mask = jnp.broadcast_to(_exists(column, plan)[None, :], shape)
-            if tile.valid < tile.width:
-                mask = mask & (channel < tile.valid)
             if part.unsigned:
                 out = (sums + offset[None, :]) * factor[None, :]
             else:
                 out = (sums + (0.5 * offset)[None, :]) * (factor * part.book.step)[None, :]
+            column = first + lax.broadcasted_iota(jnp.int32, (plan.columns,), 0)
+            if plan.twins:
+                column = lax.broadcasted_iota(jnp.int32, (plan.columns // 2,), 0)
+                out = 0.5 * jnp.sum(out.reshape(tile.width, 2, plan.columns // 2), axis=1)
+            shape = out.shape
+            channel = lax.broadcasted_iota(jnp.int32, shape, 0)
+            mask = jnp.broadcast_to((column < plan.count * plan.group)[None, :], shape)
+            if tile.valid < tile.width:
+                mask = mask & (channel < tile.valid)
             index = [jnp.broadcast_to(i, shape) for i in (*lead, column[None, :])]
             plt.store(ref.at[(*index, part.channel + tile.start + channel)], out, mask=mask)
