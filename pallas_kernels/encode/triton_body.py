@@ -427,8 +427,7 @@ def _encode_groups(x: Inputs, pool: Code, at: _Place, fmt: GroupFormat, plan: Pl
     # Minima skip NaN; the sum of zeros does not.
     poison = jnp.sum(groups * 0.0, axis=2)
     low, high = jnp.min(groups, axis=2) + poison, jnp.max(groups, axis=2) + poison
-    range_over_top = _rounded("div.rn.f32", high - low, jnp.full_like(low, top), interpret=plan.interpret)
-    scale, zero = range_over_top.astype(fmt.scale_dtype), low.astype(fmt.scale_dtype)
+    scale, zero = ((high - low) * (1 / top)).astype(fmt.scale_dtype), low.astype(fmt.scale_dtype)
     number = lax.broadcasted_iota(jnp.int32, (1, low.shape[1]), 1)
     index = [jnp.broadcast_to(i, low.shape) for i in (at.page[:, None], at.head, number, at.slot[:, None])]
     mask = jnp.broadcast_to(at.valid[:, None], low.shape) & (number < fmt.num_scales)
