@@ -134,9 +134,10 @@ def _append(cache: Cache, k: Array, v: Array, query: Array | None, lengths: Arra
     slot = _slots(spec, position)
     kept = exists & ((position < spec.sinks) | (position >= after[:, None] - spec.ring))
     place = (rows[:, None], slice(None), jnp.where(kept, slot, cache.exact_keys.shape[2]))
-    # What is not kept is dropped, whatever it is; naming what was read from the ring there tells XLA that the ring is
-    # read before it is overwritten, which spares a copy of it.
-    new_keys = jnp.where(kept[:, :, None, None], k, left_keys)
+    # What is not kept is dropped, whatever it is; naming what was read from the ring there, and the statistics that are
+    # fixed from it, tells XLA that the ring is read before it is overwritten, which spares a copy of it.
+    left = left_keys if statistics is None else left_keys - statistics.mean[rows][:, None]
+    new_keys = jnp.where(kept[:, :, None, None], k, left)
     new_values = jnp.where(kept[:, :, None, None], v, left_values)
     return dataclasses.replace(
         cache,

@@ -45,7 +45,8 @@ class QuantizerSpec:
             "matched" |y| / |q|, "least_squares" <y, q> / |q|^2 (least error), "unbiased" |y|^2 / <y, q> (the estimate
             of <x, x> is exact; arXiv 2604.18555). None means "least_squares", "norm" for prod; in a `CacheSpec` the
             keys' None means "unbiased".
-        search: Try 31 multiples of the codebook's step for every vector and keep the one of least squared error.
+        search: Try multiples of the codebook's step for every vector, from coarse to fine, and keep the one of least
+            squared error (what trying 31 multiples one by one gives).
         group: Channels that share a scale and a zero (kind "group").
         scale_dtype: Type of stored scalars. float16 holds norms up to 65504.
 

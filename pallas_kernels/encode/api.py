@@ -1,6 +1,7 @@
 """The public encode ops."""
 
 import warnings
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -94,7 +95,7 @@ def encode_pages(
         raise NotImplementedError(f"implementation={implementation!r}; encode_pages has: {IMPLEMENTATIONS}")
     if implementation == "auto":
         implementation = _best(pages, key, value)
-    arguments = dict(key=key, value=value, mean=mean, weight=weight)
+    arguments: dict[str, Any] = dict(key=key, value=value, mean=mean, weight=weight)
     if implementation == "triton":
         return triton.encode_pages(keys, values, pages, slots, config=config, **arguments)
     return reference.encode_pages(keys, values, pages, slots, **arguments)

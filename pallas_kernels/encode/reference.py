@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.decode.pages import Pages, write_tokens
 from pallas_kernels.encode.encoder import Encoder
-from pallas_kernels.format import Code, Codebook, CodebookFormat, GroupFormat, ScaleRule, VectorFormat
+from pallas_kernels.format import Code, Codebook, CodebookFormat, GroupFormat, ScaleDtype, ScaleRule, VectorFormat
 from pallas_kernels.packing import pack
 
 SEARCH_MULTIPLES = np.linspace(0.7, 1.3, 41, dtype=np.float32)
@@ -79,7 +79,7 @@ def encode(
         part = vectors[..., start : start + book.dim]
         codes, centroid, number = quantize_segment(part, book, scale=scale, search=search)
         packed.append(pack(codes, book.bits))
-        scales.append(number.astype(fmt.scale_dtype))
+        scales.append(_as_stored(number, fmt.scale_dtype))
         centroids.append(centroid)
         start += book.dim
     stored = scales[0] if len(scales) == 1 else jnp.stack(scales, axis=-1)
@@ -111,6 +111,11 @@ def quantize_segment(
         codes = index | (negative.astype(jnp.uint8) << (book.bits - 1))
     centroid = jnp.where(negative, -level, level) * book.step
     return codes, centroid, scale_of(norm, along, squared, book, scale)
+
+
+def _as_stored(scalar: Array, dtype: ScaleDtype) -> Array:
+    """A scalar in its stored type; the barrier keeps XLA from working on with the one that is not rounded."""
+    return lax.optimization_barrier(scalar.astype(dtype))
 
 
 def _nearest(magnitude: Float[Array, "*batch n"], book: Codebook) -> tuple[UInt8[Array, "*batch n"], Array]:
@@ -181,7 +186,7 @@ def _encode_groups(vectors: Float[Array, "*batch dim"], fmt: GroupFormat) -> Cod
     groups = vectors.reshape(*vectors.shape[:-1], fmt.num_scales, fmt.group)
     low, high = jnp.min(groups, axis=-1), jnp.max(groups, axis=-1)
     top = 2**fmt.bits - 1
-    scale, zero = ((high - low) / top).astype(fmt.scale_dtype), low.astype(fmt.scale_dtype)
+    scale, zero = (_as_stored(x, fmt.scale_dtype) for x in ((high - low) * (1 / top), low))
     wide = scale.astype(jnp.float32)
     inverse = 1 / jnp.where(wide > LEAST_GROUP_SCALE, wide, 1.0)
     codes = jnp.round(jnp.clip((groups - zero.astype(jnp.float32)[..., None]) * inverse[..., None], 0, top))

@@ -1,6 +1,7 @@
 """Launch of the Pallas Triton encode kernel."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def encode_pages(
     check_supported(pages, key, value)
     if interpret is None:
         interpret = jax.default_backend() != "gpu"
-    options = dict(config=config, interpret=interpret)
+    options: dict[str, Any] = dict(config=config, interpret=interpret)
     slots = slots.astype(jnp.int32)
     return Pages(
         encode_pool(keys, pages.keys, slots, key, mean, weight, channel_major=False, **options),
@@ -143,8 +144,9 @@ def _inputs(
     else:
         packers = [_packers(book.dim, book.bits) for book in fmt.segments]
         start = 0
-        for book in fmt.segments if encoder.matrix is not None else ():
-            part = encoder.matrix[:, start : start + book.dim]
+        matrix = encoder.matrix
+        for book in fmt.segments if matrix is not None else ():
+            part = matrix[:, start : start + book.dim]  # pyright: ignore[reportOptionalSubscript]
             matrices.append(_planes(part, encoder.magnitude is not None, bfloat16=bfloat16))
             start += book.dim
     sketch = None if encoder.sketch is None else encoder.sketch.T

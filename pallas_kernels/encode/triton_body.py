@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.encode.reference import COARSE, FINE, LEAST_GROUP_SCALE, OWN_STEP, scale_of
-from pallas_kernels.format import Code, Codebook, CodebookFormat, GroupFormat, ScaleRule, VectorFormat
+from pallas_kernels.format import Codebook, CodebookFormat, GroupFormat, ScaleRule, VectorFormat
 from pallas_kernels.packing import packed_bytes, plane_widths
 
 MAGIC, MAGIC_BITS = 8388608.0, 0x4B000000
@@ -113,7 +113,7 @@ class _Place:
     valid: jax.Array
 
 
-def encode_tile(x: Inputs, _: Code, pool: Code, *, plan: Plan) -> None:
+def encode_tile(x: Inputs, _: Any, pool: Any, *, plan: Plan) -> None:
     """The kernel body; the pools are updated in place."""
     at = _place(x, pool, plan)
     if isinstance(plan.fmt, GroupFormat):
@@ -136,7 +136,7 @@ def encode_tile(x: Inputs, _: Code, pool: Code, *, plan: Plan) -> None:
         byte, channel = byte + packed_bytes(book.dim, book.bits), channel + book.dim
 
 
-def _place(x: Inputs, pool: Code, plan: Plan) -> _Place:
+def _place(x: Inputs, pool: Any, plan: Plan) -> _Place:
     index = pl.program_id(1) * plan.tile + lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
     if plan.flat:
         count = jnp.full_like(index, plan.tokens)
@@ -398,7 +398,7 @@ def _store_scalar(ref: Any, scalar: jax.Array, at: _Place, number: int | None) -
     plt.store(ref.at[index], scalar, mask=at.valid)
 
 
-def _store_residual(x: Inputs, pool: Code, residual: jax.Array, at: _Place, fmt: CodebookFormat, plan: Plan) -> None:
+def _store_residual(x: Inputs, pool: Any, residual: jax.Array, at: _Place, fmt: CodebookFormat, plan: Plan) -> None:
     """Stores the signs of S r and |r| of a tile of residuals r."""
     norm = _rounded("sqrt.rn.f32", jnp.sum(residual * residual, axis=1), interpret=plan.interpret)
     _store_scalar(pool.residual, norm.astype(fmt.scale_dtype), at, None)
@@ -419,7 +419,7 @@ def _store_residual(x: Inputs, pool: Code, residual: jax.Array, at: _Place, fmt:
     _store_bytes(pool.signs, data, packed_bytes(fmt.dim, 1), 0, at, channel_major=False)
 
 
-def _encode_groups(x: Inputs, pool: Code, at: _Place, fmt: GroupFormat, plan: Plan) -> None:
+def _encode_groups(x: Inputs, pool: Any, at: _Place, fmt: GroupFormat, plan: Plan) -> None:
     """Min-max codes; see `reference`."""
     tile = _load(x, at, 0, padded_size(fmt.dim), plan)
     groups = tile.reshape(plan.tile, tile.shape[1] // fmt.group, fmt.group)
@@ -427,8 +427,7 @@ def _encode_groups(x: Inputs, pool: Code, at: _Place, fmt: GroupFormat, plan: Pl
     # Minima skip NaN; the sum of zeros does not.
     poison = jnp.sum(groups * 0.0, axis=2)
     low, high = jnp.min(groups, axis=2) + poison, jnp.max(groups, axis=2) + poison
-    range_over_top = _rounded("div.rn.f32", high - low, jnp.full_like(low, top), interpret=plan.interpret)
-    scale, zero = range_over_top.astype(fmt.scale_dtype), low.astype(fmt.scale_dtype)
+    scale, zero = ((high - low) * (1 / top)).astype(fmt.scale_dtype), low.astype(fmt.scale_dtype)
     number = lax.broadcasted_iota(jnp.int32, (1, low.shape[1]), 1)
     index = [jnp.broadcast_to(i, low.shape) for i in (at.page[:, None], at.head, number, at.slot[:, None])]
     mask = jnp.broadcast_to(at.valid[:, None], low.shape) & (number < fmt.num_scales)
