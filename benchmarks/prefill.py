@@ -138,9 +138,10 @@ def rows(shapes=SHAPES, widths=WIDTHS) -> Iterator[Row]:
             yield time_prefill(pair, batch, seq)
 
 
-def parity(count: int = 9, config: PrefillConfig | None = None) -> Iterator[Row]:
-    """Every variant against the reference, with `count` query tokens, twice."""
-    for name, variant in VARIANTS.items():
+def parity(count: int = 9, config: PrefillConfig | None = None, share: str = "0/1") -> Iterator[Row]:
+    """Every variant, or the i-th of n shares "i/n" of them, against the reference, with `count` query tokens, twice."""
+    first, step = map(int, share.split("/"))
+    for name, variant in list(VARIANTS.items())[first::step]:
         row: Row = {"variant": name, "count": count}
         try:
             case = make_case(dataclasses.replace(variant, count=count))
@@ -162,6 +163,8 @@ def main() -> None:
     parser.add_argument("--configs", help="also time configurations: rows,tile,num_warps,num_stages,programs;...")
     parser.add_argument("--parts", default="peers,configs,widths,parity")
     parser.add_argument("--batches", default="1,4")
+    parser.add_argument("--count", type=int, default=9, help="query tokens of the parity cases")
+    parser.add_argument("--share", default="0/1", help="which share of the parity cases, i/n")
     options = parser.parse_args()
     data: dict[str, Any] = {"device": jax.devices()[0].device_kind, "rows": [], "parity": []}
 
@@ -185,7 +188,7 @@ def main() -> None:
             add("rows", time_prefill, (4, 4), *shape, config=PrefillConfig(*map(int, text.split(","))))
         for pair in WIDTHS if "widths" in options.parts else ():
             add("rows", time_prefill, pair, *shape)
-    for row in parity() if "parity" in options.parts else ():
+    for row in parity(options.count, share=options.share) if "parity" in options.parts else ():
         add("parity", lambda row=row: row)
     failed = [row for row in data["parity"] if not row["ok"]]
     print("parity failures:", failed)

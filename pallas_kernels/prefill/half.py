@@ -2,7 +2,8 @@
 
 A codebook's centroid (m + 1/2) * step is (m + 1/2) / UNIT here, exact and below one in magnitude; times the stored
 scale of its vector it is at most that scale, so nothing overflows that the storage could hold. Min-max codes come as
-they are. Each function builds PTX for four elements at a time and has a jnp twin for interpret mode, where PTX does not run.
+they are. Each function builds PTX for four elements at a time and has a jnp twin for interpret mode, where PTX does not
+run.
 """
 
 from collections.abc import Sequence
@@ -36,8 +37,9 @@ def centroid_tile(planes: Sequence[Field], book: Codebook, scale: jax.Array, *, 
     return _run(text, planes[0].data, scale)
 
 
-def min_max_tile(plane: Field, scale: jax.Array, zero: jax.Array, *, interpret: bool) -> jax.Array:
-    """Unsigned codes times scale plus zero, float16; both float16 and of shapes that broadcast to the tile's."""
+def min_max_tile(planes: Sequence[Field], scale: jax.Array, zero: jax.Array, *, interpret: bool) -> jax.Array:
+    """Unsigned codes of one plane times scale plus zero, float16, which both are, of shapes that broadcast."""
+    [plane] = planes
     middle = float(1 << (plane.width - 1))
     return _affine(
         integer_tile(plane, interpret=interpret), scale, zero + scale * middle, unit=1.0, interpret=interpret
