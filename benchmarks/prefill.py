@@ -45,6 +45,7 @@ def kernel_times(function: Callable, *arguments: Any, iterations: int = 5) -> tu
     from jax.experimental.mosaic.gpu import profiler
 
     _, runs = profiler.measure(function, aggregate=False, iterations=iterations)(*arguments)
+    assert runs is not None
     names: dict[str, float] = {}
     for name, ms in runs[-1]:
         names[name] = round(names.get(name, 0.0) + ms * 1e3, 2)
@@ -89,7 +90,8 @@ def time_prefill(
     us, names = kernel_times(run, query, pages, tables)
     temporary = None
     if config is None:
-        temporary = jax.jit(attend).lower(query, pages, tables[0]).compile().memory_analysis().temp_size_in_bytes
+        memory = jax.jit(attend).lower(query, pages, tables[0]).compile().memory_analysis()
+        temporary = memory and memory.temp_size_in_bytes
     kernel = sum(us for name, us in names.items() if "prefill" in name)
     return _row(
         "triton", batch, seq, chunk, us / copies, kernel_us=round(kernel / copies, 2), key=f"mse{widths[0]}",

@@ -125,11 +125,11 @@ def test_large_logits_of_one_key():
 def test_limits_and_errors():
     four = QuantizerSpec(64, 4)
 
-    def call(key=four, value=four, *, heads=2, page=64, implementation="triton", **more):
+    def call(key=four, value=four, *, query=None, heads=2, page=64, implementation="triton", **more):
         pages = empty_pages(2, 1, page, key.format, value.format)
-        more = {"query": jnp.zeros((1, 9, heads, key.dim))} | more
+        query = jnp.zeros((1, 9, heads, key.dim)) if query is None else query
         return prefill_attention(
-            pages=pages, block_table=jnp.zeros((1, 2), jnp.int32), lengths=jnp.zeros(1, jnp.int32),
+            query, pages, block_table=jnp.zeros((1, 2), jnp.int32), lengths=jnp.zeros(1, jnp.int32),
             positions=jnp.zeros((1, 9), jnp.int32), key_format=key.format, value_format=value.format,
             options=LogitOptions(1.0), implementation=implementation, **more,
         )  # fmt: skip
