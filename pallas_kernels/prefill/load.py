@@ -1,5 +1,6 @@
 """Loads of packed bytes inside the prefill kernel: the planes of every tile of channels."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,11 +16,22 @@ Where = tuple[jax.Array, jax.Array, jax.Array]
 """Page, KV head and first slot of a tile of tokens."""
 
 
-def load_fields(ref: Any, part: Part, where: Where, *, axis: int, tokens: int) -> list[list[Field]]:
-    """Planes of the tiles of a part: [tokens, width] with axis 1 (keys) or [width, tokens] with axis 0 (values)."""
+def load_tiles(
+    ref: Any, part: Part, where: Where, convert: Callable[[list[Field]], jax.Array], *, axis: int, tokens: int
+) -> list[jax.Array]:
+    """Converted tiles of a part: [tokens, width] with axis 1 (keys) or [width, tokens] with axis 0 (values).
+
+    Args:
+        ref: Pool of packed bytes.
+        part: The part.
+        where: The tile of tokens.
+        convert: Makes a tile of its planes.
+        axis: Axis of the channels.
+        tokens: Tokens of the tile.
+    """
     loaded: dict[tuple[int, int, int, int], tuple[jax.Array, jax.Array | None]] = {}
-    out = []
-    for tile in part.tiles:
+
+    def load(tile: Tile) -> list[Field]:
         fields = []
         for width, start, size, field in planes_of(part, tile):
             # Tiles of other fields of the same bytes share them.
@@ -27,16 +39,16 @@ def load_fields(ref: Any, part: Part, where: Where, *, axis: int, tokens: int) -
             if key not in loaded:
                 loaded[key] = _load_bytes(ref, where, start, size, width, tile, axis, tokens)
             fields.append(Field(loaded[key][0], width, field, loaded[key][1]))
-        out.append(fields)
-    return out
+        return fields
+
+    return [convert(load(tile)) for tile in part.tiles]
 
 
-def load_scalars(ref: Any, part: Part, where: Where, seen: jax.Array | None, *, tokens: int) -> jax.Array:
-    """Scalars [tokens] of a part as float16; zero where not seen."""
+def load_scalars(ref: Any, part: Part, where: Where, *, tokens: int) -> jax.Array:
+    """Scalars [tokens] of a part as float16."""
     page, head, slot = where
     place = () if part.scale is None else (part.scale,)
-    scalar = ref[(page, head, *place, pl.ds(slot, tokens))].astype(jnp.float16)
-    return scalar if seen is None else jnp.where(seen, scalar, 0.0)
+    return ref[(page, head, *place, pl.ds(slot, tokens))].astype(jnp.float16)
 
 
 def _load_bytes(

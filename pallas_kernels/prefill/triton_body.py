@@ -10,6 +10,7 @@ that product; queries are divided by the largest channel of their row, and p is 
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -19,11 +20,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.decode.layout import Part
+from pallas_kernels.decode.layout import Part, Tile
 from pallas_kernels.decode.options import LogitOptions
 from pallas_kernels.lookup_triton import exp2, log2, tanh
 from pallas_kernels.prefill.half import UNIT, centroid_tile, fma, min_max_tile
-from pallas_kernels.prefill.load import load_fields, load_scalars
+from pallas_kernels.prefill.load import Where, load_scalars, load_tiles
 
 LOG2_E = math.log2(math.e)
 
@@ -111,16 +112,24 @@ def attend(x: Inputs, out_ref: Any, peak_ref: Any, *, plan: Plan) -> None:
     bias = None
     if x.bias is not None:
         bias = plt.load(x.bias.at[rows.sequence, rows.token, rows.head], mask=rows.exists, other=0.0) * LOG2_E
-    last_page = x.table.shape[1] - 1
+
+    def table_page(index: jax.Array) -> jax.Array:
+        return x.table[sequence, jnp.minimum(_page(index, plan), x.table.shape[1] - 1)]
+
+    def key_scales(page: jax.Array, index: jax.Array) -> tuple[jax.Array, ...]:
+        where, keys = (page, kv_head, _slot(index, plan)), x.pages.keys
+        refs = [keys.residual if part.sketch else keys.scale for part in plan.keys]
+        return tuple(load_scalars(r, p, where, tokens=plan.tile) for r, p in zip(refs, plan.keys, strict=True))
 
     def step(index: jax.Array, state: tuple, *, masked: bool) -> tuple:
-        page, acc, peak, total = state
-        # Read a step early: the loads of the next tile wait for its page.
-        following = x.table[sequence, jnp.minimum(_page(index + 1, plan), last_page)]
+        page, scales, acc, peak, total = state
+        # Read a step early: what loads wait for, and what Triton does not pipeline, being two bytes a thread.
+        following = table_page(index + 1)
+        ahead = (following, key_scales(following, index + 1))
         where = (page, kv_head, _slot(index, plan))
         tokens = index * plan.tile + lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
         seen = tokens < x.lengths[sequence] if masked else None
-        logits, slope = _logits(x, where, seen, queries, plan), factor
+        logits, slope = _logits(x, where, seen, scales, queries, plan), factor
         if plan.options.softcap is not None:
             logits, slope = _soft_capped(logits * factor[:, None], bias, plan), jnp.ones_like(factor)
         if seen is not None:
@@ -132,16 +141,16 @@ def attend(x: Inputs, out_ref: Any, peak_ref: Any, *, plan: Plan) -> None:
         total = total * alpha + jnp.sum(p, axis=1)
         weights, values = p.astype(jnp.float16), _values(x, where, seen, plan)
         acc = tuple(_dot(weights, v, a * alpha[:, None]) for a, v in zip(acc, values, strict=True))
-        return following, acc, new_peak, total
+        return *ahead, acc, new_peak, total
 
     acc = tuple(jnp.zeros((plan.rows, t.width), jnp.float32) for part in plan.values for t in part.tiles)
     peak = jnp.full((plan.rows,), FLOOR, jnp.float32)
-    first = x.table[sequence, jnp.minimum(_page(begin, plan), last_page)]
-    state = (first, acc, peak, jnp.zeros_like(peak))
+    first = table_page(begin)
+    state = (first, key_scales(first, begin), acc, peak, jnp.zeros_like(peak))
     if plan.options.sliding_window is None:
         state = lax.fori_loop(begin, middle, lambda i, s: step(i, s, masked=False), state)
     state = lax.fori_loop(middle, end, lambda i, s: step(i, s, masked=True), state)
-    _, acc, peak, total = state
+    *_, acc, peak, total = state
     if bias is not None and plan.options.softcap is None:
         # The bias is the same for all keys of a query.
         peak = peak + bias
@@ -202,29 +211,44 @@ def _load_queries(x: Inputs, rows: _Rows, plan: Plan) -> list[jax.Array]:
     """float16 queries [rows, width] of every key tile."""
     tiles, start = [], 0
     for tile in (tile for part in plan.keys for tile in part.tiles):
-        shape = (plan.rows, tile.width)
-        channel = lax.broadcasted_iota(jnp.int32, shape, 1)
-        mask = jnp.broadcast_to(rows.exists[:, None], shape)
-        if tile.valid < tile.width:
-            mask = mask & (channel < tile.valid)
-        index = [jnp.broadcast_to(i[:, None], shape) for i in (rows.sequence, rows.token, rows.head)]
-        tiles.append(plt.load(x.query.at[(*index, start + channel)], mask=mask, other=0.0))
+        index, mask = _row_channels(rows, start, tile)
+        tiles.append(plt.load(x.query.at[tuple(index)], mask=mask, other=0.0))
         start += tile.valid
     return tiles
 
 
-def _logits(x: Inputs, where: tuple, seen: jax.Array | None, queries: list[jax.Array], plan: Plan) -> jax.Array:
+def _row_channels(rows: _Rows, start: int, tile: Tile) -> tuple[list[jax.Array], jax.Array]:
+    """Indices [rows, width] of the channels of a tile, of which the first is `start`, and which exist."""
+    shape = (rows.token.shape[0], tile.width)
+    channel = lax.broadcasted_iota(jnp.int32, shape, 1)
+    mask = jnp.broadcast_to(rows.exists[:, None], shape)
+    if tile.valid < tile.width:
+        mask = mask & (channel < tile.valid)
+    return [
+        *(jnp.broadcast_to(i[:, None], shape) for i in (rows.sequence, rows.token, rows.head)),
+        start + channel,
+    ], mask
+
+
+def _logits(
+    x: Inputs, where: Where, seen: jax.Array | None, scales: tuple[jax.Array, ...], queries: list[jax.Array], plan: Plan
+) -> jax.Array:
     """Logits [rows, tile] before the factor of their row."""
-    keys, tiles = x.pages.keys, []
-    for part in plan.keys:
-        packed, scales = (keys.signs, keys.residual) if part.sketch else (keys.packed, keys.scale)
-        scale = load_scalars(scales, part, where, seen, tokens=plan.tile)[:, None]
-        for planes in load_fields(packed, part, where, axis=1, tokens=plan.tile):
-            tiles.append(centroid_tile(planes, part.book, scale, interpret=plan.interpret))
+    tiles = []
+    for part, scale in zip(plan.keys, scales, strict=True):
+        packed = x.pages.keys.signs if part.sketch else x.pages.keys.packed
+        known = _known(scale, seen)[:, None]
+        convert = functools.partial(centroid_tile, book=part.book, scale=known, interpret=plan.interpret)
+        tiles += load_tiles(packed, part, where, convert, axis=1, tokens=plan.tile)
     logits = jnp.zeros((plan.rows, plan.tile), jnp.float32)
     for query, tile in zip(queries, tiles, strict=True):
         logits = _dot(query, tile, logits)
     return logits
+
+
+def _known(scalar: jax.Array, seen: jax.Array | None) -> jax.Array:
+    """Scalars of the tokens of a tile, zero where not seen."""
+    return scalar if seen is None else jnp.where(seen, scalar, 0.0)
 
 
 def _soft_capped(logits: jax.Array, bias: jax.Array | None, plan: Plan) -> jax.Array:
@@ -235,17 +259,17 @@ def _soft_capped(logits: jax.Array, bias: jax.Array | None, plan: Plan) -> jax.A
     return cap * LOG2_E * tanh(logits * (1.0 / (cap * LOG2_E)), interpret=plan.interpret)
 
 
-def _values(x: Inputs, where: tuple, seen: jax.Array | None, plan: Plan) -> list[jax.Array]:
+def _values(x: Inputs, where: Where, seen: jax.Array | None, plan: Plan) -> list[jax.Array]:
     """float16 tiles [width, tile] of all value parts, of codebooks in units of UNIT steps; zero where not seen."""
     values, out = x.pages.values, []
     for part in plan.values:
-        scale = load_scalars(values.scale, part, where, seen, tokens=plan.tile)[None, :]
-        for planes in load_fields(values.packed, part, where, axis=0, tokens=plan.tile):
-            if part.unsigned:
-                zero = load_scalars(values.zero, part, where, seen, tokens=plan.tile)[None, :]
-                out.append(min_max_tile(planes[0], scale, zero, interpret=plan.interpret))
-            else:
-                out.append(centroid_tile(planes, part.book, scale, interpret=plan.interpret))
+        scale = _known(load_scalars(values.scale, part, where, tokens=plan.tile), seen)[None, :]
+        if part.unsigned:
+            zero = _known(load_scalars(values.zero, part, where, tokens=plan.tile), seen)[None, :]
+            convert = functools.partial(min_max_tile, scale=scale, zero=zero, interpret=plan.interpret)
+        else:
+            convert = functools.partial(centroid_tile, book=part.book, scale=scale, interpret=plan.interpret)
+        out += load_tiles(values.packed, part, where, convert, axis=0, tokens=plan.tile)
     return out
 
 
@@ -271,12 +295,7 @@ def _store(
     plt.store(peak_ref.at[tuple(lead)], log_sum, mask=rows.exists)
     tiles = [(part, tile) for part in plan.values for tile in part.tiles]
     for (part, tile), sums in zip(tiles, acc, strict=True):
-        shape = (plan.rows, tile.width)
-        channel = lax.broadcasted_iota(jnp.int32, shape, 1)
-        mask = jnp.broadcast_to(rows.exists[:, None], shape)
-        if tile.valid < tile.width:
-            mask = mask & (channel < tile.valid)
-        index = [jnp.broadcast_to(i[:, None], shape) for i in lead]
-        at = out_ref.at[(*index, part.channel + tile.start + channel)]
+        index, mask = _row_channels(rows, part.channel + tile.start, tile)
         unit = 1.0 if part.unsigned else part.book.step * UNIT
+        at = out_ref.at[(jnp.full(sums.shape, split, jnp.int32), *index)]
         plt.store(at, sums * (unit / known)[:, None], mask=mask)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tq_jax as tq
 from benchmarks.variants import VARIANTS, Variant, make_case, normalized, relative_error
 from pallas_kernels.decode import LogitOptions, decode_attention
 from pallas_kernels.decode.pages import empty_pages
@@ -15,7 +16,7 @@ from pallas_kernels.prefill.config import default_config, num_splits
 from tq_jax import QuantizerSpec
 
 SMALL = PrefillConfig(rows=32, tile=32, num_warps=4, programs=24)
-QUICK = {"k4v4", "prod3 group2", "k2.5v3.5", "d80", "softcap bias", "count 5 window", "pages 256 float32"}
+QUICK = {"prod3 group2", "k2.5v3.5", "d80", "softcap bias", "count 5 window"}
 CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
 
 
@@ -29,7 +30,11 @@ def reference(case):
 
 
 def prefill(case, config=SMALL):
-    return prefill_attention(*case.arrays, **case.options, implementation="triton", config=config)
+    """The kernel's result, which two runs agree on."""
+    run = jax.jit(lambda *a: prefill_attention(*a, **case.options, implementation="triton", config=config))
+    first, second = run(*case.arrays), run(*case.arrays)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    return first
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -45,20 +50,11 @@ def test_parity_with_the_reference(name):
 
 
 @pytest.mark.parametrize(
-    "config",
-    [PrefillConfig(16, 64, programs=1), PrefillConfig(64, 128, programs=10_000), PrefillConfig(256, 32)],
-    ids=str,
+    "config", [PrefillConfig(64, 128, programs=10_000), PrefillConfig(256, 64, programs=1)], ids=str
 )
 def test_blocks_tiles_and_splits_do_not_matter(config):
     case = chunk_case(Variant(page_size=128, lengths=(257, 1, 0), group=3), count=11)
     assert relative_error(prefill(case, config), reference(case)) <= 1e-3
-
-
-def test_running_twice_gives_the_same_bits():
-    case = chunk_case(VARIANTS["k3v3"])
-    first, second = prefill(case), prefill(case)
-    np.testing.assert_array_equal(first.acc, second.acc)
-    np.testing.assert_array_equal(first.peak, second.peak)
 
 
 def test_queries_in_any_order_and_beyond_the_pages():
@@ -72,37 +68,50 @@ def test_queries_in_any_order_and_beyond_the_pages():
     np.testing.assert_array_equal(got.total > 0, want.total > 0)
 
 
-@pytest.mark.parametrize("factor", [1e-20, 1e-4, 3e4])
-def test_queries_of_any_size(factor):
-    """Queries beyond the range of float16, with logits of the same size as ever."""
-    case = chunk_case(Variant(lengths=(70,)))
-    query, *rest = case.arrays
-    scaled = dataclasses.replace(case, arrays=(query * factor, *rest))
-    scaled = dataclasses.replace(scaled, options=case.options | {"options": LogitOptions(0.1 / factor)})
-    case = dataclasses.replace(case, options=case.options | {"options": LogitOptions(0.1)})
-    assert relative_error(prefill(scaled), reference(case)) <= 1e-3
-
-
-@pytest.mark.parametrize("scale", [2e-4, 2e3])
-def test_values_of_any_size(scale):
-    """Norms near both ends of what float16 scales hold."""
+def test_queries_and_values_of_any_size():
+    """Queries beyond the range of float16, and values near both ends of what float16 scales hold."""
     case = chunk_case(Variant(lengths=(70,)))
     query, pages, *rest = case.arrays
-    values = dataclasses.replace(pages.values, scale=pages.values.scale * jnp.float16(scale))
-    case = dataclasses.replace(case, arrays=(query, dataclasses.replace(pages, values=values), *rest))
-    assert relative_error(prefill(case), reference(case)) <= 1e-3
+    query = 3e4 * query * jnp.where(jnp.arange(9) % 2, 1e-20, 1.0)[None, :, None, None]
+    sizes = jnp.array([2e-4, 2e3], jnp.float16)[None, :, None]
+    values = dataclasses.replace(pages.values, scale=pages.values.scale * sizes)
+    options = case.options | {"options": LogitOptions(0.1 / 3e4)}
+    case = dataclasses.replace(case, arrays=(query, dataclasses.replace(pages, values=values), *rest), options=options)
+    got, want = normalized(prefill(case)), normalized(reference(case))
+    for head in (slice(0, 4), slice(4, 8)):
+        error = np.linalg.norm(got[:, :, head] - want[:, :, head]) / np.linalg.norm(want[:, :, head])
+        assert error <= 1e-3
 
 
-def test_a_chunk_is_no_expanded_copy_of_the_prefix():
-    """The kernel's only large arrays are the chunk's own."""
-    case = chunk_case(Variant(lengths=(2000,), page_size=128, group=1), count=16)
-    jaxpr = jax.make_jaxpr(lambda *arrays: prefill_attention(*arrays, **case.options, implementation="triton"))(
-        *case.arrays
+def test_no_expanded_copy_of_the_prefix():
+    """All arrays outside of the kernel are of the chunk's size."""
+    spec, shape = QuantizerSpec(64, 4).format, jax.ShapeDtypeStruct
+    pages = jax.eval_shape(lambda: empty_pages(512, 1, 128, spec, spec))
+
+    def attend(query, pages, table, lengths, positions):
+        return prefill_attention(
+            query, pages, table, lengths, positions=positions, key_format=spec, value_format=spec,
+            options=LogitOptions(1.0), implementation="triton", config=PrefillConfig(rows=16, programs=2),
+        )  # fmt: skip
+
+    integers = [shape(s, jnp.int32) for s in ((1, 512), (1,), (1, 16))]
+    jaxpr = jax.make_jaxpr(attend)(shape((1, 16, 1, 64), jnp.float32), pages, *integers).jaxpr
+    assert [e for e in jaxpr.eqns if e.primitive.name == "pallas_call"]
+    assert max(v.aval.size for e in jaxpr.eqns for v in e.outvars) <= 2 * 16 * 64
+
+
+def test_chunks_of_a_cache():
+    """A chunk, of which the window has let go of the first tokens, over what was there before it."""
+    spec = tq.CacheSpec(
+        1, 64, 256, key=QuantizerSpec(64), value=QuantizerSpec(64), window=8, sink_tokens=2, page_size=32
     )
-    [call] = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "pallas_call"] or [None]
-    chunk = case.arrays[0].size
-    assert call is not None
-    assert max(v.aval.size for e in jaxpr.jaxpr.eqns for v in e.outvars) <= chunk * 132 * 3
+    rng = np.random.default_rng(0)
+    k, v, more_k, more_v = (jnp.asarray(rng.standard_normal((1, t, 1, 64)), jnp.float32) for t in (90, 90, 12, 12))
+    cache = tq.append(tq.append(tq.init_cache(spec, batch=1), k, v), more_k, more_v)
+    query = jnp.asarray(rng.standard_normal((1, 12, 2, 64)), jnp.float32)
+    assert "name=prefill" in str(jax.make_jaxpr(lambda q: tq.attend(q, cache, implementation="triton"))(query))
+    got, want = (tq.attend(query, cache, implementation=name) for name in ("triton", "reference"))
+    np.testing.assert_allclose(got, want, atol=1e-3 * float(jnp.max(jnp.abs(want))))
 
 
 def test_large_logits_of_one_key():
@@ -116,11 +125,11 @@ def test_large_logits_of_one_key():
 def test_limits_and_errors():
     four = QuantizerSpec(64, 4)
 
-    def call(key=four, value=four, *, heads=2, page=64, implementation="triton", **more):
+    def call(key=four, value=four, *, query=None, heads=2, page=64, implementation="triton", **more):
         pages = empty_pages(2, 1, page, key.format, value.format)
-        more = {"query": jnp.zeros((1, 9, heads, key.dim))} | more
+        query = jnp.zeros((1, 9, heads, key.dim)) if query is None else query
         return prefill_attention(
-            pages=pages, block_table=jnp.zeros((1, 2), jnp.int32), lengths=jnp.zeros(1, jnp.int32),
+            query, pages, block_table=jnp.zeros((1, 2), jnp.int32), lengths=jnp.zeros(1, jnp.int32),
             positions=jnp.zeros((1, 9), jnp.int32), key_format=key.format, value_format=value.format,
             options=LogitOptions(1.0), implementation=implementation, **more,
         )  # fmt: skip
