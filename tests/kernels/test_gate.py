@@ -2,6 +2,7 @@
 
 import pytest
 
+from pallas_kernels.decode.triton import stages_for
 from pallas_kernels.gate import compile_for
 from tq_jax.evaluate.gate import Kernel, kernels, lower, make_row
 
@@ -14,7 +15,8 @@ def test_lowering(name):
     lowered = lower(kernel)
     assert lowered.name == "decode"
     assert lowered.grid[1:] == (2, 2)
-    assert (lowered.num_warps, lowered.num_stages) == (kernel.config.num_warps, kernel.config.num_stages)
+    stages = stages_for(kernel.key.format, kernel.config)
+    assert (lowered.num_warps, lowered.num_stages) == (kernel.config.num_warps, stages)
     assert "tt.dot" in lowered.ir
 
 

@@ -18,7 +18,7 @@ from pallas_kernels.decode import LogitOptions, TileConfig
 from pallas_kernels.decode.config import default_config
 from pallas_kernels.decode.layout import value_parts
 from pallas_kernels.decode.pages import empty_pages
-from pallas_kernels.decode.triton import attend_pages, padded_columns
+from pallas_kernels.decode.triton import attend_pages, padded_columns, stages_for
 from pallas_kernels.gate import ARCHITECTURES, Compiled, compile_for, missing
 from tq_jax.evaluate.report import JsonTarget, open_console, progress_bar, write_json
 from tq_jax.quantizer import QuantizerSpec
@@ -61,8 +61,10 @@ class Kernel:
 
     @property
     def expected(self) -> tuple[str, ...]:
-        """Instructions that the kernel must contain; bytes need no lookup."""
-        return ("mma", "async") if self.key.bits == self.value.bits == 8 else ("mma", "prmt", "async")
+        """Instructions that the kernel must contain; bytes need no lookup, and a single stage no copies."""
+        lookup = () if self.key.bits == self.value.bits == 8 else ("prmt",)
+        pipelined = ("async",) if stages_for(self.key.format, self.config) > 1 else ()
+        return ("mma", *lookup, *pipelined)
 
 
 def kernels() -> Iterator[Kernel]:
