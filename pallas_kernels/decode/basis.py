@@ -111,7 +111,8 @@ def apply_factors(
         y = jnp.sum(x[:, None, :, :] * outer[None, :, :, None], axis=2)
         if segment.inner is not None:
             shape = (x.shape[2], x.shape[2])
-            inner = _factor(segment.inner, *(lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1)), inverse)
+            row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+            inner = _factor(segment.inner, row, column, inverse)
             y = jnp.sum(y[:, :, None, :] * inner[None, None, :, :], axis=3)
         outer_index = index * rows + i
         valid = (outer_index < size) & (j < segment.inner_size)

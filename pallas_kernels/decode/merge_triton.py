@@ -97,7 +97,8 @@ def merge_plan(shape: tuple[int, ...], *, splits: int, dtype: str, partial: bool
     elements = power_of_two(splits) * power_of_two(shape[3])
     # Up to 64 elements a thread are loaded at once.
     num_warps = max(2, min(8, elements // 2048))
-    return MergePlan(tuple(shape), dtype, partial, num_warps, interpret)
+    batch, count, heads, dim = shape
+    return MergePlan((batch, count, heads, dim), dtype, partial, num_warps, interpret)
 
 
 def merge_splits(x: MergeInputs, plan: MergePlan) -> tuple[jax.Array, ...]:

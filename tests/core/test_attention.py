@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import tq_jax as tq
+from pallas_kernels.decode import TileConfig
 
 H, G, D = 2, 3, 32
 EIGHT = tq.QuantizerSpec(D, 8, scale_dtype="float32")
@@ -211,6 +212,9 @@ def test_errors():
             q,
             {"implementation": "mosaic"},
         ),
+        (ValueError, "expected config without precise", q, {"config": TileConfig(), "precise": True}),
+        (ValueError, "and not for the reference", q, {"config": TileConfig(), "implementation": "reference"}),
+        (NotImplementedError, "head dims .*, got 32 and 32", q, {"implementation": "triton"}),
     ]
     for error, message, query, options in cases:
         with pytest.raises(error, match=message):

@@ -16,7 +16,7 @@ from tq_jax.bench.timing import num_copies, time_jax
 from tq_jax.cache import Cache, CacheSpec, init_cache
 from tq_jax.quantizer import QuantizerSpec
 
-WINDOW, SINKS, TOLERANCE = 128, 4, 0.03
+WINDOW, SINKS, TOLERANCE = 128, 4, 0.015
 
 
 def jobs(setting: Setting) -> Iterator[Job]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode import LogitOptions
 from pallas_kernels.decode.pages import empty_pages
-from pallas_kernels.decode.triton import attend_pages, config_for
+from pallas_kernels.decode.triton import attend_pages, config_for, stages_for
 from tq_jax.evaluate.gate import Case
 from tq_jax.quantizer import QuantizerSpec
 
@@ -91,14 +91,15 @@ def case(
 
     integers = [shape(s, jnp.int32) for s in ((BATCH, PAGES), (BATCH,), (BATCH, count))]
     biases = shape(query.shape[:3], jnp.float32) if bias else None
-    # Bytes need no lookup.
-    lookup = () if key.bits == value.bits == 8 else ("prmt",)
+    stages = stages_for(key.format, config)
+    # Bytes need no lookup, and one stage no copies ahead.
+    found = ["mma", *(() if key.bits == value.bits == 8 else ("prmt",)), *(("async",) if stages > 1 else ())]
     return Case(
         name,
         run,
         (query, pages, *integers, biases, query if key.kind == "prod" else None),
-        config=f"{config.tile} tokens, {config.num_warps} warps, {config.num_stages} stages",
-        expected={"decode": ("mma", "async", *lookup)},
+        config=f"{config.tile} tokens, {config.num_warps} warps, {stages} stages",
+        expected={"decode": found},
         only=("decode",),
         quick=quick,
     )
