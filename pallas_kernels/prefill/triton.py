@@ -71,7 +71,7 @@ def attend_pages(
     blocks = -(-count * group // config.rows)
     splits = num_splits(config, blocks=batch * kv_heads * blocks, capacity=block_table.shape[1] * page_size)
     plan = Plan(
-        keys=codebook_parts(key_format, least=LEAST_VALUE_TILE),
+        keys=codebook_parts(key_format, least=LEAST_VALUE_TILE, smallest=LEAST_VALUE_TILE),
         values=value_parts(value_format),
         options=options,
         count=count,
