@@ -118,34 +118,14 @@ def cudnn(dim, count):
 
 B = lambda b: {"bits": b}
 for part in sys.argv[2].split(","):
-    if part == "main":
-        for kb, vb in ((4, 4), (2, 2), (3, 3), (8, 4)):
-            case(f"k{kb}v{vb}", B(kb), B(vb), 128, 1, [None, (256, 4, 3, 2), (128, 2, 3, 4)])
-    if part == "q4":
-        case(
-            "k4v4 q4", B(4), B(4), 128, 4, [(64, 2, 3, 4), (128, 2, 3, 4), (64, 2, 3, 5), (64, 1, 3, 8), (128, 2, 2, 4)]
-        )
-    if part == "dims":
-        for d in (64, 256):
-            cudnn(d, 1)
-            cf = (
-                [(128, 2, 3, 4), (256, 4, 3, 2), (64, 2, 3, 6), (128, 2, 3, 6)]
-                if d == 64
-                else [(64, 2, 3, 4), (128, 4, 3, 2), (64, 4, 3, 3), (128, 2, 3, 3)]
-            )
-            for kb, vb in ((4, 4), (3, 3)):
-                case(f"k{kb}v{vb} d{d}", B(kb), B(vb), d, 1, cf)
-    if part == "prod":
-        case(
-            "prod3 group2",
-            {"bits": 3, "kind": "prod"},
-            {"bits": 2, "kind": "group"},
-            128,
-            1,
-            [(64, 2, 3, 4), (128, 2, 3, 4), (128, 4, 3, 2), (64, 4, 3, 3), (64, 1, 3, 8)],
-        )
-    if part == "small":
-        case("k4v4 pages16", B(4), B(4), 128, 1, [(64, 2, 3, 4), (128, 2, 3, 4), (32, 1, 3, 8)], page=16)
-        case("k4v4 precise", B(4), B(4), 128, 1, [(64, 2, 3, 4, 1), (128, 2, 3, 4, 1), (64, 4, 3, 2, 1)])
-        case("k4v4 q8", B(4), B(4), 128, 8, [(64, 2, 3, 4), (128, 2, 3, 3)])
-        case("k4v4 q8 g16", B(4), B(4), 128, 8, [(64, 2, 3, 4)], group=16, batch=4)
+    if part == "final":
+        for kb, vb in ((3, 3), (4, 4), (2, 2)):
+            for b, n in ((8, 32768), (32, 8192), (1, 131072), (1, 32768)): case(f"k{kb}v{vb} {b}x{n}", B(kb), B(vb), 128, 1, [None], batch=b, seq=n)
+        case("k4v4 q4", B(4), B(4), 128, 4, [None]); case("k4v4 q8", B(4), B(4), 128, 8, [None])
+        cudnn(256, 1); cudnn(64, 1)
+        case("k4v4 d256", B(4), B(4), 256, 1, [None, (128, 2, 3, 4), (64, 1, 3, 8), (256, 4, 3, 2), (128, 2, 3, 3)])
+        case("k3v3 d256", B(3), B(3), 256, 1, [None, (128, 2, 3, 4)])
+        case("k4v4 d64", B(4), B(4), 64, 1, [None, (256, 4, 3, 2)])
+        case("prod3 group2", {"bits": 3, "kind": "prod"}, {"bits": 2, "kind": "group"}, 128, 1, [None])
+        case("k2.5v2.5", B(2.5), B(2.5), 128, 1, [None, (128, 2, 3, 4)])
+        case("k4v4 pages16", B(4), B(4), 128, 1, [None], page=16)
