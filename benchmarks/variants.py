@@ -36,7 +36,7 @@ class Variant:
     lengths: tuple[int, ...] = (200, 1, 0, 64, 129)
     group: int = 4
     count: int = 1
-    page_size: int = 64
+    page_size: int = 128
     softcap: float | None = None
     window: int | None = None
     bias: bool = False
@@ -88,6 +88,7 @@ VARIANTS = {
     "pages 16": _bits(4, 4, page_size=16),
     "pages 16 window": _bits(3, 2, page_size=16, window=40, count=3),
     "pages 32": _bits(4, 4, page_size=32),
+    "pages 64": _bits(4, 3, page_size=64),
     "uniform": _bits(4, 4, page_size=128, lengths=(2000, 700)),
     "pages 128": _bits(4, 4, page_size=128, lengths=(300, 5)),
     "pages 256 float32": Variant(

@@ -22,7 +22,7 @@ class TileConfig:
     tile: int = 64
     num_warps: int = 1
     num_stages: int = 3
-    programs: int = 132 * 5
+    programs: int = 132 * 4
     precise: bool = False
 
     def __post_init__(self) -> None:
@@ -32,10 +32,9 @@ class TileConfig:
             raise ValueError(f"expected num_warps in (1, 2, 4, 8), got num_warps={self.num_warps}")
 
 
-def column_block(columns: int, *, dim: int, precise: bool = False) -> int:
-    """Columns of one program: two warps have registers for the accumulators of 4096 values, half when precise."""
-    room = 4096 // (1 << (dim - 1).bit_length()) // (2 if precise else 1)
-    return min(columns, 32, max(8, room))
+def column_block(columns: int, *, dim: int) -> int:
+    """Columns of one program: two warps have registers for the accumulators of 2048 values."""
+    return min(columns, 16, max(8, 2048 // (1 << (dim - 1).bit_length())))
 
 
 def default_config(
@@ -47,10 +46,11 @@ def default_config(
     precise: bool = False,
     bits: tuple[int, int] = (4, 4),
 ) -> TileConfig:
-    """The configuration for pages of a size.
+    """The configuration for pages of a size: as measured on an H100 (docs/kernels.md), the same on other devices.
 
-    Programs have at most two warps where they have more than 8 columns: with four, Triton takes the asynchronous
-    products of Hopper, whose int8 operands it gets wrong in some shapes.
+    A tile has 64 tokens a warp, so that each thread copies two 2-byte scales, the least that is copied asynchronously.
+    Four warps need 8 columns: with more, Triton takes the asynchronous products of Hopper, which it gets wrong here.
+    What does not fit the registers so takes smaller tiles.
 
     Args:
         page_size: Tokens a page.
@@ -60,17 +60,12 @@ def default_config(
         precise: See `TileConfig`.
         bits: Bits of the widest codes of keys and of values.
     """
-    block = column_block(columns, dim=dim, precise=precise)
-    if block == 8 and dim in (64, 128) and value_parts == 1 and not precise:
-        if min(bits) >= 4 and page_size % 256 == 0:
-            return TileConfig(tile=256, num_warps=4, num_stages=3, programs=132 * 2)
-        if page_size % 128 == 0:
-            return TileConfig(tile=128, num_warps=2, num_stages=3, programs=132 * 4)
-    load = block * dim * (2 if precise else 1) * (2 if value_parts > 2 else 1)
-    tile = 64 if load <= 2048 else 32
+    if columns == 8 and dim == 128 and value_parts == 1 and not precise and min(bits) >= 4 and page_size % 256 == 0:
+        return TileConfig(tile=256, num_warps=4, num_stages=3, programs=132 * 2)
+    tile = 128 if dim in (64, 128) and value_parts in (1, 4) else 64
     while tile > 32 and page_size % tile and tile % page_size:
         tile //= 2
-    return TileConfig(tile=tile, num_warps=2, programs=132 * 5, precise=precise)
+    return TileConfig(tile=tile, num_warps=2, programs=132 * 4, precise=precise)
 
 
 SETUP_TILES = 2

@@ -116,7 +116,7 @@ def decode_plan(
     config = config_for(query_shape, pages, key_format, value_format, precise=precise) if config is None else config
     group = heads // kv_heads
     columns = padded_columns(count * group)
-    block = column_block(columns, dim=max(query_shape[3], value_format.dim), precise=config.precise)
+    block = column_block(columns, dim=max(query_shape[3], value_format.dim))
     plan = Plan(
         keys=key_parts(key_format),
         values=value_parts(value_format, num_warps=config.num_warps),
