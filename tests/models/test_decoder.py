@@ -42,6 +42,34 @@ def test_token_by_token_equals_one_pass(tiny, exact_spec):
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_local_layers_over_a_compressed_cache(hybrid, packed_spec, exact_spec):
+    """Windows and ring, sinks and pages of different lengths: tokens outside a window change nothing."""
+    tokens = jax.random.randint(jax.random.key(2), (2, 40), 0, hybrid.config.vocab_size)
+    expected = forward(hybrid, tokens)
+    lengths = jnp.full(2, 36, jnp.int32)
+    for spec, bound in ((exact_spec, 1e-4), (packed_spec, 0.1)):
+        _, cache = prefill(hybrid, tokens[:, :36], hybrid.init_cache(spec, batch=2), lengths)
+        logits, cache = extend(hybrid, tokens[:, 36:], cache, jnp.full(2, 4, jnp.int32))
+        error = jnp.linalg.norm(logits - expected[:, 36:]) / jnp.linalg.norm(expected[:, 36:])
+        assert float(error) < bound
+
+
+def test_local_layers_forget(hybrid):
+    config = dataclasses.replace(hybrid.config, sliding_window=4, local_layers=())
+    local = Decoder(config, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(3), (1, 30), 0, config.vocab_size)
+    other = tokens.at[:, :8].set(5)
+    found, changed = forward(local, tokens), forward(local, other)
+    # Three layers of windows of 4 reach 9 tokens back.
+    np.testing.assert_array_equal(found[:, 17:], changed[:, 17:])
+    assert not np.array_equal(found[:, 16], changed[:, 16])
+
+
+def test_unknown_families_are_refused(tiny):
+    with pytest.raises(NotImplementedError, match="architecture 'mamba': supported are"):
+        Decoder(dataclasses.replace(tiny.config, architecture="mamba"), rngs=nnx.Rngs(0))
+
+
 def test_chunks_equal_one_pass(tiny, exact_spec):
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, tiny.config.vocab_size)
     expected = forward(tiny, tokens)
@@ -147,11 +175,11 @@ def lower(decoder, spec, *, batch, loop=False):
 
 
 @pytest.mark.parametrize("loop", [False, True], ids=["step", "loop"])
-@pytest.mark.parametrize("kind", ["exact", "packed"])
-def test_decoding_updates_the_cache_in_place(tiny, exact_spec, packed_spec, kind, loop):
-    spec = exact_spec if kind == "exact" else packed_spec
-    cache = tiny.init_cache(spec, batch=2)
-    compiled = lower(tiny, spec, batch=2, loop=loop).compile()
+@pytest.mark.parametrize("kind", ["exact", "packed", "hybrid"])
+def test_decoding_updates_the_cache_in_place(tiny, hybrid, exact_spec, packed_spec, kind, loop):
+    spec, decoder = exact_spec if kind == "exact" else packed_spec, hybrid if kind == "hybrid" else tiny
+    cache = decoder.init_cache(spec, batch=2)
+    compiled = lower(decoder, spec, batch=2, loop=loop).compile()
     text = compiled.as_text()
     assert "input_output_alias" in text
     stored = [cache.exact_keys, cache.exact_values, *jax.tree.leaves(cache.pages)]
