@@ -98,7 +98,7 @@ class GatedMLP(nnx.Module):
         self,
         config: DecoderConfig,
         *,
-        activation: Callable[[jax.Array], jax.Array],
+        activation: Callable[..., jax.Array],
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -125,7 +125,7 @@ class Block(nnx.Module):
     bias: ClassVar[bool] = False
     head_norm: ClassVar[type[RMSNorm] | None] = None
     norm: ClassVar[type[RMSNorm]] = RMSNorm
-    activation: ClassVar[Callable[[jax.Array], jax.Array]] = staticmethod(jax.nn.silu)
+    activation: ClassVar[Callable[..., jax.Array]] = staticmethod(jax.nn.silu)
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.attention_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)

@@ -142,16 +142,18 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: list[str], kinds: li
 
 
 def _merges(vocabulary: list[str], kinds: list[int]) -> list[tuple[str, str]]:
-    """The merges that a vocabulary implies: every way to make a token of two, earlier tokens first.
+    """The merges that a vocabulary implies: every way to make a token of two, the best tokens first.
 
-    The scores say the same of learned tokens, and nothing of those that users defined, such as runs of spaces.
+    Learned tokens stand in their order. Those that users defined, such as runs of spaces, are matched before them and
+    the longest first: so ranked, merges grow a run from its left end until no longer one is known.
     """
-    pieces = {t for t, k in zip(vocabulary, kinds, strict=True) if k in (_NORMAL, _USER_DEFINED)}
-    found = []
-    for token in vocabulary:
-        if token in pieces:
-            cuts = [(token[:cut], token[cut:]) for cut in range(len(token) - 1, 0, -1)]
-            found += [(left, right) for left, right in cuts if left in pieces and right in pieces]
+    tokens = list(zip(vocabulary, kinds, strict=True))
+    defined = sorted((token for token, kind in tokens if kind == _USER_DEFINED), key=len, reverse=True)
+    ranked = [*defined, *(token for token, kind in tokens if kind == _NORMAL)]
+    pieces, found = set(ranked), []
+    for token in ranked:
+        cuts = [(token[:cut], token[cut:]) for cut in range(len(token) - 1, 0, -1)]
+        found += [(left, right) for left, right in cuts if left in pieces and right in pieces]
     return found
 
 
