@@ -42,8 +42,7 @@ def config_from_hf(config: Mapping[str, Any], *, generation_config: Mapping[str,
         _required(config, name) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")
     )
     # Classes differ in what they take for missing numbers of heads and channels; only Llama's follow from the others.
-    shape = config if architecture == "llama" else None
-    num_kv_heads = _required(shape or config, "num_key_value_heads", default=num_heads if shape else None)
+    num_kv_heads = _required(config, "num_key_value_heads", default=num_heads if architecture == "llama" else None)
     head_dim = _required(config, "head_dim", default=None if architecture in ("qwen3", "gemma3") else dim // num_heads)
     window = _window(config, architecture)
     base, scaling, local_base = _rope(config, architecture)
