@@ -16,7 +16,7 @@ from pallas_kernels.prefill.config import default_config, num_splits
 from tq_jax import QuantizerSpec
 
 SMALL = PrefillConfig(rows=32, tile=32, num_warps=4, programs=24)
-QUICK = {"prod3 group2", "k2.5v3.5", "d80", "softcap bias", "count 5 window"}
+QUICK = {"prod3 group2", "prod1 v3", "k2.5v3.5", "d80", "softcap bias", "count 5 window"}
 CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
 
 
