@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.decode import LogitOptions, Partial, decode_attention, merge
 from pallas_kernels.decode.api import IMPLEMENTATIONS
 from pallas_kernels.decode.reference import attend_tokens, nothing
-from pallas_kernels.decode.triton import MAX_COLUMNS, MAX_QUERY_TOKENS
+from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
 from pallas_kernels.prefill import prefill_attention
 from tq_jax.cache import Cache, from_storage, require_row_integers
 from tq_jax.quantizer import from_rotated, sketch_gain, sketch_query, to_rotated
@@ -209,9 +209,8 @@ def _attend_compressed(
         query = query / weight
     rotated = to_rotated(key_quantizer, query)
     sketch = sketch_query(key_quantizer, rotated) * sketch_gain(spec.head_dim) if spec.key.kind == "prod" else None
-    count, rows_of_head = query.shape[1], query.shape[1] * query.shape[2] // spec.num_kv_heads
-    many = count > MAX_QUERY_TOKENS or rows_of_head > MAX_COLUMNS
-    partial = (prefill_attention if many else decode_attention)(
+    attend_pages = decode_attention if query.shape[1] <= MAX_QUERY_TOKENS else prefill_attention
+    partial = attend_pages(
         rotated,
         cache.pages,
         rows[:, None] * spec.pages_per_row + jnp.arange(spec.pages_per_row, dtype=jnp.int32)[None],
