@@ -62,6 +62,7 @@ def _affine(m: jax.Array, slope: jax.Array, offset: jax.Array, *, unit: float, i
     if interpret:
         product = m.astype(jnp.float32) * (1.0 / unit) * slope.astype(jnp.float32)
         return (product + offset.astype(jnp.float32)).astype(jnp.float16)
+    slope, offset = (jnp.broadcast_to(x, m.shape) for x in (slope, offset))
     # Byte m + 128 below the top byte of a power of two is that power plus (m + 128) / unit: no conversion of integers.
     top, middle = {1.0: ("0x64646464", "0x64806480"), UNIT: ("0x48484848", "0x48804880")}[unit]
     text = "{\n.reg .b32 u, t, v, w;\nxor.b32 u, $2, 0x80808080;\n"

@@ -102,7 +102,7 @@ def attend(x: Inputs, out_ref: Any, peak_ref: Any, *, plan: Plan) -> None:
     `out` is normalized and `peak` the base-2 log of the sum of exponentials, FLOOR where no key is visible.
     """
     block, split, lead = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    kv_heads = jnp.int32(x.pages.keys.packed.shape[1])
+    kv_heads = jnp.int32(x.pages.values.packed.shape[1])
     sequence, kv_head = lax.div(lead, kv_heads), lax.rem(lead, kv_heads)
     rows = _rows(block, sequence, kv_head, plan)
     position = plt.load(x.positions.at[rows.sequence, rows.token], mask=rows.exists, other=0)

@@ -9,14 +9,16 @@ import pytest
 
 import tq_jax as tq
 from benchmarks.variants import VARIANTS, Variant, make_case, normalized, relative_error
+from pallas_kernels._compat import lower_for_cuda, triton_kernels
 from pallas_kernels.decode import LogitOptions, decode_attention
 from pallas_kernels.decode.pages import empty_pages
 from pallas_kernels.prefill import PrefillConfig, prefill_attention
 from pallas_kernels.prefill.config import default_config, num_splits
+from pallas_kernels.prefill.triton import attend_pages
 from tq_jax import QuantizerSpec
 
 SMALL = PrefillConfig(rows=32, tile=32, num_warps=4, programs=24)
-QUICK = {"prod3 group2", "k2.5v3.5", "d80", "softcap bias", "count 5 window"}
+QUICK = {"prod3 group2", "prod1 v3", "k2.5v3.5", "d80", "softcap bias", "count 5 window"}
 CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
 
 
@@ -112,6 +114,18 @@ def test_chunks_of_a_cache():
     assert "name=prefill" in str(jax.make_jaxpr(lambda q: tq.attend(q, cache, implementation="triton"))(query))
     got, want = (tq.attend(query, cache, implementation=name) for name in ("triton", "reference"))
     np.testing.assert_allclose(got, want, atol=1e-3 * float(jnp.max(jnp.abs(want))))
+
+
+@pytest.mark.parametrize("name", ["k4v4", "prod2 group4", "k2.5v3.5", "softcap bias"])
+def test_lowers_for_cuda(name):
+    """What runs where there is a GPU: the PTX that interpretation passes by, in operands that it can have."""
+    case = chunk_case(dataclasses.replace(VARIANTS[name], lengths=(40,), page_size=64))
+
+    def run(*arrays):
+        return attend_pages(*arrays, **case.options, interpret=False)
+
+    [kernel] = triton_kernels(lower_for_cuda(run, *case.arrays))
+    assert kernel.name == "prefill" and kernel.ir.count("tt.dot") >= 4
 
 
 def test_large_logits_of_one_key():
