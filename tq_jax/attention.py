@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.decode import LogitOptions, Partial, TileConfig, decode_attention, fused, merge
 from pallas_kernels.decode.basis import Basis, Segment
 from pallas_kernels.decode.reference import attend_tokens, nothing
+from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
+from pallas_kernels.prefill import prefill_attention
 from tq_jax.cache import Cache, from_storage, require_row_integers
 from tq_jax.quantizer import Quantizer, from_rotated, sketch_gain, sketch_query, to_rotated
 from tq_jax.rotation import mixing_factors
@@ -108,11 +110,17 @@ def attend(
         return jnp.zeros_like(query)
     options = LogitOptions(scale or float(np.float32(spec.head_dim**-0.5)), softcap, sliding_window)
     plan = _plan(cache, options, precise, config)
+    if cache.pages is not None and query.shape[1] > MAX_QUERY_TOKENS:
+        if config is not None:
+            raise NotImplementedError(
+                f"config cuts up to {MAX_QUERY_TOKENS} query tokens into tiles, got {query.shape[1]}"
+            )
+        return _attend_parts(query, cache, lengths, rows, sink_logits, options=options, implementation=implementation)
     if implementation == "auto":
         implementation = _best(query, cache, plan)
     if implementation == "triton":
         return _attend_fused(query, cache, lengths, rows, sink_logits, plan=plan)
-    return _attend_reference(query, cache, lengths, rows, sink_logits, options=options)
+    return _attend_parts(query, cache, lengths, rows, sink_logits, options=options, implementation="reference")
 
 
 def _plan(cache: Cache, options: LogitOptions, precise: bool, config: TileConfig | None) -> fused.AttendPlan:
@@ -186,8 +194,8 @@ def _basis(quantizer: Quantizer | None) -> Basis | None:
     return Basis(tuple(segments), quantizer.outliers)
 
 
-@functools.partial(jax.jit, static_argnames=("options",))
-def _attend_reference(
+@functools.partial(jax.jit, static_argnames=("options", "implementation"))
+def _attend_parts(
     query: Array,
     cache: Cache,
     lengths: Array | None,
@@ -195,7 +203,9 @@ def _attend_reference(
     sink_logits: Array | None,
     *,
     options: LogitOptions,
+    implementation: Implementation,
 ) -> Array:
+    """Window and pages one after the other, in plain XLA but for the pages of chunks on a GPU."""
     rows = jnp.arange(cache.rows, dtype=jnp.int32) if rows is None else rows
     lengths = jnp.full(rows.shape, query.shape[1], jnp.int32) if lengths is None else lengths
     length = cache.length[rows]
@@ -206,7 +216,7 @@ def _attend_reference(
     if cache.exact_keys.shape[2]:
         partial = _attend_exact(precise, cache, rows, positions, options)
     if cache.pages is not None:
-        partial = merge(partial, _attend_compressed(precise, cache, rows, positions, options))
+        partial = merge(partial, _attend_compressed(precise, cache, rows, positions, options, implementation))
     if sink_logits is not None:
         logits = jnp.broadcast_to(sink_logits.astype(jnp.float32)[None, None], partial.peak.shape)
         partial = merge(partial, Partial(jnp.zeros_like(partial.acc), logits, jnp.ones_like(partial.total)))
@@ -278,6 +288,7 @@ def _attend_compressed(
     rows: Int[Array, "b"],
     positions: Int[Array, "b t"],
     options: LogitOptions,
+    implementation: Implementation,
 ) -> Partial:
     spec, key_quantizer, value_quantizer = cache.spec, cache.key_quantizer, cache.value_quantizer
     assert cache.pages is not None and spec.key is not None and spec.value is not None
@@ -292,7 +303,8 @@ def _attend_compressed(
         query = query / weight
     rotated = to_rotated(key_quantizer, query)
     sketch = sketch_query(key_quantizer, rotated) * sketch_gain(spec.head_dim) if spec.key.kind == "prod" else None
-    partial = decode_attention(
+    attend_pages = decode_attention if query.shape[1] <= MAX_QUERY_TOKENS else prefill_attention
+    partial = attend_pages(
         rotated,
         cache.pages,
         rows[:, None] * spec.pages_per_row + jnp.arange(spec.pages_per_row, dtype=jnp.int32)[None],
@@ -303,6 +315,6 @@ def _attend_compressed(
         options=options,
         logit_bias=bias,
         sketch_query=sketch,
-        implementation="reference",
+        implementation=implementation,
     )
     return Partial(from_rotated(value_quantizer, partial.acc), partial.peak, partial.total)
