@@ -43,7 +43,12 @@ def full_torch(x):
     import torch
 
     half = torch.from_dlpack(x).half()
-    return lambda q: lambda w=torch.from_dlpack(q).half(): torch.topk(w @ half.T, K)
+
+    def make(q):
+        query = torch.from_dlpack(q).half()
+        return lambda: torch.topk(query @ half.T, K)
+
+    return make
 
 
 def has_torch_gpu() -> bool:
@@ -88,8 +93,8 @@ def main() -> None:
                 finish(rows, count, dim, queries, seconds)
             for name, (index, first, encode) in indexes.items():
 
-                def call(index=index, queries=queries):
-                    return nearest.search(index, q[:queries], K)
+                def call(index=index, batch=q[:queries]):
+                    return nearest.search(index, batch, K)
 
                 seconds = median_seconds(call, jax.block_until_ready, options.repeats)
                 rows.append({"impl": name, "bytes": count * index.bytes_per_vector})

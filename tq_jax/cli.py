@@ -16,6 +16,7 @@ COMMANDS = {
     "validate": "tq_jax.evaluate.distortion:validate",
     "audit": "tq_jax.evaluate.audit:audit",
     "gate": "tq_jax.evaluate.gate:gate",
+    "search": "tq_jax.evaluate.search:search",
 }
 """Name of each command and where its function is, in the order of the help text."""
 

@@ -44,22 +44,22 @@ def spec(**options):
 PUBLISHED = dict(basis="random", scale="norm", step_search=False, center=False)
 
 
-@pytest.mark.parametrize("metric", ["inner_product", "cosine", "l2"])
-@pytest.mark.parametrize(("basis", "floor"), [("pca", 0.97), ("random", 0.93)])
+@pytest.mark.parametrize(
+    ("metric", "basis", "floor"), [("inner_product", "pca", 0.97), ("l2", "pca", 0.97), ("cosine", "random", 0.93)]
+)
 def test_recall_against_exact_search(data, metric, basis, floor):
     assert recall(*data, spec(metric=metric, basis=basis)) >= floor
 
 
 def test_what_is_free_at_query_time_pays(data):
-    published, random, pca = (
-        recall(*data, spec(bits=2, metric="cosine", **options), k=1) for options in (PUBLISHED, {"basis": "random"}, {})
-    )
-    prod = recall(*data, spec(bits=2, metric="cosine", kind="prod", **PUBLISHED), k=1)
-    assert prod < published < random < pca
+    published, improved = (recall(*data, spec(metric="cosine", **options), k=1) for options in (PUBLISHED, {}))
+    prod = recall(*data, spec(metric="cosine", kind="prod", **PUBLISHED), k=1)
+    assert prod < published - 0.05 < improved - 0.15
 
 
-@pytest.mark.parametrize("metric", ["inner_product", "cosine", "l2"])
-@pytest.mark.parametrize("bits", [1, 3, 5, 6, 7, 8, 2.5])
+@pytest.mark.parametrize(
+    ("metric", "bits"), [("cosine", 1), ("inner_product", 2.5), ("l2", 3), ("inner_product", 6), ("l2", 8)]
+)
 def test_scores_estimate_the_metric(data, metric, bits):
     x, queries = data
     scores, ids = nearest.search(nearest.build(x[:500], spec(bits=bits, metric=metric)), queries, k=500)
@@ -91,7 +91,7 @@ def test_pieces_equal_the_whole(data):
     assert np.array_equal(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("tile", [7, 100, 2048, 10**6])
+@pytest.mark.parametrize("tile", [100, 10**6])
 def test_tiles_change_nothing(data, tile):
     x, queries = data
     index = nearest.build(x, spec())
@@ -146,21 +146,21 @@ def test_searches_and_adds_do_not_retrace(data):
 
 def test_add_and_search_under_jit(data):
     x, queries = data
-    index = nearest.train(x, spec(), capacity=2048)
-    step = jax.jit(nearest.add, donate_argnums=0)
-    compiled = jax.jit(nearest.search, static_argnums=2)
-    index = step(jax.tree.map(jnp.copy, index), x[:1000])
-    assert np.array_equal(
-        compiled(index, queries, 3)[1], nearest.search(nearest.add(nearest.train(x, spec()), x[:1000]), queries, 3)[1]
-    )
-    index = step(index, x[1000:2000])
-    assert int(index.count) == 2000
-    full = step(index, x[2000:3000])  # no room: unchanged
+    empty = nearest.train(x, spec(), capacity=2048)
+    step, compiled = jax.jit(nearest.add, donate_argnums=0), jax.jit(nearest.search, static_argnums=2)
+    index = step(jax.tree.map(jnp.copy, empty), x[:1000])
+    assert np.array_equal(compiled(index, queries, 3)[1], nearest.search(nearest.add(empty, x[:1000]), queries, 3)[1])
+    full = step(step(index, x[1000:2000]), x[2000:3000])  # the last have no room: unchanged
     assert int(full.count) == 2000
-    assert int(jax.jit(nearest.add)(full, x).count) == 2000
-    bad = jax.jit(nearest.add)(nearest.train(x, spec(), capacity=2048), np.full((3, DIM), np.nan, np.float32))
-    assert np.all(np.asarray(compiled(bad, queries, 2)[1]) == -1)
-    assert np.all(np.asarray(compiled(full, np.full((1, DIM), np.nan, np.float32), 2)[1]) == -1)
+    poison = np.full((1000, DIM), np.nan, np.float32)
+    bad = step(empty, poison)
+    assert int(bad.count) == 1000 and np.all(np.asarray(compiled(bad, queries, 3)[1]) == -1)
+    assert np.all(np.asarray(compiled(full, poison[:200], 3)[1]) == -1)
+
+
+def test_more_vectors_than_capacity_under_jit_change_nothing(data):
+    index = nearest.train(data[0], spec(), capacity=2048)
+    assert int(jax.jit(nearest.add)(index, data[0]).count) == 0
 
 
 @pytest.mark.parametrize("options", [{}, {"metric": "l2", "bits": 2.5}, {"kind": "prod"} | PUBLISHED])
@@ -277,23 +277,20 @@ def test_specs_that_do_not_exist(options, error):
 
 def test_bytes(data):
     for bits in (1, 2, 2.5, 3, 4, 6, 8):
-        index = nearest.build(data[0], spec(bits=bits))
-        assert index.bytes_per_vector <= index.spec.budget
-        # Nearly all of the budget is used.
-        assert index.bytes_per_vector >= index.spec.budget - 1
+        index = nearest.train(data[0], spec(bits=bits))
+        # Nearly all of the budget is used, and none of it twice.
+        assert index.spec.budget - 1 <= index.bytes_per_vector <= index.spec.budget
         arrays = jax.tree.leaves((index.code, index.offset))
         assert sum(a.nbytes for a in arrays) == index.bytes_per_vector * index.capacity
-    published = nearest.build(data[0], spec(bits=4, **PUBLISHED))
-    assert published.bytes_per_vector == DIM * 4 // 8 + 2
+    assert nearest.train(data[0], spec(**PUBLISHED)).bytes_per_vector == DIM * 4 // 8 + 2
 
 
 def test_constant_data_and_zeros():
     x = np.ones((50, DIM), np.float32)
-    for metric in ("inner_product", "cosine", "l2"):
-        for basis in ("pca", "random"):
-            scores, ids = nearest.search(nearest.build(x, spec(metric=metric, basis=basis)), x[:1], 3)
-            assert ids.tolist() == [[0, 1, 2]]
-            assert np.isfinite(scores).all()
+    for options in ({}, {"metric": "l2", "basis": "random"}):
+        scores, ids = nearest.search(nearest.build(x, spec(**options)), x[:1], 3)
+        assert ids.tolist() == [[0, 1, 2]]
+        assert np.isfinite(scores).all()
     zeros = nearest.build(np.zeros((5, DIM), np.float32), spec(metric="cosine"))
     assert nearest.search(zeros, x[:1], 2)[1].tolist() == [[0, 1]]
 
@@ -302,8 +299,9 @@ def test_runs_pack_without_loss():
     widths = ((5, 7), (3, 6), (11, 5), (9, 3), (4, 0), (13, 2), (3, 1), (2, 8))
     rng = np.random.default_rng(0)
     codes = [jnp.asarray(rng.integers(2**bits, size=(4, count)), jnp.uint8) for count, bits in widths]
-    packed = pack_runs(codes, widths)
+    packed = jax.jit(lambda c: pack_runs(c, widths))(codes)
     assert packed.shape == (4, widths_bytes(widths))
-    for (_, bits), before, after in zip(widths, codes, unpack_runs(packed, widths), strict=True):
+    unpacked = jax.jit(lambda p: unpack_runs(p, widths))(packed)
+    for (_, bits), before, after in zip(widths, codes, unpacked, strict=True):
         assert np.array_equal(before, after), bits
     assert [book.bits for book in books(widths, 50)] == [bits for _, bits in widths]

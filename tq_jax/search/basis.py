@@ -61,8 +61,9 @@ def learn(sample: np.ndarray, spec: IndexSpec, *, seed: int) -> tuple[LearnedBas
         gain[part] = share * solved(spec.dim, bits).step
         start += count
     sketch = rot.gaussian((spec.dim, spec.dim), (seed, 1)) if spec.kind == "prod" else None
-    arrays = (jnp.asarray(array, jnp.float32) for array in (mean, rotation, gain, unit))
-    return LearnedBasis(*arrays, None if sketch is None else jnp.asarray(sketch, jnp.float32)), widths
+    mean, rotation, gain, unit = (jnp.asarray(array, jnp.float32) for array in (mean, rotation, gain, unit))
+    sketch = None if sketch is None else jnp.asarray(sketch, jnp.float32)
+    return LearnedBasis(mean, rotation, gain, unit, sketch), widths
 
 
 def _components(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -136,7 +136,7 @@ def add(index: Index, x: Float[Array | np.ndarray, "n dim"]) -> Index:
     """
     x = check_vectors(x, index.spec.dim, "vectors")
     if is_traced((index, x)):
-        return _write(index, encode(x, index.basis, index.spec, index.widths), len(x))
+        return _write(index, encode(jnp.asarray(x), index.basis, index.spec, index.widths), len(x))
     if len(x) == 0:
         return index
     encoded = _encode_in_blocks(index, x)

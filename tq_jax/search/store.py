@@ -88,12 +88,16 @@ def _checked(header: dict[str, str], arrays: dict[str, np.ndarray]) -> Index:
         if array.dtype != np.uint8 and not np.isfinite(array).all():
             raise ValueError(f"expected finite numbers in {name}, got NaN or infinity")
     padding = round_up(max(count, 1)) - count
-    names = ("packed", "scale", "signs", "residual", "offset")
-    rows = {name: _padded(arrays[name], padding) if name in arrays else None for name in names}
-    offset = rows.pop("offset")
-    shared = {field.name: arrays.get(field.name) for field in dataclasses.fields(LearnedBasis)}
-    basis = jax.tree.map(jnp.asarray, LearnedBasis(**shared))
-    return Index(Code(**rows), offset, jnp.asarray(count, jnp.int32), basis, spec, widths)
+
+    def rows(name: str) -> Any:
+        return _padded(arrays[name], padding) if name in arrays else None
+
+    def shared(name: str) -> Any:
+        return jnp.asarray(arrays[name]) if name in arrays else None
+
+    code = Code(rows("packed"), rows("scale"), signs=rows("signs"), residual=rows("residual"))
+    basis = LearnedBasis(**{field.name: shared(field.name) for field in dataclasses.fields(LearnedBasis)})
+    return Index(code, rows("offset"), jnp.asarray(count, jnp.int32), basis, spec, widths)
 
 
 def _padded(array: np.ndarray, rows: int) -> jax.Array:
