@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from tq_jax import search as nearest
-from tq_jax.evaluate.report import environment
 
 K = 10
 SIZES = ((100_000, 128), (100_000, 200), (1_000_000, 128), (1_000_000, 200))
@@ -101,7 +100,12 @@ def main() -> None:
                 rows[-1] |= {"encode_first_seconds": first, "encode_seconds": encode}
                 finish(rows, count, dim, queries, seconds)
         if options.json:
-            options.json.write_text(json.dumps(environment() | {"k": K, "rows": rows}, indent=2) + "\n")
+            options.json.write_text(
+                json.dumps(
+                    {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "k": K, "rows": rows}, indent=2
+                )
+                + "\n"
+            )
 
 
 def finish(rows: list[dict], count: int, dim: int, queries: int, seconds: float) -> None:

@@ -59,6 +59,7 @@ def test_the_command_writes_what_it_measured(tmp_path, monkeypatch):
         ]
 
     monkeypatch.setattr(search, "_plan", fake)
+    monkeypatch.setattr(search, "environment", dict)
     monkeypatch.setattr(search, "load", lambda name: search_data.DataSet("a", *[np.zeros((1, 16))] * 3))
     target = tmp_path / "out.json"
     with pytest.raises(typer.Exit):
