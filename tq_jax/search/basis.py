@@ -84,7 +84,7 @@ def allocate(variance: np.ndarray, spec: IndexSpec) -> Widths:
 
     Example:
         >>> allocate(np.geomspace(1, 0.01, 16), IndexSpec(dim=16, bits=3))
-        ((1, 5), (4, 4), (5, 3), (6, 2))
+        ((1, 6), (3, 5), (2, 4), (3, 3), (3, 2), (2, 1), (2, 0))
     """
     error = np.array([_gaussian_error(solved(spec.dim, bits)) for bits in range(MAX_BITS + 1)])
     worth = np.maximum(variance, variance.max() * 1e-12 + 1e-30) ** (1 + EXPONENT)
