@@ -17,6 +17,7 @@ COMMANDS = {
     "audit": "tq_jax.evaluate.audit:audit",
     "bench": "tq_jax.bench.command:bench",
     "gate": "tq_jax.evaluate.gate:gate",
+    "search": "tq_jax.evaluate.search:search",
     "doctor": "tq_jax.doctor:doctor",
 }
 """Name of each command and where its function is, in the order of the help text."""

@@ -1,0 +1,149 @@
+"""Codes of vectors in the basis of an index: runs of channels of different widths that share one scale a vector."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int8, Int32, UInt8
+
+from pallas_kernels.format import Code
+from pallas_kernels.lookup import integers
+from pallas_kernels.packing import pack, packed_bytes, unpack
+from tq_jax.search.basis import LearnedBasis
+from tq_jax.search.spec import IndexSpec, Widths, books, planes
+
+# Multiples of the step that a search tries; more of them find no more neighbours.
+STEP_MULTIPLES = np.linspace(0.76, 1.24, 7, dtype=np.float32)
+
+
+def encode(
+    x: Float[Array, "n dim"], basis: LearnedBasis, spec: IndexSpec, widths: Widths
+) -> tuple[Code, Float[Array, "n"] | None]:
+    """Codes and second scalars of vectors; a NaN or infinite vector gets a scale that is not finite."""
+    x = normalized(x) if spec.metric == "cosine" else x.astype(jnp.float32)
+    centred = x - basis.mean[None]
+    rotated = jnp.einsum("ni,ij->nj", centred, basis.rotation, precision=lax.Precision.HIGHEST)
+    norm = jnp.sqrt(jnp.sum(rotated * rotated, axis=-1))
+    steps = rotated / (jnp.where(norm > 0, norm, 1.0)[:, None] * jnp.where(basis.gain > 0, basis.gain, 1.0)[None])
+    if spec.step_search:
+        steps = steps / _best_multiple(jnp.abs(steps), basis.gain, widths)[:, None]
+    packed = pack_runs(_codes(steps, widths, spec.dim), widths)
+    centroids = (decode_integers(packed, spec, widths).astype(jnp.float32) + 0.5) * basis.gain[None]
+    # |x|^2 / <x, c> makes the estimate of <x, x> exact, see tq_jax.quantizer.
+    along = jnp.sum(rotated * centroids, axis=-1)
+    scale = jnp.where(norm > 0, norm * norm / jnp.where(along > 0, along, jnp.inf), norm)
+    scale = scale if spec.scale == "unbiased" else norm
+    code = Code(packed, (scale / basis.unit).astype(jnp.float16))
+    if basis.sketch is not None:
+        residual = rotated - centroids * (code.scale.astype(jnp.float32) * basis.unit)[:, None]
+        signs = jnp.einsum("ni,ji->nj", residual, basis.sketch, precision=lax.Precision.HIGHEST) < 0
+        length = jnp.sqrt(jnp.sum(residual * residual, axis=-1)) / basis.unit
+        code = Code(packed, code.scale, signs=pack(signs.astype(jnp.uint8), 1), residual=length.astype(jnp.float16))
+    if not spec.has_offset:
+        return code, None
+    second = -norm * norm if spec.metric == "l2" else jnp.sum(centred * basis.mean[None], axis=-1)
+    return code, (second / offset_unit(basis, spec)).astype(jnp.float16)
+
+
+def normalized(x: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
+    """Vectors divided by their norms, float32; a zero vector stays."""
+    x = x.astype(jnp.float32)
+    # Dividing by the largest entry first keeps squares in range.
+    x = x / jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    norm = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
+    return x / jnp.where(norm > 0, norm, 1.0)
+
+
+def offset_unit(basis: LearnedBasis, spec: IndexSpec) -> Float[Array, ""]:
+    """What the second scalar is stored in units of, so that float16 holds it."""
+    mean = jnp.sqrt(jnp.sum(basis.mean * basis.mean))
+    return basis.unit * (basis.unit if spec.metric == "l2" else jnp.maximum(mean, basis.unit * 1e-3))
+
+
+def decode_integers(packed: UInt8[Array, "n bytes"], spec: IndexSpec, widths: Widths) -> Int8[Array, "n dim"]:
+    """The integers m of packed codes: a centroid is (m + 1/2) * gain; channels of 0 bits give 0."""
+    runs = zip(unpack_runs(packed, widths), books(widths, spec.dim), strict=True)
+    parts = [integers(codes, book) if book.bits else codes.astype(jnp.int8) for codes, book in runs]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def pack_runs(codes: list[UInt8[Array, "n _"]], widths: Widths) -> UInt8[Array, "n bytes"]:
+    """Packs runs of codes; see `tq_jax.search.spec.planes` for the layout."""
+    packed = []
+    for width, members in planes(widths):
+        fields = [(codes[run] >> shift) & ((1 << width) - 1) for run, shift in members]
+        packed.append(pack(jnp.concatenate(fields, axis=-1), width))
+    return jnp.concatenate(packed, axis=-1)
+
+
+def unpack_runs(packed: UInt8[Array, "n bytes"], widths: Widths) -> list[UInt8[Array, "n _"]]:
+    """Inverse of `pack_runs`."""
+    codes, start = [jnp.zeros((packed.shape[0], count), jnp.uint8) for count, _ in widths], 0
+    for width, members in planes(widths):
+        counts = [widths[run][0] for run, _ in members]
+        size = packed_bytes(sum(counts), width)
+        fields, first = unpack(packed[:, start : start + size], width, sum(counts)), 0
+        for (run, shift), count in zip(members, counts, strict=True):
+            codes[run] = codes[run] | (fields[:, first : first + count] << shift)
+            first += count
+        start += size
+    return codes
+
+
+def _codes(steps: Float[Array, "n dim"], widths: Widths, dim: int) -> list[UInt8[Array, "n _"]]:
+    """Nearest codes of rotated coordinates in steps, one array a run."""
+    index = _look_up(_tables(widths, dim)[0], _cells(jnp.abs(steps)), widths)
+    codes, start = [], 0
+    for count, bits in widths:
+        part, negative = index[:, start : start + count], steps[:, start : start + count] < 0
+        start += count
+        if bits == 8:  # the byte is the integer itself, and the negative half is bitwise NOT
+            codes.append(jnp.where(negative, ~part, part))
+        else:
+            codes.append(part | (negative.astype(jnp.uint8) << max(bits - 1, 0)) if bits else part)
+    return codes
+
+
+def _best_multiple(magnitude: Float[Array, "n dim"], gain: Float[Array, "dim"], widths: Widths) -> Float[Array, "n"]:
+    """The multiple of the step whose codes c leave the least squared error: the largest <y, c>^2 / |c|^2."""
+    centroids = _tables(widths, magnitude.shape[1])[1]
+    weighted = magnitude * gain[None]
+
+    def consider(best: tuple[Array, Array], multiple: Array) -> tuple[tuple[Array, Array], None]:
+        centroid = _look_up(centroids, _cells(magnitude / multiple), widths) * gain[None]
+        along = jnp.sum(weighted * centroid, axis=-1)
+        explained = along * along / jnp.sum(centroid * centroid, axis=-1)
+        better = explained > best[0]
+        return (jnp.where(better, explained, best[0]), jnp.where(better, multiple, best[1])), None
+
+    start = (
+        lax.full_like(magnitude, -1, shape=magnitude.shape[:1]),
+        lax.full_like(magnitude, 1, shape=magnitude.shape[:1]),
+    )
+    (_, multiple), _ = lax.scan(consider, start, jnp.asarray(STEP_MULTIPLES))
+    return multiple
+
+
+CELLS = 256
+
+
+def _cells(steps: Float[Array, "n dim"]) -> Int32[Array, "n dim"]:
+    """Half steps that magnitudes lie in: no threshold of a codebook of half-integers is inside one."""
+    return jnp.minimum(steps * 2, CELLS - 1).astype(jnp.int32)
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(widths: Widths, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Index and centroid of the magnitudes in each cell, one row of CELLS a run."""
+    edges, indices, centroids = np.arange(CELLS) / 2, [], []
+    for book in books(widths, dim):
+        index = np.searchsorted(book.thresholds, edges, side="right")
+        indices.append(index)
+        centroids.append(np.asarray(book.levels)[index] + 0.5)
+    return np.concatenate(indices).astype(np.uint8), np.concatenate(centroids).astype(np.float32)
+
+
+def _look_up(table: np.ndarray, cells: Int32[Array, "n dim"], widths: Widths) -> Array:
+    rows = np.repeat(np.arange(len(widths), dtype=np.int32) * CELLS, [count for count, _ in widths])
+    return jnp.asarray(table).at[cells + rows[None]].get(mode="promise_in_bounds")

@@ -1,0 +1,203 @@
+"""The index: a pytree of codes and what they share. Learning it, building it, adding to it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.format import Code
+from pallas_kernels.packing import packed_bytes
+from tq_jax.quantizer import is_traced
+from tq_jax.search.basis import LearnedBasis, learn
+from tq_jax.search.codes import encode, normalized
+from tq_jax.search.spec import SCALAR_BYTES, IndexSpec, Widths, widths_bytes
+
+ROWS = 2048
+"""Vectors encoded at a time, and the granule of capacity: one compiled program encodes any number."""
+GROWTH = 1.5
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """Quantized vectors; a pytree. The id of a vector is its place in the order of adding, and never changes.
+
+    Attributes:
+        code: Codes and scales [capacity, ...]; rows from `count` on are not in use.
+        offset: float16 [capacity], the second scalar; None unless `spec.has_offset`.
+        count: int32, vectors in use.
+        basis: What all vectors share.
+        spec: The specification (static).
+        widths: Runs of rotated channels of equal bits (static).
+    """
+
+    code: Code
+    offset: jax.Array | None
+    count: jax.Array
+    basis: LearnedBasis
+    spec: IndexSpec = dataclasses.field(metadata={"static": True})
+    widths: Widths = dataclasses.field(metadata={"static": True})
+
+    @property
+    def capacity(self) -> int:
+        """Vectors that the arrays have room for."""
+        return self.code.packed.shape[0]
+
+    @property
+    def bytes_per_vector(self) -> int:
+        """Stored bytes of a vector, scalars included."""
+        prod = self.spec.kind == "prod"
+        scalars = SCALAR_BYTES * (1 + self.spec.has_offset + prod)
+        return widths_bytes(self.widths) + scalars + packed_bytes(self.spec.dim, 1) * prod
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays: those in use, those kept free for more vectors, and what all vectors share."""
+        return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
+
+
+def train(sample: Float[Array | np.ndarray, "n dim"], spec: IndexSpec, *, capacity: int = 0, seed: int = 0) -> Index:
+    """Learns what vectors share and returns an index without vectors.
+
+    Args:
+        sample: Vectors like those to be added; at least one.
+        spec: What the index does.
+        capacity: Vectors to keep room for; rounded up to a multiple of 2048. `add` makes room outside jit as needed.
+        seed: Of the random rotations; non-negative.
+
+    Returns:
+        The empty index.
+
+    Raises:
+        ValueError: If the sample is empty, not [n, spec.dim] floats or not finite, or for a negative number.
+    """
+    host = np.asarray(check_vectors(sample, spec.dim, "sample"), np.float32)
+    if len(host) == 0:
+        raise ValueError("expected at least one vector to learn from, got none")
+    if not np.isfinite(host).all():
+        raise ValueError("expected finite vectors, got NaN or infinity")
+    if seed < 0 or capacity < 0:
+        raise ValueError(f"expected a seed and a capacity of at least 0, got seed={seed}, capacity={capacity}")
+    if spec.metric == "cosine":
+        host = np.asarray(jax.jit(normalized)(jnp.asarray(host)))
+    basis, widths = learn(host, spec, seed=seed)
+    rows, prod = round_up(max(capacity, 1)), spec.kind == "prod"
+    code = Code(
+        packed=jnp.zeros((rows, widths_bytes(widths)), jnp.uint8),
+        scale=jnp.zeros(rows, jnp.float16),
+        signs=jnp.zeros((rows, packed_bytes(spec.dim, 1)), jnp.uint8) if prod else None,
+        residual=jnp.zeros(rows, jnp.float16) if prod else None,
+    )
+    offset = jnp.zeros(rows, jnp.float16) if spec.has_offset else None
+    return Index(code, offset, jnp.zeros((), jnp.int32), basis, spec, widths)
+
+
+def build(x: Float[Array | np.ndarray, "n dim"], spec: IndexSpec, *, seed: int = 0) -> Index:
+    """Learns from vectors and adds them: `add(train(x, spec), x)`.
+
+    Args:
+        x: Vectors [n, spec.dim], any float type; at least one.
+        spec: What the index does.
+        seed: Of the random rotations.
+
+    Returns:
+        The index; the id of a vector is its row in x.
+
+    Raises:
+        ValueError: As `train` and `add`.
+
+    Example:
+        >>> x = jax.random.normal(jax.random.key(0), (1000, 64))
+        >>> index = build(x, IndexSpec(dim=64, bits=4))
+        >>> int(index.count), index.bytes_per_vector
+        (1000, 36)
+    """
+    return add(train(x, spec, capacity=len(x), seed=seed), x)
+
+
+def add(index: Index, x: Float[Array | np.ndarray, "n dim"]) -> Index:
+    """Returns the index with more vectors; their ids are index.count, index.count + 1, ...
+
+    Args:
+        index: The index.
+        x: Vectors [n, spec.dim], any float type.
+
+    Returns:
+        The new index. Outside jit it has room for all; under jit capacity is static, and if the vectors do not fit the
+        index is returned as it is, which its count shows. Donate the index to jit to write in place.
+
+    Raises:
+        ValueError: If x is not [n, spec.dim] floats, or, outside jit, a vector is not finite or so much longer than
+            those learned from that its scalars overflow. Under jit such a vector is stored and never found.
+    """
+    x = check_vectors(x, index.spec.dim, "vectors")
+    if is_traced((index, x)):
+        return _write(index, encode(jnp.asarray(x), index.basis, index.spec, index.widths), len(x))
+    if len(x) == 0:
+        return index
+    encoded = _encode_in_blocks(index, x)
+    scalars = [s for s in (encoded[0].scale, encoded[0].residual, encoded[1]) if s is not None]
+    if not all(np.isfinite(np.asarray(s)).all() for s in scalars):
+        raise ValueError(
+            "expected finite vectors with scalars below 65504 times those of the vectors learned from; "
+            "got NaN, infinity or larger ones"
+        )
+    needed = int(index.count) + len(x)
+    if needed > index.capacity:
+        index = _grown(index, round_up(max(needed, int(GROWTH * int(index.count)))))
+    return _write(index, encoded, len(x))
+
+
+def check_vectors(x: Any, dim: int, name: str) -> Any:
+    """Returns x, or raises ValueError unless it is [n, dim] floats."""
+    if np.ndim(x) != 2 or x.shape[1] != dim:
+        raise ValueError(f"expected {name} of shape [n, {dim}], got {tuple(np.shape(x))}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"expected floating point {name}, got dtype {x.dtype}")
+    return x
+
+
+def round_up(rows: int) -> int:
+    """The capacity that holds so many vectors."""
+    return -(-rows // ROWS) * ROWS
+
+
+_encode = jax.jit(encode, static_argnums=(2, 3))
+
+
+def _encode_in_blocks(index: Index, x: Any) -> tuple[Code, jax.Array | None]:
+    """Codes of all vectors, by blocks of one shape so that the codes do not depend on how vectors were grouped."""
+    blocks = []
+    for start in range(0, len(x), ROWS):
+        block = jnp.asarray(x[start : start + ROWS], jnp.float32)
+        padding = ROWS - len(block)
+        blocks.append(_encode(jnp.pad(block, ((0, padding), (0, 0))), index.basis, index.spec, index.widths))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[: len(x)], *blocks)
+
+
+def _write(index: Index, encoded: tuple[Code, jax.Array | None], rows: int) -> Index:
+    """Writes codes behind those in use, or changes nothing if there is no room."""
+    fits = index.count + rows <= index.capacity
+    stored = (index.code, index.offset)
+    if rows > index.capacity:
+        return index
+
+    def place(array: jax.Array, new: jax.Array) -> jax.Array:
+        start = (jnp.where(fits, index.count, 0),) + (0,) * (array.ndim - 1)
+        old = lax.dynamic_slice(array, start, new.shape)
+        return lax.dynamic_update_slice(array, jnp.where(fits, new, old), start)
+
+    code, offset = jax.tree.map(place, stored, encoded)
+    return dataclasses.replace(index, code=code, offset=offset, count=index.count + jnp.where(fits, rows, 0))
+
+
+def _grown(index: Index, capacity: int) -> Index:
+    def grow(array: jax.Array) -> jax.Array:
+        return jnp.pad(array, [(0, capacity - array.shape[0])] + [(0, 0)] * (array.ndim - 1))
+
+    code, offset = jax.tree.map(grow, (index.code, index.offset))
+    return dataclasses.replace(index, code=code, offset=offset)

@@ -1,0 +1,155 @@
+"""Search: tiles of codes are decoded and multiplied one after the other; only the best k so far are kept."""
+
+import functools
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.packing import unpack
+from tq_jax.quantizer import is_traced, sketch_gain
+from tq_jax.search.codes import decode_integers, normalized, offset_unit
+from tq_jax.search.index import Index, check_vectors
+
+Precision = Literal["float32", "float16"]
+QUERIES = 1024
+"""Queries that share a decoded tile; more of them are taken in turns."""
+TILES = {"cpu": 16_384, "gpu": 65_536}
+"""Vectors decoded at a time, by platform."""
+
+
+def search(
+    index: Index,
+    queries: Float[Array | np.ndarray, "q dim"],
+    k: int,
+    *,
+    precision: Precision | None = None,
+    tile: int | None = None,
+) -> tuple[Float[Array, "q k"], Int[Array, "q k"]]:
+    """The k best vectors for each query; exhaustive, on codes, without expanding the database.
+
+    Args:
+        index: The index.
+        queries: [q, spec.dim], any float type.
+        k: Neighbours a query; static.
+        precision: Operands of the products: "float32", or "float16" with float32 sums, in which codes are exact and
+            queries rounded to 11 bits. None takes float32 on CPUs and float16 elsewhere.
+        tile: Vectors decoded at a time; None takes what suits the platform.
+
+    Returns:
+        Estimated scores, descending, and ids. Equal scores are in the order of ids. Where there are fewer than k
+        vectors the score is -inf and the id -1.
+
+    Raises:
+        ValueError: If queries are not [q, spec.dim] floats or, outside jit, not finite; or for k below 1. Under jit a
+            query that is not finite gets ids of -1.
+
+    Example:
+        >>> from tq_jax import search as nearest
+        >>> x = jax.random.normal(jax.random.key(0), (500, 64))
+        >>> index = nearest.build(x, nearest.IndexSpec(dim=64, bits=4, metric="l2"))
+        >>> nearest.search(index, x[:3], k=1)[1].tolist()
+        [[0], [1], [2]]
+    """
+    queries = check_vectors(queries, index.spec.dim, "queries")
+    if k < 1 or (tile is not None and tile < 1):
+        raise ValueError(f"expected k and tile of at least 1, got k={k}, tile={tile}")
+    if precision not in (None, *get_args(Precision)):
+        raise ValueError(f"expected precision in {get_args(Precision)}, got {precision!r}")
+    if not is_traced(queries) and not np.isfinite(np.asarray(queries)).all():
+        raise ValueError("expected finite queries, got NaN or infinity")
+    platform = jax.default_backend()
+    precision = precision or ("float32" if platform == "cpu" else "float16")
+    tile = min(tile or TILES.get(platform, TILES["gpu"]), index.capacity)
+    return _search(index, jnp.asarray(queries, jnp.float32), k, precision, tile)
+
+
+@functools.partial(jax.jit, static_argnames=("k", "precision", "tile"))
+def _search(index: Index, queries: Array, k: int, precision: Precision, tile: int) -> tuple[Array, Array]:
+    count = queries.shape[0]
+    if count <= QUERIES:
+        return _search_batch(index, queries, k, precision, tile)
+    batches = -(-count // QUERIES)
+    padded = jnp.pad(queries, ((0, batches * QUERIES - count), (0, 0))).reshape(batches, QUERIES, -1)
+    found = lax.map(lambda batch: _search_batch(index, batch, k, precision, tile), padded)
+    scores, ids = (part.reshape(batches * QUERIES, k)[:count] for part in found)
+    return scores, ids
+
+
+def _search_batch(index: Index, queries: Array, k: int, precision: Precision, tile: int) -> tuple[Array, Array]:
+    basis, spec = index.basis, index.spec
+    rotated, offset_weight, constant = _prepare(index, queries)
+    operand, sketched = rotated * basis.gain[None], None
+    if basis.sketch is not None:
+        sketched = jnp.einsum("qi,ji->qj", rotated, basis.sketch, precision="highest") * sketch_gain(spec.dim)
+
+    def consider(step: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        start = jnp.minimum(step * tile, index.capacity - tile)
+        rows = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, tile), (index.code, index.offset))
+        code, offset = rows
+        scale = code.scale.astype(jnp.float32)
+        # Centroids are half-integers below 128.5, exact in float16.
+        centroids = decode_integers(code.packed, spec, index.widths).astype(precision) + np.asarray(0.5, precision)
+        scores = _product(operand, centroids, precision) * scale[None]
+        if sketched is not None:
+            assert code.signs is not None and code.residual is not None
+            signs = 1 - 2 * unpack(code.signs, 1, spec.dim).astype(precision)
+            scores += _product(sketched, signs, precision) * code.residual.astype(jnp.float32)[None]
+        if offset is not None:
+            scores += offset_weight[:, None] * offset.astype(jnp.float32)[None]
+        ids = start + jnp.arange(tile, dtype=jnp.int32)
+        # The last tile starts early so that it fits; vectors that the one before has seen do not count again.
+        fresh = (ids >= step * tile) & (ids < index.count) & jnp.isfinite(scale)
+        scores = jnp.where(fresh[None], scores, -jnp.inf)
+        return _merge(best, _best(scores, ids, k), k)
+
+    none = jnp.full((queries.shape[0], k), -jnp.inf), jnp.full((queries.shape[0], k), -1, jnp.int32)
+    scores, ids = lax.fori_loop(0, (index.count + tile - 1) // tile, consider, none)
+    ids = jnp.where(jnp.isfinite(scores), ids, -1)
+    return scores * (2.0 if spec.metric == "l2" else 1.0) + constant[:, None], ids
+
+
+def _prepare(index: Index, queries: Array) -> tuple[Array, Array, Array]:
+    """Rotated queries, the weight of the second scalar, and a constant, so that scores are sums of three products."""
+    basis, spec = index.basis, index.spec
+    if spec.metric == "cosine":
+        queries = normalized(queries)
+    norm = jnp.sqrt(jnp.sum(queries * queries, axis=-1))
+    if spec.metric == "l2":
+        # -|q - x|^2 = 2 <q - m, x - m> - |x - m|^2 - |q - m|^2, half of which is summed before the doubling.
+        queries = queries - basis.mean[None]
+        weight, constant = jnp.full(norm.shape, 0.5), -jnp.sum(queries * queries, axis=-1)
+    else:
+        # <q, x> = <q - t m, x - m> + t <m, x - m> + <q, m> for any t. Codes are best along x - m itself, so t is the
+        # share of the mean in a query like the vectors: 1 for one of their length.
+        typical = jnp.sqrt(basis.unit**2 + jnp.sum(basis.mean * basis.mean))
+        weight, constant = norm / typical, jnp.sum(queries * basis.mean[None], axis=-1)
+        queries = queries - weight[:, None] * basis.mean[None]
+    rotated = jnp.einsum("qi,ij->qj", queries, basis.rotation, precision="highest") * basis.unit
+    return rotated, weight * offset_unit(basis, spec), constant
+
+
+def _product(queries: Array, tile: Array, precision: Precision) -> Array:
+    """Inner products [q, n], float32."""
+    if precision == "float32":
+        return jnp.einsum("qi,ni->qn", queries, tile, precision="highest")
+    # Rows are brought near 1 first: float16 has few bits for small numbers and ends at 65504.
+    largest = jnp.maximum(jnp.max(jnp.abs(queries), axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    rows = (queries / largest).astype(jnp.float16)
+    return jnp.einsum("qi,ni->qn", rows, tile, preferred_element_type=jnp.float32) * largest
+
+
+def _best(scores: Array, ids: Array, k: int) -> tuple[Array, Array]:
+    """The k best of a tile; equal scores in the order of ids."""
+    top, places = lax.top_k(scores, min(k, scores.shape[1]))
+    return top, ids[places]
+
+
+def _merge(best: tuple[Array, Array], new: tuple[Array, Array], k: int) -> tuple[Array, Array]:
+    """The k best of what was kept, whose ids are smaller, and what is new."""
+    scores, ids = (jnp.concatenate(pair, axis=1) for pair in zip(best, new, strict=True))
+    top, places = lax.top_k(scores, k)
+    return top, jnp.take_along_axis(ids, places, axis=1)
