@@ -120,7 +120,7 @@ def exact_attention(
     softcap: float | None,
     s_aux: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention over tensors [b, h, s, d]: SDPA, or in plain steps with a soft-cap or sinks, which SDPA does not have."""
+    """Attention over tensors [b, h, s, d]: SDPA, or plain steps for a soft-cap or sinks, which SDPA does not have."""
     if softcap is None and s_aux is None:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, mask, dropout=0.0, scaling=scaling)[0]
