@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
@@ -130,6 +131,11 @@ def log2(x: jax.Array, *, interpret: bool) -> jax.Array:
     return jnp.log2(x) if interpret else _unary("lg2.approx.ftz.f32", x)
 
 
+def at_least(x: jax.Array, least: float, *, interpret: bool) -> jax.Array:
+    """max(x, least); compiled, NaN becomes `least`."""
+    return jnp.maximum(x, least) if interpret else _unary("max.f32", x, f", {_float_bits(least)}")
+
+
 def tanh(x: jax.Array, *, interpret: bool) -> jax.Array:
     """Hyperbolic tangent to 2e-7 absolute, which the approximate instruction does not reach."""
     if interpret:
@@ -138,9 +144,14 @@ def tanh(x: jax.Array, *, interpret: bool) -> jax.Array:
     return jnp.where(x < 0, -1.0, 1.0) * ((1.0 - decay) / (1.0 + decay))
 
 
-def _unary(instruction: str, x: jax.Array) -> jax.Array:
+def _float_bits(x: float) -> str:
+    """A float32 as PTX writes it."""
+    return f"0f{np.float32(x).view(np.uint32):08X}"
+
+
+def _unary(instruction: str, x: jax.Array, more: str = "") -> jax.Array:
     [out] = plt.elementwise_inline_asm(
-        f"{instruction} $0, $1;",
+        f"{instruction} $0, $1{more};",
         args=[x],
         constraints="=f,f",
         pack=1,
@@ -198,7 +209,8 @@ def _table(entries: Sequence[int]) -> str:
 
 def _look_up(index: str, first: str, second: str, field: int, mixed: int | None) -> str:
     """Looks up nibbles of a, into u: the field's in all bytes or, mixed, all those of the lower or upper two bytes."""
-    table = f"mov.b32 t, {first};\nmov.b32 u, {second};\n"
+    # The assembler would copy a known constant anew for every use; it does not know that no lane lies below 31 others.
+    table = f"mov.u32 t, %lanemask_lt;\nshr.u32 t, t, 31;\nxor.b32 t, t, {first};\nmov.b32 u, {second};\n"
     lower, upper = "prmt.b32 c, t, u, a;\n", "shr.b32 b, a, 16;\nprmt.b32 d, t, u, b;\n"
     if mixed is None:
         return f"{index}\n{table}{lower}{upper}prmt.b32 u, c, d, {_HALVES[field]};\n"

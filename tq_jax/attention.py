@@ -1,7 +1,8 @@
 """Attention over a compressed cache."""
 
 import functools
-from typing import Literal
+import warnings
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.decode import LogitOptions, Partial, decode_attention, merge
-from pallas_kernels.decode.api import IMPLEMENTATIONS
+from pallas_kernels.decode import LogitOptions, Partial, TileConfig, decode_attention, fused, merge
+from pallas_kernels.decode.basis import Basis
 from pallas_kernels.decode.reference import attend_tokens, nothing
 from tq_jax.cache import Cache, from_storage, require_row_integers
-from tq_jax.quantizer import from_rotated, sketch_gain, sketch_query, to_rotated
+from tq_jax.quantizer import Quantizer, from_rotated, sketch_gain, sketch_query, to_rotated
+from tq_jax.rotation import mixing_matrix
 
 EXACT_BLOCK = 512
 """Full-precision slots attended to at a time."""
 
-Implementation = Literal["auto", "reference", "triton", "mosaic"]
+Implementation = Literal["auto", "reference", "triton"]
 
 
 def attend(
@@ -32,6 +34,8 @@ def attend(
     scale: float | None = None,
     lengths: Int[Array, "b"] | None = None,
     rows: Int[Array, "b"] | None = None,
+    precise: bool = False,
+    config: TileConfig | None = None,
 ) -> Float[Array, "b t h_q d"]:
     """Attention of the latest tokens over everything in the cache, causal.
 
@@ -42,8 +46,8 @@ def attend(
     Args:
         query: Queries after rotary embedding; h_q is a multiple of the cache's KV heads.
         cache: The cache.
-        implementation: "reference" is jnp on any device; "triton" reads the pages with a GPU kernel (interpreted where
-            JAX has no GPU, slowly); "auto" takes the best one there is.
+        implementation: "reference" is jnp on any device; "triton" is three GPU kernels (interpreted where JAX has no
+            GPU, slowly); "auto" takes the kernels on a GPU for what they support and the reference elsewhere.
         sliding_window: A query sees itself and the sliding_window - 1 tokens before it. All by default.
         softcap: Logits x become softcap * tanh(x / softcap).
         sink_logits: A learned logit a head that takes part in the softmax and has no value.
@@ -51,6 +55,9 @@ def attend(
         lengths: Queries of each row that exist, at most t, right-padded like the chunk they come from. Row i's are
             those of its last lengths[i] tokens; the outputs of padding are zero.
         rows: The cache rows of the queries. All rows in order by default.
+        precise: Two-byte queries and probabilities in the kernel, see `TileConfig`; the reference always is precise.
+        config: Tiles of the kernel instead of those for the page size, and its own `precise`; without influence on the
+            reference, to which it cannot be given by name.
 
     Returns:
         Attention outputs in the type of the queries. NaN for rows that overflowed; zero where no token is visible.
@@ -88,30 +95,110 @@ def attend(
     if sink_logits is not None and sink_logits.shape != query.shape[2:3]:
         raise ValueError(f"expected sink_logits of shape {query.shape[2:3]}, got {tuple(sink_logits.shape)}")
     require_row_integers(batch, lengths=lengths, rows=rows)
-    if implementation not in IMPLEMENTATIONS:
-        raise NotImplementedError(f"implementation={implementation!r}; attend has: {IMPLEMENTATIONS}")
-    if lengths is None:
-        lengths = jnp.full(batch, query.shape[1], jnp.int32)
-    rows = jnp.arange(cache.rows, dtype=jnp.int32) if rows is None else rows.astype(jnp.int32)
+    if implementation not in get_args(Implementation):
+        raise NotImplementedError(f"implementation={implementation!r}; attend has: {get_args(Implementation)}")
+    if config is not None and (precise or implementation == "reference"):
+        raise ValueError(
+            "expected config without precise, which it has itself, and not for the reference; "
+            f"got {precise=}, {implementation=}"
+        )
+    rows = None if rows is None else rows.astype(jnp.int32)
+    lengths = None if lengths is None else lengths.astype(jnp.int32)
     if query.size == 0:
         return jnp.zeros_like(query)
     options = LogitOptions(scale or float(np.float32(spec.head_dim**-0.5)), softcap, sliding_window)
-    return _attend(
-        query, cache, lengths.astype(jnp.int32), rows, sink_logits, options=options, implementation=implementation
+    plan = _plan(cache, options, precise, config)
+    if implementation == "auto":
+        implementation = _best(query, cache, plan)
+    if implementation == "triton":
+        return _attend_fused(query, cache, lengths, rows, sink_logits, plan=plan)
+    return _attend_reference(query, cache, lengths, rows, sink_logits, options=options)
+
+
+def _plan(cache: Cache, options: LogitOptions, precise: bool, config: TileConfig | None) -> fused.AttendPlan:
+    key, value = cache.spec.key, cache.spec.value
+    return fused.AttendPlan(
+        options=options,
+        key_format=None if key is None else key.format,
+        value_format=None if value is None else value.format,
+        sinks=cache.spec.sinks,
+        sketch_gain=sketch_gain(cache.spec.head_dim),
+        config=config,
+        precise=precise,
+        interpret=jax.default_backend() != "gpu",
     )
 
 
-@functools.partial(jax.jit, static_argnames=("options", "implementation"))
-def _attend(
+def _best(query: Array, cache: Cache, plan: fused.AttendPlan) -> Implementation:
+    """The kernels on a GPU unless they do not support the case, which is warned about (once, by Python's default)."""
+    if plan.interpret:
+        return "reference"
+    try:
+        fused.check_attend(query.shape, arrays_of(cache), plan)
+    except NotImplementedError as error:
+        warnings.warn(f"attention runs as the slow reference: {error}", stacklevel=3)
+        return "reference"
+    return "triton"
+
+
+@functools.partial(jax.jit, static_argnames=("plan",))
+def _attend_fused(
     query: Array,
     cache: Cache,
-    lengths: Array,
-    rows: Array,
+    lengths: Array | None,
+    rows: Array | None,
+    sink_logits: Array | None,
+    *,
+    plan: fused.AttendPlan,
+) -> Any:
+    return fused.attend_cache(query, arrays_of(cache), plan, rows=rows, counts=lengths, sink_logits=sink_logits)
+
+
+def arrays_of(cache: Cache) -> fused.CacheArrays:
+    """The arrays that the kernels read, without a copy."""
+    statistics, key = cache.statistics, cache.key_quantizer
+    return fused.CacheArrays(
+        pages=cache.pages,
+        exact_keys=cache.exact_keys,
+        exact_values=cache.exact_values,
+        length=cache.length,
+        compressed=cache.compressed,
+        overflow=cache.overflow,
+        mean=None if statistics is None else statistics.mean,
+        weight=None if statistics is None else statistics.weight,
+        key_basis=_basis(key),
+        value_basis=_basis(cache.value_quantizer),
+        sketch=None if key is None else key.sketch,
+    )
+
+
+def _basis(quantizer: Quantizer | None) -> Basis | None:
+    """What `to_rotated` does, as arrays; None for nothing."""
+    if quantizer is None or not quantizer.rotations:
+        return None
+    hadamard = [rotation.ndim == 1 for rotation in quantizer.rotations]
+    return Basis(
+        matrices=tuple(
+            jnp.asarray(mixing_matrix(r.shape[0]).T) if mixed else r
+            for r, mixed in zip(quantizer.rotations, hadamard, strict=True)
+        ),
+        signs=tuple(r if mixed else None for r, mixed in zip(quantizer.rotations, hadamard, strict=True)),
+        outliers=quantizer.outliers,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("options",))
+def _attend_reference(
+    query: Array,
+    cache: Cache,
+    lengths: Array | None,
+    rows: Array | None,
     sink_logits: Array | None,
     *,
     options: LogitOptions,
-    implementation: str,
 ) -> Array:
+    rows = jnp.arange(cache.rows, dtype=jnp.int32) if rows is None else rows
+    lengths = jnp.full(rows.shape, query.shape[1], jnp.int32) if lengths is None else lengths
     length = cache.length[rows]
     step = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     positions = (length - lengths)[:, None] + step
@@ -120,7 +207,7 @@ def _attend(
     if cache.exact_keys.shape[2]:
         partial = _attend_exact(precise, cache, rows, positions, options)
     if cache.pages is not None:
-        partial = merge(partial, _attend_compressed(precise, cache, rows, positions, options, implementation))
+        partial = merge(partial, _attend_compressed(precise, cache, rows, positions, options))
     if sink_logits is not None:
         logits = jnp.broadcast_to(sink_logits.astype(jnp.float32)[None, None], partial.peak.shape)
         partial = merge(partial, Partial(jnp.zeros_like(partial.acc), logits, jnp.ones_like(partial.total)))
@@ -192,7 +279,6 @@ def _attend_compressed(
     rows: Int[Array, "b"],
     positions: Int[Array, "b t"],
     options: LogitOptions,
-    implementation: str,
 ) -> Partial:
     spec, key_quantizer, value_quantizer = cache.spec, cache.key_quantizer, cache.value_quantizer
     assert cache.pages is not None and spec.key is not None and spec.value is not None
@@ -218,6 +304,6 @@ def _attend_compressed(
         options=options,
         logit_bias=bias,
         sketch_query=sketch,
-        implementation=implementation,
+        implementation="reference",
     )
     return Partial(from_rotated(value_quantizer, partial.acc), partial.peak, partial.total)

@@ -48,6 +48,7 @@ class Part:
         byte: First byte of the vector's planes.
         channel: Channel of the whole vector that the planes' first one is.
         scale: Place in the axis of scales, None where there is no such axis.
+        words: Whether the planes of all tokens are whole words of memory, so that four neighbours are in one register.
         tiles: The tiles.
     """
 
@@ -57,6 +58,7 @@ class Part:
     byte: int
     channel: int
     scale: int | None
+    words: bool
     tiles: tuple[Tile, ...]
 
 
@@ -91,19 +93,21 @@ def codebook_parts(fmt: CodebookFormat, *, least: int) -> tuple[Part, ...]:
         if book.bits:
             scale = i if fmt.num_scales > 1 else None
             tiles = cut(book.dim, book.bits, least=least)
-            parts.append(Part(book, False, False, byte, channel, scale, tiles))
+            edges = [n for _, start, size in plane_layout(book.bits, book.dim) for n in (byte + start, size)]
+            words = not any(n % 4 for n in (fmt.packed_bytes, *edges))
+            parts.append(Part(book, False, False, byte, channel, scale, words, tiles))
         byte, channel = byte + packed_bytes(book.dim, book.bits), channel + book.dim
     if fmt.residual:
         signs = Codebook(fmt.dim, 1, levels=(0,), step=2.0)
-        parts.append(Part(signs, False, True, 0, 0, None, cut(fmt.dim, 1, least=least)))
+        parts.append(Part(signs, False, True, 0, 0, None, fmt.dim % 32 == 0, cut(fmt.dim, 1, least=least)))
     return tuple(parts)
 
 
 def mixed_pairs(part: Part) -> Part:
-    """The part with tiles that share their lookups mixed, wherever they come in pairs."""
+    """The part with tiles that share their lookups mixed, wherever they come in pairs of whole words."""
     distance = PAIR_DISTANCE.get(part.book.bits)
     field_bytes = plane_layout(part.book.bits, part.book.dim)[0][2]
-    if distance is None:
+    if distance is None or not part.words:
         return part
     found = {(tile.start, tile.width, tile.valid) for tile in part.tiles}
     tiles, taken = [], set()
@@ -146,7 +150,7 @@ def value_parts(fmt: VectorFormat) -> tuple[Part, ...]:
         raise NotImplementedError(f"the kernel reads min-max values of 2 and 4 bits, got bits={fmt.bits}")
     book = Codebook(fmt.dim, fmt.bits, levels=(), step=1.0)
     return tuple(
-        Part(book, True, False, 0, 0, i, cut(fmt.dim, fmt.bits, least=LEAST_VALUE_TILE, start=c, stop=c + fmt.group))
+        Part(book, True, False, 0, 0, i, True, cut(fmt.dim, fmt.bits, least=LEAST_VALUE_TILE, start=c, stop=c + fmt.group))
         for i, c in enumerate(range(0, fmt.dim, fmt.group))
     )
 

@@ -1,24 +1,26 @@
-"""Launch of the Pallas Triton decode kernel and the merge of its splits."""
+"""Launch of the Pallas Triton decode kernel."""
 
+import dataclasses
 import functools
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode.config import TileConfig, default_config, num_splits
+from pallas_kernels.decode.config import TileConfig, column_block, default_config, num_splits
 from pallas_kernels.decode.layout import key_parts, value_parts
+from pallas_kernels.decode.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.decode.options import LogitOptions
 from pallas_kernels.decode.pages import Pages
-from pallas_kernels.decode.partial import NO_KEY, Partial
+from pallas_kernels.decode.partial import Partial
 from pallas_kernels.decode.triton_body import Inputs, Plan, attend
 from pallas_kernels.format import CodebookFormat, VectorFormat
-from pallas_kernels.packing import plane_widths
 
-MAX_QUERY_TOKENS, MAX_GROUP, MAX_COLUMNS = 8, 16, 32
+MAX_QUERY_TOKENS, MAX_GROUP = 8, 16
 DIMS = (64, 80, 96, 128, 192, 256)
 """Head dims that are tested."""
 
@@ -61,83 +63,125 @@ def attend_pages(
     Raises:
         NotImplementedError: For shapes or formats outside the kernel's limits.
     """
-    batch, count, heads, _ = query.shape
-    kv_heads, page_size = pages.keys.packed.shape[1:3]
-    check_supported(query.shape, pages, key_format, value_format, config)
-    group = heads // kv_heads
-    columns = padded_columns(count * group)
-    config = config_for(query.shape, pages, value_format) if config is None else config
-    splits = num_splits(config, batch=batch, kv_heads=kv_heads, capacity=block_table.shape[1] * page_size)
-    plan = Plan(
-        keys=key_parts(key_format),
-        values=value_parts(value_format),
+    interpret = jax.default_backend() != "gpu" if interpret is None else interpret
+    plan, num_warps, num_stages = decode_plan(
+        query.shape,
+        pages,
+        block_table.shape[1],
+        key_format=key_format,
+        value_format=value_format,
         options=options,
-        count=count,
-        group=group,
-        columns=columns,
-        tile=config.tile,
-        page_size=page_size,
-        splits=splits,
-        precise=config.precise,
-        interpret=jax.default_backend() != "gpu" if interpret is None else interpret,
+        config=config,
+        interpret=interpret,
     )
     inputs = Inputs(
         query=query.astype(jnp.float32),
-        pages=jax.tree.map(lambda pool: pool if pool.size else None, pages),
+        pages=pages,
         table=block_table.astype(jnp.int32),
         lengths=lengths.astype(jnp.int32),
         positions=positions.astype(jnp.int32),
         bias=logit_bias,
         sketch=sketch_query,
     )
-    lead = (batch, kv_heads, splits)
-    shapes = [(*lead, value_format.dim, columns), (*lead, columns), (*lead, columns)]
-    acc, peak, total = pl.pallas_call(
-        functools.partial(attend, plan=plan),
-        grid=(splits, batch, kv_heads),
-        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
-        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
-        interpret=plan.interpret,
-        name="decode",
-    )(inputs)
-    return _merge_splits(acc, peak, total, count=count, group=group)
+    splits = decode(inputs, value_format.dim, plan, num_warps=num_warps, num_stages=num_stages)
+    shape = (*query.shape[:3], value_format.dim)
+    return Partial(
+        *merge_splits(
+            MergeInputs(splits), merge_plan(shape, segments=0, dtype="float32", partial=True, interpret=interpret)
+        )
+    )
+
+
+def decode_plan(
+    query_shape: tuple[int, ...],
+    pages: Pages,
+    table_width: int,
+    *,
+    key_format: VectorFormat,
+    value_format: VectorFormat,
+    options: LogitOptions,
+    config: TileConfig | None,
+    precise: bool = False,
+    interpret: bool,
+) -> tuple[Plan, int, int]:
+    """The plan for queries [b, t, h_q, d] and a block table [b, table_width], warps and stages.
+
+    Raises:
+        NotImplementedError: For shapes or formats outside the kernel's limits.
+    """
+    batch, count, heads, _ = query_shape
+    kv_heads, page_size = pages.keys.packed.shape[1:3]
+    check_supported(query_shape, pages, key_format, value_format, config, precise=precise)
+    config = config_for(query_shape, pages, key_format, value_format, precise=precise) if config is None else config
+    group = heads // kv_heads
+    columns = padded_columns(count * group)
+    block = column_block(columns, dim=max(query_shape[3], value_format.dim), precise=config.precise)
+    plan = Plan(
+        keys=key_parts(key_format),
+        values=value_parts(value_format),
+        options=options,
+        count=count,
+        group=group,
+        columns=block,
+        blocks=columns // block,
+        tile=config.tile,
+        page_size=page_size,
+        splits=num_splits(config, batch=batch, kv_heads=kv_heads, capacity=table_width * page_size),
+        num_warps=config.num_warps,
+        precise=config.precise,
+        interpret=interpret,
+    )
+    return plan, config.num_warps, config.num_stages
+
+
+def decode(x: Inputs, value_dim: int, plan: Plan, *, num_warps: int, num_stages: int) -> Splits:
+    """Launches the kernel."""
+    batch, kv_heads = x.lengths.shape[0], x.pages.keys.packed.shape[1]
+    lead = (batch, kv_heads, plan.splits)
+    columns = plan.columns * plan.blocks
+    shapes = [(*lead, plan.count * plan.group, value_dim), (*lead, columns), (*lead, columns)]
+    pages = jax.tree.map(lambda pool: pool if pool.size else None, x.pages)
+    return Splits(
+        *pl.pallas_call(
+            functools.partial(attend, plan=plan),
+            grid=(plan.splits * plan.blocks, batch, kv_heads),
+            out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+            compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+            interpret=plan.interpret,
+            name="decode",
+        )(dataclasses.replace(x, pages=pages, counting=np.arange(256, dtype=np.uint8)))
+    )
 
 
 def config_for(
-    query_shape: tuple[int, ...], pages: Pages, value_format: VectorFormat, *, precise: bool = False
+    query_shape: tuple[int, ...],
+    pages: Pages,
+    key_format: VectorFormat,
+    value_format: VectorFormat,
+    *,
+    precise: bool = False,
 ) -> TileConfig:
     """The tiles that `attend_pages` takes by default."""
     _, count, heads, dim = query_shape
     kv_heads, page_size = pages.keys.packed.shape[1:3]
-    columns, parts = padded_columns(count * heads // kv_heads), len(value_parts(value_format))
-    return default_config(page_size, columns=columns, dim=dim, value_parts=parts, precise=precise)
+    return default_config(
+        page_size,
+        columns=padded_columns(count * heads // kv_heads),
+        dim=max(dim, value_format.dim),
+        value_parts=len(value_parts(value_format)),
+        precise=precise,
+        bits=(widest(key_format), widest(value_format)),
+    )
+
+
+def widest(fmt: VectorFormat) -> int:
+    """Bits of a format's widest codes."""
+    return max(book.bits for book in fmt.segments) if isinstance(fmt, CodebookFormat) else fmt.bits
 
 
 def padded_columns(rows: int) -> int:
     """Columns that a number of query rows pads to."""
     return max(8, 1 << (rows - 1).bit_length())
-
-
-def _merge_splits(acc: Array, peak: Array, total: Array, *, count: int, group: int) -> Partial:
-    """Combines the splits [b, h_kv, splits, (d,) columns]; exponents are base 2 here and base e in the result."""
-    batch, kv_heads, _, dim, _ = acc.shape
-    acc, peak, total = (x[..., : count * group] for x in (acc, peak, total))
-    top = jnp.max(peak, axis=2)
-    weight = jnp.exp2(peak - top[:, :, None])
-    sums = jnp.sum(total * weight, axis=2)
-    seen = sums > 0
-    out = jnp.sum(acc * weight[:, :, :, None], axis=2) / jnp.where(seen, sums, 1.0)[:, :, None]
-    peak = jnp.where(seen, (top + jnp.log2(jnp.where(seen, sums, 1.0))) * math.log(2), NO_KEY)
-
-    def queries_first(x: Array) -> Array:
-        x = jnp.moveaxis(x.reshape(*x.shape[:-1], count, group), -2, 1)
-        return jnp.moveaxis(x, -1, 3)
-
-    def per_query(x: Array) -> Array:
-        return queries_first(x).reshape(batch, count, kv_heads * group)
-
-    acc = queries_first(out).reshape(batch, count, kv_heads * group, dim)
-    return Partial(acc, per_query(peak), per_query(seen.astype(jnp.float32)))
 
 
 def check_supported(
@@ -146,6 +190,8 @@ def check_supported(
     key_format: VectorFormat,
     value_format: VectorFormat,
     config: TileConfig | None,
+    *,
+    precise: bool = False,
 ) -> None:
     """Raises NotImplementedError, naming value and limit, for what the kernel does not do."""
     _, count, heads, dim = query_shape
@@ -158,34 +204,21 @@ def check_supported(
             f"the Triton kernel has up to {MAX_QUERY_TOKENS} query tokens and {MAX_GROUP} query heads a KV head, "
             f"got {count} and {group}"
         )
-    columns = padded_columns(count * group)
-    if columns > MAX_COLUMNS:
+    key_parts(key_format)
+    config = config_for(query_shape, pages, key_format, value_format, precise=precise) if config is None else config
+    if page_size % 16 or (page_size % config.tile and config.tile % page_size):
         raise NotImplementedError(
-            f"the Triton kernel has up to {MAX_COLUMNS} query rows a KV head (query tokens times query heads), "
-            f"got {count * group}"
+            f"the Triton kernel reads pages of a multiple of 16 tokens that divide {config.tile} or are a multiple of "
+            f"it, got {page_size=}"
         )
-    if config is not None and config.precise and columns > 8:
-        raise NotImplementedError(f"precise=True has up to 8 query rows a KV head, got {count * group}")
-    value_parts(value_format)
-    tile = (config_for(query_shape, pages, value_format) if config is None else config).tile
-    if page_size % tile:
-        raise NotImplementedError(f"the Triton kernel reads pages of a multiple of {tile} tokens, got {page_size=}")
-    for array in jax.tree.leaves(pages):
-        # Pallas addresses arrays up to 4 GiB with signed 32 bits.
+    check_addressable(pages)
+
+
+def check_addressable(arrays: Any) -> None:
+    """Raises NotImplementedError for arrays that Pallas addresses with too few bits."""
+    for array in jax.tree.leaves(arrays):
+        # Those up to 4 GiB with signed 32 bits.
         if 2**31 < array.size * array.dtype.itemsize <= 2**32:
             raise NotImplementedError(
                 f"the Triton kernel addresses pools up to 2 GiB or above 4 GiB, got {array.size * array.dtype.itemsize}"
             )
-    key_parts(key_format)
-    assert isinstance(key_format, CodebookFormat)
-    _check_key_planes(key_format)
-
-
-def _check_key_planes(fmt: CodebookFormat) -> None:
-    """Raises NotImplementedError for keys whose planes do not start at whole words, as loads of four bytes need."""
-    for dim, bits in [(book.dim, book.bits) for book in fmt.segments] + [(fmt.dim, 1)] * fmt.residual:
-        for width in plane_widths(bits):
-            if dim * width % 32:
-                raise NotImplementedError(
-                    f"the Triton kernel has key planes of a multiple of 4 bytes, got {dim} channels of {width} bits"
-                )

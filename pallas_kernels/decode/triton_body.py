@@ -25,6 +25,7 @@ from pallas_kernels.decode.options import LogitOptions
 from pallas_kernels.lookup_triton import (
     MAGIC,
     Field,
+    at_least,
     codebook_tile,
     exp2,
     integer_tile,
@@ -55,10 +56,12 @@ class Plan:
         options: Logit options.
         count: Query tokens.
         group: Query heads a KV head.
-        columns: count * group, padded.
+        columns: Columns of a program.
+        blocks: Programs that share the columns, count * group padded.
         tile: Tokens a step.
         page_size: Tokens a page.
         splits: Programs a sequence and KV head.
+        num_warps: Warps a program.
         precise: Whether queries and probabilities have two bytes.
         interpret: Whether the kernel runs as jnp.
     """
@@ -69,9 +72,11 @@ class Plan:
     count: int
     group: int
     columns: int
+    blocks: int
     tile: int
     page_size: int
     splits: int
+    num_warps: int
     precise: bool
     interpret: bool
 
@@ -84,7 +89,7 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Arrays of the kernel, or its references; see `decode_attention`."""
+    """Arrays of the kernel, or its references; see `decode_attention`. `counting` is 0 to 255, see `_load_shifts`."""
 
     query: Any
     pages: Any
@@ -93,12 +98,15 @@ class Inputs:
     positions: Any
     bias: Any
     sketch: Any
+    counting: Any = None
 
 
 def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan) -> None:
-    """The kernel body; writes acc [channels, columns] and peak, total [columns] of its split, exponents base 2."""
-    split, row, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    column = lax.broadcasted_iota(jnp.int32, (plan.columns,), 0)
+    """The kernel body; writes acc [queries, channels] and peak, total [columns] of its split, exponents base 2."""
+    # Blocks of columns of the same tiles come side by side, so that the second one finds them in the cache.
+    program, row, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    split, block = lax.div(program, jnp.int32(plan.blocks)), lax.rem(program, jnp.int32(plan.blocks))
+    column = block * plan.columns + lax.broadcasted_iota(jnp.int32, (plan.columns,), 0)
     token, head_column = _query_index(column, head, plan)
     begin, end = _tiles_of_split(x, row, split, plan)
     queries = [_quantized_query(x, part, row, token, head_column, column, plan) for part in plan.keys]
@@ -109,39 +117,38 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
     position = None
     if plan.count > 1:
         position = plt.load(x.positions.at[jnp.full_like(token, row), token], mask=_exists(column, plan), other=0)
-    last_page = x.table.shape[1] - 1
+    shifts = _load_shifts(x, plan)
 
     def step(index: jax.Array, state: tuple) -> tuple:
         page, parts, total = state
         # Read a step early: the loads of the next tile wait for its page.
-        following = x.table[row, jnp.minimum(_page(index + 1, plan), last_page)]
+        following = _page(x, row, index + 1, plan)
         where = (page, head, _slot(index, plan))
         tokens = index * plan.tile + lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
         seen = _seen_tokens(x, row, tokens, plan)
         visible = None if position is None else _visible(tokens, position, plan)
-        exponents = [_exponent(x, part, where, seen, plan) for part in plan.values]
+        exponents, inverses = zip(*(_exponent(x, part, where, seen, plan) for part in plan.values), strict=True)
         # One part's exponent is what the logits accumulate onto: a fused multiply-add less.
         alone = len(exponents) == 1 and plan.options.softcap is None
-        logits = _logits(x, where, seen, queries, bias, exponents[0] if alone else None, plan)
+        logits = _logits(x, where, seen, queries, bias, exponents[0] if alone else None, shifts, plan)
         updated = []
-        for i, (part, exponent, state_of_part) in enumerate(zip(plan.values, exponents, parts, strict=True)):
-            w = logits if alone else logits + exponent[:, None]
+        for i, part in enumerate(plan.values):
+            w = logits if alone else logits + exponents[i][:, None]
             if visible is not None:
                 w = jnp.where(visible, w, HIDDEN)
-            inverse = exp2(jnp.where(seen, -exponent, 0.0), interpret=plan.interpret)
-            new, p, alpha, beta = _accumulate(x, part, where, w, inverse, seen, state_of_part, plan)
+            new, p, alpha, beta = _accumulate(x, part, where, w, inverses[i], seen, parts[i], shifts, plan)
             updated.append(new)
             if i == 0:
-                total = total * alpha + beta * jnp.sum(p * inverse[:, None], axis=0)
+                total = total * alpha[None, :] + _fold(p * inverses[i][:, None], plan) * beta[None, :]
         return following, tuple(updated), total
 
-    nothing = jnp.zeros((plan.columns,), jnp.float32)
     parts = tuple(_empty_part(part, plan) for part in plan.values)
-    first = x.table[row, jnp.minimum(_page(begin, plan), last_page)]
-    _, parts, total = lax.fori_loop(begin, end, step, (first, parts, nothing))
+    state = _page(x, row, begin, plan), parts, _folded_zeros(plan)
+    _, parts, total = lax.fori_loop(begin, end, step, state)
     _store_acc(parts, acc_ref, (row, head, split), column, plan)
-    peak_ref[row, head, split, :] = parts[0][1]
-    total_ref[row, head, split, :] = total
+    columns = pl.ds(block * plan.columns, plan.columns)
+    peak_ref[row, head, split, columns] = parts[0][1]
+    total_ref[row, head, split, columns] = jnp.sum(total, axis=0)
 
 
 def _query_index(column: jax.Array, head: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -152,14 +159,25 @@ def _query_index(column: jax.Array, head: jax.Array, plan: Plan) -> tuple[jax.Ar
     return lax.div(column, group), head * plan.group + lax.rem(column, group)
 
 
-def _page(index: jax.Array, plan: Plan) -> jax.Array:
-    """Place in the block table of a tile. Remainders are those of C, whose divisibility Triton understands."""
-    return lax.div(index, jnp.int32(plan.page_size // plan.tile))
+def _page(x: Inputs, row: jax.Array, index: jax.Array, plan: Plan) -> jax.Array:
+    """Page of a tile or, where pages are smaller, of each of its tokens [tile].
+
+    Quotients and remainders are those of C, whose divisibility Triton understands.
+    """
+    last = x.table.shape[1] - 1
+    if plan.tile <= plan.page_size:
+        return x.table[row, jnp.minimum(lax.div(index, jnp.int32(plan.page_size // plan.tile)), last)]
+    token = lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
+    place = index * (plan.tile // plan.page_size) + lax.div(token, jnp.full_like(token, plan.page_size))
+    return plt.load(x.table.at[jnp.full_like(token, row), jnp.minimum(place, last)])
 
 
 def _slot(index: jax.Array, plan: Plan) -> jax.Array:
-    """First token of a tile in its page."""
-    return lax.rem(index, jnp.int32(plan.page_size // plan.tile)) * plan.tile
+    """Place in its page of a tile's first token or, where pages are smaller, of each of its tokens [tile]."""
+    if plan.tile <= plan.page_size:
+        return lax.rem(index, jnp.int32(plan.page_size // plan.tile)) * plan.tile
+    token = lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
+    return lax.rem(token, jnp.full_like(token, plan.page_size))
 
 
 def _exists(column: jax.Array, plan: Plan) -> jax.Array:
@@ -203,7 +221,7 @@ def _visible(tokens: jax.Array, position: jax.Array, plan: Plan) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Query:
-    """A quantized query: int8 tiles [columns, width] (high, then low bytes), half their sum, the factor of logits."""
+    """A quantized query: int8 tiles [width, columns] (high, then low bytes), half their sum, the factor of logits."""
 
     tiles: list[tuple[jax.Array, ...]]
     half: jax.Array
@@ -216,25 +234,26 @@ def _quantized_query(
     source = x.sketch if part.sketch else x.query
     tiles, largest = [], jnp.zeros((plan.columns,), jnp.float32)
     for tile in part.tiles:
-        shape = (plan.columns, tile.width)
-        channel = lax.broadcasted_iota(jnp.int32, shape, 1)
+        # Channels first: shared memory then has them side by side, as 8-bit products contract them.
+        shape = (tile.width, plan.columns)
+        channel = lax.broadcasted_iota(jnp.int32, shape, 0)
         start: jax.Array | int = tile.start
         if tile.partner is not None:
             partner, channel = mixed_index(channel)
             start, channel = jnp.where(partner, tile.partner, tile.start), channel + 2 * tile.half
-        mask = jnp.broadcast_to(_exists(column, plan)[:, None], shape)
+        mask = jnp.broadcast_to(_exists(column, plan)[None, :], shape)
         if tile.valid < tile.width:
             mask = mask & (channel < tile.valid)
-        index = [jnp.broadcast_to(i[:, None], shape) for i in (jnp.full_like(token, row), token, head)]
+        index = [jnp.broadcast_to(i[None, :], shape) for i in (jnp.full_like(token, row), token, head)]
         at = source.at[(*index, part.channel + start + channel)]
         tiles.append(plt.load(at, mask=mask, other=0.0))
-        largest = jnp.maximum(largest, jnp.max(jnp.abs(tiles[-1]), axis=1))
+        largest = jnp.maximum(largest, jnp.max(jnp.abs(tiles[-1]), axis=0))
     largest = jnp.maximum(largest, 1e-30)
     total = jnp.zeros((plan.columns,), jnp.int32)
     quantized = []
     for q in tiles:
-        integer = _integers(q * (plan.top / largest)[:, None])
-        total = total + jnp.sum(integer, axis=1)
+        integer = _integers(q * (plan.top / largest)[None, :])
+        total = total + jnp.sum(integer, axis=0)
         quantized.append(_bytes_of(integer, plan))
     factor = largest * (part.book.step * plan.options.scale * LOG2_E / plan.top)
     # The half of a step that an odd sum loses is 1e-5 of a logit.
@@ -261,6 +280,7 @@ def _logits(
     queries: list[_Query],
     bias: jax.Array | None,
     start: jax.Array | None,
+    shifts: dict,
     plan: Plan,
 ) -> jax.Array:
     """Logits [tile, columns] times log2(e), biased, soft-capped, plus start [tile]; finite where not seen."""
@@ -272,7 +292,7 @@ def _logits(
     for part, query in zip(plan.keys, queries, strict=True):
         scales = keys.residual if part.sketch else keys.scale
         scale = jnp.where(seen, _scale(scales, part, where, plan), 0.0)
-        tiles = _tiles(keys.signs if part.sketch else keys.packed, part, where, 1, plan)
+        tiles = _tiles(keys.signs if part.sketch else keys.packed, part, where, 1, shifts, plan)
         if plan.precise:
             product = [_products(tiles, [q[i] for q in query.tiles], jnp.zeros(shape, jnp.int32)) for i in (0, 1)]
             whole = (product[0] << 8) + product[1] + query.half[None, :]
@@ -291,7 +311,7 @@ def _logits(
 
 def _products(tiles: list[jax.Array], queries: list[jax.Array], start: jax.Array) -> jax.Array:
     for tile, query in zip(tiles, queries, strict=True):
-        start = start + lax.dot_general(tile, query, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        start = start + lax.dot_general(tile, query, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
     return start
 
 
@@ -299,16 +319,32 @@ def _scale(ref: Any, part: Part, where: tuple, plan: Plan) -> jax.Array:
     """Scales [tile] of a part, float32."""
     page, head, slot = where
     place = () if part.scale is None else (part.scale,)
-    return ref[(page, head, *place, pl.ds(slot, plan.tile))].astype(jnp.float32)
+    if not page.ndim:
+        return ref[(page, head, *place, pl.ds(slot, plan.tile))].astype(jnp.float32)
+    others = [jnp.full_like(page, i) for i in (head, *place)]
+    return plt.load(ref.at[(page, *others, slot)]).astype(jnp.float32)
 
 
-def _exponent(x: Inputs, part: Part, where: tuple, seen: jax.Array, plan: Plan) -> jax.Array:
-    """log2 of the scales [tile] of a value part, HIDDEN where not seen."""
-    scale = jnp.where(seen, _scale(x.pages.values.scale, part, where, plan), 1.0)
-    return jnp.where(seen, log2(jnp.maximum(scale, LEAST_SCALE), interpret=plan.interpret), HIDDEN)
+def _exponent(x: Inputs, part: Part, where: tuple, seen: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """log2 of the scales [tile] of a value part, HIDDEN where not seen, and their inverses, any number there."""
+    scale = _scale(x.pages.values.scale, part, where, plan)
+    if plan.interpret:
+        # Compiled, the maximum of NaN and a number is the number.
+        scale = jnp.where(seen, scale, 1.0)
+    exponent = log2(at_least(scale, LEAST_SCALE, interpret=plan.interpret), interpret=plan.interpret)
+    return jnp.where(seen, exponent, HIDDEN), exp2(-exponent, interpret=plan.interpret)
 
 
-def _tiles(ref: Any, part: Part, where: tuple, axis: int, plan: Plan) -> list[jax.Array]:
+def _folded_zeros(plan: Plan) -> jax.Array:
+    return jnp.zeros((min(plan.tile, 16 * plan.num_warps), plan.columns), jnp.float32)
+
+
+def _fold(x: jax.Array, plan: Plan) -> jax.Array:
+    """Sums of [tile, columns] over the rows that one thread holds: what is left is summed once, after the last tile."""
+    return jnp.sum(x.reshape(-1, min(plan.tile, 16 * plan.num_warps), plan.columns), axis=0)
+
+
+def _tiles(ref: Any, part: Part, where: tuple, axis: int, shifts: dict, plan: Plan) -> list[jax.Array]:
     """int8 tiles of a part, [tile, width] with axis 1 (keys) or [width, tile] with axis 0 (values)."""
     loaded: dict[tuple, tuple[jax.Array, jax.Array | None]] = {}
     out = []
@@ -318,7 +354,7 @@ def _tiles(ref: Any, part: Part, where: tuple, axis: int, plan: Plan) -> list[ja
             # Tiles of other fields of the same bytes, mixed ones included, share them.
             key = (start, tile.start % size, tile.width, tile.valid)
             if key not in loaded:
-                loaded[key] = _load_bytes(ref, where, start, size, width, tile, axis, plan)
+                loaded[key] = _load_bytes(ref, where, part, (width, start, size), tile, axis, shifts, plan)
             fields.append(Field(loaded[key][0], width, field, loaded[key][1]))
         if part.unsigned:
             out.append(integer_tile(fields[0], interpret=plan.interpret))
@@ -329,41 +365,95 @@ def _tiles(ref: Any, part: Part, where: tuple, axis: int, plan: Plan) -> list[ja
 
 
 def _load_bytes(
-    ref: Any, where: tuple, start: int, size: int, width: int, tile: Tile, axis: int, plan: Plan
+    ref: Any, where: tuple, part: Part, plane: tuple[int, int, int], tile: Tile, axis: int, shifts: dict, plan: Plan
 ) -> tuple[jax.Array, jax.Array | None]:
     """Bytes of one plane for a tile, and the shift in fields where the tile covers several."""
-    page, head, slot = where
+    width, start, size = plane
     first = tile.start % size
     several = first + tile.valid > size
-    if not several and tile.valid == tile.width:
-        token, byte = pl.ds(slot, plan.tile), pl.ds(start + first, tile.width)
-        return ref[(page, head, token, byte) if axis else (page, head, byte, token)], None
+    whole = tile.valid == tile.width
     shape = (plan.tile, tile.width) if axis else (tile.width, plan.tile)
-    channel = lax.broadcasted_iota(jnp.int32, shape, axis)
-    token = slot + lax.broadcasted_iota(jnp.int32, shape, 1 - axis)
-    byte = start + lax.rem(first + channel, jnp.full_like(channel, size))
-    mask = None if tile.valid == tile.width else channel < tile.valid
-    pages, heads = jnp.broadcast_to(page, shape), jnp.broadcast_to(head, shape)
-    at = ref.at[(pages, heads, token, byte) if axis else (pages, heads, byte, token)]
-    data = plt.load(at) if mask is None else plt.load(at, mask=mask, other=jnp.uint8(0))
+    # Repeated bytes are repeated by views alone, which leaves the operand of the product a load.
+    repeated = several and whole and first == 0 and tile.width % size == 0 and _is_power(size)
+    if repeated or (whole and not several):
+        count = size if repeated else tile.width
+        data = _load_run(ref, where, start + first, count, axis, plan)
+        if repeated:
+            views = (plan.tile, tile.width // size, size) if axis else (tile.width // size, size, plan.tile)
+            data = jnp.broadcast_to(jnp.expand_dims(data, axis), views).reshape(shape)
+    else:
+        channel = lax.broadcasted_iota(jnp.int32, shape, axis)
+        byte = start + lax.rem(first + channel, jnp.full_like(channel, size))
+        at = ref.at[_byte_index(where, byte, axis, plan)]
+        data = plt.load(at) if whole else plt.load(at, mask=channel < tile.valid, other=jnp.uint8(0))
     if not several:
         return data, None
-    shift = lax.div(first + channel, jnp.full_like(channel, size)).astype(jnp.int8)
-    if axis and size % 4:
+    shift = jnp.broadcast_to(jnp.expand_dims(shifts[first, size, tile.width], 1 - axis), shape)
+    if axis and not part.words:
         # Four neighbours do not share their field: shift each by itself.
         return data >> (lax.bitcast_convert_type(shift, jnp.uint8) * width), None
     return data, shift
 
 
+def _load_run(ref: Any, where: tuple, start: int, count: int, axis: int, plan: Plan) -> jax.Array:
+    """Bytes start to start + count of the tokens of a tile, along an axis."""
+    page, head, slot = where
+    if not page.ndim:
+        token, byte = pl.ds(slot, plan.tile), pl.ds(start, count)
+        return ref[(page, head, token, byte) if axis else (page, head, byte, token)]
+    shape = (plan.tile, count) if axis else (count, plan.tile)
+    return plt.load(ref.at[_byte_index(where, start + lax.broadcasted_iota(jnp.int32, shape, axis), axis, plan)])
+
+
+def _byte_index(where: tuple, byte: jax.Array, axis: int, plan: Plan) -> tuple[jax.Array, ...]:
+    """Index of bytes given as an array of the tile's shape."""
+    page, head, slot = where
+    if page.ndim:
+        page, slot = jnp.expand_dims(page, axis), jnp.expand_dims(slot, axis)
+        token = jnp.broadcast_to(slot, byte.shape)
+    else:
+        token = slot + lax.broadcasted_iota(jnp.int32, byte.shape, 1 - axis)
+    page, head = jnp.broadcast_to(page, byte.shape), jnp.broadcast_to(head, byte.shape)
+    return (page, head, token, byte) if axis else (page, head, byte, token)
+
+
+def _is_power(n: int) -> bool:
+    return n & (n - 1) == 0
+
+
+def _load_shifts(x: Inputs, plan: Plan) -> dict[tuple[int, int, int], jax.Array]:
+    """For tiles that cover several fields: how many fields to add for each channel, int8 [width].
+
+    They come from counting numbers in memory: Triton moves the layout of a product's operands up through arithmetic to
+    loads, but not to numbers that are made on the spot, and would send the whole tile through shared memory instead.
+    """
+    shifts: dict[tuple[int, int, int], jax.Array] = {}
+    for part in plan.keys + plan.values:
+        for tile in part.tiles:
+            for _, _, size, _ in planes_of(part, tile):
+                first = tile.start % size
+                if first + tile.valid > size and (first, size, tile.width) not in shifts:
+                    number = x.counting[pl.ds(first, tile.width)].astype(jnp.int32)
+                    shifts[first, size, tile.width] = lax.div(number, jnp.full_like(number, size)).astype(jnp.int8)
+    return shifts
+
+
 def _empty_part(part: Part, plan: Plan) -> tuple:
     """Accumulators of a value part: tiles, reference exponent, sum of p and sum of p * zero."""
-    zero = jnp.zeros((plan.columns,), jnp.float32)
     acc = tuple(jnp.zeros((tile.width, plan.columns), jnp.float32) for tile in part.tiles)
-    return acc, zero + FLOOR, zero
+    return acc, jnp.full((plan.columns,), FLOOR, jnp.float32), _folded_zeros(plan)
 
 
 def _accumulate(
-    x: Inputs, part: Part, where: tuple, w: jax.Array, inverse: jax.Array, seen: jax.Array, state: tuple, plan: Plan
+    x: Inputs,
+    part: Part,
+    where: tuple,
+    w: jax.Array,
+    inverse: jax.Array,
+    seen: jax.Array,
+    state: tuple,
+    shifts: dict,
+    plan: Plan,
 ) -> tuple[tuple, jax.Array, jax.Array, jax.Array]:
     """Adds a tile to a value part; returns the part, p * scale, and the factors of what was and of what came."""
     acc, reference, offset = state
@@ -372,20 +462,22 @@ def _accumulate(
     new_reference = jnp.maximum(reference, tile_reference)
     alpha = exp2(reference - new_reference, interpret=plan.interpret)
     beta = exp2(tile_reference - new_reference, interpret=plan.interpret)
-    tiles = _tiles(x.pages.values.packed, part, where, 0, plan)
+    tiles = _tiles(x.pages.values.packed, part, where, 0, shifts, plan)
     if plan.precise:
         high, low = _bytes_of(_integers(p), plan)
-        sums = [((_pv(v, high) << 8) + _pv(v, low)).astype(jnp.float32) for v in tiles]
+        sums = [((_pv(v, high) << 8) + _pv(v, low)).astype(jnp.float32) * beta[None, :] for v in tiles]
     else:
-        integer = round_to_int8(p)
-        sums = [_pv(v, integer).astype(jnp.float32) for v in tiles]
-    acc = tuple(a * alpha[None, :] + s * beta[None, :] for a, s in zip(acc, sums, strict=True))
+        # As for logits, starting at the bits of a large float makes sums floats without conversion.
+        integer, large = round_to_int8(p), (12582912.0 * beta)[None, :]
+        raw = [lax.bitcast_convert_type(_pv(v, integer) + MAGIC, jnp.float32) for v in tiles]
+        sums = [r * beta[None, :] - large for r in raw]
+    acc = tuple(a * alpha[None, :] + s for a, s in zip(acc, sums, strict=True))
     weights = p
     if part.unsigned:
         zero = jnp.where(seen, _scale(x.pages.values.zero, part, where, plan), 0.0)
         middle = float(1 << (part.book.bits - 1))
         weights = p * (zero * inverse + middle)[:, None]
-    offset = offset * alpha + beta * jnp.sum(weights, axis=0)
+    offset = offset * alpha[None, :] + _fold(weights, plan) * beta[None, :]
     return (acc, new_reference, offset), p, alpha, beta
 
 
@@ -398,6 +490,7 @@ def _store_acc(parts: tuple, ref: Any, lead: tuple, column: jax.Array, plan: Pla
     common = parts[0][1]
     for part, (acc, reference, offset) in zip(plan.values, parts, strict=True):
         factor = exp2(reference - common, interpret=plan.interpret)
+        offset = jnp.sum(offset, axis=0)
         for tile, sums in zip(part.tiles, acc, strict=True):
             shape = (tile.width, plan.columns)
             channel = lax.broadcasted_iota(jnp.int32, shape, 0)
@@ -409,4 +502,4 @@ def _store_acc(parts: tuple, ref: Any, lead: tuple, column: jax.Array, plan: Pla
             else:
                 out = (sums + (0.5 * offset)[None, :]) * (factor * part.book.step)[None, :]
             index = [jnp.broadcast_to(i, shape) for i in (*lead, column[None, :])]
-            plt.store(ref.at[(*index[:3], part.channel + tile.start + channel, index[3])], out, mask=mask)
+            plt.store(ref.at[(*index, part.channel + tile.start + channel)], out, mask=mask)
