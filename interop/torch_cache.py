@@ -18,6 +18,7 @@ from interop import compute
 from interop.dlpack import to_jax, to_torch
 from interop.moves import Moves, plan_append
 from interop.state import empty_tensors, load_tensors, map_rows, named_tensors, zero_pools
+from interop.torch_attend import AttendOptions, KernelAttention
 from tq_jax.statistics import KeyStatistics
 
 
@@ -68,6 +69,7 @@ class TorchCache:
         self.compressed = tuple(arrays.compressed.tolist())
         self._ready = arrays.statistics is None or bool(arrays.statistics.ready.all())
         self._view: tq.Cache | None = None
+        self._kernels: KernelAttention | None = None
 
     @property
     def spec(self) -> tq.CacheSpec:
@@ -134,19 +136,32 @@ class TorchCache:
         sink_logits: Float[torch.Tensor, "h_q"] | None = None,
         scale: float | None = None,
         lengths: Sequence[int] | None = None,
-        implementation: str = "auto",
+        precise: bool = False,
     ) -> Float[torch.Tensor, "b t h_q d"]:
-        """Attention of the latest tokens over everything in the cache, causal; arguments as in `tq_jax.attend`."""
+        """Attention of the latest tokens over everything in the cache, causal; arguments as in `tq_jax.attend`.
+
+        On the CPU JAX computes it; on a GPU torch launches the kernels, and `precise` chooses their arithmetic.
+        """
         if self.device.type != query.device.type:
             raise ValueError(f"expected a query on {self.device}, got one on {query.device}")
-        options: dict[str, Any] = dict(
-            sliding_window=sliding_window, softcap=softcap, scale=scale, implementation=implementation
-        )
-        if sink_logits is not None:
-            options["sink_logits"] = sink_logits
+        counts = None
         if lengths is not None:
-            options["lengths"] = torch.tensor(self._counts(query, lengths), dtype=torch.int32, device=self.device)
-        return compute.attend(query, self.as_jax(), **options)
+            counts = torch.tensor(self._counts(query, lengths), dtype=torch.int32, device=self.device)
+        if self.device.type == "cuda":
+            options = AttendOptions(sliding_window, softcap, scale, precise)
+            return self._attend_by_kernels(query, options, sink_logits, counts)
+        tensors = {"sink_logits": sink_logits, "lengths": counts}
+        return compute.attend(
+            query, self.as_jax(), sliding_window=sliding_window, softcap=softcap, scale=scale,
+            **{name: tensor for name, tensor in tensors.items() if tensor is not None},
+        )  # fmt: skip
+
+    def _attend_by_kernels(
+        self, query: torch.Tensor, options: AttendOptions, sink_logits: torch.Tensor | None, counts: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self._kernels is None:
+            self._kernels = KernelAttention(self.arrays)
+        return self._kernels(query, options, sink_logits, counts)
 
     def crop(self, length: int | Sequence[int]) -> None:
         """Drops the latest tokens, so that each row has at most `length`.

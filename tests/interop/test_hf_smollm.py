@@ -1,7 +1,6 @@
-"""A real model through transformers' own GGUF loader: the compressed cache against the fake-quantized oracle."""
+"""A real model, converted from its GGUF file: the compressed cache against the fake-quantized oracle."""
 
 import pydoc_data.topics
-import warnings
 
 import pytest
 
@@ -24,10 +23,8 @@ SPEC = tq.CacheSpec(3, 64, **OPTIONS)
 
 @pytest.fixture(scope="module")
 def model():
-    path = fetch_default_model()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    folder = convert_gguf(fetch_default_model())
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.generation_config.eos_token_id = None
     return model.eval()
 
