@@ -143,9 +143,15 @@ def overhead() -> dict:
 def model(batch: int, context: int, layers: int = 8, steps: int = 24) -> dict:
     """Milliseconds a decoded token of a Llama-shaped model, DynamicCache with SDPA against the compressed cache."""
     config = transformers.LlamaConfig(
-        vocab_size=2048, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=Q_HEADS,
-        num_key_value_heads=KV_HEADS, head_dim=DIM, max_position_embeddings=1 << 17,
-    )  # fmt: skip
+        vocab_size=2048,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=Q_HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=DIM,
+        max_position_embeddings=1 << 17,
+    )
     torch.manual_seed(0)
     with torch.device("cuda"):
         net = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
