@@ -9,9 +9,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.decode import Pages
-from pallas_kernels.decode.pages import write_tokens
+from pallas_kernels.encode import encode_pages
 from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers, to_storage
-from tq_jax.quantizer import encode_rotated, is_traced, to_rotated
+from tq_jax.quantizer import encoder, is_traced
 from tq_jax.statistics import KeyStatistics, fix_statistics, observe_queries
 
 
@@ -125,9 +125,10 @@ def _append(cache: Cache, k: Array, v: Array, query: Array | None, lengths: Arra
     if pages is not None:
         address = compressed[:, None] + step
         left_keys, left_values = _leaving(cache, k, v, rows, before, address)
-        if statistics is not None:
-            left_keys = (left_keys - statistics.mean[rows][:, None]) * statistics.weight[rows][:, None]
-        pages = _compress(cache, pages, left_keys, left_values, rows, address, step < evicted[:, None])
+        slots = rows[:, None] * (spec.pages_per_row * spec.page_size) + address
+        slots = jnp.where(step < evicted[:, None], slots, -1)
+        current = dataclasses.replace(cache, pages=pages, statistics=statistics)
+        pages = _compress(current, left_keys, left_values, rows, slots)
 
     position = before[:, None] + step
     slot = _slots(spec, position)
@@ -191,21 +192,21 @@ def _leaving(
 
 def _compress(
     cache: Cache,
-    pages: Pages,
     keys: Float[Array, "b t h_kv d"],
     values: Float[Array, "b t h_kv d"],
     rows: Int[Array, "b"],
-    address: Int[Array, "b t"],
-    leaves: Bool[Array, "b t"],
+    slots: Int[Array, "b t"],
 ) -> Pages:
-    """Quantizes tokens and writes those that leave the ring to their pages."""
-    assert cache.key_quantizer is not None and cache.value_quantizer is not None
-    page_size, nowhere = cache.spec.page_size, pages.keys.packed.shape[0]
-    page = rows[:, None] * cache.spec.pages_per_row + address // page_size
-    return write_tokens(
-        pages,
-        jnp.where(leaves, page, nowhere),
-        address % page_size,
-        encode_rotated(cache.key_quantizer, to_rotated(cache.key_quantizer, keys)),
-        encode_rotated(cache.value_quantizer, to_rotated(cache.value_quantizer, values)),
+    """Quantizes tokens and writes them to their slots of the pages, but for those of negative slots."""
+    assert cache.pages is not None and cache.key_quantizer is not None and cache.value_quantizer is not None
+    statistics = cache.statistics
+    return encode_pages(
+        keys.astype(cache.spec.dtype),
+        values.astype(cache.spec.dtype),
+        cache.pages,
+        slots,
+        key=encoder(cache.key_quantizer),
+        value=encoder(cache.value_quantizer),
+        mean=None if statistics is None else statistics.mean[rows],
+        weight=None if statistics is None else statistics.weight[rows],
     )

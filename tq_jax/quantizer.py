@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.scipy.linalg import block_diag
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.encode import encode
+from pallas_kernels.encode import Encoder, encode
 from pallas_kernels.format import Code, CodebookFormat, GroupFormat, ScaleDtype, ScaleRule, VectorFormat
 from pallas_kernels.lookup import decode, residual_signs
 from tq_jax import rotation as rot
@@ -235,6 +236,24 @@ def quantize(q: Quantizer, x: Float[Array, "*batch dim"]) -> Code:
 def encode_rotated(q: Quantizer, y: Float[Array, "*batch dim"]) -> Code:
     """Quantizes vectors that `to_rotated` has rotated."""
     return encode(y, q.spec.format, scale=q.spec.scale_rule, search=q.spec.search, sketch=q.sketch)
+
+
+def encoder(q: Quantizer) -> Encoder:
+    """What the encode op needs of a quantizer: its rotation as one matrix, outliers and segments included."""
+    matrices = [rot.matrix(rotation) for rotation in q.rotations]
+    matrix = None if not matrices else matrices[0] if len(matrices) == 1 else block_diag(*matrices)
+    if q.outliers is not None and matrix is not None:
+        matrix = matrix[jnp.argsort(_order(q))]
+    dim = q.spec.dim
+    signs = q.spec.rotation == "hadamard" and len(matrices) == 1 and dim & (dim - 1) == 0
+    return Encoder(
+        matrix,
+        q.sketch,
+        format=q.spec.format,
+        scale=q.spec.scale_rule,
+        search=q.spec.search,
+        magnitude=float(np.float32(dim**-0.5)) if signs else None,
+    )
 
 
 def checked(q: Quantizer, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:

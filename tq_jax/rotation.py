@@ -64,6 +64,11 @@ def unrotate(rotation: Float[Array, "..."], y: Float[Array, "*batch dim"]) -> Fl
     return _times(y, rotation)
 
 
+def matrix(rotation: Float[Array, "..."]) -> Float[Array, "dim dim"]:
+    """The matrix M of a rotation: `rotate` returns x @ M."""
+    return rotation[:, None] * mixing_matrix(rotation.shape[0]) if rotation.ndim == 1 else rotation.T
+
+
 def _times(x: Array, matrix: Array | np.ndarray) -> Array:
     return jnp.einsum("...i,ij->...j", x, matrix, precision=lax.Precision.HIGHEST)
 

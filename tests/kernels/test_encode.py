@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.encode import encode
-from pallas_kernels.encode.reference import SEARCH_MULTIPLES
+from pallas_kernels.encode.reference import COARSE, FINE, SEARCH_MULTIPLES
 from pallas_kernels.format import Codebook, CodebookFormat, GroupFormat
 from pallas_kernels.lookup import decode, integers
 from pallas_kernels.packing import unpack
@@ -42,15 +42,32 @@ def test_nearest_centroids(bits):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_search_finds_the_best_multiple(bits):
+    """As good as the best of its coarse multiples and of the neighbours of that one."""
     book, x = codebook(64, bits), vectors(16)
     fmt = CodebookFormat((book,), scale_dtype="float32")
     found = np.asarray(decode(encode(jnp.asarray(x), fmt, scale="least_squares", search=True), fmt))
     for row, got in zip(x, found, strict=True):
-        errors = []
-        for multiple in SEARCH_MULTIPLES:
-            q = book.centroids[brute_codes(row, book, multiple)]
-            errors.append(np.sum((row - q * (row @ q) / (q @ q)) ** 2))
-        assert np.sum((row - got) ** 2) <= min(errors) * (1 + 1e-4)
+
+        def error(place, row=row):
+            q = book.centroids[brute_codes(row, book, SEARCH_MULTIPLES[place])]
+            return np.sum((row - q * (row @ q) / (q @ q)) ** 2)
+
+        best = min(COARSE, key=error)
+        near = [error(best + i) for i in FINE if 0 <= best + i < len(SEARCH_MULTIPLES)]
+        assert np.sum((row - got) ** 2) <= min(error(best), *near) * (1 + 1e-4)
+
+
+def test_search_is_as_good_as_trying_every_multiple():
+    book, x = codebook(128, 4), vectors(2000, 128)
+    fmt = CodebookFormat((book,), scale_dtype="float32")
+    found = np.asarray(decode(encode(jnp.asarray(x), fmt, scale="least_squares", search=True), fmt))
+    best = np.full(len(x), np.inf)
+    steps = np.abs(x) / np.linalg.norm(x, axis=-1, keepdims=True) / book.step
+    for multiple in np.linspace(0.7, 1.3, 31):
+        q = np.asarray(book.levels)[np.searchsorted(book.thresholds, steps / multiple)] + 0.5
+        best = np.minimum(best, 1 - np.sum(steps * q, -1) ** 2 / np.sum(q * q, -1) * book.step**2)
+    error = np.sum((x - found) ** 2, -1) / np.sum(x * x, -1)
+    assert np.mean(error) <= np.mean(best) * 1.0005
 
 
 def test_scale_rules():

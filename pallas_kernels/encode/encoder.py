@@ -1,0 +1,31 @@
+"""What turns raw vectors into codes, apart from the statistics of keys."""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Float
+
+from pallas_kernels.format import ScaleRule, VectorFormat
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A rotation, a format and how its scale is chosen; a pytree.
+
+    Attributes:
+        matrix: [dim, dim], the rotated vector is x @ matrix; None for vectors that are encoded as they are.
+        sketch: The Gaussian matrix S of Prod, in the rotated basis; None for other formats.
+        format: What is written (static).
+        scale: The scale rule (static).
+        search: Whether the step of each vector is searched (static).
+        magnitude: What every entry of the matrix is plus or minus, None if they differ (static). The kernel then
+            multiplies by signs alone.
+    """
+
+    matrix: Float[Array, "dim dim"] | None
+    sketch: Float[Array, "dim dim"] | None
+    format: VectorFormat = dataclasses.field(metadata={"static": True})
+    scale: ScaleRule = dataclasses.field(default="least_squares", metadata={"static": True})
+    search: bool = dataclasses.field(default=False, metadata={"static": True})
+    magnitude: float | None = dataclasses.field(default=None, metadata={"static": True})

@@ -1,0 +1,208 @@
+"""Launch of the Pallas Triton encode kernel."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.decode.pages import Pages
+from pallas_kernels.encode.config import TileConfig, default_config
+from pallas_kernels.encode.encoder import Encoder
+from pallas_kernels.encode.reference import INVERSE_MULTIPLES
+from pallas_kernels.encode.triton_body import MATRIX_GAIN, Inputs, Plan, encode_tile, padded_size
+from pallas_kernels.format import Code, CodebookFormat, GroupFormat
+from pallas_kernels.packing import pack, packed_bytes, plane_widths
+
+DIMS = (64, 80, 96, 128, 192, 256)
+"""Head dims that are tested."""
+
+LEAST_ROW = 16
+"""Rows of fewer tokens share their tiles."""
+
+
+def encode_pages(
+    keys: Float[Array, "b t h d"],
+    values: Float[Array, "b t h d"],
+    pages: Pages,
+    slots: Int[Array, "b t"],
+    *,
+    key: Encoder,
+    value: Encoder,
+    mean: Float[Array, "b h d"] | None,
+    weight: Float[Array, "b h d"] | None,
+    config: TileConfig | None = None,
+    interpret: bool | None = None,
+) -> Pages:
+    """See `pallas_kernels.encode.encode_pages`.
+
+    Args:
+        keys: As there, and likewise the arguments not listed here.
+        values: As there.
+        pages: As there.
+        slots: As there.
+        key: As there.
+        value: As there.
+        mean: As there.
+        weight: As there.
+        config: Tile sizes; by default those for the number of tokens.
+        interpret: Whether to run the kernel as jnp; by default where JAX has no GPU.
+
+    Raises:
+        NotImplementedError: For shapes or formats outside the kernel's limits.
+    """
+    check_supported(pages, key, value)
+    if interpret is None:
+        interpret = jax.default_backend() != "gpu"
+    options = dict(config=config, interpret=interpret)
+    slots = slots.astype(jnp.int32)
+    return Pages(
+        encode_pool(keys, pages.keys, slots, key, mean, weight, channel_major=False, **options),
+        encode_pool(values, pages.values, slots, value, None, None, channel_major=True, **options),
+    )
+
+
+def encode_pool(
+    x: Float[Array, "b t h d"],
+    pool: Code,
+    slots: Int[Array, "b t"],
+    encoder: Encoder,
+    mean: Float[Array, "b h d"] | None,
+    weight: Float[Array, "b h d"] | None,
+    *,
+    channel_major: bool,
+    config: TileConfig | None = None,
+    interpret: bool = False,
+) -> Code:
+    """Encodes keys or values into their pool; see `encode_pages`.
+
+    Args:
+        x: Vectors.
+        pool: Pool of pages.
+        slots: Place of each token.
+        encoder: The encoder.
+        mean: Subtracted from the vectors.
+        weight: Multiplied to them then; both or neither.
+        channel_major: Whether bytes come before tokens in a page.
+        config: Tile sizes.
+        interpret: Whether to run the kernel as jnp.
+    """
+    rows, tokens, heads, dim = x.shape
+    if 0 in (rows, tokens, heads) or not pool.scale.size:
+        return pool
+    flat = tokens < LEAST_ROW
+    config = config or default_config(rows * tokens if flat else tokens, dim)
+    plan = Plan(
+        fmt=encoder.format,
+        scale=encoder.scale,
+        search=encoder.search,
+        factor=1 / MATRIX_GAIN if encoder.magnitude is None else encoder.magnitude,
+        channel_major=channel_major,
+        page_size=pool.scale.shape[-1],
+        rows=rows,
+        tokens=tokens,
+        tile=config.tile,
+        chunk=min(config.chunk, padded_size(dim)),
+        flat=flat,
+        planes=_vector_planes(x, encoder, centred=mean is not None),
+        interpret=interpret,
+    )
+    inputs = _inputs(x, slots, encoder, mean, weight, bfloat16=plan.planes == 0)
+    stored = jax.tree.map(lambda array: array if array.size else None, pool)
+    first = len(jax.tree.leaves(inputs))
+    blocks = pl.cdiv(rows * tokens if flat else tokens, config.tile)
+    new = pl.pallas_call(
+        functools.partial(encode_tile, plan=plan),
+        grid=(heads, blocks, 1 if flat else rows),
+        out_shape=jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), stored),
+        input_output_aliases={first + i: i for i in range(len(jax.tree.leaves(stored)))},
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        interpret=interpret,
+        name="encode",
+    )(inputs, stored)
+    return Code(**{name: old if getattr(new, name) is None else getattr(new, name) for name, old in vars(pool).items()})
+
+
+def _vector_planes(x: Array, encoder: Encoder, *, centred: bool) -> int:
+    """fp16 planes that hold the vectors exactly, or to float32 rounding; 0 for bfloat16 as it is."""
+    if centred or x.dtype not in (jnp.bfloat16, jnp.float16):
+        return 2
+    return 0 if x.dtype == jnp.bfloat16 and encoder.magnitude is not None else 1
+
+
+def _inputs(
+    x: Array, slots: Array, encoder: Encoder, mean: Array | None, weight: Array | None, *, bfloat16: bool
+) -> Inputs:
+    fmt = encoder.format
+    matrices: list[tuple[Array, ...]] = []
+    if isinstance(fmt, GroupFormat):
+        packers = [_packers(fmt.dim, fmt.bits)]
+    else:
+        packers = [_packers(book.dim, book.bits) for book in fmt.segments]
+        start = 0
+        for book in fmt.segments if encoder.matrix is not None else ():
+            part = encoder.matrix[:, start : start + book.dim]
+            matrices.append(_planes(part, encoder.magnitude is not None, bfloat16=bfloat16))
+            start += book.dim
+    sketch = None if encoder.sketch is None else encoder.sketch.T
+    inverse = np.pad(INVERSE_MULTIPLES, (0, 64 - len(INVERSE_MULTIPLES)))
+    return Inputs(
+        x=x,
+        slots=slots,
+        mean=None if mean is None else mean.astype(jnp.float32),
+        weight=None if weight is None else weight.astype(jnp.float32),
+        matrices=tuple(matrices),
+        packers=tuple(packers),
+        sketch=() if sketch is None else _planes(sketch, False, bfloat16=False),
+        signs=None if sketch is None else _packers(fmt.dim, 1)[0],
+        inverse=jnp.asarray(inverse) if encoder.search else None,
+    )
+
+
+def _planes(matrix: Float[Array, "m n"], signs: bool, *, bfloat16: bool) -> tuple[Array, ...]:
+    """A matrix as the planes that the kernel multiplies with, padded."""
+    padded = jnp.pad(matrix.astype(jnp.float32), [(0, padded_size(n) - n) for n in matrix.shape])
+    if signs:
+        return (jnp.sign(padded).astype(jnp.bfloat16 if bfloat16 else jnp.float16),)
+    padded = padded * MATRIX_GAIN
+    high = padded.astype(jnp.float16)
+    return high, (padded - high.astype(jnp.float32)).astype(jnp.float16)
+
+
+@functools.lru_cache(maxsize=64)
+def _packer_tables(dim: int, bits: int) -> tuple[np.ndarray, ...]:
+    """Of each plane, what `pack` makes of a 1 in each channel, padded: the matrix that packs."""
+    tables, start = [], 0
+    with jax.ensure_compile_time_eval():
+        for width in plane_widths(bits):
+            units = pack(jnp.eye(dim, dtype=jnp.uint8) << start, bits)
+            first = packed_bytes(dim, bits & -(2 * width)) if width < 8 else 0
+            table = np.asarray(units)[:, first : first + packed_bytes(dim, width)]
+            rows, columns = table.shape
+            tables.append(np.pad(table, ((0, padded_size(rows) - rows), (0, padded_size(columns) - columns))))
+            start += width
+    return tuple(table.astype(np.float16) for table in tables)
+
+
+def _packers(dim: int, bits: int) -> tuple[Array, ...]:
+    return () if bits in (0, 8) else tuple(jnp.asarray(table) for table in _packer_tables(dim, bits))
+
+
+def check_supported(pages: Pages, key: Encoder, value: Encoder) -> None:
+    """Raises NotImplementedError, naming value and limit, for what the kernel does not do."""
+    for fmt in (key.format, value.format):
+        if fmt.dim not in DIMS:
+            raise NotImplementedError(f"the Triton kernel encodes head dims {DIMS}, got {fmt.dim}")
+        if isinstance(fmt, GroupFormat) and fmt.group & (fmt.group - 1):
+            raise NotImplementedError(f"the Triton kernel encodes groups of a power of two, got group={fmt.group}")
+    if isinstance(value.format, CodebookFormat) and value.format.residual:
+        raise NotImplementedError("the Triton kernel encodes values without a sketch, got a residual")
+    for array in jax.tree.leaves(pages):
+        # Pallas addresses arrays up to 4 GiB with signed 32 bits.
+        if 2**31 < array.size * array.dtype.itemsize <= 2**32:
+            raise NotImplementedError(
+                f"the Triton kernel addresses pools up to 2 GiB or above 4 GiB, got {array.size * array.dtype.itemsize}"
+            )
