@@ -67,8 +67,11 @@ def update_statistics(
         center: Whether keys are centred.
         smooth: Whether channels are weighted.
     """
-    arrays = to_jax((statistics, _fresh(query), _fresh(exists), _fresh(keys), _fresh(valid), _fresh(fix)))
-    return to_torch(_update_statistics(*arrays, center=center, smooth=smooth))
+    given = (statistics, query, exists, keys, valid, fix)
+    here = fix.device if jax.default_backend() == "gpu" else torch.device("cpu")  # where JAX can read it
+    arrays = to_jax(jax.tree.map(lambda x: _fresh(x.to(here)), given))
+    new = to_torch(_update_statistics(*arrays, center=center, smooth=smooth))
+    return jax.tree.map(lambda x: x.to(fix.device), new)
 
 
 def attend(query: Float[torch.Tensor, "b t h_q d"], cache: tq.Cache, **options: Any) -> torch.Tensor:
@@ -78,10 +81,8 @@ def attend(query: Float[torch.Tensor, "b t h_q d"], cache: tq.Cache, **options: 
     return to_torch(tq.attend(cache=cache, **(options | arrays)))
 
 
-def _fresh(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _fresh(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy of it if its memory is not laid out as JAX wants it."""
-    if tensor is None:
-        return None
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
 

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
+from jax.core import Tracer
 
 from tq_jax import Cache
 
@@ -93,7 +94,7 @@ def _map_caches(tree: Any, view: Any) -> Any:
 
 
 def _export(array: Any) -> torch.Tensor:
-    if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer):
+    if not isinstance(array, jax.Array) or isinstance(array, Tracer):
         raise ValueError(f"expected JAX arrays with values, got {_name(array)}")
     if array.is_deleted():
         raise ValueError(f"expected a live array, got a deleted (donated?) one of shape {array.shape}")

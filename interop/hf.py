@@ -10,7 +10,7 @@ stored. Cropping (assisted decoding) drops tokens; what is compressed stays comp
 
 import dataclasses
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -43,8 +43,10 @@ class Compression:
     def spec(self, kv_heads: int, head_dim: int, prompt: int) -> tq.CacheSpec:
         """The spec of a layer whose first chunk has `prompt` tokens."""
         bits = {"key": self.key_bits, "value": self.value_bits}
-        both = {name: tq.QuantizerSpec(dim=head_dim, bits=width, search=True) for name, width in bits.items()}
-        spec = tq.CacheSpec(kv_heads, head_dim, 1, **(both | self.options))
+        fields: dict[str, Any] = {
+            name: tq.QuantizerSpec(dim=head_dim, bits=width, search=True) for name, width in bits.items()
+        }
+        spec = tq.CacheSpec(kv_heads, head_dim, 1, **(fields | self.options))
         least = spec.sink_tokens + spec.window
         if self.max_tokens is not None:
             return dataclasses.replace(spec, max_tokens=max(self.max_tokens, least))
@@ -279,7 +281,7 @@ class TurboQuantCache(Cache):
     def summary(self) -> str:
         """Which layers are compressed and how."""
         chosen = self.compressed_layers
-        how = self.layers[chosen[0]].compression
+        how = cast(CompressedLayer, self.layers[chosen[0]]).compression
         others = sorted({type(layer).__name__ for layer in self.layers if not isinstance(layer, CompressedLayer)})
         rest = f"; the others are kept as {', '.join(others)}" if others else ""
         return (

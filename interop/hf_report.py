@@ -69,7 +69,8 @@ def hf(
     """
     console = open_console(json)
     widths = [tuple(float(width) for width in pair.split("/")) for pair in bits.split(",")]
-    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device).eval()
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    network.to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     content = text.read_text("utf-8") if text else persuasion()
     ids = tokenizer(content[: 12 * (context + positions)], return_tensors="pt").input_ids[:, : context + positions]

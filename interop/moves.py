@@ -25,10 +25,12 @@ class Moves:
         ring_slot: Its slot.
         chunk_row: Row of each new token that goes to the pages at once.
         chunk_step: Its place in the chunk.
-        page: Page of each token that goes to the pages, those from the ring first.
+        leaving_row: Row of each token that goes to the pages, those from the ring first.
+        page: Its page.
         place: Its place in the page.
-        length: Tokens of each row afterwards.
-        compressed: Tokens in the pages of each row afterwards.
+        counters: int32 [2, rows], tokens of each row and tokens in its pages, afterwards.
+        length: The same on the host.
+        compressed: Likewise.
     """
 
     kept_row: torch.Tensor
@@ -38,15 +40,12 @@ class Moves:
     ring_slot: torch.Tensor
     chunk_row: torch.Tensor
     chunk_step: torch.Tensor
+    leaving_row: torch.Tensor
     page: torch.Tensor
     place: torch.Tensor
+    counters: torch.Tensor
     length: tuple[int, ...]
     compressed: tuple[int, ...]
-
-    @property
-    def leaving_rows(self) -> torch.Tensor:
-        """Row of each token that goes to the pages."""
-        return torch.cat([self.ring_row, self.chunk_row])
 
 
 @functools.lru_cache(maxsize=8)  # the layers of a model append alike, so all but the first find their moves here
@@ -92,9 +91,11 @@ def plan_append(
     addresses = [(base, old) for base, old, _ in pages] + [(base, new) for base, _, new in pages]
     page = np.concatenate([base + address // spec.page_size for base, address in addresses])
     place = np.concatenate([address % spec.page_size for _, address in addresses])
-    indices = [*np.concatenate(kept, 1), *np.concatenate(ring, 1), *np.concatenate(chunk, 1), page, place]
-    tensors = (torch.from_numpy(np.ascontiguousarray(index, np.int64)).to(device) for index in indices)
-    return Moves(*tensors, length=tuple(after), compressed=tuple(left))
+    old, new = np.concatenate(ring, 1), np.concatenate(chunk, 1)
+    indices = [*np.concatenate(kept, 1), *old, *new, np.concatenate([old[0], new[0]]), page, place]
+    tensors = [torch.from_numpy(np.ascontiguousarray(index, np.int64)).to(device) for index in indices]
+    counters = torch.tensor([after, left], dtype=torch.int32).to(device)
+    return Moves(*tensors, counters=counters, length=tuple(after), compressed=tuple(left))
 
 
 def exact_slots(spec: CacheSpec, position: np.ndarray) -> np.ndarray:

@@ -65,7 +65,7 @@ class KernelAttention:
 
 def kernel_arrays(cache: tq.Cache) -> fused.CacheArrays:
     """What the kernels read of a cache: its own tensors, and the matrices of its rotations."""
-    device = cache.length.device
+    device: Any = cache.length.device
 
     def tensor(leaf: Any) -> torch.Tensor:
         return leaf if isinstance(leaf, torch.Tensor) else torch.from_numpy(np.array(leaf)).to(device)

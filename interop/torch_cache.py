@@ -19,7 +19,7 @@ from interop.dlpack import to_jax, to_torch
 from interop.moves import Moves, plan_append
 from interop.state import empty_tensors, load_tensors, map_rows, named_tensors, zero_pools
 from interop.torch_attend import AttendOptions, KernelAttention
-from tq_jax.statistics import KeyStatistics
+from interop.torch_encode import KernelEncoder
 
 
 class TorchCache:
@@ -64,12 +64,13 @@ class TorchCache:
 
     def _adopt(self, arrays: tq.Cache) -> None:
         """Takes over tensors and reads the counters that the host keeps."""
-        self.arrays = arrays
+        self.arrays: Any = arrays  # a Cache, of leaves that its annotations do not know
         self.lengths = tuple(arrays.length.tolist())
         self.compressed = tuple(arrays.compressed.tolist())
         self._ready = arrays.statistics is None or bool(arrays.statistics.ready.all())
-        self._view: tq.Cache | None = None
+        self._view: Any = None
         self._kernels: KernelAttention | None = None
+        self._encoder: KernelEncoder | None = None
 
     @property
     def spec(self) -> tq.CacheSpec:
@@ -86,7 +87,7 @@ class TorchCache:
         """Bytes of every tensor that the cache owns."""
         return sum(tensor.nbytes for tensor in jax.tree.leaves(self.arrays))
 
-    def as_jax(self) -> tq.Cache:
+    def as_jax(self) -> Any:
         """The cache as JAX arrays over the same memory, to read; see `interop.dlpack` for how long it is current."""
         if self.device.type != "cpu":
             return to_jax(self.arrays)
@@ -125,7 +126,9 @@ class TorchCache:
         where = (moves.kept_row, slice(None), moves.kept_slot)
         self.arrays.exact_keys[where] = k[moves.kept_row, moves.kept_step]
         self.arrays.exact_values[where] = v[moves.kept_row, moves.kept_step]
-        self._count(moves.length, moves.compressed)
+        self.arrays.length.copy_(moves.counters[0])
+        self.arrays.compressed.copy_(moves.counters[1])
+        self.lengths, self.compressed = moves.length, moves.compressed
 
     def attend(
         self,
@@ -300,7 +303,6 @@ class TorchCache:
         """Observes queries and fixes the statistics of rows whose first token leaves the window."""
         arrays, spec = self.arrays, self.spec
         statistics = arrays.statistics
-        assert isinstance(statistics, KeyStatistics)
         evicts = np.array(moves.compressed) > np.array(self.compressed)
         fix = ~statistics.ready & torch.from_numpy(evicts).to(self.device)
         if query is None and not evicts.any():
@@ -323,26 +325,30 @@ class TorchCache:
         """Quantizes the tokens that leave and writes them to their pages."""
         arrays = self.arrays
         assert arrays.pages is not None
-        quantizers = self.as_jax().key_quantizer, self.as_jax().value_quantizer
-        assert quantizers[0] is not None and quantizers[1] is not None
         sources = ((arrays.exact_keys, k), (arrays.exact_values, v))
         for start in range(0, moves.page.numel(), compute.LARGEST_BATCH):
             part = slice(start, start + compute.LARGEST_BATCH)
             keys, values = (_leaving(exact, chunk, moves, part) for exact, chunk in sources)
-            if arrays.statistics is not None:
-                rows = moves.leaving_rows[part]
-                keys = (keys - arrays.statistics.mean[rows]) * arrays.statistics.weight[rows]
-            codes = compute.encode_tokens(*quantizers, keys, values)
-            _write(arrays.pages.keys, codes[0], moves.page[part], moves.place[part], channel_major=False)
-            _write(arrays.pages.values, codes[1], moves.page[part], moves.place[part], channel_major=True)
+            rows, page, place = (x[part] for x in (moves.leaving_row, moves.page, moves.place))
+            given = () if arrays.statistics is None else (arrays.statistics.mean[rows], arrays.statistics.weight[rows])
+            if self.device.type == "cuda":
+                self._encoder = self._encoder or KernelEncoder(arrays)
+                self._encoder(keys, values, page * self.spec.page_size + place, *given)
+                continue
+            keys, values = keys.float(), values.float()
+            keys = (keys - given[0]) * given[1] if given else keys
+            view = self.as_jax()
+            codes = compute.encode_tokens(view.key_quantizer, view.value_quantizer, keys, values)
+            _write(arrays.pages.keys, codes[0], page, place, channel_major=False)
+            _write(arrays.pages.values, codes[1], page, place, channel_major=True)
 
 
 def _leaving(exact: torch.Tensor, chunk: torch.Tensor, moves: Moves, part: slice) -> torch.Tensor:
-    """Tokens that go to the pages, float32 [n, h_kv, d]: those of the ring, then those of the chunk."""
+    """Tokens that go to the pages, [n, h_kv, d]: those of the ring, then those of the chunk."""
     split = moves.ring_row.numel()
     old, new = slice(part.start, min(part.stop, split)), slice(max(part.start - split, 0), max(part.stop - split, 0))
     ring = exact[moves.ring_row[old], :, moves.ring_slot[old]]
-    return torch.cat([ring, chunk[moves.chunk_row[new], moves.chunk_step[new]]]).float()
+    return torch.cat([ring, chunk[moves.chunk_row[new], moves.chunk_step[new]]])
 
 
 def _write(pool: tq.Code, code: tq.Code, page: torch.Tensor, place: torch.Tensor, *, channel_major: bool) -> None:

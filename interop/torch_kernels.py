@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import torch
 
+from interop.split import split_constants
 from pallas_kernels._compat import TritonKernel, lower_for_cuda, triton_kernels
 
 ALIGNMENT = 256
@@ -68,19 +69,23 @@ class Plan:
 
 
 def plan_launches(function: Callable, *shapes: Any) -> Plan:
-    """Lowers a function of arrays that only launches kernels.
+    """Lowers a function of arrays that, but for what it makes of constants, only launches kernels.
 
     Args:
         function: The function; anything static is bound already.
         *shapes: Pytrees of `jax.ShapeDtypeStruct`.
 
     Raises:
-        NotImplementedError: If it computes anything outside of kernels.
+        NotImplementedError: If it computes anything else outside of kernels.
     """
-    lowered = lower_for_cuda(function, *shapes)
+    split, leaves = split_constants(function, *shapes), jax.tree.leaves(shapes)
+    values = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in split.values]
+    inputs = [*values, *(leaves[i] for i in split.used)]
+    lowered = lower_for_cuda(split.function, inputs)
     reader = _Reader(triton_kernels(lowered), lowered.compiler_ir())
-    leaves = jax.tree.leaves(shapes)
-    return reader.read(tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves))
+    places = [Place("constant", i) for i in range(len(values))] + [Place("input", i) for i in split.used]
+    reader.constants += split.values
+    return reader.read(tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves), places)
 
 
 class _Reader:
@@ -98,16 +103,12 @@ class _Reader:
         self.made: list[tuple[tuple[int, ...], str]] = []
         self.workspace = 0
 
-    def read(self, inputs: tuple[tuple[tuple[int, ...], str], ...]) -> Plan:
+    def read(self, inputs: tuple[tuple[tuple[int, ...], str], ...], places: list[Place]) -> Plan:
         block = self.functions["main"].regions[0].blocks[0]
-        if len(block.arguments) != len(inputs):
-            raise NotImplementedError(f"expected every input to be used, got {len(block.arguments)} of {len(inputs)}")
-        places = [Place("input", i) for i in range(len(inputs))]
         results = {hash(value) for value in list(block.operations)[-1].operands}
         outputs = tuple(self._run("main", places, results))
-        return Plan(
-            inputs, tuple(self.launches), outputs, tuple(self.made), tuple(self.constants), self.workspace
-        )  # fmt: skip
+        made, constants = tuple(self.made), tuple(self.constants)
+        return Plan(inputs, tuple(self.launches), outputs, made, constants, self.workspace)
 
     def _run(self, name: str, arguments: list[Place], outputs: set[int]) -> list[Place]:
         """Reads a function; results among `outputs` become outputs of the plan."""
