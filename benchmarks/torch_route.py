@@ -196,9 +196,9 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     rows = []
-    jobs = {f"parity {name}": (lambda name=name: parity(name)) for name in SPECS}
-    jobs |= {"graph": graph, "overhead": overhead}
+    jobs = {"overhead": overhead, "graph": graph}
     jobs |= {f"model {b}x{n}": (lambda b=b, n=n: model(b, n)) for b, n in ((1, 32768), (4, 32768))}
+    jobs |= {f"parity {name}": (lambda name=name: parity(name)) for name in SPECS}
     for name, job in jobs.items():
         if arguments.only not in name:
             continue

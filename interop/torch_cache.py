@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 
 import tq_jax as tq
-from interop import compute
+from interop import compute, ops
 from interop.dlpack import to_jax, to_torch
 from interop.moves import Moves, plan_append
 from interop.state import empty_tensors, load_tensors, map_rows, named_tensors, zero_pools
@@ -68,6 +68,8 @@ class TorchCache:
         self.lengths = tuple(arrays.length.tolist())
         self.compressed = tuple(arrays.compressed.tolist())
         self._ready = arrays.statistics is None or bool(arrays.statistics.ready.all())
+        if not hasattr(self, "_number"):
+            self._number, self._version = ops.register(self), torch.zeros(1, dtype=torch.int32)
         self._view: Any = None
         self._kernels: KernelAttention | None = None
         self._encoder: KernelEncoder | None = None
@@ -115,6 +117,15 @@ class TorchCache:
             ValueError: For shapes that do not fit or a row without room, before anything is written. Tokens that are
                 not finite are not looked for: they give NaN, never a finite wrong result.
         """
+        if torch.compiler.is_compiling():
+            ops.append(k, v, query, self._version, self._number, lengths)
+        else:
+            self.append_now(k, v, query=query, lengths=lengths)
+
+    def append_now(
+        self, k: torch.Tensor, v: torch.Tensor, *, query: torch.Tensor | None, lengths: Sequence[int] | None
+    ) -> None:
+        """`append`, outside of a graph."""
         counts = self._counts(k, lengths)
         self._check_chunk(k, v, query, counts)
         moves = plan_append(self.spec, self.lengths, self.compressed, counts, str(self.device))
@@ -145,6 +156,32 @@ class TorchCache:
 
         On the CPU JAX computes it; on a GPU torch launches the kernels, and `precise` chooses their arithmetic.
         """
+        if torch.compiler.is_compiling():
+            return ops.attend(
+                query, self._version, self._number, sliding_window, softcap, sink_logits, scale, lengths, precise
+            )
+        return self.attend_now(
+            query,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            scale=scale,
+            lengths=lengths,
+            precise=precise,
+        )
+
+    def attend_now(
+        self,
+        query: torch.Tensor,
+        *,
+        sliding_window: int | None,
+        softcap: float | None,
+        sink_logits: torch.Tensor | None,
+        scale: float | None,
+        lengths: Sequence[int] | None,
+        precise: bool,
+    ) -> torch.Tensor:
+        """`attend`, outside of a graph."""
         if self.device.type != query.device.type:
             raise ValueError(f"expected a query on {self.device}, got one on {query.device}")
         counts = None
