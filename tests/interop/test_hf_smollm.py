@@ -41,10 +41,11 @@ def prompts():
     return ids, mask, pads
 
 
-@pytest.mark.parametrize("mode", [dict(), dict(num_beams=2)], ids=["greedy", "beams"])
-def test_tokens_are_those_of_the_oracle(model, prompts, mode):
+@pytest.mark.slow
+def test_tokens_are_those_of_the_oracle(model, prompts):
+    """Beams of a left-padded batch; the other modes have a small random model."""
     ids, mask, pads = prompts
-    options = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=2, **mode)
+    options = dict(attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=2, num_beams=2)
     model.set_attn_implementation("sdpa")
     theirs = model.generate(ids, past_key_values=fake_quant_cache(model.config, SPEC, pads), **options)
     model.set_attn_implementation(ATTENTION)

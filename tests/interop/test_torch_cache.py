@@ -15,10 +15,10 @@ from interop.torch_cache import TorchCache  # noqa: E402
 
 H, G, D = 2, 2, 32
 PACKED = tq.CacheSpec(
-    H, D, 160, tq.QuantizerSpec(D, 3, kind="prod"), tq.QuantizerSpec(D, 2.5), window=16, page_size=16, dtype="bfloat16"
+    H, D, 160, tq.QuantizerSpec(D, 3, kind="prod"), tq.QuantizerSpec(D, 2, kind="group"), window=16, page_size=16
 )  # fmt: skip
 PLAIN = dataclasses.replace(
-    PACKED, key=tq.QuantizerSpec(D, 4, search=True), value=tq.QuantizerSpec(D, 2, kind="group"),
+    PACKED, key=tq.QuantizerSpec(D, 2.5), value=tq.QuantizerSpec(D, 4),
     window=0, sink_tokens=0, center_keys=False, smooth_keys=False, dtype="float32",
 )  # fmt: skip
 SPECS = {"packed": PACKED, "plain": PLAIN}
@@ -70,11 +70,18 @@ def test_the_bytes_and_attention_of_jax(spec):
     q = q[:, :1]
     assert places == [tensor.data_ptr() for tensor in jax.tree.leaves(ours.arrays)]
     np.testing.assert_allclose(ours.attend(q).numpy(), tq.attend(as_jax(q)[0], theirs), atol=1e-6)
-    options = dict(sliding_window=30, softcap=4.0, scale=0.1)
+
+
+def test_options_of_attention():
+    """Everything that `attend` takes reaches JAX."""
+    ours, theirs = TorchCache(PLAIN, 2), tq.init_cache(PLAIN, 2)
+    k, v, q = chunk(40)
+    ours.append(k, v)
+    theirs = tq.append(theirs, *as_jax(k, v), lengths=jnp.asarray([40, 40], jnp.int32))
+    q, options = q[:, -1:], dict(sliding_window=30, softcap=4.0, scale=0.1)
     found = ours.attend(q, sink_logits=torch.ones(H * G), lengths=[1, 0], **options)
-    want = tq.attend(
-        as_jax(q)[0], theirs, sink_logits=jnp.ones(H * G), lengths=jnp.asarray([1, 0], jnp.int32), **options
-    )
+    rows = jnp.asarray([1, 0], jnp.int32)
+    want = tq.attend(as_jax(q)[0], theirs, sink_logits=jnp.ones(H * G), lengths=rows, **options)
     np.testing.assert_allclose(found.numpy(), want, atol=1e-6)
 
 
