@@ -79,6 +79,10 @@ def parity(name: str) -> dict:
     counts = torch.tensor([5, 2, 0], dtype=torch.int32, device="cuda")
     want = compute.attend(qs, cache.as_jax(), implementation="reference", lengths=counts)
     row["ragged chunk"] = relative(cache.attend(qs, lengths=[5, 2, 0]), want)
+    k, v, qs = tokens(3, 21, seed=3)
+    cache.append(k, v, query=qs)
+    want = compute.attend(qs, cache.as_jax(), implementation="reference")
+    row["long chunk"] = relative(cache.attend(qs), want)
     row["same as JAX's launch"] = relative(cache.attend(q), compute.attend(q, cache.as_jax(), implementation="triton"))
     return row
 

@@ -11,6 +11,7 @@ import torch
 import tq_jax as tq
 from interop.torch_kernels import TorchProgram
 from pallas_kernels.decode import LogitOptions, fused
+from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
 from tq_jax.attention import arrays_of
 from tq_jax.quantizer import sketch_gain
 
@@ -50,6 +51,21 @@ class KernelAttention:
         Raises:
             NotImplementedError: For shapes or formats outside the kernels' limits.
         """
+        count = query.shape[1]
+        if count <= MAX_QUERY_TOKENS:
+            return self._launch(query, options, sink_logits, counts)
+        # Queries are placed by how many there are from them to the end, so that a block of them says so.
+        left = torch.full(query.shape[:1], count, dtype=torch.int32, device=query.device) if counts is None else counts
+        starts = range(0, count, MAX_QUERY_TOKENS)
+        blocks = (query[:, start : start + MAX_QUERY_TOKENS] for start in starts)
+        parts = [
+            self._launch(block, options, sink_logits, left - start) for start, block in zip(starts, blocks, strict=True)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _launch(
+        self, query: torch.Tensor, options: AttendOptions, sink_logits: torch.Tensor | None, counts: torch.Tensor | None
+    ) -> torch.Tensor:
         query = query.contiguous()
         key = (query.shape, query.dtype, options, sink_logits is None, counts is None)
         extra = [x for x in (sink_logits, counts) if x is not None]

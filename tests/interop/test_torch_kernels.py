@@ -10,8 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import tq_jax as tq  # noqa: E402
+from interop import compute  # noqa: E402
 from interop.split import split_constants  # noqa: E402
-from interop.torch_attend import AttendOptions, kernel_arrays  # noqa: E402
+from interop.torch_attend import AttendOptions, KernelAttention, kernel_arrays  # noqa: E402
 from interop.torch_attend import _Static as StaticAttend  # noqa: E402
 from interop.torch_cache import TorchCache  # noqa: E402
 from interop.torch_encode import _Static as StaticEncode  # noqa: E402
@@ -47,6 +48,22 @@ def test_attention_is_three_launches(cache):
     assert first & second
     assert arrays.exact_keys.data_ptr() == cache.arrays.exact_keys.data_ptr()
     assert arrays.exact_keys.dtype == torch.uint16
+
+
+def test_long_chunks_go_block_by_block(monkeypatch):
+    """Blocks of queries say how many there are to the end; here what a block gives is JAX's."""
+    small = TorchCache(SPEC, 2)
+    small.append(*torch.randn(2, 2, 40, 2, 64, generator=torch.Generator().manual_seed(0)), lengths=[40, 25])
+    query = torch.randn(2, 19, 4, 64)
+
+    def launch(self, query, options, sink_logits, counts):
+        return compute.attend(query, small.as_jax(), lengths=counts)
+
+    monkeypatch.setattr(KernelAttention, "_launch", launch)
+    for lengths in ([19, 19], [19, 3]):
+        counts = torch.tensor(lengths, dtype=torch.int32)
+        found = KernelAttention(small.arrays)(query, AttendOptions(), counts=counts)
+        torch.testing.assert_close(found, small.attend(query, lengths=lengths), rtol=0, atol=1e-6)
 
 
 def test_encoding_writes_the_pools_in_place(cache):
