@@ -53,18 +53,19 @@ def hf(
             rows.append(row)
             progress.advance(task)
     holds = all(row.nbytes < rows[0].nbytes and math.isfinite(row.kl_mean) for row in rows[1:])
-    console.print(make_table(rows))
+    dtype = str(job.network.dtype).removeprefix("torch.")
+    console.print(make_table(rows, dtype))
     for row in rows:
         console.print(f"[bold]{row.cache:>8}[/bold]  {row.text!r}")
-    payload = {"model": str(model), "positions": job.ids.shape[1] - context, "holds": holds}
+    payload = {"model": str(model), "dtype": dtype, "positions": job.ids.shape[1] - context, "holds": holds}
     payload |= {"rows": [dataclasses.asdict(row) for row in rows], "environment": environment()}
     write_json(payload | {"peers": hf_measure.versions()}, json)
     raise typer.Exit(0 if holds else 1)
 
 
-def make_table(rows: list["Row"]) -> Table:
+def make_table(rows: list["Row"], dtype: str) -> Table:
     """The figures for a reader."""
-    table = Table(title="DynamicCache with SDPA against TurboQuantCache")
+    table = Table(title=f"DynamicCache in {dtype} with SDPA against TurboQuantCache")
     for name in ("cache", "layers", "MiB", "ratio", "KL", "KL max", "same top-1", "ms a token"):
         table.add_column(name, justify="left" if name == "cache" else "right")
     for row in rows:

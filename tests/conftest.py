@@ -12,7 +12,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-PACKAGES = ("tq_jax", "pallas_kernels", "interop")
+PACKAGES = ("tq_jax", "pallas_kernels")
 
 
 def _annotated(package: str) -> bool:

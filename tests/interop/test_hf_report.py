@@ -34,11 +34,12 @@ def test_the_command(folder, tmp_path):
     app = typer.Typer()
     app.command()(hf)
     target = tmp_path / "figures.json"
-    options = ["--bits", "2/2", "--context", "700", "--positions", "32", "--new-tokens", "3"]
+    options = ["--bits", "2/2", "--context", "700", "--positions", "32", "--new-tokens", "3", "--prompt", "hello"]
     result = CliRunner().invoke(app, [str(folder), *options, "--json", str(target)])
     assert result.exit_code == 0, result.output
     figures = json.loads(target.read_text())
     baseline, two = figures["rows"]
+    assert figures["dtype"] == "float32" and "DynamicCache in float32" in result.output
     assert figures["positions"] == 32 and baseline["kl_mean"] == 0 and baseline["top1"] == 1
     assert 0 < two["kl_mean"] < two["kl_max"] < 0.1 and two["layers"] == 2
     assert baseline["nbytes"] == 2 * 2 * 64 * 732 * 4 > 4 * two["nbytes"]
