@@ -150,16 +150,7 @@ def value_parts(fmt: VectorFormat) -> tuple[Part, ...]:
         raise NotImplementedError(f"the kernel reads min-max values of 2 and 4 bits, got bits={fmt.bits}")
     book = Codebook(fmt.dim, fmt.bits, levels=(), step=1.0)
     return tuple(
-        Part(
-            book,
-            True,
-            False,
-            0,
-            0,
-            i,
-            True,
-            cut(fmt.dim, fmt.bits, least=LEAST_VALUE_TILE, start=c, stop=c + fmt.group),
-        )
+        Part(book, True, False, 0, 0, i, True, cut(fmt.dim, fmt.bits, least=LEAST_VALUE_TILE, start=c, stop=c + fmt.group))
         for i, c in enumerate(range(0, fmt.dim, fmt.group))
     )
 
