@@ -1,0 +1,221 @@
+"""The kernels launched by torch on a GPU: parity with JAX, a CUDA graph with other lengths, host time, a whole model.
+
+XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/torch_route.py --json torch_route.json
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import torch
+import transformers
+
+import tq_jax as tq
+from interop import compute
+from interop.hf import ATTENTION, TurboQuantCache
+from interop.torch_attend import AttendOptions, KernelAttention
+from interop.torch_cache import TorchCache
+
+DIM, KV_HEADS, Q_HEADS = 128, 8, 32
+
+
+def spec(key: tq.QuantizerSpec, value: tq.QuantizerSpec, max_tokens: int) -> tq.CacheSpec:
+    return tq.CacheSpec(KV_HEADS, key.dim, max_tokens, key, value)
+
+
+SPECS = {
+    "K4/V4": (tq.QuantizerSpec(DIM, 4, search=True), tq.QuantizerSpec(DIM, 4, search=True)),
+    "K3/V3": (tq.QuantizerSpec(DIM, 3), tq.QuantizerSpec(DIM, 3)),
+    "prod 3, group 2": (tq.QuantizerSpec(DIM, 3, kind="prod"), tq.QuantizerSpec(DIM, 2, kind="group")),
+    "K2.5/V3.5": (tq.QuantizerSpec(DIM, 2.5), tq.QuantizerSpec(DIM, 3.5)),
+}
+
+
+def tokens(rows: int, count: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return [
+        torch.randn(rows, count, heads, DIM, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for heads in (KV_HEADS, KV_HEADS, Q_HEADS)
+    ]
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def filled(name: str, lengths: list[int], max_tokens: int) -> tuple[TorchCache, torch.Tensor]:
+    cache = TorchCache(spec(*SPECS[name], max_tokens), len(lengths), device="cuda")
+    k, v, q = tokens(len(lengths), max(lengths))
+    cache.append(k, v, query=q, lengths=lengths)
+    return cache, q[:, :1].clone()
+
+
+def parity(name: str) -> dict:
+    """Against JAX's reference over DLPack, and with sinks, a soft-cap, a window and several ragged queries."""
+    cache, q = filled(name, [900, 1, 517], 1024)
+    row = {"case": name}
+    cases = {
+        "plain": {},
+        "precise": {"precise": True},
+        "options": {"sliding_window": 300, "softcap": 4.0, "sink_logits": torch.linspace(-1, 4, Q_HEADS).cuda()},
+    }
+    for label, options in cases.items():
+        found = cache.attend(q, **options)
+        options = {k: v for k, v in options.items() if k != "precise"}
+        want = compute.attend(q, cache.as_jax(), implementation="reference", **options)
+        row[label] = relative(found, want)
+        row[f"{label} twice"] = bool(torch.equal(found, cache.attend(q, **(options | cases[label]))))
+    k, v, qs = tokens(3, 5, seed=2)
+    cache.append(k, v, query=qs, lengths=[5, 2, 0])
+    counts = torch.tensor([5, 2, 0], dtype=torch.int32, device="cuda")
+    want = compute.attend(qs, cache.as_jax(), implementation="reference", lengths=counts)
+    row["ragged chunk"] = relative(cache.attend(qs, lengths=[5, 2, 0]), want)
+    k, v, qs = tokens(3, 21, seed=3)
+    cache.append(k, v, query=qs)
+    want = compute.attend(qs, cache.as_jax(), implementation="reference")
+    row["long chunk"] = relative(cache.attend(qs), want)
+    row["same as JAX's launch"] = relative(cache.attend(q), compute.attend(q, cache.as_jax(), implementation="triton"))
+    return row
+
+
+def graph() -> dict:
+    """One capture, replayed after appends: the lengths are read from memory."""
+    cache, q = filled("K4/V4", [900, 300], 1024)
+    attention = KernelAttention(cache.arrays)
+    attention(q, AttendOptions())
+    torch.cuda.synchronize()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        out = attention(q, AttendOptions())
+    errors, changed = [], []
+    for seed in range(3):
+        k, v, new = tokens(2, 20, seed + 5)
+        before = out.clone()
+        cache.append(k, v, query=new)
+        q.copy_(new[:, -1:])
+        captured.replay()
+        errors.append(float((out - attention(q, AttendOptions())).abs().max()))
+        changed.append(relative(out, before))
+    return {"case": "CUDA graph", "largest difference": max(errors), "changed by": min(changed)}
+
+
+def host_us(call: Callable[[], object], count: int = 200) -> float:
+    """Host time of a call whose work on the GPU is left to queue up, median of several runs."""
+    call()
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        times.append((time.perf_counter() - start) / count * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def overhead() -> dict:
+    cache, q = filled("K4/V4", [300], 512)
+    attention, options = KernelAttention(cache.arrays), AttendOptions()
+    row = {"case": "host time, us"}
+    row["attend, three launches"] = host_us(lambda: attention(q, options))
+    row["a launch"] = row["attend, three launches"] / 3
+    row["TorchCache.attend"] = host_us(lambda: cache.attend(q))
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        attention(q, options)
+    row["graph replay"] = host_us(captured.replay)
+    row["attend by DLPack"] = host_us(lambda: compute.attend(q, cache.as_jax(), implementation="triton"), 30)
+    k, v, _ = tokens(1, 1)
+
+    def append() -> None:
+        cache.append(k, v)
+        cache.crop(300)
+
+    row["append"] = host_us(append, 30)
+    return row
+
+
+def model(batch: int, context: int, layers: int = 8, steps: int = 24) -> dict:
+    """Milliseconds a decoded token of a Llama-shaped model, DynamicCache with SDPA against the compressed cache."""
+    config = transformers.LlamaConfig(
+        vocab_size=2048,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=Q_HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=DIM,
+        max_position_embeddings=1 << 17,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        net = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    ids = torch.randint(0, 2048, (batch, context), device="cuda")
+    row = {"case": f"{layers} layers, {batch} x {context}"}
+    logits = {}
+    for name in ("DynamicCache + SDPA", "TurboQuantCache K4/V4"):
+        ours = name.startswith("Turbo")
+        net.set_attn_implementation(ATTENTION if ours else "sdpa")
+        cache = TurboQuantCache(config, max_tokens=context + 512) if ours else transformers.DynamicCache(config=config)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.no_grad():
+            out = net(ids, past_key_values=cache, logits_to_keep=1).logits
+            torch.cuda.synchronize()
+            row[f"{name}, prefill s"] = time.perf_counter() - start
+            token, times = out.argmax(-1), []
+            for step in range(steps):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                out = net(ids[:, step : step + 1], past_key_values=cache).logits
+                torch.cuda.synchronize()
+                times.append((time.perf_counter() - start) * 1e3)
+        row[f"{name}, ms a token"] = statistics.median(times[8:])
+        logits[name] = out.float().log_softmax(-1)
+        if ours:
+            row["cache GB"] = cache.nbytes / 1e9
+        else:
+            row["bfloat16 cache GB"] = sum(layer.keys.nbytes * 2 for layer in cache.layers) / 1e9
+        del cache, token
+        torch.cuda.empty_cache()
+    exact, ours = logits.values()
+    row["KL of the last logits"] = float((exact.exp() * (exact - ours)).sum(-1).mean())
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", default=os.environ.get("OUT", ".") + "/torch_route.json")
+    parser.add_argument("--only", default="")
+    arguments = parser.parse_args()
+    device = torch.cuda.get_device_name()
+    versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    rows = []
+    jobs = {"overhead": overhead, "graph": graph}
+    jobs |= {f"model {b}x{n}": (lambda b=b, n=n: model(b, n)) for b, n in ((1, 32768), (4, 32768))}
+    jobs |= {f"parity {name}": (lambda name=name: parity(name)) for name in SPECS}
+    for name, job in jobs.items():
+        if arguments.only not in name:
+            continue
+        start = time.perf_counter()
+        try:
+            row = job()
+        except Exception as error:
+            traceback.print_exc()
+            row = {"case": name, "error": f"{type(error).__name__}: {error}"[:400]}
+        rows.append(row | {"seconds": time.perf_counter() - start})
+        print(json.dumps(rows[-1]), flush=True)
+        Path(arguments.json).write_text(json.dumps({"device": device, "versions": versions, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

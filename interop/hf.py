@@ -1,0 +1,295 @@
+"""A compressed cache for Hugging Face transformers 4.57 and 5, passed to `generate` as past_key_values.
+
+    model.set_attn_implementation("tq_jax")
+    model.generate(**inputs, past_key_values=TurboQuantCache(model.config))
+
+Full-attention layers are compressed and attention reads their packed pages directly; sliding-window and other layers
+stay as transformers has them. A prompt attends to itself exactly, later tokens to what the cache holds. Padding is not
+stored. Cropping (assisted decoding) drops tokens; what is compressed stays compressed.
+"""
+
+import dataclasses
+import warnings
+from typing import Any, cast
+
+import torch
+import transformers
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+import tq_jax as tq
+from interop.hf_attention import ATTENTION, Handle
+from interop.torch_cache import TorchCache
+
+__all__ = ["ATTENTION", "CompressedLayer", "TurboQuantCache"]
+
+HEADROOM = 256
+"""Tokens that a layer has room for beyond its prompt before it grows the first time; it grows by a quarter then."""
+
+CROP_COUNTS_REMOVED = int(transformers.__version__.split(".")[0]) >= 5
+"""Whether `crop(n)` of transformers' own layers removes -n tokens, as from 5.0; before, n was the final length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compression:
+    """How layers are compressed; see `TurboQuantCache`."""
+
+    key_bits: float
+    value_bits: float
+    max_tokens: int | None
+    seed: int
+    options: dict[str, Any]
+
+    def spec(self, kv_heads: int, head_dim: int, prompt: int) -> tq.CacheSpec:
+        """The spec of a layer whose first chunk has `prompt` tokens."""
+        bits = {"key": self.key_bits, "value": self.value_bits}
+        fields: dict[str, Any] = {
+            name: tq.QuantizerSpec(dim=head_dim, bits=width, search=True) for name, width in bits.items()
+        }
+        spec = tq.CacheSpec(kv_heads, head_dim, 1, **(fields | self.options))
+        least = spec.sink_tokens + spec.window
+        if self.max_tokens is not None:
+            return dataclasses.replace(spec, max_tokens=max(self.max_tokens, least))
+        pages = -(-max(prompt + HEADROOM - least, 0) // spec.page_size)
+        return dataclasses.replace(spec, max_tokens=least + pages * spec.page_size)
+
+
+class CompressedLayer(CacheLayerMixin):
+    """One layer's compressed keys and values.
+
+    Attributes:
+        cache: The tokens; rows are those of the batch. None before the first chunk.
+        real: bool [b, seen], which tokens of the sequence so far are no padding; None if all are.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, compression: Compression) -> None:
+        super().__init__()
+        self.compression = compression
+        self.cache: TorchCache | None = None
+        self.real: torch.Tensor | None = None
+        self.seen = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        """Notes where tokens live; memory is taken with the first chunk, whose length is known then."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Handle, Handle]:
+        """Hands the new tokens to the attention function, which stores them: only it knows queries and padding."""
+        if key_states.shape != value_states.shape:
+            raise NotImplementedError(
+                f"keys and values of one shape are compressed, got {list(key_states.shape)} and "
+                f"{list(value_states.shape)}"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return Handle(self, key_states), Handle(self, value_states)
+
+    def store(
+        self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
+    ) -> tuple[list[int] | None, torch.Tensor | None]:
+        """Appends a chunk [b, h, t, d] without its padding.
+
+        Returns:
+            Tokens of each row and, [b, t], where in the chunk they are, padding last; None each without padding.
+        """
+        count = k.shape[2]
+        self._require_consistent(real)
+        counts = order = None
+        tokens = [x.transpose(1, 2) for x in (k, v, query)]
+        new = None if real is None else real[:, self.seen :]
+        if new is not None and not bool(new.all()):
+            counts = new.sum(1).tolist()
+            order = torch.argsort((~new).int(), dim=1, stable=True).to(k.device)
+            tokens = [_take(x, order) for x in tokens]
+        self._make_room(k, count)
+        assert self.cache is not None
+        self.cache.append(*tokens[:2], query=tokens[2], lengths=counts)
+        self.real, self.seen = real, self.seen + count
+        return counts, order
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        real: torch.Tensor | None,
+        *,
+        scaling: float | None,
+        softcap: float | None,
+        s_aux: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Appends a chunk and attends over everything; outputs [b, t, h_q, d], zero for padding."""
+        counts, order = self.store(query, k, v, real)
+        assert self.cache is not None
+        asked = query.transpose(1, 2) if order is None else _take(query.transpose(1, 2), order)
+        out = self.cache.attend(asked, softcap=softcap, sink_logits=s_aux, scale=scaling, lengths=counts)
+        return out if order is None else _take(out, torch.argsort(order, dim=1))
+
+    def _require_consistent(self, real: torch.Tensor | None) -> None:
+        """Raises ValueError for a mask that hides other tokens than the masks before."""
+        before = torch.ones(1, self.seen, dtype=torch.bool) if self.real is None else self.real
+        now = torch.ones(1, self.seen, dtype=torch.bool) if real is None else real[:, : self.seen]
+        if not bool((before == now).all()):
+            raise ValueError(
+                f"expected the attention mask of the first {self.seen} tokens to be as before, "
+                f"got another one (padding is not stored): {(~now).sum(1).tolist()} hidden a row, "
+                f"{(~before).sum(1).tolist()} before"
+            )
+
+    def _make_room(self, k: torch.Tensor, count: int) -> None:
+        if self.cache is None:
+            spec = self.compression.spec(k.shape[1], k.shape[3], count)
+            self.cache = TorchCache(spec, k.shape[0], seed=self.compression.seed, device=k.device)
+        spec, needed = self.cache.spec, max(self.cache.lengths) + count
+        if needed > spec.max_tokens:
+            more = max(needed, spec.max_tokens + spec.max_tokens // 4) - spec.max_tokens
+            self.cache.reserve(spec.max_tokens + -(-more // spec.page_size) * spec.page_size)
+
+    def get_seq_length(self, cache_position: Any = None) -> int:
+        """Tokens so far, padding included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """Length and offset of the keys a mask is for; 4.57 passes positions instead of their number."""
+        count = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.seen + count, 0
+
+    def get_max_length(self) -> int:
+        """No limit: the cache grows."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops tokens from the end: -n of them, or, for n above 0 and before transformers 5, all but n."""
+        n = tokens_to_remove
+        length = self.seen + n if n < 0 or (n == 0 and CROP_COUNTS_REMOVED) else n
+        length = max(0, min(length, self.seen))
+        if length == self.seen or self.cache is None:
+            return
+        if self.real is None:
+            self.cache.crop(length)
+        else:
+            self.real = self.real[:, :length]
+            self.cache.crop(self.real.sum(1).tolist())
+        self.seen = length
+
+    def reset(self) -> None:
+        """Empties the layer; its memory is kept."""
+        if self.cache is not None:
+            self.cache.reset()
+        self.real, self.seen = None, 0
+
+    def _select(self, index: torch.Tensor) -> None:
+        if self.cache is not None:
+            self.cache.reorder(index.tolist())
+        if self.real is not None:
+            self.real = self.real[index.cpu()]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Beams continue others."""
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        rows = 0 if self.cache is None else self.cache.rows
+        self._select(torch.arange(rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Some rows."""
+        rows = 0 if self.cache is None else self.cache.rows
+        self._select(torch.arange(rows)[indices.cpu()])
+
+    def offload(self) -> None:
+        """Not supported."""
+        raise NotImplementedError("a TurboQuantCache stays on its device, got offload()")
+
+    prefetch = offload
+
+
+class TurboQuantCache(Cache):
+    """A cache whose full-attention layers are compressed.
+
+    Args:
+        config: The model's.
+        key_bits: Bits a key coordinate, as in `tq_jax.QuantizerSpec`.
+        value_bits: Bits a value coordinate.
+        max_tokens: Tokens a row to have room for from the start; by default the prompt and some more. It grows.
+        seed: Seed of the quantizers.
+        options: Further fields of `tq_jax.CacheSpec` (window, sink_tokens, dtype ..., or whole key and value specs).
+
+    Raises:
+        ValueError: If the model has no full-attention layer.
+        NotImplementedError: For models whose layers share keys and values.
+
+    Warns:
+        UserWarning: Which layers are compressed, if not all are.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        key_bits: float = 4,
+        value_bits: float = 4,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        text = config.get_text_config(decoder=True)
+        if getattr(text, "num_kv_shared_layers", 0):
+            raise NotImplementedError(
+                f"layers that share keys and values are not compressed, got num_kv_shared_layers="
+                f"{text.num_kv_shared_layers}"
+            )
+        compression = Compression(key_bits, value_bits, max_tokens, seed, options)
+        layers: list[Any] = list(DynamicCache(config=config).layers)
+        full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not full:
+            raise ValueError(
+                f"expected a model with full-attention layers, got {sorted({type(layer).__name__ for layer in layers})}"
+            )
+        for i in full:
+            layers[i] = CompressedLayer(compression)
+        super().__init__(layers=layers)
+        if len(full) < len(layers):
+            warnings.warn(self.summary(), stacklevel=2)
+
+    @property
+    def compressed_layers(self) -> list[int]:
+        """Which layers are compressed."""
+        return [i for i, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: pages, windows, statistics, rotations and counters, and those of the other layers."""
+        total = 0
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                total += 0 if layer.cache is None else layer.cache.nbytes
+            else:
+                total += sum(x.nbytes for x in vars(layer).values() if isinstance(x, torch.Tensor))
+        return total
+
+    def summary(self) -> str:
+        """Which layers are compressed and how."""
+        chosen = self.compressed_layers
+        how = cast(CompressedLayer, self.layers[chosen[0]]).compression
+        others = sorted({type(layer).__name__ for layer in self.layers if not isinstance(layer, CompressedLayer)})
+        rest = f"; the others are kept as {', '.join(others)}" if others else ""
+        return (
+            f"TurboQuantCache compresses {len(chosen)} of {len(self.layers)} layers {chosen} "
+            f"to K{how.key_bits:g}/V{how.value_bits:g}{rest}"
+        )
+
+
+def _take(tokens: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Tokens [b, t, h, d] of each row in another order [b, t]."""
+    return torch.take_along_dim(tokens, order[:, :, None, None], dim=1)

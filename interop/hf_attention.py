@@ -1,0 +1,192 @@
+"""The attention function of Hugging Face models over a `TurboQuantCache`, and what it refuses.
+
+transformers hands an attention function the queries, what the cache's `update` returned, a mask and whatever else the
+model has: nothing of it may be ignored. Masks are understood as causal with padding; the padding is never stored.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+if TYPE_CHECKING:
+    from interop.hf import CompressedLayer
+
+ATTENTION = "tq_jax"
+"""Name of the attention implementation."""
+
+WITHOUT_MEANING = ("position_ids", "cache_position", "use_cache", "num_items_in_batch", "output_hidden_states")
+"""Arguments that attention does not depend on: positions are in the rotary embedding already."""
+
+MASK_ROWS = 256
+"""Queries whose mask is checked at a time."""
+
+
+class Handle:
+    """What `update` returns in place of all keys (or values): the new ones, and where the others are.
+
+    Attributes:
+        layer: The layer that holds the others.
+        tokens: New keys or values [b, h_kv, t, d].
+    """
+
+    def __init__(self, layer: "CompressedLayer", tokens: torch.Tensor) -> None:
+        self.layer, self.tokens = layer, tokens
+        self.dtype, self.device = tokens.dtype, tokens.device
+        batch, heads, count, dim = tokens.shape
+        self.shape = torch.Size((batch, heads, layer.get_seq_length() + count, dim))
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{_MISUSE} (it asked for .{name})")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError(_MISUSE)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise TypeError(_MISUSE)
+
+
+_MISUSE = f"expected attn_implementation={ATTENTION!r} with a TurboQuantCache, got another attention function"
+
+
+def compressed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: "torch.Tensor | Handle",
+    value: "torch.Tensor | Handle",
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over a compressed layer, or exact attention where the cache holds tensors.
+
+    Args:
+        module: The model's attention layer.
+        query: [b, h_q, t, d].
+        key: From the cache.
+        value: From the cache.
+        attention_mask: None for causal; or [b, 1, t, s], bool or added to logits.
+        scaling: Factor of the logits.
+        dropout: Must be 0.
+        softcap: Logits x become softcap * tanh(x / softcap).
+        s_aux: Sink logits [h_q].
+        sliding_window: Window of layers that are not compressed; the mask has it.
+        others: Anything else the model passes; refused unless it is known to mean nothing.
+
+    Returns:
+        Outputs [b, t, h_q, d], and None for the attention weights.
+
+    Raises:
+        NotImplementedError: For what cannot be honoured.
+    """
+    for name, given in others.items():
+        if name not in (*WITHOUT_MEANING, "is_causal") and given is not None and given is not False:
+            raise NotImplementedError(f"attention over a TurboQuantCache does not know {name}={_short(given)}")
+    if dropout:
+        raise NotImplementedError(f"a TurboQuantCache is for inference, got dropout={dropout}")
+    if others.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise NotImplementedError("a TurboQuantCache is for causal attention, got is_causal=False")
+    options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+    if isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor):
+        return exact_attention(module, query, key, value, attention_mask, **options), None
+    assert isinstance(key, Handle) and isinstance(value, Handle)
+    seen = key.shape[2]
+    if sliding_window is not None and sliding_window < seen:
+        raise NotImplementedError(f"compressed layers see all tokens, got sliding_window={sliding_window}")
+    real = real_tokens(attention_mask, query.shape[0], query.shape[2], seen)
+    layer, first = key.layer, key.layer.get_seq_length() == 0
+    if first:  # a prompt attends to itself as it is
+        out = exact_attention(module, query, key.tokens, value.tokens, attention_mask, **options)
+        layer.store(query, key.tokens, value.tokens, real)
+        return out, None
+    return layer.attend(query, key.tokens, value.tokens, real, **options), None
+
+
+def exact_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention over tensors [b, h, s, d]: SDPA, or plain steps for a soft-cap or sinks, which SDPA does not have."""
+    if softcap is None and s_aux is None:
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(module, query, key, value, mask, dropout=0.0, scaling=scaling)[0]
+    batch, heads, count, dim = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, count, dim)
+    logits = torch.einsum("bhgtd,bhsd->bhgts", grouped, key).float() * (dim**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is None and count > 1:
+        mask = torch.ones(count, key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - count)
+        mask = mask[None, None]
+    if mask is not None:
+        mask = mask[:, :, None, :, : key.shape[2]]
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+    if s_aux is not None:
+        sinks = s_aux.reshape(1, key.shape[1], -1, 1, 1).to(logits).expand(batch, -1, -1, count, 1)
+        logits = torch.cat([logits, sinks], -1)
+    weights = torch.softmax(logits, -1)[..., : key.shape[2]].to(value.dtype)
+    out = torch.einsum("bhgts,bhsd->bthgd", weights, value)
+    return out.reshape(batch, count, heads, value.shape[-1])
+
+
+def real_tokens(mask: torch.Tensor | None, batch: int, queries: int, keys: int) -> torch.Tensor | None:
+    """Which tokens a causal mask with padding lets be seen.
+
+    Args:
+        mask: None for causal without padding; or [b, 1, queries, keys], bool or added to logits.
+        batch: Rows.
+        queries: New tokens.
+        keys: Tokens seen so far, the new ones included.
+
+    Returns:
+        bool [b, keys] on the CPU, False for padding; None if there is none.
+
+    Raises:
+        NotImplementedError: For any other mask: biases, packed sequences, bidirectional prefixes, windows.
+    """
+    if mask is None:
+        return None
+    known = getattr(mask, "_tq_real", None)  # the layers of a model share their mask
+    if known is not None and known[0] == mask._version:
+        return known[1]
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != queries or mask.shape[3] < keys:
+        raise NotImplementedError(f"expected a mask [{batch}, 1, {queries}, {keys}], got {list(mask.shape)}")
+    seen = mask[:, 0, :, :keys]
+    if mask.dtype != torch.bool:
+        if not bool(((seen == 0) | (seen <= torch.finfo(mask.dtype).min / 2)).all()):
+            raise NotImplementedError(
+                "attention over a TurboQuantCache does not know biases, got a mask of other values"
+            )
+        seen = seen == 0
+    real = seen[:, -1]
+    position = torch.arange(keys, device=mask.device)
+    for start in range(0, queries, MASK_ROWS):
+        rows = seen[:, start : start + MASK_ROWS]
+        last = keys - queries + start + torch.arange(rows.shape[1], device=mask.device)
+        if not torch.equal(rows, (position <= last[:, None]) & real[:, None]):
+            raise NotImplementedError("expected a causal mask with padding, got another pattern")
+    found = None if bool(real.all()) else real.expand(batch, keys).cpu()
+    mask._tq_real = (mask._version, found)  # pyright: ignore[reportAttributeAccessIssue]
+    return found
+
+
+def _short(value: Any) -> str:
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:60]
+
+
+AttentionInterface.register(ATTENTION, compressed_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without it the mask, and with it all padding, would be dropped

@@ -1,0 +1,155 @@
+"""What `tq-jax hf` measures: one cache of a Hugging Face model over a text and a prompt."""
+
+import dataclasses
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+
+from interop.hf import ATTENTION, TurboQuantCache
+
+CHUNK = 16
+"""Positions compared at a time; few, so that little leaves the window before its time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One cache, measured.
+
+    Attributes:
+        cache: What it is.
+        key_bits: Bits of keys; None for the baseline.
+        value_bits: Likewise of values.
+        layers: Layers that are compressed.
+        nbytes: Bytes of the cache after the text.
+        kl_mean: Mean divergence of the next-token distribution from the baseline, nats.
+        kl_max: Its largest.
+        top1: Share of positions with the baseline's most likely token.
+        ms_per_token: Median time of a decoded token.
+        text: What the model continued the prompt with.
+    """
+
+    cache: str
+    key_bits: float | None
+    value_bits: float | None
+    layers: int
+    nbytes: int
+    kl_mean: float
+    kl_max: float
+    top1: float
+    ms_per_token: float
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model, what it reads and what it is asked.
+
+    Attributes:
+        network: The model.
+        tokenizer: Its tokenizer.
+        ids: [1, context + positions] of the text.
+        asked: [1, t] of the prompt.
+        context: Tokens of the text before the positions compared.
+        new_tokens: Tokens to generate.
+    """
+
+    network: Any
+    tokenizer: Any
+    ids: torch.Tensor
+    asked: torch.Tensor
+    context: int
+    new_tokens: int
+
+
+def load_task(
+    model: Path, content: str, prompt: str | None, *, context: int, positions: int, new_tokens: int, device: str
+) -> Task:
+    """Loads a model directory; the prompt is the text's beginning by default."""
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = content[: 12 * (context + positions)]
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, : context + positions].to(device)
+    asked = ids[:, :context] if prompt is None else tokenizer(prompt, return_tensors="pt").input_ids.to(device)
+    return Task(network.to(device).eval(), tokenizer, ids, asked, context, new_tokens)
+
+
+def versions() -> dict[str, str]:
+    """Of what ran."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def measure(task: Task, widths: tuple[float, ...] | None, reference: Any = None) -> tuple[torch.Tensor, Row]:
+    """One cache over the text and the prompt.
+
+    Args:
+        task: The model and what it does.
+        widths: Bits of keys and values; None for the usual cache.
+        reference: Log-probabilities of the baseline, as returned for it.
+
+    Returns:
+        Log-probabilities of the positions, those of the baseline if there were some, and the row.
+    """
+    network, ids = task.network, task.ids
+    network.set_attn_implementation("sdpa" if widths is None else ATTENTION)
+    cache = make_cache(network, widths)
+    with torch.no_grad():
+        logits = [network(ids[:, : task.context], past_key_values=cache, logits_to_keep=1).logits]
+        logits += [network(part, past_key_values=cache).logits for part in ids[:, task.context :].split(CHUNK, dim=1)]
+    found = torch.cat(logits, 1)[0, :-1].float().log_softmax(-1)
+    exact = found if reference is None else reference
+    kl = (exact.exp() * (exact - found)).sum(-1)
+    answer, seconds = generate(network, task.asked, make_cache(network, widths), task.new_tokens)
+    row = Row(
+        cache="baseline" if widths is None else f"K{widths[0]:g}/V{widths[1]:g}",
+        key_bits=None if widths is None else widths[0],
+        value_bits=None if widths is None else widths[1],
+        layers=len(cache.compressed_layers) if isinstance(cache, TurboQuantCache) else 0,
+        nbytes=cache_bytes(cache),
+        kl_mean=float(kl.mean()),
+        kl_max=float(kl.max()),
+        top1=float((exact.argmax(-1) == found.argmax(-1)).float().mean()),
+        ms_per_token=seconds * 1e3,
+        text=task.tokenizer.decode(answer, skip_special_tokens=True),
+    )
+    return exact, row
+
+
+def make_cache(network: PreTrainedModel, widths: tuple[float, ...] | None) -> DynamicCache | TurboQuantCache:
+    """A new cache: the usual one, or one of some widths."""
+    if widths is None:
+        return DynamicCache(config=network.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the table says how many layers are compressed
+        return TurboQuantCache(network.config, key_bits=widths[0], value_bits=widths[1])
+
+
+def cache_bytes(cache: DynamicCache | TurboQuantCache) -> int:
+    """Bytes of all tensors of a cache."""
+    if isinstance(cache, TurboQuantCache):
+        return cache.nbytes
+    return sum(x.nbytes for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor))
+
+
+def generate(network: PreTrainedModel, asked: torch.Tensor, cache: Any, count: int) -> tuple[list[int], float]:
+    """Greedy tokens and the median seconds of one; the first steps, which compile, are in no median of many."""
+    tokens, times = [], []
+    step = asked
+    with torch.no_grad():
+        for _ in range(count):
+            _wait(asked.device)
+            start = time.perf_counter()
+            step = network(step, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            tokens.append(int(step))
+            times.append(time.perf_counter() - start)
+    return tokens, statistics.median(times[1:] or times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

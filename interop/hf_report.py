@@ -1,0 +1,76 @@
+"""`tq-jax hf`: a Hugging Face model directory with its usual cache against compressed ones: text, KL, bytes, time.
+
+Importing this needs neither torch nor transformers, as the list of commands does not.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from tq_jax.data import persuasion
+from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
+
+if TYPE_CHECKING:
+    from interop.hf_measure import Row
+
+DEFAULT_BITS = "4/4,3/3"
+
+
+def hf(
+    model: Annotated[Path, typer.Argument(help="Directory of a Hugging Face model.", exists=True, file_okay=False)],
+    prompt: Annotated[str | None, typer.Option(help="What to continue; the text by default.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file; *Persuasion* by default.", exists=True)] = None,
+    bits: Annotated[str, typer.Option(help="Key/value bits of each compressed cache, comma-separated.")] = DEFAULT_BITS,
+    context: Annotated[int, typer.Option(help="Tokens of the text before the positions compared.", min=1)] = 512,
+    positions: Annotated[int, typer.Option(help="Predictions compared.", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 32,
+    device: Annotated[str, typer.Option(help="Where torch runs the model.")] = "cpu",
+    json: JsonTarget = None,
+) -> None:
+    """Compare a Hugging Face model's usual cache with compressed ones: text, KL, bytes, time.
+
+    Runs the model in transformers with DynamicCache and SDPA, then with TurboQuantCache, on the same text and prompt.
+    Exits 0 only if every compressed cache is smaller than the usual one and every divergence is a number.
+    """
+    from interop import hf_measure
+
+    console = open_console(json)
+    widths = [tuple(float(width) for width in pair.split("/")) for pair in bits.split(",")]
+    content = text.read_text("utf-8") if text else persuasion()
+    job = hf_measure.load_task(
+        model, content, prompt, context=context, positions=positions, new_tokens=new_tokens, device=device
+    )
+    reference, rows = None, []
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=len(widths) + 1)
+        for pair in (None, *widths):
+            progress.update(task, description="baseline" if pair is None else f"K{pair[0]:g}/V{pair[1]:g}")
+            reference, row = hf_measure.measure(job, pair, reference)
+            rows.append(row)
+            progress.advance(task)
+    holds = all(row.nbytes < rows[0].nbytes and math.isfinite(row.kl_mean) for row in rows[1:])
+    dtype = str(job.network.dtype).removeprefix("torch.")
+    console.print(make_table(rows, dtype))
+    for row in rows:
+        console.print(f"[bold]{row.cache:>8}[/bold]  {row.text!r}")
+    payload = {"model": str(model), "dtype": dtype, "positions": job.ids.shape[1] - context, "holds": holds}
+    payload |= {"rows": [dataclasses.asdict(row) for row in rows], "environment": environment()}
+    write_json(payload | {"peers": hf_measure.versions()}, json)
+    raise typer.Exit(0 if holds else 1)
+
+
+def make_table(rows: list["Row"], dtype: str) -> Table:
+    """The figures for a reader."""
+    table = Table(title=f"DynamicCache in {dtype} with SDPA against TurboQuantCache")
+    for name in ("cache", "layers", "MiB", "ratio", "KL", "KL max", "same top-1", "ms a token"):
+        table.add_column(name, justify="left" if name == "cache" else "right")
+    for row in rows:
+        table.add_row(
+            row.cache, str(row.layers), f"{row.nbytes / 2**20:.2f}", f"{rows[0].nbytes / row.nbytes:.2f}",
+            f"{row.kl_mean:.5f}", f"{row.kl_max:.4f}", f"{row.top1:.1%}", f"{row.ms_per_token:.1f}",
+        )  # fmt: skip
+    return table

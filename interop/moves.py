@@ -1,0 +1,107 @@
+"""Where the tokens of one append go, worked out on the host: index tensors, no cache bytes.
+
+The rules are those of `tq_jax.append`: a new token goes to its sink or ring slot, and the oldest tokens of the ring, or
+of the chunk itself, leave for the pages.
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+import torch
+
+from tq_jax import CacheSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Moves:
+    """The moves of one append; index tensors are int64 on the cache's device, in one order for all rows.
+
+    Attributes:
+        kept_row: Row of each new token that stays in full precision.
+        kept_step: Its place in the chunk.
+        kept_slot: Its slot.
+        ring_row: Row of each token that leaves the ring for the pages.
+        ring_slot: Its slot.
+        chunk_row: Row of each new token that goes to the pages at once.
+        chunk_step: Its place in the chunk.
+        leaving_row: Row of each token that goes to the pages, those from the ring first.
+        page: Its page.
+        place: Its place in the page.
+        counters: int32 [2, rows], tokens of each row and tokens in its pages, afterwards.
+        length: The same on the host.
+        compressed: Likewise.
+    """
+
+    kept_row: torch.Tensor
+    kept_step: torch.Tensor
+    kept_slot: torch.Tensor
+    ring_row: torch.Tensor
+    ring_slot: torch.Tensor
+    chunk_row: torch.Tensor
+    chunk_step: torch.Tensor
+    leaving_row: torch.Tensor
+    page: torch.Tensor
+    place: torch.Tensor
+    counters: torch.Tensor
+    length: tuple[int, ...]
+    compressed: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=8)  # the layers of a model append alike, so all but the first find their moves here
+def plan_append(
+    spec: CacheSpec,
+    length: tuple[int, ...],
+    compressed: tuple[int, ...],
+    counts: tuple[int, ...],
+    device: str,
+) -> Moves:
+    """Plans an append of counts[r] tokens to each row r.
+
+    Args:
+        spec: The cache's.
+        length: Tokens of each row before.
+        compressed: Tokens in the pages of each row before.
+        counts: New tokens of each row.
+        device: Where the index tensors go.
+
+    Example:
+        >>> import tq_jax as tq
+        >>> quantizer = tq.QuantizerSpec(dim=64)
+        >>> spec = tq.CacheSpec(1, 64, 100, quantizer, quantizer, window=8, sink_tokens=2)
+        >>> moves = plan_append(spec, (9,), (0,), (3,), "cpu")
+        >>> moves.kept_slot.tolist(), moves.ring_slot.tolist(), moves.compressed
+        ([9, 2, 3], [2, 3], (2,))
+    """
+    after = [before + count for before, count in zip(length, counts, strict=True)]
+    kept, ring, chunk, pages = [], [], [], []
+    left = []
+    for row, (before, end, start) in enumerate(zip(length, after, compressed, strict=True)):
+        position = np.arange(before, end)
+        position = position[(position < spec.sinks) | (position >= end - spec.ring)]
+        kept.append(_columns(row, position - before, exact_slots(spec, position)))
+        stop = start + max(end - spec.sinks - spec.ring - start, 0)
+        address = np.arange(start, stop)
+        old = address[spec.sinks + address < before]
+        new = address[len(old) :]
+        ring.append(_columns(row, exact_slots(spec, spec.sinks + old)))
+        chunk.append(_columns(row, spec.sinks + new - before))
+        pages.append((row * spec.pages_per_row, old, new))
+        left.append(stop)
+    addresses = [(base, old) for base, old, _ in pages] + [(base, new) for base, _, new in pages]
+    page = np.concatenate([base + address // spec.page_size for base, address in addresses])
+    place = np.concatenate([address % spec.page_size for _, address in addresses])
+    old, new = np.concatenate(ring, 1), np.concatenate(chunk, 1)
+    indices = [*np.concatenate(kept, 1), *old, *new, np.concatenate([old[0], new[0]]), page, place]
+    tensors = [torch.from_numpy(np.ascontiguousarray(index, np.int64)).to(device) for index in indices]
+    counters = torch.tensor([after, left], dtype=torch.int32).to(device)
+    return Moves(*tensors, counters=counters, length=tuple(after), compressed=tuple(left))
+
+
+def exact_slots(spec: CacheSpec, position: np.ndarray) -> np.ndarray:
+    """Exact slot of each position: its own for sinks, a place in the ring for the others."""
+    return np.where(position < spec.sinks, position, spec.sinks + (position - spec.sinks) % max(spec.ring, 1))
+
+
+def _columns(row: int, *columns: np.ndarray) -> np.ndarray:
+    return np.stack([np.full(len(columns[0]), row), *columns])

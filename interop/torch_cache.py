@@ -1,0 +1,398 @@
+"""A compressed cache whose memory torch owns: the bytes of `tq_jax.Cache`, written in place by torch.
+
+Tokens go where `tq_jax.append` puts them and give the same codes. JAX computes the codes and the attention and never
+holds more of the cache than views; torch moves tokens and writes. A cache has rows, each a sequence.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from jaxtyping import Float
+
+import tq_jax as tq
+from interop import compute, ops
+from interop.dlpack import to_jax, to_torch
+from interop.moves import Moves, plan_append
+from interop.state import empty_tensors, load_tensors, map_rows, named_tensors, zero_pools
+from interop.torch_attend import AttendOptions, KernelAttention
+from interop.torch_encode import KernelEncoder
+
+
+class TorchCache:
+    """A cache of torch tensors.
+
+    Cropping keeps what is compressed compressed: a token that has left the window is not made exact again, so after a
+    crop the window holds fewer exact tokens than it could until new ones fill it. Key statistics, once fixed, stay.
+
+    Attributes:
+        arrays: The cache as a pytree of tensors (bfloat16 where JAX holds its bits). Write it only through methods.
+        device: Where it lives.
+
+    Args:
+        spec: What the cache holds.
+        batch: Rows.
+        seed: Seed of the quantizers; the same one gives the bytes that `tq_jax.init_cache` gives.
+        device: Where to allocate.
+        options: `statistics`, `key_quantizer`, `value_quantizer` of `tq_jax.init_cache`, as JAX arrays.
+
+    Example:
+        >>> quantizer = tq.QuantizerSpec(dim=64, bits=4)
+        >>> spec = tq.CacheSpec(num_kv_heads=2, head_dim=64, max_tokens=512, key=quantizer, value=quantizer)
+        >>> cache = TorchCache(spec, batch=1)
+        >>> cache.append(torch.ones(1, 200, 2, 64), torch.ones(1, 200, 2, 64))
+        >>> cache.lengths, cache.compressed, cache.attend(torch.ones(1, 1, 8, 64)).shape
+        ((200,), (68,), torch.Size([1, 1, 8, 64]))
+    """
+
+    def __init__(
+        self, spec: tq.CacheSpec, batch: int, *, seed: int = 0, device: str | torch.device = "cpu", **options: Any
+    ) -> None:
+        self.device = torch.device(device)
+        self._adopt(empty_tensors(spec, batch, self.device, seed=seed, **options))
+
+    @classmethod
+    def from_jax(cls, cache: tq.Cache, *, device: str | torch.device = "cpu") -> "TorchCache":
+        """A copy of a JAX cache that torch owns."""
+        new = cls.__new__(cls)
+        new.device = torch.device(device)
+        new._adopt(jax.tree.map(lambda x: x.to(device, copy=True), to_torch(cache)))
+        return new
+
+    def _adopt(self, arrays: tq.Cache) -> None:
+        """Takes over tensors and reads the counters that the host keeps."""
+        self.arrays: Any = arrays  # a Cache, of leaves that its annotations do not know
+        self.lengths = tuple(arrays.length.tolist())
+        self.compressed = tuple(arrays.compressed.tolist())
+        self._ready = arrays.statistics is None or bool(arrays.statistics.ready.all())
+        if not hasattr(self, "_number"):
+            self._number, self._version = ops.register(self), torch.zeros(1, dtype=torch.int32)
+        self._view: Any = None
+        self._kernels: KernelAttention | None = None
+        self._encoder: KernelEncoder | None = None
+
+    @property
+    def spec(self) -> tq.CacheSpec:
+        """What the cache holds."""
+        return self.arrays.spec
+
+    @property
+    def rows(self) -> int:
+        """Independent sequences."""
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor that the cache owns."""
+        return sum(tensor.nbytes for tensor in jax.tree.leaves(self.arrays))
+
+    def as_jax(self) -> Any:
+        """The cache as JAX arrays over the same memory, to read; see `interop.dlpack` for how long it is current."""
+        if self.device.type != "cpu":
+            return to_jax(self.arrays)
+        if self._view is None:
+            self._view = to_jax(self.arrays)
+        return self._view
+
+    def append(
+        self,
+        k: Float[torch.Tensor, "b t h_kv d"],
+        v: Float[torch.Tensor, "b t h_kv d"],
+        *,
+        query: Float[torch.Tensor, "b t h_q d"] | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
+        """Appends one token or a chunk to every row, in place.
+
+        Args:
+            k: Keys, after rotary embedding.
+            v: Values.
+            query: Queries of the same tokens; only their channel-wise power is kept, for `smooth_keys`.
+            lengths: Tokens of each row's chunk that exist; the rest is right padding. All by default.
+
+        Raises:
+            ValueError: For shapes that do not fit or a row without room, before anything is written. Tokens that are
+                not finite are not looked for: they give NaN, never a finite wrong result.
+        """
+        if torch.compiler.is_compiling():
+            ops.append(k, v, query, self._version, self._number, lengths)
+        else:
+            self.append_now(k, v, query=query, lengths=lengths)
+
+    def append_now(
+        self, k: torch.Tensor, v: torch.Tensor, *, query: torch.Tensor | None, lengths: Sequence[int] | None
+    ) -> None:
+        """`append`, outside of a graph."""
+        counts = self._counts(k, lengths)
+        self._check_chunk(k, v, query, counts)
+        moves = plan_append(self.spec, self.lengths, self.compressed, counts, str(self.device))
+        k, v = (x.detach().to(self.arrays.exact_keys.dtype) for x in (k, v))
+        if not self._ready:
+            self._update_statistics(k, query, counts, moves)
+        if moves.page.numel():
+            self._compress(k, v, moves)
+        where = (moves.kept_row, slice(None), moves.kept_slot)
+        self.arrays.exact_keys[where] = k[moves.kept_row, moves.kept_step]
+        self.arrays.exact_values[where] = v[moves.kept_row, moves.kept_step]
+        self.arrays.length.copy_(moves.counters[0])
+        self.arrays.compressed.copy_(moves.counters[1])
+        self.lengths, self.compressed = moves.length, moves.compressed
+
+    def attend(
+        self,
+        query: Float[torch.Tensor, "b t h_q d"],
+        *,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sink_logits: Float[torch.Tensor, "h_q"] | None = None,
+        scale: float | None = None,
+        lengths: Sequence[int] | None = None,
+        precise: bool = False,
+    ) -> Float[torch.Tensor, "b t h_q d"]:
+        """Attention of the latest tokens over everything in the cache, causal; arguments as in `tq_jax.attend`.
+
+        On the CPU JAX computes it; on a GPU torch launches the kernels, and `precise` chooses their arithmetic.
+        """
+        if torch.compiler.is_compiling():
+            return ops.attend(
+                query, self._version, self._number, sliding_window, softcap, sink_logits, scale, lengths, precise
+            )
+        return self.attend_now(
+            query,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            scale=scale,
+            lengths=lengths,
+            precise=precise,
+        )
+
+    def attend_now(
+        self,
+        query: torch.Tensor,
+        *,
+        sliding_window: int | None,
+        softcap: float | None,
+        sink_logits: torch.Tensor | None,
+        scale: float | None,
+        lengths: Sequence[int] | None,
+        precise: bool,
+    ) -> torch.Tensor:
+        """`attend`, outside of a graph."""
+        if self.device.type != query.device.type:
+            raise ValueError(f"expected a query on {self.device}, got one on {query.device}")
+        counts = None
+        if lengths is not None:
+            counts = torch.tensor(self._counts(query, lengths), dtype=torch.int32, device=self.device)
+        if self.device.type == "cuda":
+            options = AttendOptions(sliding_window, softcap, scale, precise)
+            return self._attend_by_kernels(query, options, sink_logits, counts)
+        tensors = {"sink_logits": sink_logits, "lengths": counts}
+        return compute.attend(
+            query, self.as_jax(), sliding_window=sliding_window, softcap=softcap, scale=scale,
+            **{name: tensor for name, tensor in tensors.items() if tensor is not None},
+        )  # fmt: skip
+
+    def _attend_by_kernels(
+        self, query: torch.Tensor, options: AttendOptions, sink_logits: torch.Tensor | None, counts: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self._kernels is None:
+            self._kernels = KernelAttention(self.arrays)
+        return self._kernels(query, options, sink_logits, counts)
+
+    def crop(self, length: int | Sequence[int]) -> None:
+        """Drops the latest tokens, so that each row has at most `length`.
+
+        Raises:
+            ValueError: For a negative length or not one a row.
+        """
+        wanted = [length] * self.rows if isinstance(length, int) else list(length)
+        if len(wanted) != self.rows or min(wanted, default=0) < 0:
+            raise ValueError(f"expected a length of at least 0, or one for each of {self.rows} rows, got {length}")
+        lengths = tuple(min(old, new) for old, new in zip(self.lengths, wanted, strict=True))
+        pages = zip(self.compressed, lengths, strict=True)
+        self._count(lengths, tuple(min(old, max(new - self.spec.sinks, 0)) for old, new in pages))
+
+    def fork(self) -> "TorchCache":
+        """An independent copy; quantizers, which never change, are shared."""
+        copy = TorchCache.__new__(TorchCache)
+        copy.device = self.device
+        copy._adopt(map_rows(self.arrays, lambda tensor, _: tensor.clone()))
+        return copy
+
+    def __deepcopy__(self, memo: Any) -> "TorchCache":
+        return self.fork()
+
+    def reorder(self, index: Sequence[int] | torch.Tensor) -> None:
+        """Makes row i what row index[i] was; with another number of indices the number of rows changes.
+
+        As many rows as there were are reordered in place, and only those that change are copied, as far as in use.
+
+        Raises:
+            ValueError: For indices outside the rows.
+        """
+        source = [int(i) for i in index]
+        if any(not 0 <= i < self.rows for i in source):
+            raise ValueError(f"expected rows from 0 to {self.rows - 1}, got {source}")
+        if len(source) != self.rows:
+            places = torch.tensor(source, dtype=torch.int64, device=self.device)
+            self._adopt(map_rows(self.arrays, lambda rows, _: rows[places]))
+            return
+        moved = [(i, old) for i, old in enumerate(source) if i != old]
+        if not moved:
+            return
+        to, of = torch.tensor(moved, device=self.device).T
+        used = -(-max(self.compressed[old] for _, old in moved) // self.spec.page_size)
+
+        def move(rows: torch.Tensor, paged: bool) -> torch.Tensor:
+            part = rows[:, :used] if paged else rows
+            part[to] = part[of]
+            return rows
+
+        map_rows(self.arrays, move)
+        self._adopt(self.arrays)
+
+    def reserve(self, max_tokens: int) -> None:
+        """Makes room for max_tokens tokens a row, copying the pages in use if that is more than there is.
+
+        Raises:
+            ValueError: If the cache was made for fewer tokens than its sinks and window take, which would move.
+        """
+        old = self.spec
+        if max_tokens <= old.max_tokens:
+            return
+        new = dataclasses.replace(old, max_tokens=max_tokens)
+        if (new.sinks, new.ring) != (old.sinks, old.ring):
+            raise ValueError(
+                f"expected a cache of at least {new.sinks + new.ring} tokens to grow, got max_tokens={old.max_tokens}"
+            )
+        used = -(-max(self.compressed, default=0) // old.page_size)
+
+        pages = zero_pools(new, self.rows, self.device)["pages"]
+        if self.arrays.pages is not None:
+            for pool, grown in zip(jax.tree.leaves(self.arrays.pages), jax.tree.leaves(pages), strict=True):
+                rows = pool.unflatten(0, (self.rows, old.pages_per_row))
+                grown.unflatten(0, (self.rows, new.pages_per_row))[:, :used] = rows[:, :used]
+        self._adopt(dataclasses.replace(self.arrays, pages=pages, spec=new))
+
+    def reset(self) -> None:
+        """Empties every row, the statistics that it took from its tokens included."""
+        self._count((0,) * self.rows, (0,) * self.rows)
+        statistics = self.arrays.statistics
+        if statistics is not None:
+            for name, start in (("mean", 0), ("weight", 1), ("query_power", 0), ("query_count", 0), ("ready", False)):
+                getattr(statistics, name).fill_(start)
+            self._ready = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every tensor by name, and the spec as text; tensors are the cache's own, not copies."""
+        return named_tensors(self.arrays)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copies a state into this cache.
+
+        Raises:
+            ValueError: For another spec, missing or unknown names, or wrong shapes, types or counters; nothing has
+                changed then.
+        """
+        load_tensors(self.arrays, state)
+        self._adopt(self.arrays)
+
+    def _counts(self, chunk: torch.Tensor, lengths: Sequence[int] | None) -> tuple[int, ...]:
+        """Tokens of each row's chunk, or raises ValueError."""
+        if lengths is None:
+            return (chunk.shape[1],) * self.rows
+        counts = tuple(int(count) for count in lengths)
+        if len(counts) != self.rows or any(not 0 <= count <= chunk.shape[1] for count in counts):
+            raise ValueError(f"expected {self.rows} lengths from 0 to {chunk.shape[1]}, got {list(counts)}")
+        return counts
+
+    def _check_chunk(
+        self, k: torch.Tensor, v: torch.Tensor, query: torch.Tensor | None, counts: tuple[int, ...]
+    ) -> None:
+        spec = self.spec
+        shape = (self.rows, k.shape[1] if k.ndim == 4 else 0, spec.num_kv_heads, spec.head_dim)
+        if k.shape != shape or v.shape != shape:
+            raise ValueError(f"expected k and v of shape {shape}, got {tuple(k.shape)} and {tuple(v.shape)}")
+        if query is not None and (query.ndim != 4 or query.shape[:2] != k.shape[:2] or query.shape[3] != k.shape[3]):
+            raise ValueError(f"expected query of shape {(*shape[:2], 'heads', shape[3])}, got {tuple(query.shape)}")
+        for name, tensor in (("k", k), ("v", v), ("query", query)):
+            if tensor is not None and not (tensor.is_floating_point() and tensor.device.type == self.device.type):
+                raise ValueError(
+                    f"expected {name} to be floating point on {self.device}, got {tensor.dtype} on {tensor.device}"
+                )
+        total = [before + count for before, count in zip(self.lengths, counts, strict=True)]
+        if max(total, default=0) > spec.max_tokens:
+            raise ValueError(f"expected at most max_tokens={spec.max_tokens} tokens a row, got {total}")
+
+    def _count(self, lengths: tuple[int, ...], compressed: tuple[int, ...]) -> None:
+        """Writes the counters, on the host and in the cache."""
+        self.lengths, self.compressed = lengths, compressed
+        self.arrays.length.copy_(torch.tensor(lengths, dtype=torch.int32))
+        self.arrays.compressed.copy_(torch.tensor(compressed, dtype=torch.int32))
+
+    def _update_statistics(
+        self, k: torch.Tensor, query: torch.Tensor | None, counts: tuple[int, ...], moves: Moves
+    ) -> None:
+        """Observes queries and fixes the statistics of rows whose first token leaves the window."""
+        arrays, spec = self.arrays, self.spec
+        statistics = arrays.statistics
+        evicts = np.array(moves.compressed) > np.array(self.compressed)
+        fix = ~statistics.ready & torch.from_numpy(evicts).to(self.device)
+        if query is None and not evicts.any():
+            return
+        before, step = torch.tensor(self.lengths)[:, None], torch.arange(k.shape[1])[None]
+        exists = step < torch.tensor(counts)[:, None]
+        keys = valid = None
+        if evicts.any():
+            in_ring = torch.arange(spec.ring)[None] < before - spec.sinks
+            valid = torch.cat([in_ring, exists & (before + step >= spec.sinks)], 1).to(self.device)
+            keys = torch.cat([arrays.exact_keys[:, :, spec.sinks :].transpose(1, 2), k], 1).float()
+        new = compute.update_statistics(
+            statistics, query=query if query is None else query.detach(), exists=exists.to(self.device),
+            keys=keys, valid=valid, fix=fix, center=spec.center_keys, smooth=spec.smooth_keys,
+        )  # fmt: skip
+        jax.tree.map(lambda old, value: old.copy_(value), statistics, new)
+        self._ready = bool(statistics.ready.all())
+
+    def _compress(self, k: torch.Tensor, v: torch.Tensor, moves: Moves) -> None:
+        """Quantizes the tokens that leave and writes them to their pages."""
+        arrays = self.arrays
+        assert arrays.pages is not None
+        sources = ((arrays.exact_keys, k), (arrays.exact_values, v))
+        for start in range(0, moves.page.numel(), compute.LARGEST_BATCH):
+            part = slice(start, start + compute.LARGEST_BATCH)
+            keys, values = (_leaving(exact, chunk, moves, part) for exact, chunk in sources)
+            rows, page, place = (x[part] for x in (moves.leaving_row, moves.page, moves.place))
+            given = () if arrays.statistics is None else (arrays.statistics.mean[rows], arrays.statistics.weight[rows])
+            if self.device.type == "cuda":
+                self._encoder = self._encoder or KernelEncoder(arrays)
+                self._encoder(keys, values, page * self.spec.page_size + place, *given)
+                continue
+            keys, values = keys.float(), values.float()
+            keys = (keys - given[0]) * given[1] if given else keys
+            view = self.as_jax()
+            codes = compute.encode_tokens(view.key_quantizer, view.value_quantizer, keys, values)
+            _write(arrays.pages.keys, codes[0], page, place, channel_major=False)
+            _write(arrays.pages.values, codes[1], page, place, channel_major=True)
+
+
+def _leaving(exact: torch.Tensor, chunk: torch.Tensor, moves: Moves, part: slice) -> torch.Tensor:
+    """Tokens that go to the pages, [n, h_kv, d]: those of the ring, then those of the chunk."""
+    split = moves.ring_row.numel()
+    old, new = slice(part.start, min(part.stop, split)), slice(max(part.start - split, 0), max(part.stop - split, 0))
+    ring = exact[moves.ring_row[old], :, moves.ring_slot[old]]
+    return torch.cat([ring, chunk[moves.chunk_row[new], moves.chunk_step[new]]])
+
+
+def _write(pool: tq.Code, code: tq.Code, page: torch.Tensor, place: torch.Tensor, *, channel_major: bool) -> None:
+    """Writes codes [n, h_kv, ...] to their places; layouts as in `pallas_kernels.decode.pages`."""
+    for name, tensor in vars(pool).items():
+        if tensor is None:
+            continue
+        token_major = name == "signs" or (name == "packed" and not channel_major)
+        where = (page, slice(None), place) if token_major else (page, ..., place)
+        tensor[where] = getattr(code, name)

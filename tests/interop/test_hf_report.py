@@ -1,0 +1,54 @@
+import json
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import typer  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from interop.hf_report import hf  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random model with a tokenizer of single characters."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("model")
+    letters = {chr(code): code for code in range(128)}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(path)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def test_the_command(folder, tmp_path):
+    app = typer.Typer()
+    app.command()(hf)
+    target = tmp_path / "figures.json"
+    options = ["--bits", "2/2", "--context", "700", "--positions", "32", "--new-tokens", "3", "--prompt", "hello"]
+    result = CliRunner().invoke(app, [str(folder), *options, "--json", str(target)])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(target.read_text())
+    baseline, two = figures["rows"]
+    assert figures["dtype"] == "float32" and "DynamicCache in float32" in result.output
+    assert figures["positions"] == 32 and baseline["kl_mean"] == 0 and baseline["top1"] == 1
+    assert 0 < two["kl_mean"] < two["kl_max"] < 0.1 and two["layers"] == 2
+    assert baseline["nbytes"] == 2 * 2 * 64 * 732 * 4 > 4 * two["nbytes"]
+    assert len(two["text"]) >= 3 and "K2/V2" in result.output
+
+
+def test_a_cache_that_does_not_shrink_fails(folder):
+    """A short text lies in the window and the pages reserved behind it: nothing is saved, and the command says so."""
+    app = typer.Typer()
+    app.command()(hf)
+    options = ["--bits", "8/8", "--context", "16", "--positions", "16", "--new-tokens", "1"]
+    assert CliRunner().invoke(app, [str(folder), *options]).exit_code == 1
