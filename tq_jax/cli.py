@@ -18,6 +18,7 @@ COMMANDS = {
     "bench": "tq_jax.bench.command:bench",
     "gate": "tq_jax.evaluate.gate:gate",
     "search": "tq_jax.evaluate.search:search",
+    "hf": "interop.hf_report:hf",
     "doctor": "tq_jax.doctor:doctor",
 }
 """Name of each command and where its function is, in the order of the help text."""
