@@ -81,9 +81,9 @@ def rows_for(ours: float, fp8: float = 100.0):
     for op, cases in CASES.items():
         for shape in dict.fromkeys(case.shape for case in cases):
             for impl, us in (("cudnn_bf16", 120.0), ("jax_cudnn_bf16", 100.0), ("flashinfer_fp8", fp8)):
-                rows.append({"op": op, "impl": impl, "us": us, "memory": 4.0, **shape.as_dict()})
+                rows.append({"op": op, "impl": impl, "us": us, "bytes": 4.0, **shape.as_dict()})
         for case in cases:
-            row = {"op": op, "impl": "triton", "us": ours, "memory": ours / 25.0, **case.shape.as_dict()}
+            row = {"op": op, "impl": "triton", "us": ours, "bytes": ours / 25.0, **case.shape.as_dict()}
             rows.append(row | {"key": case.names[0], "value": case.names[1], "paged": case.paged})
     for case in encode.cases():
         row = {"op": "encode", "impl": "triton", "us": ours, "floor_us": 20.0, "vectors": case.vectors}
