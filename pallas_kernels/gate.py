@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pallas_kernels._compat import TritonKernel
 
@@ -62,6 +63,7 @@ def compile_for(kernel: TritonKernel, architecture: str, *, disassemble: bool = 
         source, cubin = Path(folder) / "kernel.ttir", Path(folder) / "kernel.cubin"
         source.write_text(kernel.ir)
         options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+        source.write_text(_optimized(source, target, options))
         built = triton.compile(str(source), target=target, options=options)
         cubin.write_bytes(built.asm["cubin"])
         usage = _run(tools / "cuobjdump", "-res-usage", cubin)
@@ -75,6 +77,20 @@ def compile_for(kernel: TritonKernel, architecture: str, *, disassemble: bool = 
         instructions={name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()},
         sass=sass,
     )
+
+
+def _optimized(source: Path, target: Any, options: dict[str, int]) -> str:
+    """The passes over Triton IR that XLA runs and `triton.compile` skips when it is given IR."""
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
+    backend: Any = make_backend(target)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = ir.parse_mlir_module(str(source), context)
+    module.context = context
+    return str(backend.make_ttir(module, {}, backend.parse_options(options), target.arch))
 
 
 def _run(tool: Path, *arguments: str | Path) -> str:

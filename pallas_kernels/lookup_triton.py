@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
@@ -48,7 +49,9 @@ class Field:
     shift: jax.Array | None
 
 
-def codebook_tile(planes: Sequence[Field], book: Codebook, *, interpret: bool, mixed: int | None = None) -> jax.Array:
+def codebook_tile(
+    planes: Sequence[Field], book: Codebook, *, interpret: bool, mixed: int | None = None, again: bool = False
+) -> jax.Array:
     """The int8 integers m of a tile of codebook codes; the centroid is (m + 1/2) * book.step.
 
     Two tiles whose fields lie PAIR_DISTANCE apart in the same bytes come out of the same lookups. Along the channels of
@@ -59,6 +62,7 @@ def codebook_tile(planes: Sequence[Field], book: Codebook, *, interpret: bool, m
         book: The codebook.
         interpret: Whether to compute in jnp.
         mixed: None for this tile; 0 or 1 for a half of it and of its partner, mixed as `mixed_index` says.
+        again: Whether the compiler shall not see that this tile was looked up before.
 
     Returns:
         int8, in the shape of the planes' tiles.
@@ -71,8 +75,8 @@ def codebook_tile(planes: Sequence[Field], book: Codebook, *, interpret: bool, m
     if interpret:
         return integers(_codes(planes), book) if mixed is None else _mixed_twin(planes, book, mixed)
     if book.bits == 8:
-        return lax.bitcast_convert_type(planes[0].data, jnp.int8)
-    return _inline(planes, lookup_ptx(book, [plane.field for plane in planes], mixed))
+        return lax.bitcast_convert_type(planes[0].data, jnp.int8) if not again else _inline(planes, "mov.b32 $0, p0;")
+    return _inline(planes, lookup_ptx(book, [plane.field for plane in planes], mixed), again=again)
 
 
 def lookup_ptx(book: Codebook, fields: Sequence[int], mixed: int | None = None) -> str:
@@ -98,11 +102,11 @@ def _mixed_twin(planes: Sequence[Field], book: Codebook, half: int) -> jax.Array
     return jnp.where(partner[None, :], second, first)
 
 
-def integer_tile(plane: Field, *, interpret: bool) -> jax.Array:
+def integer_tile(plane: Field, *, interpret: bool, again: bool = False) -> jax.Array:
     """Unsigned codes less 2**(width - 1) as an int8 tile (for min-max groups)."""
     if interpret:
         return lax.bitcast_convert_type(_codes([plane]), jnp.int8) - jnp.int8(1 << (plane.width - 1))
-    return _inline([plane], integer_ptx(plane.width, plane.field))
+    return _inline([plane], integer_ptx(plane.width, plane.field), again=again)
 
 
 def integer_ptx(width: int, field: int) -> str:
@@ -130,6 +134,11 @@ def log2(x: jax.Array, *, interpret: bool) -> jax.Array:
     return jnp.log2(x) if interpret else _unary("lg2.approx.ftz.f32", x)
 
 
+def at_least(x: jax.Array, least: float, *, interpret: bool) -> jax.Array:
+    """max(x, least); compiled, NaN becomes `least`."""
+    return jnp.maximum(x, least) if interpret else _unary("max.f32", x, f", {_float_bits(least)}")
+
+
 def tanh(x: jax.Array, *, interpret: bool) -> jax.Array:
     """Hyperbolic tangent to 2e-7 absolute, which the approximate instruction does not reach."""
     if interpret:
@@ -138,9 +147,14 @@ def tanh(x: jax.Array, *, interpret: bool) -> jax.Array:
     return jnp.where(x < 0, -1.0, 1.0) * ((1.0 - decay) / (1.0 + decay))
 
 
-def _unary(instruction: str, x: jax.Array) -> jax.Array:
+def _float_bits(x: float) -> str:
+    """A float32 as PTX writes it."""
+    return f"0f{np.float32(x).view(np.uint32):08X}"
+
+
+def _unary(instruction: str, x: jax.Array, more: str = "") -> jax.Array:
     [out] = plt.elementwise_inline_asm(
-        f"{instruction} $0, $1;",
+        f"{instruction} $0, $1{more};",
         args=[x],
         constraints="=f,f",
         pack=1,
@@ -161,7 +175,7 @@ def _codes(planes: Sequence[Field]) -> jax.Array:
     return codes
 
 
-def _inline(planes: Sequence[Field], body: str) -> jax.Array:
+def _inline(planes: Sequence[Field], body: str, *, again: bool = False) -> jax.Array:
     """Runs PTX over registers of four elements; it reads p0, p1 (planes), writes $0 and may use a, b, c, d, t, u."""
     arguments, prologue = [], ""
     shape = planes[0].data.shape
@@ -176,6 +190,7 @@ def _inline(planes: Sequence[Field], body: str) -> jax.Array:
         if plane.width > 1:
             prologue += f"mul.lo.u32 t, t, {plane.width};\n"
         prologue += f"shr.b32 p{i}, ${len(arguments) - 1}, t;\n"
+    body += "\n// again" if again else ""
     text = "{\n.reg .b32 p0, p1, a, b, c, d, t, u;\n" + prologue + body + "\n}"
     [out] = plt.elementwise_inline_asm(
         text,
@@ -198,7 +213,8 @@ def _table(entries: Sequence[int]) -> str:
 
 def _look_up(index: str, first: str, second: str, field: int, mixed: int | None) -> str:
     """Looks up nibbles of a, into u: the field's in all bytes or, mixed, all those of the lower or upper two bytes."""
-    table = f"mov.b32 t, {first};\nmov.b32 u, {second};\n"
+    # The assembler would copy a known constant anew for every use; it does not know that no lane lies below 31 others.
+    table = f"mov.u32 t, %lanemask_lt;\nshr.u32 t, t, 31;\nxor.b32 t, t, {first};\nmov.b32 u, {second};\n"
     lower, upper = "prmt.b32 c, t, u, a;\n", "shr.b32 b, a, 16;\nprmt.b32 d, t, u, b;\n"
     if mixed is None:
         return f"{index}\n{table}{lower}{upper}prmt.b32 u, c, d, {_HALVES[field]};\n"

@@ -14,7 +14,7 @@ class TileConfig:
         tile: Tokens a step; a page holds a whole number of tiles.
         num_warps: Warps a program.
         num_stages: Steps whose loads are in flight.
-        programs: Programs to aim at for the whole grid; sequences are split until there are as many.
+        programs: Programs that the device runs at a time; sequences are split so that it is busy to the end.
         precise: Two-byte queries and probabilities: relative errors under 1e-4 on an H100 instead of up to 1.5 % (which
             long, nearly uniform attention over random values has; 4-bit codes themselves cost about 10 % there).
     """
@@ -22,7 +22,7 @@ class TileConfig:
     tile: int = 64
     num_warps: int = 1
     num_stages: int = 3
-    programs: int = 132 * 10
+    programs: int = 132 * 5
     precise: bool = False
 
     def __post_init__(self) -> None:
@@ -32,13 +32,25 @@ class TileConfig:
             raise ValueError(f"expected num_warps in (1, 2, 4, 8), got num_warps={self.num_warps}")
 
 
+def column_block(columns: int, *, dim: int, precise: bool = False) -> int:
+    """Columns of one program: two warps have registers for the accumulators of 4096 values, half when precise."""
+    room = 4096 // (1 << (dim - 1).bit_length()) // (2 if precise else 1)
+    return min(columns, 32, max(8, room))
+
+
 def default_config(
-    page_size: int, *, columns: int = 8, dim: int = 128, value_parts: int = 1, precise: bool = False
+    page_size: int,
+    *,
+    columns: int = 8,
+    dim: int = 128,
+    value_parts: int = 1,
+    precise: bool = False,
+    bits: tuple[int, int] = (4, 4),
 ) -> TileConfig:
     """The configuration for pages of a size.
 
-    One warp has registers for the accumulators of 8 columns of 128 channels; more of either, two-byte arithmetic and
-    several value scales take more warps, and what 8 warps cannot hold takes smaller tiles.
+    Programs have at most two warps where they have more than 8 columns: with four, Triton takes the asynchronous
+    products of Hopper, whose int8 operands it gets wrong in some shapes.
 
     Args:
         page_size: Tokens a page.
@@ -46,18 +58,31 @@ def default_config(
         dim: Head dim.
         value_parts: Value scales a token.
         precise: See `TileConfig`.
+        bits: Bits of the widest codes of keys and of values.
     """
-    if page_size % 128 == 0 and columns <= 8 and dim <= 128 and value_parts == 1 and not precise:
-        # Measured on an H100: the best of 16 configurations at all widths but 4 bits, and within 5 % of it there.
-        return TileConfig(tile=128, num_warps=2, num_stages=3, programs=132 * 6)
-    load = columns * dim * (2 if precise else 1) * (2 if value_parts > 2 else 1)
-    num_warps = min(8, max(1, 1 << ((load - 1) // 1024).bit_length()))
-    largest = 64 if load < 8192 else 32
-    tile = max((t for t in TILES if page_size % t == 0 and t <= largest), default=32)
-    return TileConfig(tile=tile, num_warps=num_warps, programs=132 * max(1, 10 // num_warps), precise=precise)
+    block = column_block(columns, dim=dim, precise=precise)
+    if block == 8 and dim in (64, 128) and value_parts == 1 and not precise:
+        if min(bits) >= 4 and page_size % 256 == 0:
+            return TileConfig(tile=256, num_warps=4, num_stages=3, programs=132 * 2)
+        if page_size % 128 == 0:
+            return TileConfig(tile=128, num_warps=2, num_stages=3, programs=132 * 4)
+    load = block * dim * (2 if precise else 1) * (2 if value_parts > 2 else 1)
+    tile = 64 if load <= 2048 else 32
+    while tile > 32 and page_size % tile and tile % page_size:
+        tile //= 2
+    return TileConfig(tile=tile, num_warps=2, programs=132 * 5, precise=precise)
+
+
+SETUP_TILES = 2
+"""Tiles that a program could read in the time that its start and end take."""
 
 
 def num_splits(config: TileConfig, *, batch: int, kv_heads: int, capacity: int) -> int:
-    """Programs a sequence and KV head: as many as fill the device, at most one a tile."""
-    tiles = -(-capacity // config.tile)
-    return max(1, min(tiles, config.programs // (batch * kv_heads)))
+    """Programs a sequence and KV head: those that end first when `config.programs` run at a time."""
+    tiles, rows = -(-capacity // config.tile), batch * kv_heads
+
+    def time(splits: int) -> int:
+        return -(-rows * splits // config.programs) * (-(-tiles // splits) + SETUP_TILES)
+
+    most = min(tiles, 4 * -(-config.programs // rows))
+    return min(range(1, most + 1), key=time)

@@ -48,6 +48,7 @@ class Part:
         byte: First byte of the vector's planes.
         channel: Channel of the whole vector that the planes' first one is.
         scale: Place in the axis of scales, None where there is no such axis.
+        words: Whether the planes of all tokens are whole words of memory, so that four neighbours are in one register.
         tiles: The tiles.
     """
 
@@ -57,6 +58,7 @@ class Part:
     byte: int
     channel: int
     scale: int | None
+    words: bool
     tiles: tuple[Tile, ...]
 
 
@@ -82,28 +84,37 @@ def cut(dim: int, bits: int, *, least: int, start: int = 0, stop: int | None = N
     return tuple(tiles)
 
 
-def codebook_parts(fmt: CodebookFormat, *, least: int) -> tuple[Part, ...]:
-    """Parts of a codebook format: its segments, then the sketch if there is one."""
+def codebook_parts(fmt: CodebookFormat, *, least: int, smallest: int) -> tuple[Part, ...]:
+    """Parts of a codebook format: its segments, then the sketch if there is one.
+
+    Args:
+        fmt: The format.
+        least: Channels that a tile should have.
+        smallest: Those that it must have, and does where the segment is no power of two of more.
+    """
     parts, byte, channel = [], 0, 0
     for i, book in enumerate(fmt.segments):
         if book.bits not in SUPPORTED_BITS and book.bits:
             raise NotImplementedError(f"the kernel decodes codes of {SUPPORTED_BITS} bits, got bits={book.bits}")
         if book.bits:
             scale = i if fmt.num_scales > 1 else None
-            tiles = cut(book.dim, book.bits, least=least)
-            parts.append(Part(book, False, False, byte, channel, scale, tiles))
+            whole = book.dim >= least and book.dim & (book.dim - 1) == 0
+            tiles = cut(book.dim, book.bits, least=least if whole else min(least, smallest))
+            edges = [n for _, start, size in plane_layout(book.bits, book.dim) for n in (byte + start, size)]
+            words = not any(n % 4 for n in (fmt.packed_bytes, *edges))
+            parts.append(Part(book, False, False, byte, channel, scale, words, tiles))
         byte, channel = byte + packed_bytes(book.dim, book.bits), channel + book.dim
     if fmt.residual:
         signs = Codebook(fmt.dim, 1, levels=(0,), step=2.0)
-        parts.append(Part(signs, False, True, 0, 0, None, cut(fmt.dim, 1, least=least)))
+        parts.append(Part(signs, False, True, 0, 0, None, fmt.dim % 32 == 0, cut(fmt.dim, 1, least=least)))
     return tuple(parts)
 
 
 def mixed_pairs(part: Part) -> Part:
-    """The part with tiles that share their lookups mixed, wherever they come in pairs."""
+    """The part with tiles that share their lookups mixed, wherever they come in pairs of whole words."""
     distance = PAIR_DISTANCE.get(part.book.bits)
     field_bytes = plane_layout(part.book.bits, part.book.dim)[0][2]
-    if distance is None:
+    if distance is None or not part.words:
         return part
     found = {(tile.start, tile.width, tile.valid) for tile in part.tiles}
     tiles, taken = [], set()
@@ -129,24 +140,38 @@ def key_parts(fmt: VectorFormat) -> tuple[Part, ...]:
     """
     if not isinstance(fmt, CodebookFormat):
         raise NotImplementedError(f"the kernel reads keys of codebook formats, got {type(fmt).__name__}")
-    return tuple(mixed_pairs(part) for part in codebook_parts(fmt, least=LEAST_KEY_TILE))
+    return tuple(mixed_pairs(part) for part in codebook_parts(fmt, least=LEAST_KEY_TILE, smallest=LEAST_KEY_TILE))
 
 
-def value_parts(fmt: VectorFormat) -> tuple[Part, ...]:
+def value_parts(fmt: VectorFormat, *, num_warps: int = 1) -> tuple[Part, ...]:
     """Parts of the values.
+
+    Args:
+        fmt: Their format.
+        num_warps: Warps of a program, which share the rows of a tile; each needs those of one instruction.
 
     Raises:
         NotImplementedError: For sketched values and widths without a lookup.
     """
+    least = LEAST_VALUE_TILE * num_warps
     if isinstance(fmt, CodebookFormat):
         if fmt.residual:
             raise NotImplementedError("the kernel reads values without a sketch, got a residual")
-        return codebook_parts(fmt, least=LEAST_VALUE_TILE)
+        return codebook_parts(fmt, least=least, smallest=LEAST_VALUE_TILE)
     if fmt.bits not in (2, 4):
         raise NotImplementedError(f"the kernel reads min-max values of 2 and 4 bits, got bits={fmt.bits}")
     book = Codebook(fmt.dim, fmt.bits, levels=(), step=1.0)
     return tuple(
-        Part(book, True, False, 0, 0, i, cut(fmt.dim, fmt.bits, least=LEAST_VALUE_TILE, start=c, stop=c + fmt.group))
+        Part(
+            book,
+            True,
+            False,
+            0,
+            0,
+            i,
+            True,
+            cut(fmt.dim, fmt.bits, least=LEAST_VALUE_TILE, start=c, stop=c + fmt.group),
+        )
         for i, c in enumerate(range(0, fmt.dim, fmt.group))
     )
 

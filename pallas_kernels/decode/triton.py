@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode.config import TileConfig, default_config, num_splits
+from pallas_kernels.decode.config import TileConfig, column_block, default_config, num_splits
 from pallas_kernels.decode.layout import key_parts, value_parts
 from pallas_kernels.decode.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.decode.options import LogitOptions
@@ -18,9 +19,8 @@ from pallas_kernels.decode.pages import Pages
 from pallas_kernels.decode.partial import Partial
 from pallas_kernels.decode.triton_body import Inputs, Plan, attend
 from pallas_kernels.format import CodebookFormat, VectorFormat
-from pallas_kernels.packing import plane_widths
 
-MAX_QUERY_TOKENS, MAX_GROUP, MAX_COLUMNS = 8, 16, 32
+MAX_QUERY_TOKENS, MAX_GROUP = 8, 16
 DIMS = (64, 80, 96, 128, 192, 256)
 """Head dims that are tested."""
 
@@ -113,18 +113,22 @@ def decode_plan(
     batch, count, heads, _ = query_shape
     kv_heads, page_size = pages.keys.packed.shape[1:3]
     check_supported(query_shape, pages, key_format, value_format, config, precise=precise)
-    config = config_for(query_shape, pages, value_format, precise=precise) if config is None else config
+    config = config_for(query_shape, pages, key_format, value_format, precise=precise) if config is None else config
     group = heads // kv_heads
+    columns = padded_columns(count * group)
+    block = column_block(columns, dim=max(query_shape[3], value_format.dim), precise=config.precise)
     plan = Plan(
         keys=key_parts(key_format),
-        values=value_parts(value_format),
+        values=value_parts(value_format, num_warps=config.num_warps),
         options=options,
         count=count,
         group=group,
-        columns=padded_columns(count * group),
+        columns=block,
+        blocks=columns // block,
         tile=config.tile,
         page_size=page_size,
         splits=num_splits(config, batch=batch, kv_heads=kv_heads, capacity=table_width * page_size),
+        num_warps=config.num_warps,
         precise=config.precise,
         interpret=interpret,
     )
@@ -142,27 +146,45 @@ def decode(x: Inputs, value_dim: int, plan: Plan, *, num_warps: int, num_stages:
     """Launches the kernel."""
     batch, kv_heads = x.lengths.shape[0], x.pages.keys.packed.shape[1]
     lead = (batch, kv_heads, plan.splits)
-    shapes = [(*lead, plan.count * plan.group, value_dim), (*lead, plan.columns), (*lead, plan.columns)]
+    columns = plan.columns * plan.blocks
+    shapes = [(*lead, plan.count * plan.group, value_dim), (*lead, columns), (*lead, columns)]
+    pages = jax.tree.map(lambda pool: pool if pool.size else None, x.pages)
     return Splits(
         *pl.pallas_call(
             functools.partial(attend, plan=plan),
-            grid=(plan.splits, batch, kv_heads),
+            grid=(plan.splits * plan.blocks, batch, kv_heads),
             out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
             compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
             interpret=plan.interpret,
             name="decode",
-        )(dataclasses.replace(x, pages=jax.tree.map(lambda pool: pool if pool.size else None, x.pages)))
+        )(dataclasses.replace(x, pages=pages, counting=np.arange(256, dtype=np.uint8)))
     )
 
 
 def config_for(
-    query_shape: tuple[int, ...], pages: Pages, value_format: VectorFormat, *, precise: bool = False
+    query_shape: tuple[int, ...],
+    pages: Pages,
+    key_format: VectorFormat,
+    value_format: VectorFormat,
+    *,
+    precise: bool = False,
 ) -> TileConfig:
     """The tiles that `attend_pages` takes by default."""
     _, count, heads, dim = query_shape
     kv_heads, page_size = pages.keys.packed.shape[1:3]
-    columns, parts = padded_columns(count * heads // kv_heads), len(value_parts(value_format))
-    return default_config(page_size, columns=columns, dim=dim, value_parts=parts, precise=precise)
+    return default_config(
+        page_size,
+        columns=padded_columns(count * heads // kv_heads),
+        dim=max(dim, value_format.dim),
+        value_parts=len(value_parts(value_format)),
+        precise=precise,
+        bits=(widest(key_format), widest(value_format)),
+    )
+
+
+def widest(fmt: VectorFormat) -> int:
+    """Bits of a format's widest codes."""
+    return max(book.bits for book in fmt.segments) if isinstance(fmt, CodebookFormat) else fmt.bits
 
 
 def padded_columns(rows: int) -> int:
@@ -190,23 +212,14 @@ def check_supported(
             f"the Triton kernel has up to {MAX_QUERY_TOKENS} query tokens and {MAX_GROUP} query heads a KV head, "
             f"got {count} and {group}"
         )
-    columns = padded_columns(count * group)
-    if columns > MAX_COLUMNS:
+    key_parts(key_format)
+    config = config_for(query_shape, pages, key_format, value_format, precise=precise) if config is None else config
+    if page_size % 16 or (page_size % config.tile and config.tile % page_size):
         raise NotImplementedError(
-            f"the Triton kernel has up to {MAX_COLUMNS} query rows a KV head (query tokens times query heads), "
-            f"got {count * group}"
-        )
-    config = config_for(query_shape, pages, value_format, precise=precise) if config is None else config
-    if config.precise and columns > 8:
-        raise NotImplementedError(f"precise=True has up to 8 query rows a KV head, got {count * group}")
-    if page_size % config.tile:
-        raise NotImplementedError(
-            f"the Triton kernel reads pages of a multiple of {config.tile} tokens, got {page_size=}"
+            f"the Triton kernel reads pages of a multiple of 16 tokens that divide {config.tile} or are a multiple of "
+            f"it, got {page_size=}"
         )
     check_addressable(pages)
-    key_parts(key_format)
-    assert isinstance(key_format, CodebookFormat)
-    _check_key_planes(key_format)
 
 
 def check_addressable(arrays: Any) -> None:
@@ -217,13 +230,3 @@ def check_addressable(arrays: Any) -> None:
             raise NotImplementedError(
                 f"the Triton kernel addresses pools up to 2 GiB or above 4 GiB, got {array.size * array.dtype.itemsize}"
             )
-
-
-def _check_key_planes(fmt: CodebookFormat) -> None:
-    """Raises NotImplementedError for keys whose planes do not start at whole words, as loads of four bytes need."""
-    for dim, bits in [(book.dim, book.bits) for book in fmt.segments] + [(fmt.dim, 1)] * fmt.residual:
-        for width in plane_widths(bits):
-            if dim * width % 32:
-                raise NotImplementedError(
-                    f"the Triton kernel has key planes of a multiple of 4 bytes, got {dim} channels of {width} bits"
-                )

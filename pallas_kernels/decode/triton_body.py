@@ -20,14 +20,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.decode.layout import Part, Tile, planes_of
-from pallas_kernels.decode.options import LogitOptions
+from pallas_kernels.decode.layout import Part
+from pallas_kernels.decode.plan import Inputs, Plan
+from pallas_kernels.decode.tiles_triton import load_scale, load_shifts, load_tiles, page_of, slot_of
 from pallas_kernels.lookup_triton import (
     MAGIC,
-    Field,
-    codebook_tile,
+    at_least,
     exp2,
-    integer_tile,
     log2,
     mixed_index,
     round_to_int8,
@@ -45,60 +44,12 @@ LEAST_SCALE = 2.0**-100
 """Value scales below it are taken for it; its inverse times 127 is still a float."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about a kernel.
-
-    Attributes:
-        keys: Parts of the keys.
-        values: Parts of the values.
-        options: Logit options.
-        count: Query tokens.
-        group: Query heads a KV head.
-        columns: count * group, padded.
-        tile: Tokens a step.
-        page_size: Tokens a page.
-        splits: Programs a sequence and KV head.
-        precise: Whether queries and probabilities have two bytes.
-        interpret: Whether the kernel runs as jnp.
-    """
-
-    keys: tuple[Part, ...]
-    values: tuple[Part, ...]
-    options: LogitOptions
-    count: int
-    group: int
-    columns: int
-    tile: int
-    page_size: int
-    splits: int
-    precise: bool
-    interpret: bool
-
-    @property
-    def top(self) -> float:
-        """Largest integer of a quantized query or probability."""
-        return 127.0 * 256 if self.precise else 127.0
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """Arrays of the kernel, or its references; see `decode_attention`."""
-
-    query: Any
-    pages: Any
-    table: Any
-    lengths: Any
-    positions: Any
-    bias: Any
-    sketch: Any
-
-
 def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan) -> None:
     """The kernel body; writes acc [queries, channels] and peak, total [columns] of its split, exponents base 2."""
-    split, row, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    column = lax.broadcasted_iota(jnp.int32, (plan.columns,), 0)
+    # Blocks of columns of the same tiles come side by side, so that the second one finds them in the cache.
+    program, row, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    split, block = lax.div(program, jnp.int32(plan.blocks)), lax.rem(program, jnp.int32(plan.blocks))
+    column = block * plan.columns + lax.broadcasted_iota(jnp.int32, (plan.columns,), 0)
     token, head_column = _query_index(column, head, plan)
     begin, end = _tiles_of_split(x, row, split, plan)
     queries = [_quantized_query(x, part, row, token, head_column, column, plan) for part in plan.keys]
@@ -109,61 +60,61 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
     position = None
     if plan.count > 1:
         position = plt.load(x.positions.at[jnp.full_like(token, row), token], mask=_exists(column, plan), other=0)
-    last_page = x.table.shape[1] - 1
+    shifts = load_shifts(x, plan)
+    # Twins round a quarter up and a quarter down: their mean has half the error.
+    dither = jnp.where(_twin(column, plan), 0.25, -0.25) if plan.twins else None
 
     def step(index: jax.Array, state: tuple) -> tuple:
         page, parts, total = state
         # Read a step early: the loads of the next tile wait for its page.
-        following = x.table[row, jnp.minimum(_page(index + 1, plan), last_page)]
-        where = (page, head, _slot(index, plan))
+        following = page_of(x, row, index + 1, plan)
+        where = (page, head, slot_of(index, plan))
         tokens = index * plan.tile + lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
         seen = _seen_tokens(x, row, tokens, plan)
         visible = None if position is None else _visible(tokens, position, plan)
-        exponents = [_exponent(x, part, where, seen, plan) for part in plan.values]
+        exponents, inverses = zip(*(_exponent(x, part, where, seen, plan) for part in plan.values), strict=True)
         # One part's exponent is what the logits accumulate onto: a fused multiply-add less.
         alone = len(exponents) == 1 and plan.options.softcap is None
-        logits = _logits(x, where, seen, queries, bias, exponents[0] if alone else None, plan)
+        logits = _logits(x, where, seen, queries, bias, exponents[0] if alone else None, shifts, plan)
         updated = []
-        for i, (part, exponent, state_of_part) in enumerate(zip(plan.values, exponents, parts, strict=True)):
-            w = logits if alone else logits + exponent[:, None]
+        for i, part in enumerate(plan.values):
+            w = logits if alone else logits + exponents[i][:, None]
             if visible is not None:
                 w = jnp.where(visible, w, HIDDEN)
-            inverse = exp2(jnp.where(seen, -exponent, 0.0), interpret=plan.interpret)
-            new, p, alpha, beta = _accumulate(x, part, where, w, inverse, seen, state_of_part, plan)
+            new, p, alpha, beta = _accumulate(x, part, where, w, inverses[i], seen, parts[i], dither, shifts, plan)
             updated.append(new)
             if i == 0:
-                total = total * alpha + beta * jnp.sum(p * inverse[:, None], axis=0)
+                total = total * alpha[None, :] + _fold(p * inverses[i][:, None], plan) * beta[None, :]
         return following, tuple(updated), total
 
-    nothing = jnp.zeros((plan.columns,), jnp.float32)
     parts = tuple(_empty_part(part, plan) for part in plan.values)
-    first = x.table[row, jnp.minimum(_page(begin, plan), last_page)]
-    _, parts, total = lax.fori_loop(begin, end, step, (first, parts, nothing))
-    _store_acc(parts, acc_ref, (row, head, split), column, plan)
-    peak_ref[row, head, split, :] = parts[0][1]
-    total_ref[row, head, split, :] = total
+    state = page_of(x, row, begin, plan), parts, _folded_zeros(plan)
+    _, parts, total = lax.fori_loop(begin, end, step, state)
+    _store_acc(parts, acc_ref, (row, head, split), block * plan.columns, plan)
+    columns = pl.ds(block * plan.columns, plan.columns)
+    peak_ref[row, head, split, columns] = parts[0][1]
+    total_ref[row, head, split, columns] = jnp.sum(total, axis=0)
 
 
 def _query_index(column: jax.Array, head: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
     """Query token and query head of each column."""
+    if plan.twins:
+        column = jnp.where(_twin(column, plan), column - plan.columns // 2, column)
     if plan.count == 1:
         return jnp.zeros_like(column), head * plan.group + column
     group = jnp.full_like(column, plan.group)
     return lax.div(column, group), head * plan.group + lax.rem(column, group)
 
 
-def _page(index: jax.Array, plan: Plan) -> jax.Array:
-    """Place in the block table of a tile. Remainders are those of C, whose divisibility Triton understands."""
-    return lax.div(index, jnp.int32(plan.page_size // plan.tile))
-
-
-def _slot(index: jax.Array, plan: Plan) -> jax.Array:
-    """First token of a tile in its page."""
-    return lax.rem(index, jnp.int32(plan.page_size // plan.tile)) * plan.tile
+def _twin(column: jax.Array, plan: Plan) -> jax.Array:
+    return column >= plan.columns // 2
 
 
 def _exists(column: jax.Array, plan: Plan) -> jax.Array:
-    return column < plan.count * plan.group
+    rows = plan.count * plan.group
+    if plan.twins:
+        return (column < rows) | (_twin(column, plan) & (column < rows + plan.columns // 2))
+    return column < rows
 
 
 def _tiles_of_split(x: Inputs, row: jax.Array, split: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -203,7 +154,7 @@ def _visible(tokens: jax.Array, position: jax.Array, plan: Plan) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Query:
-    """A quantized query: int8 tiles [columns, width] (high, then low bytes), half their sum, the factor of logits."""
+    """A quantized query: int8 tiles [width, columns] (high, then low bytes), half their sum, the factor of logits."""
 
     tiles: list[tuple[jax.Array, ...]]
     half: jax.Array
@@ -216,25 +167,26 @@ def _quantized_query(
     source = x.sketch if part.sketch else x.query
     tiles, largest = [], jnp.zeros((plan.columns,), jnp.float32)
     for tile in part.tiles:
-        shape = (plan.columns, tile.width)
-        channel = lax.broadcasted_iota(jnp.int32, shape, 1)
+        # Channels first: shared memory then has them side by side, as 8-bit products contract them.
+        shape = (tile.width, plan.columns)
+        channel = lax.broadcasted_iota(jnp.int32, shape, 0)
         start: jax.Array | int = tile.start
         if tile.partner is not None:
             partner, channel = mixed_index(channel)
             start, channel = jnp.where(partner, tile.partner, tile.start), channel + 2 * tile.half
-        mask = jnp.broadcast_to(_exists(column, plan)[:, None], shape)
+        mask = jnp.broadcast_to(_exists(column, plan)[None, :], shape)
         if tile.valid < tile.width:
             mask = mask & (channel < tile.valid)
-        index = [jnp.broadcast_to(i[:, None], shape) for i in (jnp.full_like(token, row), token, head)]
+        index = [jnp.broadcast_to(i[None, :], shape) for i in (jnp.full_like(token, row), token, head)]
         at = source.at[(*index, part.channel + start + channel)]
         tiles.append(plt.load(at, mask=mask, other=0.0))
-        largest = jnp.maximum(largest, jnp.max(jnp.abs(tiles[-1]), axis=1))
+        largest = jnp.maximum(largest, jnp.max(jnp.abs(tiles[-1]), axis=0))
     largest = jnp.maximum(largest, 1e-30)
     total = jnp.zeros((plan.columns,), jnp.int32)
     quantized = []
     for q in tiles:
-        integer = _integers(q * (plan.top / largest)[:, None])
-        total = total + jnp.sum(integer, axis=1)
+        integer = _integers(q * (plan.top / largest)[None, :])
+        total = total + jnp.sum(integer, axis=0)
         quantized.append(_bytes_of(integer, plan))
     factor = largest * (part.book.step * plan.options.scale * LOG2_E / plan.top)
     # The half of a step that an odd sum loses is 1e-5 of a logit.
@@ -261,6 +213,7 @@ def _logits(
     queries: list[_Query],
     bias: jax.Array | None,
     start: jax.Array | None,
+    shifts: dict,
     plan: Plan,
 ) -> jax.Array:
     """Logits [tile, columns] times log2(e), biased, soft-capped, plus start [tile]; finite where not seen."""
@@ -271,10 +224,15 @@ def _logits(
         logits = bias[None, :] + jnp.zeros(shape, jnp.float32) if logits is None else logits + bias[None, :]
     for part, query in zip(plan.keys, queries, strict=True):
         scales = keys.residual if part.sketch else keys.scale
-        scale = jnp.where(seen, _scale(scales, part, where, plan), 0.0)
-        tiles = _tiles(keys.signs if part.sketch else keys.packed, part, where, 1, plan)
+        scale = jnp.where(seen, load_scale(scales, part, where, plan), 0.0)
+        source = keys.signs if part.sketch else keys.packed
+        tiles = load_tiles(source, part, where, 1, shifts, plan)
         if plan.precise:
-            product = [_products(tiles, [q[i] for q in query.tiles], jnp.zeros(shape, jnp.int32)) for i in (0, 1)]
+            again = load_tiles(source, part, where, 1, shifts, plan, again=True)
+            product = [
+                _products(t, [q[i] for q in query.tiles], jnp.zeros(shape, jnp.int32))
+                for i, t in enumerate((tiles, again))
+            ]
             whole = (product[0] << 8) + product[1] + query.half[None, :]
             term = whole.astype(jnp.float32) * scale[:, None]
         else:
@@ -291,79 +249,46 @@ def _logits(
 
 def _products(tiles: list[jax.Array], queries: list[jax.Array], start: jax.Array) -> jax.Array:
     for tile, query in zip(tiles, queries, strict=True):
-        start = start + lax.dot_general(tile, query, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+        start = start + lax.dot_general(tile, query, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
     return start
 
 
-def _scale(ref: Any, part: Part, where: tuple, plan: Plan) -> jax.Array:
-    """Scales [tile] of a part, float32."""
-    page, head, slot = where
-    place = () if part.scale is None else (part.scale,)
-    return ref[(page, head, *place, pl.ds(slot, plan.tile))].astype(jnp.float32)
+def _exponent(x: Inputs, part: Part, where: tuple, seen: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """log2 of the scales [tile] of a value part, HIDDEN where not seen, and their inverses, any number there."""
+    scale = load_scale(x.pages.values.scale, part, where, plan)
+    if plan.interpret:
+        # Compiled, the maximum of NaN and a number is the number.
+        scale = jnp.where(seen, scale, 1.0)
+    exponent = log2(at_least(scale, LEAST_SCALE, interpret=plan.interpret), interpret=plan.interpret)
+    return jnp.where(seen, exponent, HIDDEN), exp2(-exponent, interpret=plan.interpret)
 
 
-def _exponent(x: Inputs, part: Part, where: tuple, seen: jax.Array, plan: Plan) -> jax.Array:
-    """log2 of the scales [tile] of a value part, HIDDEN where not seen."""
-    scale = jnp.where(seen, _scale(x.pages.values.scale, part, where, plan), 1.0)
-    return jnp.where(seen, log2(jnp.maximum(scale, LEAST_SCALE), interpret=plan.interpret), HIDDEN)
+def _folded_zeros(plan: Plan) -> jax.Array:
+    return jnp.zeros((min(plan.tile, 16 * plan.num_warps), plan.columns), jnp.float32)
 
 
-def _tiles(ref: Any, part: Part, where: tuple, axis: int, plan: Plan) -> list[jax.Array]:
-    """int8 tiles of a part, [tile, width] with axis 1 (keys) or [width, tile] with axis 0 (values)."""
-    loaded: dict[tuple, tuple[jax.Array, jax.Array | None]] = {}
-    out = []
-    for tile in part.tiles:
-        fields = []
-        for width, start, size, field in planes_of(part, tile):
-            # Tiles of other fields of the same bytes, mixed ones included, share them.
-            key = (start, tile.start % size, tile.width, tile.valid)
-            if key not in loaded:
-                loaded[key] = _load_bytes(ref, where, start, size, width, tile, axis, plan)
-            fields.append(Field(loaded[key][0], width, field, loaded[key][1]))
-        if part.unsigned:
-            out.append(integer_tile(fields[0], interpret=plan.interpret))
-        else:
-            mixed = None if tile.partner is None else tile.half
-            out.append(codebook_tile(fields, part.book, interpret=plan.interpret, mixed=mixed))
-    return out
-
-
-def _load_bytes(
-    ref: Any, where: tuple, start: int, size: int, width: int, tile: Tile, axis: int, plan: Plan
-) -> tuple[jax.Array, jax.Array | None]:
-    """Bytes of one plane for a tile, and the shift in fields where the tile covers several."""
-    page, head, slot = where
-    first = tile.start % size
-    several = first + tile.valid > size
-    if not several and tile.valid == tile.width:
-        token, byte = pl.ds(slot, plan.tile), pl.ds(start + first, tile.width)
-        return ref[(page, head, token, byte) if axis else (page, head, byte, token)], None
-    shape = (plan.tile, tile.width) if axis else (tile.width, plan.tile)
-    channel = lax.broadcasted_iota(jnp.int32, shape, axis)
-    token = slot + lax.broadcasted_iota(jnp.int32, shape, 1 - axis)
-    byte = start + lax.rem(first + channel, jnp.full_like(channel, size))
-    mask = None if tile.valid == tile.width else channel < tile.valid
-    pages, heads = jnp.broadcast_to(page, shape), jnp.broadcast_to(head, shape)
-    at = ref.at[(pages, heads, token, byte) if axis else (pages, heads, byte, token)]
-    data = plt.load(at) if mask is None else plt.load(at, mask=mask, other=jnp.uint8(0))
-    if not several:
-        return data, None
-    shift = lax.div(first + channel, jnp.full_like(channel, size)).astype(jnp.int8)
-    if axis and size % 4:
-        # Four neighbours do not share their field: shift each by itself.
-        return data >> (lax.bitcast_convert_type(shift, jnp.uint8) * width), None
-    return data, shift
+def _fold(x: jax.Array, plan: Plan) -> jax.Array:
+    """Sums of [tile, columns] over the rows that one thread holds: what is left is summed once, after the last tile."""
+    return jnp.sum(x.reshape(-1, min(plan.tile, 16 * plan.num_warps), plan.columns), axis=0)
 
 
 def _empty_part(part: Part, plan: Plan) -> tuple:
     """Accumulators of a value part: tiles, reference exponent, sum of p and sum of p * zero."""
-    zero = jnp.zeros((plan.columns,), jnp.float32)
     acc = tuple(jnp.zeros((tile.width, plan.columns), jnp.float32) for tile in part.tiles)
-    return acc, zero + FLOOR, zero
+    return acc, jnp.full((plan.columns,), FLOOR, jnp.float32), _folded_zeros(plan)
 
 
 def _accumulate(
-    x: Inputs, part: Part, where: tuple, w: jax.Array, inverse: jax.Array, seen: jax.Array, state: tuple, plan: Plan
+    x: Inputs,
+    part: Part,
+    where: tuple,
+    w: jax.Array,
+    inverse: jax.Array,
+    seen: jax.Array,
+    state: tuple,
+    dither: jax.Array | None,
+    shifts: dict,
+    plan: Plan,
 ) -> tuple[tuple, jax.Array, jax.Array, jax.Array]:
     """Adds a tile to a value part; returns the part, p * scale, and the factors of what was and of what came."""
     acc, reference, offset = state
@@ -372,20 +297,24 @@ def _accumulate(
     new_reference = jnp.maximum(reference, tile_reference)
     alpha = exp2(reference - new_reference, interpret=plan.interpret)
     beta = exp2(tile_reference - new_reference, interpret=plan.interpret)
-    tiles = _tiles(x.pages.values.packed, part, where, 0, plan)
+    tiles = load_tiles(x.pages.values.packed, part, where, 0, shifts, plan)
     if plan.precise:
         high, low = _bytes_of(_integers(p), plan)
-        sums = [((_pv(v, high) << 8) + _pv(v, low)).astype(jnp.float32) for v in tiles]
+        again = load_tiles(x.pages.values.packed, part, where, 0, shifts, plan, again=True)
+        whole = [(_pv(v, high) << 8) + _pv(u, low) for v, u in zip(tiles, again, strict=True)]
+        sums = [s.astype(jnp.float32) * beta[None, :] for s in whole]
     else:
-        integer = round_to_int8(p)
-        sums = [_pv(v, integer).astype(jnp.float32) for v in tiles]
-    acc = tuple(a * alpha[None, :] + s * beta[None, :] for a, s in zip(acc, sums, strict=True))
+        integer, large = round_to_int8(p if dither is None else p + dither[None, :]), (12582912.0 * beta)[None, :]
+        # As for logits, starting at the bits of a large float makes sums floats without conversion.
+        raw = [lax.bitcast_convert_type(_pv(v, integer) + MAGIC, jnp.float32) for v in tiles]
+        sums = [r * beta[None, :] - large for r in raw]
+    acc = tuple(a * alpha[None, :] + s for a, s in zip(acc, sums, strict=True))
     weights = p
     if part.unsigned:
-        zero = jnp.where(seen, _scale(x.pages.values.zero, part, where, plan), 0.0)
+        zero = jnp.where(seen, load_scale(x.pages.values.zero, part, where, plan), 0.0)
         middle = float(1 << (part.book.bits - 1))
         weights = p * (zero * inverse + middle)[:, None]
-    offset = offset * alpha + beta * jnp.sum(weights, axis=0)
+    offset = offset * alpha[None, :] + _fold(weights, plan) * beta[None, :]
     return (acc, new_reference, offset), p, alpha, beta
 
 
@@ -393,20 +322,25 @@ def _pv(values: jax.Array, p: jax.Array) -> jax.Array:
     return lax.dot_general(values, p, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
 
 
-def _store_acc(parts: tuple, ref: Any, lead: tuple, column: jax.Array, plan: Plan) -> None:
+def _store_acc(parts: tuple, ref: Any, lead: tuple, first: jax.Array, plan: Plan) -> None:
     """Writes the accumulators of all parts, relative to the reference of the first."""
     common = parts[0][1]
     for part, (acc, reference, offset) in zip(plan.values, parts, strict=True):
         factor = exp2(reference - common, interpret=plan.interpret)
+        offset = jnp.sum(offset, axis=0)
         for tile, sums in zip(part.tiles, acc, strict=True):
-            shape = (tile.width, plan.columns)
-            channel = lax.broadcasted_iota(jnp.int32, shape, 0)
-            mask = jnp.broadcast_to(_exists(column, plan)[None, :], shape)
-            if tile.valid < tile.width:
-                mask = mask & (channel < tile.valid)
             if part.unsigned:
                 out = (sums + offset[None, :]) * factor[None, :]
             else:
                 out = (sums + (0.5 * offset)[None, :]) * (factor * part.book.step)[None, :]
+            column = first + lax.broadcasted_iota(jnp.int32, (plan.columns,), 0)
+            if plan.twins:
+                column = lax.broadcasted_iota(jnp.int32, (plan.columns // 2,), 0)
+                out = 0.5 * jnp.sum(out.reshape(tile.width, 2, plan.columns // 2), axis=1)
+            shape = out.shape
+            channel = lax.broadcasted_iota(jnp.int32, shape, 0)
+            mask = jnp.broadcast_to((column < plan.count * plan.group)[None, :], shape)
+            if tile.valid < tile.width:
+                mask = mask & (channel < tile.valid)
             index = [jnp.broadcast_to(i, shape) for i in (*lead, column[None, :])]
             plt.store(ref.at[(*index, part.channel + tile.start + channel)], out, mask=mask)

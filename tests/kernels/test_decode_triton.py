@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.variants import VARIANTS, Variant, make_case, normalized, relative_error
+from benchmarks.variants import VARIANTS, Variant, make_case, normalized, relative_error, tolerance
 from pallas_kernels.decode import LogitOptions, TileConfig, decode_attention
 from pallas_kernels.decode.config import default_config, num_splits
 from pallas_kernels.decode.pages import empty_pages
@@ -24,6 +24,8 @@ QUICK = PRECISE | {
     "window 1",
     "softcap bias",
     "group 16",
+    "d80 3",
+    "pages 16 window",
 }
 CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
 
@@ -39,24 +41,22 @@ def test_parity_with_the_reference(name):
     case = make_case(VARIANTS[name])
     want = attend(case, "reference")
     got = attend(case, "triton")
-    assert relative_error(got, want) <= VARIANTS[name].tolerance
+    assert relative_error(got, want) <= tolerance(VARIANTS[name])
     np.testing.assert_array_equal(got.total > 0, want.total > 0)
     seen = np.asarray(want.total > 0)
     log_sum = np.asarray(want.peak + jnp.log(jnp.where(want.total > 0, want.total, 1.0)))
     np.testing.assert_allclose(np.asarray(got.peak)[seen], log_sum[seen], atol=0.05)
     np.testing.assert_array_equal(np.asarray(got.peak)[~seen], np.asarray(want.peak)[~seen])
     if name in PRECISE:
-        assert relative_error(attend(case, "triton", precise=True), want) <= 1e-3
+        assert relative_error(attend(case, "triton", precise=True), want) <= 1e-4
 
 
-def test_rounding_is_a_tenth_of_quantization():
-    """Against attention over full-precision keys and values, the kernel is as good as the reference."""
-    variant = dataclasses.replace(VARIANTS["k4v4"], lengths=(500, 500))
+def test_long_uniform_attention_rounds_to_a_tenth_of_quantization():
+    """Many keys that weigh about the same average the noise of codes as well as that of rounding."""
+    variant = dataclasses.replace(VARIANTS["k4v4"], page_size=128, lengths=(1000,), group=8)
+    assert tolerance(variant) < 0.015
     case = make_case(variant)
-    finer = make_case(dataclasses.replace(variant, key={"bits": 8, "search": True}, value={"bits": 8, "search": True}))
-    exact = attend(finer, "reference")
-    quantization = relative_error(attend(case, "reference"), exact)
-    assert relative_error(attend(case, "triton"), attend(case, "reference")) <= quantization / 10
+    assert relative_error(attend(case, "triton"), attend(case, "reference")) <= tolerance(variant)
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,8 @@ def test_limits_are_named():
         ("head dims .*, got 48 and 48", {"dim": 48}),
         ("up to 8 query tokens and 16 query heads a KV head, got 9 and 2", {"count": 9}),
         ("got 1 and 17", {"heads": 17}),
-        ("pages of a multiple of 32 tokens, got page_size=16", {"page": 16}),
-        ("pages of a multiple of 128 tokens, got page_size=64", {"config": TileConfig(tile=128)}),
-        ("up to 32 query rows a KV head .*, got 40", {"count": 4, "heads": 10}),
-        ("precise=True has up to 8 query rows a KV head, got 16", {"heads": 16, "config": TileConfig(precise=True)}),
-        ("key planes of a multiple of 4 bytes, got 80 channels of 1 bits", {"key": QuantizerSpec(80, 3), "dim": 80}),
+        ("pages of a multiple of 16 tokens .*, got page_size=24", {"page": 24}),
+        ("that divide 128 or are a multiple of it, got page_size=192", {"page": 192, "config": TileConfig(tile=128)}),
         (r"codes of \(1, 2, 3, 4, 8\) bits, got bits=5", {"key": QuantizerSpec(64, 5)}),
         ("keys of codebook formats, got GroupFormat", {"key": QuantizerSpec(64, 4, kind="group")}),
         ("values without a sketch", {"value": QuantizerSpec(64, 4, kind="prod")}),

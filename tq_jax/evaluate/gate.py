@@ -18,7 +18,7 @@ from pallas_kernels.decode import LogitOptions, TileConfig
 from pallas_kernels.decode.config import default_config
 from pallas_kernels.decode.layout import value_parts
 from pallas_kernels.decode.pages import empty_pages
-from pallas_kernels.decode.triton import attend_pages, padded_columns, stages_for
+from pallas_kernels.decode.triton import attend_pages, padded_columns, stages_for, widest
 from pallas_kernels.gate import ARCHITECTURES, Compiled, compile_for, missing
 from tq_jax.evaluate.report import JsonTarget, open_console, progress_bar, write_json
 from tq_jax.quantizer import QuantizerSpec
@@ -55,9 +55,15 @@ class Kernel:
     @property
     def config(self) -> TileConfig:
         """The tiles that `attend_pages` would choose."""
-        columns = padded_columns(self.count * self.group)
-        parts = len(value_parts(self.value.format))
-        return default_config(PAGE_SIZE, columns=columns, dim=self.key.dim, value_parts=parts, precise=self.precise)
+        key, value = self.key.format, self.value.format
+        return default_config(
+            PAGE_SIZE,
+            columns=padded_columns(self.count * self.group),
+            dim=self.key.dim,
+            value_parts=len(value_parts(value)),
+            precise=self.precise,
+            bits=(widest(key), widest(value)),
+        )
 
     @property
     def expected(self) -> tuple[str, ...]:

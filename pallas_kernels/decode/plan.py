@@ -1,0 +1,69 @@
+"""What is static about a launch of the decode kernel, and its arrays."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from pallas_kernels.decode.layout import Part
+from pallas_kernels.decode.options import LogitOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about a kernel.
+
+    Attributes:
+        keys: Parts of the keys.
+        values: Parts of the values.
+        options: Logit options.
+        count: Query tokens.
+        group: Query heads a KV head.
+        columns: Columns of a program.
+        blocks: Programs that share the columns, count * group padded.
+        tile: Tokens a step.
+        page_size: Tokens a page.
+        splits: Programs a sequence and KV head.
+        num_warps: Warps a program.
+        precise: Whether queries and probabilities have two bytes.
+        interpret: Whether the kernel runs as jnp.
+    """
+
+    keys: tuple[Part, ...]
+    values: tuple[Part, ...]
+    options: LogitOptions
+    count: int
+    group: int
+    columns: int
+    blocks: int
+    tile: int
+    page_size: int
+    splits: int
+    num_warps: int
+    precise: bool
+    interpret: bool
+
+    @property
+    def twins(self) -> bool:
+        """Whether columns that would be padding repeat the others."""
+        return not self.precise and self.blocks == 1 and 2 * self.count * self.group <= self.columns
+
+    @property
+    def top(self) -> float:
+        """Largest integer of a quantized query or probability."""
+        return 127.0 * 256 if self.precise else 127.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Arrays of the kernel, or its references; see `decode_attention`. `counting` is 0 to 255, see `load_shifts`."""
+
+    query: Any
+    pages: Any
+    table: Any
+    lengths: Any
+    positions: Any
+    bias: Any
+    sketch: Any
+    counting: Any = None
