@@ -1,5 +1,6 @@
 """A tiny random decoder for most tests, and the real default model with its independent oracle for the rest."""
 
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,15 @@ TINY = DecoderConfig(
 @pytest.fixture(scope="session")
 def tiny() -> Decoder:
     return Decoder(TINY, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="session")
+def hybrid() -> Decoder:
+    """Every part that a family may have: local layers with their own rotary base, four norms, norms of heads."""
+    config = dataclasses.replace(
+        TINY, architecture="gemma3", sliding_window=12, local_layers=(True, False, True), local_rope_base=100.0
+    )
+    return Decoder(config, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,16 @@ import pytest
 from tq_jax.models import causal_attention
 
 
-def naive(query, key, value):
+def naive(query, key, value, window=None):
     """Softmax attention with the whole score matrix, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat(group, axis=2), v.repeat(group, axis=2)
     scores = np.einsum("bshd,buhd->bhsu", q, k) / np.sqrt(q.shape[-1])
-    scores = np.where(np.tril(np.ones(scores.shape[-2:], bool)), scores, -np.inf)
+    visible = np.tril(np.ones(scores.shape[-2:], bool))
+    if window is not None:
+        visible &= ~np.tril(visible, -window)
+    scores = np.where(visible, scores, -np.inf)
     weight = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("bhsu,buhd->bshd", weight / weight.sum(-1, keepdims=True), v)
 
@@ -25,6 +28,13 @@ def test_matches_the_softmax(tokens, h_q, h_kv):
     )
     out = causal_attention(query, key, value, block=8)
     np.testing.assert_allclose(out, naive(query, key, value), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [1, 5, 8, 17, 100])
+def test_a_window(window):
+    query, key, value = 3.0 * jax.random.normal(jax.random.key(window), (3, 2, 37, 2, 16))
+    out = causal_attention(query, key, value, window=window, block=8)
+    np.testing.assert_allclose(out, naive(query, key, value, window), rtol=2e-5, atol=2e-5)
 
 
 def test_large_logits_do_not_overflow():
@@ -53,3 +63,5 @@ def test_refuses_shapes_that_do_not_fit():
         causal_attention(x, x[:, :, :2], x[:, :, :2])
     with pytest.raises(ValueError, match=r"key and value: expected \[1, 4, h_kv, 8\]"):
         causal_attention(x, x[:, :3], x)
+    with pytest.raises(ValueError, match="window: expected at least 1, got 0"):
+        causal_attention(x, x, x, window=0)

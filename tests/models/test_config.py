@@ -1,9 +1,12 @@
 import dataclasses
+import math
 
+import numpy as np
 import pytest
 
-from tq_jax.models import DecoderConfig, config_from_gguf, config_from_hf
-from tq_jax.models.config import config_to_hf
+from tq_jax.models import DecoderConfig, RopeScaling, config_from_gguf, config_from_hf
+from tq_jax.models.config_gguf import llama3_scaling
+from tq_jax.models.config_hf import config_to_hf
 
 GGUF = {
     "general.architecture": "llama",
@@ -44,7 +47,7 @@ def test_stop_tokens_of_both_files():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("general.architecture", "qwen2"),
+        ("general.architecture", "mamba"),
         ("llama.rope.scaling.type", "yarn"),
         ("llama.expert_count", 8),
         ("llama.rope.dimension_count", 4),
@@ -59,11 +62,17 @@ def test_gguf_options_that_change_the_arithmetic_are_refused(field, value):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model_type", "mistral"),
+        ("model_type", "phi3"),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("mlp_bias", True),
-        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        ("rope_scaling", {"type": "dynamic", "factor": 8.0}),
+        ("rope_parameters", {"rope_type": "default", "attention_factor": 2.0}),
+        ("rope_parameters", {"sliding_attention": {"rope_theta": 1e3}}),
+        ("layer_types", ["full_attention", "full_attention"]),
+        ("final_logit_softcapping", 30.0),
+        ("attn_logit_softcapping", 50.0),
+        ("use_bidirectional_attention", True),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
         ("partial_rotary_factor", 0.5),
         ("quantization_config", {"quant_method": "gptq"}),
@@ -71,7 +80,7 @@ def test_gguf_options_that_change_the_arithmetic_are_refused(field, value):
     ],
 )
 def test_hf_options_that_change_the_arithmetic_are_refused(field, value):
-    with pytest.raises(NotImplementedError, match="supported is"):
+    with pytest.raises(NotImplementedError, match="supported (is|are)"):
         config_from_hf(config_to_hf(EXPECTED) | {field: value})
 
 
@@ -96,3 +105,172 @@ def test_missing_fields_are_named():
 def test_contradictions_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(EXPECTED, **change)
+
+
+ROTARY = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+COMMON = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 96,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 1024,
+}
+# The fields that the files of released models have.
+QWEN2 = COMMON | {
+    "model_type": "qwen2",
+    "rope_theta": 1e6,
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "sliding_window": 512,
+    "max_window_layers": 6,
+}
+MISTRAL = COMMON | {"model_type": "mistral", "rope_theta": 1e4, "hidden_act": "silu", "sliding_window": 512}
+GEMMA3 = COMMON | {
+    "model_type": "gemma3_text",
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "attention_bias": False,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+}
+
+
+def test_released_qwen_and_mistral_files():
+    qwen = config_from_hf(QWEN2)
+    assert (qwen.architecture, qwen.sliding_window, qwen.local_layers, qwen.rope_base) == ("qwen2", None, (), 1e6)
+    assert config_from_hf(QWEN2 | {"use_sliding_window": True}).layer_windows == (None,) * 6 + (512,) * 2
+    mistral = config_from_hf(MISTRAL)
+    assert mistral.layer_windows == (512,) * 8
+    assert config_from_hf(MISTRAL | {"sliding_window": None}).layer_windows == (None,) * 8
+
+
+def test_a_released_gemma_file():
+    gemma = config_from_hf(GEMMA3)
+    assert gemma.layer_windows == (512,) * 5 + (None,) + (512,) * 2
+    assert gemma.tied_head
+    assert gemma.attention_scale == 1 / 16
+    assert gemma.rope(512) == (1e4, None)
+    assert gemma.rope(None) == (1e6, RopeScaling(kind="linear", factor=8.0))
+    assert config_from_hf(config_to_hf(gemma)) == gemma
+    one_kind = config_from_hf(GEMMA3 | {"layer_types": ["full_attention"] * 8})
+    assert (one_kind.sliding_window, one_kind.local_rope_base) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "message"),
+    [
+        (GEMMA3, {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0: supported is None"),
+        (GEMMA3, {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        (GEMMA3, {"hidden_activation": "gelu"}, "hidden_activation='gelu': supported is 'gelu_pytorch_tanh'"),
+        (GEMMA3, {"layer_types": ["chunked_attention"] * 8}, "layer_types='chunked_attention'"),
+        (GEMMA3, {"rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}}, "of sliding_attention='yarn'"),
+        (QWEN2, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn': supported is 'default' or"),
+        (MISTRAL, {"layer_types": ["full_attention"] * 8}, "layer_types=.*supported is None"),
+        (MISTRAL, {"model_type": "gemma2"}, "model_type='gemma2': supported is 'llama' or 'mistral' or 'qwen2'"),
+    ],
+)
+def test_options_of_families_are_refused(base, change, message):
+    with pytest.raises(NotImplementedError, match=message):
+        config_from_hf(base | change)
+
+
+@pytest.mark.parametrize(
+    ("base", "field"),
+    [
+        (GEMMA3, "query_pre_attn_scalar"),
+        (GEMMA3, "sliding_window"),
+        (GEMMA3, "head_dim"),
+        (MISTRAL, "sliding_window"),
+        (MISTRAL, "num_key_value_heads"),
+        (QWEN2 | {"use_sliding_window": True}, "max_window_layers"),
+        (MISTRAL | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0} | ROTARY}, "low_freq_factor"),
+    ],
+)
+def test_families_name_what_they_miss(base, field):
+    scaling = {k: v for k, v in (base.get("rope_scaling") or {}).items() if k != field}
+    lacking = {k: v for k, v in base.items() if k != field} | {"rope_scaling": scaling or None}
+    with pytest.raises(ValueError, match=f"expected the field '{field}', got none"):
+        config_from_hf(lacking)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"local_layers": (True,), "sliding_window": 4}, "local_layers: expected 2 of them, got 1"),
+        ({"local_layers": (True, False)}, "sliding_window: expected one for the local layers, got None"),
+        ({"sliding_window": 0}, "sliding_window: expected a positive number, got 0"),
+    ],
+)
+def test_layers_and_windows_agree(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(EXPECTED, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "yarn"}, "expected 'linear' or 'llama3', got 'yarn'"),
+        ({"factor": 0.5}, "expected a factor of at least 1, got 0.5"),
+        ({"low_freq_factor": 4.0}, "expected 0 < low_freq_factor < high_freq_factor"),
+    ],
+)
+def test_scalings_are_checked(change, message):
+    with pytest.raises(ValueError, match=message):
+        RopeScaling(**{"kind": "llama3", "factor": 8.0} | change)
+
+
+def converted_factors(dim: int, base: float, factor: float) -> np.ndarray:
+    """What the public converter writes as ``rope_freqs.weight``: divisors by wavelength, one at a time."""
+    out = []
+    for i in range(0, dim, 2):
+        wavelength = 2 * math.pi * base ** (i / dim)
+        smooth = (8192 / wavelength - 1) / (4 - 1)
+        blend = 1 / ((1 - smooth) / factor + smooth)
+        out.append(1 if wavelength < 8192 / 4 else factor if wavelength > 8192 else blend)
+    return np.array(out, np.float32)
+
+
+@pytest.mark.parametrize(("dim", "factor"), [(64, 32.0), (128, 8.0)])
+def test_divisors_of_gguf_files_are_llama_3s_rule(dim, factor):
+    divisors = converted_factors(dim, 5e5, factor)
+    assert 1 < len(np.unique(divisors)) < dim // 2
+    assert llama3_scaling(divisors, head_dim=dim, base=5e5) == RopeScaling(kind="llama3", factor=factor)
+    divisors[dim // 2 - 1] += 0.1
+    with pytest.raises(NotImplementedError, match="rope_freqs.weight.*supported is Llama 3's rule"):
+        llama3_scaling(divisors, head_dim=dim, base=5e5)
+
+
+def test_scaled_gguf_files():
+    scaled = GGUF | {"llama.rope.scaling.type": "linear"}
+    with pytest.raises(ValueError, match="expected the field llama.rope.scaling.factor, got none"):
+        config_from_gguf(scaled, tied_head=True)
+    scaled |= {"llama.rope.scaling.factor": 2.0}
+    assert config_from_gguf(scaled, tied_head=True).rope_scaling == RopeScaling(kind="linear", factor=2.0)
+    with pytest.raises(NotImplementedError, match="'rope_freqs.weight' beside rope.scaling.type='linear'"):
+        config_from_gguf(scaled, tied_head=True, rope_factors=np.ones(4, np.float32))
+
+
+def test_gemma_gguf_files():
+    gemma = {k.replace("llama.", "gemma3."): v for k, v in GGUF.items()} | {
+        "general.architecture": "gemma3",
+        "gemma3.block_count": 7,
+        "gemma3.attention.sliding_window": 16,
+        "tokenizer.ggml.tokens": ["a"] * 9 + ["<end_of_turn>"],
+    }
+    config = config_from_gguf(gemma, tied_head=True)
+    assert config.layer_windows == (16,) * 5 + (None, 16)
+    assert (config.local_rope_base, config.attention_scale, config.stop_tokens) == (1e4, 8**-0.5, (2, 9))
+    # Only the largest Gemma 3 scales its scores by another width: 8 = dim / heads here, so a wider head shows it.
+    wide = gemma | {"gemma3.block_count": 62, "gemma3.attention.key_length": 16}
+    assert config_from_gguf(wide, tied_head=True).attention_scale == 8**-0.5
+    with pytest.raises(NotImplementedError, match="gemma3.final_logit_softcapping=30.0"):
+        config_from_gguf(gemma | {"gemma3.final_logit_softcapping": 30.0}, tied_head=True)

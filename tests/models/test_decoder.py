@@ -42,6 +42,42 @@ def test_token_by_token_equals_one_pass(tiny, exact_spec):
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_local_layers_over_a_compressed_cache(hybrid, packed_spec):
+    """A window of 12 that lies partly in the ring of 8 and partly in the pages; see test_families.py for exact ones."""
+    quantizer = tq.QuantizerSpec(dim=16, bits=8)
+    spec = dataclasses.replace(packed_spec, key=quantizer, value=quantizer)
+    tokens = jax.random.randint(jax.random.key(2), (2, 40), 0, hybrid.config.vocab_size)
+    expected = forward(hybrid, tokens)[:, 36:]
+    _, cache = prefill(hybrid, tokens[:, :36], hybrid.init_cache(spec, batch=2), jnp.full(2, 36, jnp.int32))
+    logits, cache = extend(hybrid, tokens[:, 36:], cache, jnp.full(2, 4, jnp.int32))
+    error = float(jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected))
+    assert 1e-5 < error < 0.01, error
+    assert cache.compressed.tolist() == [40 - 8 - 4] * 6
+
+
+def test_local_layers_forget(hybrid):
+    config = dataclasses.replace(hybrid.config, sliding_window=4, local_layers=())
+    local = Decoder(config, rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(3), (1, 30), 0, config.vocab_size)
+    other = tokens.at[:, :8].set(5)
+    found, changed = forward(local, tokens), forward(local, other)
+    # Three layers of windows of 4 reach 9 tokens back.
+    np.testing.assert_array_equal(found[:, 17:], changed[:, 17:])
+    assert not np.array_equal(found[:, 16], changed[:, 16])
+
+
+def test_local_layers_in_half_precision(hybrid):
+    decoder = Decoder(hybrid.config, dtype="bfloat16", rngs=nnx.Rngs(0))
+    hidden = jax.jit(lambda decoder, tokens: decoder.forward(tokens))(decoder, jnp.arange(20)[None])
+    assert hidden.dtype == jnp.bfloat16
+    assert bool(jnp.isfinite(hidden).all())
+
+
+def test_unknown_families_are_refused(tiny):
+    with pytest.raises(NotImplementedError, match="architecture 'mamba': supported are"):
+        Decoder(dataclasses.replace(tiny.config, architecture="mamba"), rngs=nnx.Rngs(0))
+
+
 def test_chunks_equal_one_pass(tiny, exact_spec):
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, tiny.config.vocab_size)
     expected = forward(tiny, tokens)
@@ -147,11 +183,11 @@ def lower(decoder, spec, *, batch, loop=False):
 
 
 @pytest.mark.parametrize("loop", [False, True], ids=["step", "loop"])
-@pytest.mark.parametrize("kind", ["exact", "packed"])
-def test_decoding_updates_the_cache_in_place(tiny, exact_spec, packed_spec, kind, loop):
-    spec = exact_spec if kind == "exact" else packed_spec
-    cache = tiny.init_cache(spec, batch=2)
-    compiled = lower(tiny, spec, batch=2, loop=loop).compile()
+@pytest.mark.parametrize("kind", ["exact", "packed", "hybrid"])
+def test_decoding_updates_the_cache_in_place(tiny, hybrid, exact_spec, packed_spec, kind, loop):
+    spec, decoder = exact_spec if kind == "exact" else packed_spec, hybrid if kind == "hybrid" else tiny
+    cache = decoder.init_cache(spec, batch=2)
+    compiled = lower(decoder, spec, batch=2, loop=loop).compile()
     text = compiled.as_text()
     assert "input_output_alias" in text
     stored = [cache.exact_keys, cache.exact_values, *jax.tree.leaves(cache.pages)]
@@ -163,9 +199,13 @@ def test_decoding_updates_the_cache_in_place(tiny, exact_spec, packed_spec, kind
         assert not re.findall(rf"\[{shape}\]\S* copy\(", text), f"[{shape}] is copied"
 
 
-def test_program_size_does_not_grow_with_depth(tiny, exact_spec):
+@pytest.mark.parametrize("local", [False, True])
+def test_program_size_does_not_grow_with_depth(tiny, hybrid, exact_spec, local):
     def instructions(layers: int) -> int:
         config = dataclasses.replace(tiny.config, num_layers=layers)
+        if local:
+            pattern = tuple(layer % 3 != 1 for layer in range(layers))
+            config = dataclasses.replace(hybrid.config, num_layers=layers, local_layers=pattern)
         decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
         return len(lower(decoder, exact_spec, batch=1).as_text().splitlines())
 

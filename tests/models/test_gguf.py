@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-from tq_jax.models import convert_gguf, load_model
+from tq_jax.models import RopeScaling, convert_gguf, load_model
 from tq_jax.models.gguf_file import hf_tensors, read_gguf, split_rope_pairs
 
 LAYERS, DIM, HEADS, KV_HEADS, HEAD_DIM, FFN = 2, 64, 4, 2, 16, 96
@@ -151,6 +151,18 @@ def test_wrong_shapes_and_broken_numbers_are_refused(tmp_path):
     tensors["output_norm.weight"][3] = np.nan
     with pytest.raises(ValueError, match="output_norm.weight: expected finite weights, got inf or nan"):
         convert_gguf(write(tmp_path / "nan.gguf", tensors))
+
+
+def test_divisors_of_rotary_frequencies_are_a_scaling(tmp_path):
+    """Llama 3 files hold them as a tensor: wavelengths 2 pi 10000^(i/16), of which two are beyond 8192 / 4 tokens."""
+    slow, between = 8.0, 1 / ((1 - (share := (8192 / (2 * np.pi * 1000) - 1) / 3)) / 8 + share)
+    factors = np.array([1, 1, 1, 1, 1, 1, between, slow], np.float32)
+    file = read_gguf(write(tmp_path / "x.gguf", weights() | {"rope_freqs.weight": factors}))
+    assert file.config.rope_scaling == RopeScaling(kind="llama3", factor=8.0)
+    assert not any("rope" in name for name in hf_tensors(file))
+    factors[3] = 2
+    with pytest.raises(NotImplementedError, match="'rope_freqs.weight' of 8 factors up to 8: supported is Llama 3's"):
+        read_gguf(write(tmp_path / "y.gguf", weights() | {"rope_freqs.weight": factors}))
 
 
 def test_unknown_options_and_tokenizers_are_refused(tmp_path):

@@ -1,12 +1,15 @@
+import json
 import random
 import warnings
 
 import pytest
 from tokenizers import pre_tokenizers
 
+from tq_jax.data import persuasion
 from tq_jax.models import load_tokenizer
 from tq_jax.models.gguf_file import read_gguf
-from tq_jax.models.tokenizer import Tokenizer, tokenizer_from_gguf
+from tq_jax.models.tokenizer import Tokenizer
+from tq_jax.models.tokenizer_gguf import tokenizer_from_gguf
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
@@ -115,7 +118,7 @@ def test_first_token_and_user_tokens():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"tokenizer.ggml.model": "llama"}, NotImplementedError, "model='llama': supported is 'gpt2'"),
+        ({"tokenizer.ggml.model": "bert"}, NotImplementedError, r"model='bert': supported are \['gpt2', 'llama'\]"),
         ({"tokenizer.ggml.pre": "tekken"}, NotImplementedError, "pre='tekken': supported are"),
         ({"tokenizer.ggml.tokens": ["a", "a", "b", "ab", "c"]}, ValueError, "got 4 distinct of 5"),
         ({"tokenizer.ggml.merges": ["a z"]}, ValueError, "expected pairs of known tokens"),
@@ -126,6 +129,119 @@ def test_first_token_and_user_tokens():
 def test_what_is_refused(change, error, message):
     with pytest.raises(error, match=message):
         tokenizer_from_gguf(METADATA | change)
+
+
+def train(kind: str, **options):
+    """A small vocabulary with merges, learned from some text by the tokenizers library."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, normalizers, trainers
+
+    backend = Backend(models.BPE(**options))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if kind == "bytes":
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        alphabet = ["▁", "\n"]
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(persuasion()[:60_000].split("\n"), trainer)
+    model = json.loads(backend.to_str())["model"]
+    return sorted(model["vocab"], key=model["vocab"].get), [tuple(merge) for merge in model["merges"]]
+
+
+@pytest.fixture(scope="module")
+def learned():
+    return train("bytes")
+
+
+def bytes_metadata(learned, pre: str, added: list[str]) -> dict:
+    vocabulary, merges = learned
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": [*vocabulary, *added],
+        "tokenizer.ggml.token_type": [1] * len(vocabulary) + [3] * len(added),
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
+    }
+
+
+def test_qwen2_splits_as_its_own_tokenizer(learned):
+    transformers = pytest.importorskip("transformers")
+    ours = tokenizer_from_gguf(bytes_metadata(learned, "qwen2", ["<|endoftext|>"]))
+    vocabulary, merges = learned
+    theirs = transformers.Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate([*vocabulary, "<|endoftext|>"])}, merges=merges
+    )
+    for text in [*TEXTS, *random_texts(100), persuasion()[:3000]]:
+        assert ours.encode(text) == theirs(text).input_ids, repr(text)
+
+
+def test_llama_3_splits_into_words_and_triples_of_digits(learned):
+    vocabulary, merges = learned
+    known = [*vocabulary, "sensibility"]  # no merges lead to it
+    ours = tokenizer_from_gguf(bytes_metadata((known, merges), "llama-bpe", ["<|eot_id|>"]))
+    names = ours.backend.id_to_token
+    pieces = ours.backend.pre_tokenizer.pre_tokenize_str("It's 12345 o'clock!\n\n  Sir")
+    assert [piece for piece, _ in pieces] == ["It", "'s", "Ġ", "123", "45", "Ġo", "'clock", "!ĊĊ", "Ġ", "ĠSir"]
+    assert [names(i) for i in ours.encode("sensibility<|eot_id|>")] == ["sensibility", "<|eot_id|>"]
+    assert ours.encode("e\u0301") != ours.encode("\u00e9")
+
+
+def spm_metadata(vocabulary: list[str]) -> dict:
+    """As Gemma's files: learned tokens scored by their order, runs of spaces defined by users and spelled as such."""
+    runs = ["\n\n", *(" " * count for count in range(2, 6))]
+    start = ["<pad>", "<eos>", "<bos>", "<unk>", *[f"<0x{byte:02X}>" for byte in range(256)], *runs]
+    learned = [token for token in vocabulary if token.replace("▁", " ") not in runs]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [*start, *learned],
+        "tokenizer.ggml.scores": [-1000.0] * len(start) + [-float(i) for i in range(len(learned))],
+        "tokenizer.ggml.token_type": [3, 3, 3, 2, *[6] * 256, *[4] * len(runs), *[1] * len(learned)],
+        "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def spm():
+    return spm_metadata(train("letters")[0])
+
+
+def test_sentencepiece_as_gemmas_tokenizer(spm):
+    transformers = pytest.importorskip("transformers")
+    from transformers.tokenization_utils_base import generate_merges
+
+    ours = tokenizer_from_gguf(spm)
+    tokens = [token.replace(" ", "▁") for token in spm["tokenizer.ggml.tokens"]]
+    ids = {token: i for i, token in enumerate(tokens)}
+    defined = {token for token, kind in zip(tokens, spm["tokenizer.ggml.token_type"], strict=True) if kind == 4}
+    merges = generate_merges(ids, {token: len(token) if token in defined else -i for token, i in ids.items()})
+    theirs = transformers.GemmaTokenizer(vocab=ids, merges=merges)
+    for text in [*TEXTS, *random_texts(100), persuasion()[:3000]]:
+        if "<|" not in text:
+            assert ours.encode(text) == [2, *theirs.encode(text, add_special_tokens=False)], repr(text)
+        assert ours.decode(ours.encode(text)) == text
+
+
+def test_runs_of_spaces_are_as_long_as_possible(spm):
+    # The files of the model's authors give 33 spaces as 31 and 2, their longest run and the rest.
+    ours = tokenizer_from_gguf(spm)
+    assert [ours.backend.id_to_token(i) for i in ours.encode("a" + " " * 8 + "\n\n", add_special_tokens=False)] == [
+        "a", "▁" * 5, "▁" * 3, "\n\n",
+    ]  # fmt: skip
+
+
+def test_what_sentencepiece_refuses(spm):
+    with pytest.raises(NotImplementedError, match="add_space_prefix=True with model 'llama': supported is False"):
+        tokenizer_from_gguf({k: v for k, v in spm.items() if k != "tokenizer.ggml.add_space_prefix"})
+    scores = spm["tokenizer.ggml.scores"]
+    with pytest.raises(NotImplementedError, match="scores in another order than the tokens"):
+        tokenizer_from_gguf(spm | {"tokenizer.ggml.scores": [*scores[:-2], scores[-1], scores[-2]]})
+    with pytest.raises(ValueError, match="scores: expected .*, one a token, got 3"):
+        tokenizer_from_gguf(spm | {"tokenizer.ggml.scores": scores[:3]})
 
 
 def test_templates():

@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from tq_jax.models import Decoder, load_decoder
-from tq_jax.models.config import config_to_hf
+from tq_jax.models.config_hf import config_to_hf
 from tq_jax.models.families import FAMILIES
 
 TOKENS = jnp.array([[1, 5, 250, 9, 0, 33, 7, 7, 12]], jnp.int32)

@@ -1,11 +1,14 @@
 """Decoders that run over a compressed cache: loading, tokenizing, generating."""
 
 from tq_jax.models.causal import causal_attention
-from tq_jax.models.config import DecoderConfig, config_from_gguf, config_from_hf
+from tq_jax.models.config import DecoderConfig
+from tq_jax.models.config_gguf import config_from_gguf
+from tq_jax.models.config_hf import config_from_hf
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.fetch import cache_dir, fetch_default_model
 from tq_jax.models.generate import Generation, generate, pad_prompts
 from tq_jax.models.language_model import LanguageModel, load_model
+from tq_jax.models.rope import RopeScaling
 from tq_jax.models.sampling import Sampling
 from tq_jax.models.tokenizer import Tokenizer, load_tokenizer
 from tq_jax.models.weights import convert_gguf, load_decoder
@@ -15,6 +18,7 @@ __all__ = [
     "DecoderConfig",
     "Generation",
     "LanguageModel",
+    "RopeScaling",
     "Sampling",
     "Tokenizer",
     "cache_dir",

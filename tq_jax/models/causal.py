@@ -12,12 +12,18 @@ _NEVER = -1e30
 
 
 def causal_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float | None = None, block: int = 256
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    block: int = 256,
 ) -> jax.Array:
     """Softmax attention of every token over itself and the tokens before it.
 
     Right-padded batches need no mask: padding comes after every valid token, so no valid query sees it.
-    Blocks of keys after the block of queries are skipped, and a running maximum and sum replace the full
+    Blocks of keys that no query of a block sees are skipped, and a running maximum and sum replace the full
     softmax (online softmax, arXiv:1805.02867).
 
     Args:
@@ -25,15 +31,16 @@ def causal_attention(
         key: [b, t, h_kv, d]; h_kv divides h_q.
         value: [b, t, h_kv, d].
         scale: factor on the scores; default 1 / sqrt(d).
+        window: a query sees itself and the window - 1 tokens before it; all by default.
         block: tokens of a block of queries and of keys.
 
     Returns:
         [b, t, h_q, d] in the dtype of ``query``; accumulated in float32.
 
     Raises:
-        ValueError: the shapes contradict each other.
+        ValueError: the shapes contradict each other, or the window is not positive.
     """
-    _check(query, key, value)
+    _check(query, key, value, window)
     b, t, h_q, d = query.shape
     h_kv = key.shape[2]
     scale = 1.0 / math.sqrt(d) if scale is None else scale
@@ -48,9 +55,11 @@ def causal_attention(
 
         def key_block(j: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
             k, v = (lax.dynamic_slice_in_dim(x, j * block, block, axis=1) for x in (key, value))
-            return _fold(state, q, k, v, scale=scale, query_start=index * block, key_start=j * block)
+            starts = {"query_start": index * block, "key_start": j * block}
+            return _fold(state, q, k, v, scale=scale, window=window, **starts)
 
-        acc, _, total = lax.fori_loop(0, index + 1, key_block, _empty(q))
+        first = 0 if window is None else jnp.maximum(index * block - (window - 1), 0) // block
+        acc, _, total = lax.fori_loop(first, index + 1, key_block, _empty(q))
         return None, (acc / total[..., None]).astype(query.dtype)
 
     _, out = lax.scan(query_block, None, jnp.arange(blocks))  # [blocks, b, h_kv, g, block, d]
@@ -71,24 +80,28 @@ def _fold(
     v: jax.Array,  # [b, u, h_kv, d]
     *,
     scale: float,
+    window: int | None,
     query_start: jax.Array,
     key_start: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     acc, peak, total = state
     scores = jnp.einsum("bshgd,buhd->bhgsu", q, k, preferred_element_type=jnp.float32) * jnp.float32(scale)
     q_pos, k_pos = query_start + jnp.arange(q.shape[1]), key_start + jnp.arange(k.shape[1])
-    visible = (k_pos[None, :] <= q_pos[:, None])[None, None, None]
-    scores = jnp.where(visible, scores, jnp.float32(_NEVER))
+    age = q_pos[:, None] - k_pos[None, :]
+    visible = age >= 0 if window is None else (age >= 0) & (age < window)
+    scores = jnp.where(visible[None, None, None], scores, jnp.float32(_NEVER))
     new_peak = jnp.maximum(peak, scores.max(axis=-1))
     weight, shrink = jnp.exp(scores - new_peak[..., None]), jnp.exp(peak - new_peak)
     mixed = jnp.einsum("bhgsu,buhd->bhgsd", weight.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return acc * shrink[..., None] + mixed, new_peak, total * shrink + weight.sum(axis=-1)
 
 
-def _check(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+def _check(query: jax.Array, key: jax.Array, value: jax.Array, window: int | None) -> None:
     b, t, h_q, d = query.shape
     h_kv = key.shape[2]
     if key.shape != (b, t, h_kv, d) or value.shape != key.shape:
         raise ValueError(f"key and value: expected [{b}, {t}, h_kv, {d}], got {key.shape} and {value.shape}")
     if h_q % h_kv:
         raise ValueError(f"query heads: expected a multiple of {h_kv} key heads, got {h_q}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1, got {window}")

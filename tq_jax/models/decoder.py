@@ -1,13 +1,18 @@
-"""A Llama-family decoder in Flax NNX over a compressed key-value cache.
+"""A decoder in Flax NNX over a compressed key-value cache.
 
 All blocks are one `Block` whose parameters carry a leading layer axis, run by one `lax.scan`: compile time is that
 of one layer. One cache holds every layer; row ``layer * b + sequence`` belongs to that layer of that sequence, so
 nothing of the cache is ever sliced out or stacked back.
+
+Where some layers are local (a query sees a sliding window only), the scanned layer holds attention twice, once for
+each kind, and `lax.switch` runs one of them. Local layers keep all their tokens, compressed like the others: simple,
+and more memory than a ring of one window would take.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,85 +22,29 @@ from jax import lax
 
 import tq_jax as tq
 from tq_jax.attention import Implementation
+from tq_jax.models.blocks import linear
 from tq_jax.models.causal import causal_attention
 from tq_jax.models.config import DecoderConfig
-from tq_jax.models.rope import rotary_angles, rotate
+from tq_jax.models.families import FAMILIES
+from tq_jax.models.rope import rotary_angles
 
-# (query [b, t, h_q, d], key, value [b, t, h_kv, d]) -> (mixed values [b, t, h_q, d], what the caller carries on)
-Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm (arXiv:1910.07467), in float32; nnx.RMSNorm promotes dtypes implicitly."""
-
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.scale = nnx.Param(jnp.ones((config.dim,), dtype))
-        self.epsilon = config.norm_eps
-
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Norm of [b, t, dim]."""
-        wide = hidden.astype(jnp.float32)
-        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + jnp.float32(self.epsilon))
-        return wide.astype(hidden.dtype) * self.scale[...][None, None, :]
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; how tokens mix is the caller's `Mix`."""
-
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.head_dim = config.head_dim
-        self.query = _linear(config.dim, config.num_heads * config.head_dim, dtype=dtype, rngs=rngs)
-        self.key = _linear(config.dim, config.num_kv_heads * config.head_dim, dtype=dtype, rngs=rngs)
-        self.value = _linear(config.dim, config.num_kv_heads * config.head_dim, dtype=dtype, rngs=rngs)
-        self.output = _linear(config.num_heads * config.head_dim, config.dim, dtype=dtype, rngs=rngs)
-
-    def __call__(self, hidden: jax.Array, angles: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
-        """Mix hidden states [b, t, dim] turned by angles [b, t, head_dim / 2]; also the cache afterwards."""
-        query, key, value = (
-            projection(hidden).reshape(*hidden.shape[:2], -1, self.head_dim)
-            for projection in (self.query, self.key, self.value)
-        )
-        mixed, cache = mix(rotate(query, angles), rotate(key, angles), value)
-        return self.output(mixed.reshape(*hidden.shape[:2], -1)), cache
-
-
-class SwiGLU(nnx.Module):
-    """Gated feed-forward block, silu(gate) * up (arXiv:2002.05202)."""
-
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.gate = _linear(config.dim, config.ffn_dim, dtype=dtype, rngs=rngs)
-        self.up = _linear(config.dim, config.ffn_dim, dtype=dtype, rngs=rngs)
-        self.down = _linear(config.ffn_dim, config.dim, dtype=dtype, rngs=rngs)
-
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Feed-forward of [b, t, dim]."""
-        return self.down(jax.nn.silu(self.gate(hidden)) * self.up(hidden))
-
-
-class Block(nnx.Module):
-    """One pre-norm layer. A family with biases or more norms is another class with this call."""
-
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config, dtype=dtype, rngs=rngs)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp_norm = RMSNorm(config, dtype=dtype, rngs=rngs)
-        self.mlp = SwiGLU(config, dtype=dtype, rngs=rngs)
-
-    def __call__(self, hidden: jax.Array, angles: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
-        """Hidden states [b, t, dim] to the next layer's, and the cache afterwards."""
-        mixed, cache = self.attention(self.attention_norm(hidden), angles, mix)
-        hidden = hidden + mixed
-        return hidden + self.mlp(self.mlp_norm(hidden)), cache
+# (query [b, t, h_q, d], key, value [b, t, h_kv, d], cache, rows int32 [b]) -> what the caller carries on
+Store = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], Any]
+# The same, with what `Store` returned as cache, and keywords window (int or None: tokens that a query sees, itself
+# included) and scale -> mixed values [b, t, h_q, d]
+Attend = Callable[..., jax.Array]
 
 
 class Decoder(nnx.Module):
     """Token ids to hidden states to logits, over a cache that the caller holds.
 
     Args:
-        config: sizes and constants.
-        block: the layer class of the family.
+        config: the family, sizes and constants.
         dtype: dtype of parameters and activations.
         rngs: source of random initial parameters.
+
+    Raises:
+        NotImplementedError: a family that is not in ``families.FAMILIES``.
 
     Example:
         >>> config = DecoderConfig(vocab_size=64, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -105,28 +54,24 @@ class Decoder(nnx.Module):
         (1, 3, 64)
     """
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        *,
-        block: Callable[..., nnx.Module] = Block,
-        dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        dtype = jnp.dtype(dtype)
+    def __init__(self, config: DecoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        if config.architecture not in FAMILIES:
+            raise NotImplementedError(f"architecture {config.architecture!r}: supported are {sorted(FAMILIES)}")
+        family, dtype = FAMILIES[config.architecture], jnp.dtype(dtype)
         self.config = config
+        self.embedding_scale = config.dim**0.5 if family.scaled_embedding else None
         self.embedding = nnx.Embed(config.vocab_size, config.dim, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap
         def stack(rngs: nnx.Rngs) -> nnx.Module:
-            return block(config, dtype=dtype, rngs=rngs)
+            return family.block(config, dtype=dtype, rngs=rngs)
 
         self.blocks = stack(rngs)
-        self.norm = RMSNorm(config, dtype=dtype, rngs=rngs)
+        self.norm = family.block.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
         self.head = nnx.data(None)
         if not config.tied_head:
-            self.head = _linear(config.dim, config.vocab_size, dtype=dtype, rngs=rngs)
+            self.head = linear(config.dim, config.vocab_size, dtype=dtype, rngs=rngs)
 
     def init_cache(self, spec: tq.CacheSpec, *, batch: int) -> tq.Cache:
         """An empty cache for ``batch`` sequences: ``num_layers * batch`` rows.
@@ -153,10 +98,10 @@ class Decoder(nnx.Module):
             [b, t, dim], after the final norm.
         """
 
-        def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: None, rows: jax.Array):
-            return causal_attention(query, key, value), cache
+        def store(query: jax.Array, key: jax.Array, value: jax.Array, cache: None, rows: jax.Array) -> None:
+            return cache
 
-        return self._run(tokens, None, jnp.zeros(tokens.shape[:1], jnp.int32), mix)[0]
+        return self._run(tokens, None, jnp.zeros(tokens.shape[:1], jnp.int32), store, _attend_chunk)[0]
 
     def projections(self, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
         """What attention works on when a prompt runs exactly: for studies of real keys and values.
@@ -173,11 +118,10 @@ class Decoder(nnx.Module):
         dtype = self.embedding.param_dtype
         empty = tuple(jnp.zeros((rows, tokens.shape[1], h, self.config.head_dim), dtype) for h in heads)
 
-        def mix(query: jax.Array, key: jax.Array, value: jax.Array, seen: tuple[jax.Array, ...], rows: jax.Array):
-            seen = tuple(store.at[rows].set(x) for store, x in zip(seen, (query, key, value), strict=True))
-            return causal_attention(query, key, value), seen
+        def store(query: jax.Array, key: jax.Array, value: jax.Array, seen: tuple[jax.Array, ...], rows: jax.Array):
+            return tuple(past.at[rows].set(x) for past, x in zip(seen, (query, key, value), strict=True))
 
-        return self._run(tokens, empty, jnp.zeros(tokens.shape[:1], jnp.int32), mix)
+        return self._run(tokens, empty, jnp.zeros(tokens.shape[:1], jnp.int32), store, _attend_chunk)
 
     def prefill(
         self, tokens: jax.Array, cache: tq.Cache, *, lengths: jax.Array | None = None
@@ -197,11 +141,8 @@ class Decoder(nnx.Module):
         """
         self._check(tokens, cache)
 
-        def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: tq.Cache, rows: jax.Array):
-            cache = tq.append(cache, key, value, query=query, lengths=lengths, rows=rows)
-            return causal_attention(query, key, value), cache
-
-        return self._run(tokens, cache, jnp.zeros(tokens.shape[:1], jnp.int32), mix)
+        start = jnp.zeros(tokens.shape[:1], jnp.int32)
+        return self._run(tokens, cache, start, partial(_append, lengths=lengths), _attend_chunk)
 
     def extend(
         self,
@@ -227,12 +168,8 @@ class Decoder(nnx.Module):
         """
         self._check(tokens, cache)
 
-        def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: tq.Cache, rows: jax.Array):
-            cache = tq.append(cache, key, value, query=query, lengths=lengths, rows=rows)
-            mixed = tq.attend(query, cache, lengths=lengths, rows=rows, implementation=implementation)
-            return mixed.astype(query.dtype), cache
-
-        return self._run(tokens, cache, cache.length[: tokens.shape[0]], mix)
+        attend = partial(_attend_cache, lengths=lengths, implementation=implementation)
+        return self._run(tokens, cache, cache.length[: tokens.shape[0]], partial(_append, lengths=lengths), attend)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Next-token logits, float32 [b, t, vocab_size], of hidden states [b, t, dim]."""
@@ -244,22 +181,43 @@ class Decoder(nnx.Module):
         tokens: jax.Array,
         cache: Any,
         start: jax.Array,  # int32 [b], position of the first token of each row
-        mix: Callable[..., tuple[jax.Array, Any]],
+        store: Store,
+        attend: Attend,
     ) -> tuple[jax.Array, Any]:
         b, t = tokens.shape
+        config = self.config
         positions = start[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]
-        angles = rotary_angles(positions, head_dim=self.config.head_dim, base=self.config.rope_base)
         sequences = jnp.arange(b, dtype=jnp.int32)
+        windows = tuple(dict.fromkeys(config.layer_windows))
+        angles = jnp.stack([self._angles(positions, window) for window in windows])
+        attends = [partial(attend, window=window, scale=config.attention_scale) for window in windows]
 
-        def layer(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, Any]):
+        def layer(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, jax.Array, Any]):
             hidden, cache = carry
-            index, block = inputs
+            index, kind, block = inputs
             rows = index * b + sequences
-            return block(hidden, angles, lambda q, k, v: mix(q, k, v, cache, rows)), None
 
-        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (hidden, cache), _ = lax.scan(layer, (self.embedding(tokens), cache), (layers, self.blocks))
+            def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+                stored = store(query, key, value, cache, rows)
+                if len(attends) == 1:
+                    return attends[0](query, key, value, stored, rows), stored
+                # Nothing is written in a branch, so none needs a copy of the cache.
+                return lax.switch(kind, attends, query, key, value, stored, rows), stored
+
+            return block(hidden, angles[kind], mix), None
+
+        kinds = jnp.asarray([windows.index(window) for window in config.layer_windows], jnp.int32)
+        layers = (jnp.arange(config.num_layers, dtype=jnp.int32), kinds, self.blocks)
+        (hidden, cache), _ = lax.scan(layer, (self._embed(tokens), cache), layers)
         return self.norm(hidden), cache
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        hidden = self.embedding(tokens)
+        return hidden if self.embedding_scale is None else hidden * jnp.asarray(self.embedding_scale, hidden.dtype)
+
+    def _angles(self, positions: jax.Array, window: int | None) -> jax.Array:
+        base, scaling = self.config.rope(window)
+        return rotary_angles(positions, head_dim=self.config.head_dim, base=base, scaling=scaling)
 
     def _check(self, tokens: jax.Array, cache: tq.Cache) -> None:
         expected = self.config.num_layers * tokens.shape[0]
@@ -270,6 +228,50 @@ class Decoder(nnx.Module):
             )
 
 
-def _linear(inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Einsum:
-    """A projection whose kernel is [outputs, inputs], as checkpoints store it: loading transposes nothing."""
-    return nnx.Einsum("bti,oi->bto", (outputs, inputs), dtype=dtype, param_dtype=dtype, rngs=rngs)
+def _append(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: tq.Cache,
+    rows: jax.Array,
+    *,
+    lengths: jax.Array | None,
+) -> tq.Cache:
+    return tq.append(cache, key, value, query=query, lengths=lengths, rows=rows)
+
+
+def _attend_chunk(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: Any,
+    rows: jax.Array,
+    *,
+    window: int | None,
+    scale: float,
+) -> jax.Array:
+    return causal_attention(query, key, value, scale=scale, window=window)
+
+
+def _attend_cache(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: tq.Cache,
+    rows: jax.Array,
+    *,
+    window: int | None,
+    scale: float,
+    lengths: jax.Array | None,
+    implementation: Implementation,
+) -> jax.Array:
+    mixed = tq.attend(
+        query,
+        cache,
+        lengths=lengths,
+        rows=rows,
+        sliding_window=window,
+        scale=scale,
+        implementation=implementation,
+    )
+    return mixed.astype(query.dtype)

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from tq_jax.models.config import DecoderConfig, config_from_gguf
+from tq_jax.models.config import DecoderConfig
+from tq_jax.models.config_gguf import config_from_gguf
 from tq_jax.models.families import FAMILIES, Tensor
+
+_ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,13 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         raise ValueError(f"{path}: expected a complete GGUF file, got a corrupt or truncated one ({error})") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = config_from_gguf(metadata, tied_head="output.weight" not in tensors)
+    # Divisors of rotary frequencies: part of the config, not of the parameters.
+    factors = tensors.pop(_ROPE_FACTORS, None)
+    config = config_from_gguf(
+        metadata,
+        tied_head="output.weight" not in tensors,
+        rope_factors=None if factors is None else np.asarray(factors.data),
+    )
     _check_names(path, config, set(tensors))
     return GgufFile(path=path, config=config, metadata=metadata, tensors=tensors)
 
@@ -70,8 +79,10 @@ def hf_tensors(file: GgufFile) -> dict[str, np.ndarray]:
     for tensor in family.tensors if config.tied_head else (*family.tensors, family.head):
         for layer in range(config.num_layers if tensor.per_layer else 1):
             array = _dequantize(file, tensor.gguf.format(layer=layer))
-            if tensor.gguf_rows == "rope_pairs":
+            if tensor.gguf_layout == "rope_pairs":
                 array = split_rope_pairs(array, head_dim=config.head_dim)
+            elif tensor.gguf_layout == "plus_one":
+                array = array - np.float32(1)
             out[tensor.hf.format(layer=layer)] = array
     return out
 

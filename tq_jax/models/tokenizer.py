@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE from GGUF metadata or ``tokenizer.json``, and chat templates."""
+"""Text to token ids and back by a ``tokenizer.json``, and chat templates."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-_CONTROL, _USER_DEFINED = 3, 4
 
 
 @dataclass(frozen=True)
@@ -95,92 +93,6 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         chat_template=template.read_text(encoding="utf-8") if template.is_file() else _default(config),
         special={name: _text(config[name]) for name in ("bos_token", "eos_token") if config.get(name)},
     )
-
-
-def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
-    """Rebuild a byte-level BPE tokenizer from GGUF metadata.
-
-    Args:
-        metadata: key to value, as `gguf_file.read_gguf` returns it.
-
-    Raises:
-        NotImplementedError: another tokenizer model or pre-tokenizer.
-        ValueError: the vocabulary or the merges are missing or contradict each other.
-    """
-    import tokenizers
-    from tokenizers import decoders, models
-
-    if (model := metadata.get("tokenizer.ggml.model")) != "gpt2":
-        raise NotImplementedError(f"tokenizer.ggml.model={model!r}: supported is 'gpt2' (byte-level BPE)")
-    pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre not in _PRE_TOKENIZERS:
-        raise NotImplementedError(f"tokenizer.ggml.pre={pre!r}: supported are {sorted(_PRE_TOKENIZERS)}")
-    vocabulary, merges, kinds = (_list(metadata, name) for name in ("tokens", "merges", "token_type"))
-    ids = {token: index for index, token in enumerate(vocabulary)}
-    if len(ids) != len(vocabulary) or len(kinds) != len(vocabulary):
-        raise ValueError(
-            f"tokenizer.ggml.tokens: expected as many distinct tokens as types, got {len(ids)} distinct of "
-            f"{len(vocabulary)} and {len(kinds)} types"
-        )
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    try:
-        backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs))
-    except Exception as error:  # the Rust library raises plain Exception
-        raise ValueError(f"tokenizer.ggml.merges: expected pairs of known tokens, got {error}") from error
-    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-    backend.decoder = decoders.ByteLevel()
-    for kind, add in ((_CONTROL, backend.add_special_tokens), (_USER_DEFINED, backend.add_tokens)):
-        special = kind == _CONTROL
-        add(
-            [
-                tokenizers.AddedToken(t, special=special, normalized=False)
-                for t, k in zip(vocabulary, kinds, strict=True)
-                if k == kind
-            ]
-        )
-    special = {
-        f"{name}_token": vocabulary[metadata[key]]
-        for name in ("bos", "eos")
-        if (key := f"tokenizer.ggml.{name}_token_id") in metadata
-    }
-    backend.post_processor = _post_processor(metadata, special, ids)
-    return Tokenizer(backend=backend, chat_template=metadata.get("tokenizer.chat_template"), special=special)
-
-
-def _byte_level() -> Any:
-    from tokenizers import pre_tokenizers
-
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _digits_then_byte_level() -> Any:
-    from tokenizers import pre_tokenizers
-
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()])
-
-
-_PRE_TOKENIZERS = {"gpt-2": _byte_level, "smollm": _digits_then_byte_level}
-
-
-def _post_processor(metadata: Mapping[str, Any], special: Mapping[str, str], ids: Mapping[str, int]) -> Any:
-    from tokenizers import processors
-
-    template = ["$A"]
-    for name, at in (("bos", 0), ("eos", len(template) + 1)):
-        if metadata.get(f"tokenizer.ggml.add_{name}_token", False):
-            if f"{name}_token" not in special:
-                raise ValueError(f"tokenizer.ggml.{name}_token_id: expected an id to add to every text, got none")
-            template.insert(at, special[f"{name}_token"])
-    return processors.TemplateProcessing(
-        single=template, special_tokens=[(token, ids[token]) for token in template if token != "$A"]
-    )
-
-
-def _list(metadata: Mapping[str, Any], name: str) -> list[Any]:
-    value = metadata.get(f"tokenizer.ggml.{name}")
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"tokenizer.ggml.{name}: expected a list, got {type(value).__name__}")
-    return value
 
 
 def _default(config: Mapping[str, Any]) -> str | None:

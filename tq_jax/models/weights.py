@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tq_jax.models.config import DecoderConfig, config_from_hf, config_to_hf
+from tq_jax.models.config import DecoderConfig
+from tq_jax.models.config_hf import config_from_hf, config_to_hf
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.families import FAMILIES, Tensor
 from tq_jax.models.fetch import cache_dir
 from tq_jax.models.gguf_file import hf_tensors, read_gguf
-from tq_jax.models.tokenizer import tokenizer_from_gguf
+from tq_jax.models.tokenizer_gguf import tokenizer_from_gguf
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Part of the key under which conversions are cached: raise it whenever their contents change.
@@ -175,8 +176,7 @@ def _names(tensor: Tensor, config: DecoderConfig) -> list[str]:
 
 
 def _build(directory: Path, config: DecoderConfig, read: Callable[[str], np.ndarray], dtype: jnp.dtype) -> Decoder:
-    block = FAMILIES[config.architecture].block
-    abstract = nnx.eval_shape(lambda: Decoder(config, block=block, dtype=dtype, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     leaves = dict(nnx.to_flat_state(state))
     for tensor in _stored(config):

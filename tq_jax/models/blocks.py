@@ -1,0 +1,177 @@
+"""The layers of the decoder families in Flax NNX: norms, attention with rotary positions, gated feed-forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from tq_jax.models.config import DecoderConfig
+from tq_jax.models.rope import rotate
+
+# (query [b, t, h_q, d], key, value [b, t, h_kv, d]) -> (mixed values [b, t, h_q, d], what the caller carries on)
+Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm of the last axis (arXiv:1910.07467), in float32; nnx.RMSNorm promotes dtypes implicitly."""
+
+    def __init__(self, width: int, *, epsilon: float, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Norm of [..., width]."""
+        scale = jnp.expand_dims(self.scale[...], range(hidden.ndim - 1))
+        return self.normalize(hidden).astype(hidden.dtype) * scale
+
+    def normalize(self, hidden: jax.Array) -> jax.Array:
+        """float32 [..., width] of mean square 1."""
+        wide = hidden.astype(jnp.float32)
+        return wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + jnp.float32(self.epsilon))
+
+
+class CenteredRMSNorm(RMSNorm):
+    """The same with weights stored as their distance from one, applied before rounding to the activations' dtype."""
+
+    def __init__(self, width: int, *, epsilon: float, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.zeros((width,), dtype))
+        self.epsilon = epsilon
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Norm of [..., width]."""
+        scale = jnp.expand_dims(self.scale[...].astype(jnp.float32), range(hidden.ndim - 1))
+        return (self.normalize(hidden) * (1.0 + scale)).astype(hidden.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions; how tokens mix is the caller's `Mix`.
+
+    Args:
+        config: sizes.
+        bias: whether the projections to queries, keys and values have biases.
+        head_norm: norm of each query and key head before it turns; None for none.
+        dtype: dtype of parameters and activations.
+        rngs: source of random initial parameters.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        bias: bool,
+        head_norm: type[RMSNorm] | None,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.head_dim = config.head_dim
+        kv_width = config.num_kv_heads * config.head_dim
+        self.query = linear(config.dim, config.num_heads * config.head_dim, bias=bias, dtype=dtype, rngs=rngs)
+        self.key = linear(config.dim, kv_width, bias=bias, dtype=dtype, rngs=rngs)
+        self.value = linear(config.dim, kv_width, bias=bias, dtype=dtype, rngs=rngs)
+        self.output = linear(config.num_heads * config.head_dim, config.dim, dtype=dtype, rngs=rngs)
+        self.query_norm, self.key_norm = nnx.data(None), nnx.data(None)
+        if head_norm is not None:
+            self.query_norm = head_norm(config.head_dim, epsilon=config.norm_eps, dtype=dtype)
+            self.key_norm = head_norm(config.head_dim, epsilon=config.norm_eps, dtype=dtype)
+
+    def __call__(self, hidden: jax.Array, angles: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
+        """Mix hidden states [b, t, dim] turned by angles [b, t, head_dim / 2]; also the cache afterwards."""
+        query, key, value = (
+            projection(hidden).reshape(*hidden.shape[:2], -1, self.head_dim)
+            for projection in (self.query, self.key, self.value)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        mixed, cache = mix(rotate(query, angles), rotate(key, angles), value)
+        return self.output(mixed.reshape(*hidden.shape[:2], -1)), cache
+
+
+class GatedMLP(nnx.Module):
+    """Gated feed-forward block, activation(gate) * up (arXiv:2002.05202)."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        activation: Callable[..., jax.Array],
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.gate = linear(config.dim, config.ffn_dim, dtype=dtype, rngs=rngs)
+        self.up = linear(config.dim, config.ffn_dim, dtype=dtype, rngs=rngs)
+        self.down = linear(config.ffn_dim, config.dim, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Feed-forward of [b, t, dim]."""
+        return self.down(self.activation(self.gate(hidden)) * self.up(hidden))
+
+
+class Block(nnx.Module):
+    """One pre-norm layer: Llama and Mistral. Families with other parts are subclasses.
+
+    Attributes:
+        bias: whether the projections to queries, keys and values have biases.
+        head_norm: norm of query and key heads.
+        norm: norm of hidden states.
+        activation: of the feed-forward block.
+    """
+
+    bias: ClassVar[bool] = False
+    head_norm: ClassVar[type[RMSNorm] | None] = None
+    norm: ClassVar[type[RMSNorm]] = RMSNorm
+    activation: ClassVar[Callable[..., jax.Array]] = staticmethod(jax.nn.silu)
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.attention_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
+        self.attention = Attention(config, bias=self.bias, head_norm=self.head_norm, dtype=dtype, rngs=rngs)
+        self.mlp_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
+        self.mlp = GatedMLP(config, activation=self.activation, dtype=dtype, rngs=rngs)
+
+    def __call__(self, hidden: jax.Array, angles: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
+        """Hidden states [b, t, dim] to the next layer's, and the cache afterwards."""
+        mixed, cache = self.attention(self.attention_norm(hidden), angles, mix)
+        hidden = hidden + mixed
+        return hidden + self.mlp(self.mlp_norm(hidden)), cache
+
+
+class Qwen2Block(Block):
+    """With biases of queries, keys and values."""
+
+    bias = True
+
+
+class Qwen3Block(Block):
+    """With norms of query and key heads."""
+
+    head_norm = RMSNorm
+
+
+class Gemma3Block(Block):
+    """With norms of query and key heads, and of what attention and feed-forward add."""
+
+    head_norm = CenteredRMSNorm
+    norm = CenteredRMSNorm
+    activation = staticmethod(jax.nn.gelu)  # the tanh form is its default
+
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        self.attention_post_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
+        self.mlp_post_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
+
+    def __call__(self, hidden: jax.Array, angles: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
+        """Hidden states [b, t, dim] to the next layer's, and the cache afterwards."""
+        mixed, cache = self.attention(self.attention_norm(hidden), angles, mix)
+        hidden = hidden + self.attention_post_norm(mixed)
+        return hidden + self.mlp_post_norm(self.mlp(self.mlp_norm(hidden))), cache
+
+
+def linear(inputs: int, outputs: int, *, bias: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Einsum:
+    """A projection whose kernel is [outputs, inputs], as checkpoints store it: loading transposes nothing."""
+    shape = (outputs,) if bias else None
+    return nnx.Einsum("bti,oi->bto", (outputs, inputs), shape, dtype=dtype, param_dtype=dtype, rngs=rngs)

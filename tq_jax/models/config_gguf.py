@@ -1,0 +1,173 @@
+"""`DecoderConfig` from GGUF metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tq_jax.models.config import DecoderConfig
+from tq_jax.models.families import FAMILIES
+from tq_jax.models.rope import RopeScaling, rotary_frequencies
+
+_FIELDS = frozenset(
+    {
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.layer_norm_rms_epsilon",
+        "attention.value_length",
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "rope.dimension_count",
+        "rope.freq_base",
+        "rope.scaling.factor",
+        "rope.scaling.type",
+        "vocab_size",
+    }
+)
+_LOCAL_FIELDS = frozenset({"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"})
+_STOP_FIELDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+# What files do not say: the layer count of the one Gemma 3 model whose scores are scaled by the width of the residual
+# stream instead of that of a head, and the rotary base of local layers.
+_GEMMA3_27B_LAYERS, _GEMMA3_LOCAL_BASE = 62, 10000.0
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any], *, tied_head: bool, rope_factors: np.ndarray | None = None
+) -> DecoderConfig:
+    """Read a `DecoderConfig` from GGUF metadata.
+
+    Args:
+        metadata: key to value, as `gguf_file.read_gguf` returns it.
+        tied_head: whether the file has no ``output.weight``.
+        rope_factors: float32 [head_dim / 2], ``rope_freqs.weight`` if the file has one: divisors of the rotary
+            frequencies.
+
+    Raises:
+        NotImplementedError: another architecture, or a field of this one that changes the arithmetic.
+        ValueError: a required field is missing.
+    """
+    architecture, prefix, fields = _fields(metadata)
+
+    def required(name: str) -> Any:
+        return _required(prefix, fields, name)
+
+    num_heads, dim, num_layers = (
+        required(name) for name in ("attention.head_count", "embedding_length", "block_count")
+    )
+    head_dim = fields.get("attention.key_length", dim // num_heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if fields.get(name, head_dim) != head_dim:
+            raise NotImplementedError(f"GGUF field {prefix}{name}={fields[name]}: supported is head_dim={head_dim}")
+    base = float(fields.get("rope.freq_base", 10000.0))
+    config = DecoderConfig(
+        architecture=architecture,
+        vocab_size=fields.get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
+        dim=dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=fields.get("attention.head_count_kv", num_heads),
+        head_dim=head_dim,
+        ffn_dim=required("feed_forward_length"),
+        rope_base=base,
+        rope_scaling=_scaling(prefix, fields, rope_factors, head_dim=head_dim, base=base),
+        norm_eps=float(required("attention.layer_norm_rms_epsilon")),
+        tied_head=tied_head,
+        max_context=required("context_length"),
+        stop_tokens=_stop_tokens(metadata, FAMILIES[architecture].end_of_turn),
+    )
+    return _with_local_layers(config, prefix, fields) if architecture == "gemma3" else config
+
+
+def _fields(metadata: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """The family, the prefix of its fields, and the fields without it."""
+    names = {family.gguf: name for name, family in FAMILIES.items() if family.gguf}
+    architecture = names.get(str(metadata.get("general.architecture")))
+    if architecture is None:
+        raise NotImplementedError(
+            f"GGUF architecture {metadata.get('general.architecture')!r}: supported are {sorted(names)}"
+        )
+    prefix = f"{FAMILIES[architecture].gguf}."
+    fields = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    supported = _FIELDS | _LOCAL_FIELDS if architecture == "gemma3" else _FIELDS
+    for name in sorted(fields.keys() - supported):
+        raise NotImplementedError(f"GGUF field {prefix}{name}={fields[name]!r}: supported are {sorted(supported)}")
+    return architecture, prefix, fields
+
+
+def _required(prefix: str, fields: Mapping[str, Any], name: str) -> Any:
+    if name not in fields:
+        raise ValueError(f"GGUF metadata: expected the field {prefix}{name}, got none")
+    return fields[name]
+
+
+def _with_local_layers(config: DecoderConfig, prefix: str, fields: Mapping[str, Any]) -> DecoderConfig:
+    pattern = fields.get("attention.sliding_window_pattern", 6)
+    if not isinstance(pattern, list):
+        pattern = [(layer + 1) % pattern != 0 for layer in range(config.num_layers)]
+    largest = config.num_layers == _GEMMA3_27B_LAYERS
+    return dataclasses.replace(
+        config,
+        query_scalar=config.dim / config.num_heads if largest else float(config.head_dim),
+        sliding_window=_required(prefix, fields, "attention.sliding_window"),
+        local_layers=tuple(bool(local) for local in pattern),
+        local_rope_base=float(fields.get("rope.freq_base_swa", _GEMMA3_LOCAL_BASE)),
+    )
+
+
+def _stop_tokens(metadata: Mapping[str, Any], end_of_turn: str | None) -> tuple[int, ...]:
+    stop = [metadata[key] for key in _STOP_FIELDS if key in metadata]
+    tokens = metadata.get("tokenizer.ggml.tokens", ())
+    if end_of_turn in tokens:
+        stop.append(tokens.index(end_of_turn))
+    return tuple(dict.fromkeys(stop))
+
+
+def _scaling(
+    prefix: str, fields: Mapping[str, Any], factors: np.ndarray | None, *, head_dim: int, base: float
+) -> RopeScaling | None:
+    kind = fields.get("rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise NotImplementedError(f"GGUF field {prefix}rope.scaling.type={kind!r}: supported is 'none' or 'linear'")
+    if kind == "none":
+        return None if factors is None else llama3_scaling(factors, head_dim=head_dim, base=base)
+    if factors is not None:
+        raise NotImplementedError("GGUF tensor 'rope_freqs.weight' beside rope.scaling.type='linear': supported is one")
+    return RopeScaling(kind="linear", factor=float(_required(prefix, fields, "rope.scaling.factor")))
+
+
+def llama3_scaling(factors: np.ndarray, *, head_dim: int, base: float) -> RopeScaling | None:
+    """The scaling that divides each rotary frequency by its factor.
+
+    Llama 3 files store the divisors, not the rule they come from.
+
+    Args:
+        factors: float32 [head_dim / 2].
+        head_dim: channels of one head.
+        base: base of the rotary frequencies.
+
+    Raises:
+        NotImplementedError: the factors are not those of Llama 3's rule with its usual constants.
+
+    Example:
+        >>> llama3_scaling(np.ones(4, np.float32), head_dim=8, base=5e5) is None
+        True
+    """
+    factors = np.asarray(factors, np.float32)
+    if np.all(factors == 1):
+        return None
+    if factors.shape == (head_dim // 2,) and factors.max() > 1:
+        found = RopeScaling(kind="llama3", factor=float(factors.max()))
+        options = {"head_dim": head_dim, "base": base}
+        divisors = rotary_frequencies(**options) / rotary_frequencies(**options, scaling=found)
+        if np.allclose(divisors, factors, rtol=1e-4):
+            return found
+    raise NotImplementedError(
+        f"GGUF tensor 'rope_freqs.weight' of {factors.size} factors up to {factors.max():g}: supported is Llama 3's "
+        "rule (low 1, high 4, original context 8192)"
+    )
