@@ -213,7 +213,7 @@ def _turn(splits: Splits, basis: Basis, query: _Query, write: Callable[..., None
             write(channels_of(basis, index, place, valid), valid, values if signs is None else values * signs)
             return state
 
-        apply_factors(segment, sums[None], consume, jnp.int32(0), inverse=True)
+        apply_factors(segment, sums[:, None], consume, jnp.int32(0), inverse=True)
         start += segment.dim
 
 
