@@ -102,6 +102,11 @@ def apply_factors(
     padded = x.shape[0]
     rows = min(BLOCK, padded)
     i, j, _ = grid_of(segment, rows)
+    inner = None
+    if segment.inner is not None:
+        # Loaded before the first sum: no load moves up past a barrier.
+        column, row = (lax.broadcasted_iota(jnp.int32, (x.shape[2],) * 2, axis) for axis in (0, 1))
+        inner = _factor(segment.inner, row, column, inverse)
 
     def block(index: jax.Array | int, state: Any) -> Any:
         shape = (padded, rows)
@@ -109,10 +114,7 @@ def apply_factors(
         column = lax.broadcasted_iota(jnp.int32, shape, 0)
         outer = _factor(segment.outer, out_row, column, inverse)
         y = jnp.sum(x[:, :, None, :] * outer[:, None, :, None], axis=0)
-        if segment.inner is not None:
-            shape = (x.shape[2], x.shape[2])
-            column, row = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-            inner = _factor(segment.inner, row, column, inverse)
+        if inner is not None:
             y = jnp.sum(jnp.transpose(y, (2, 0, 1))[:, :, :, None] * inner[:, None, None, :], axis=0)
         outer_index = index * rows + i
         valid = (outer_index < size) & (j < segment.inner_size)
