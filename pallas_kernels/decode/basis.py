@@ -86,11 +86,11 @@ def apply_factors(
     *,
     inverse: bool,
 ) -> Any:
-    """Multiplies x [rows, n, k] by both factors, or by their transposes, and hands on one block after the other.
+    """Multiplies x [n, rows, k] by both factors, or by their transposes, and hands on one block after the other.
 
     Args:
         segment: The segment; its signs are not applied.
-        x: float32, padded with zeros.
+        x: float32, padded with zeros. Sums are over the first axis, which a thread holds whole: no exchange of sums.
         consume: Takes places [m, k] in the segment, their validity, the result [rows, m, k] and a state; returns that.
         state: The first state.
         inverse: Whether to transpose.
@@ -99,21 +99,23 @@ def apply_factors(
         The last state.
     """
     size = segment.outer.shape[0]
-    padded = x.shape[1]
+    padded = x.shape[0]
     rows = min(BLOCK, padded)
     i, j, _ = grid_of(segment, rows)
+    inner = None
+    if segment.inner is not None:
+        # Loaded before the first sum: no load moves up past a barrier.
+        column, row = (lax.broadcasted_iota(jnp.int32, (x.shape[2],) * 2, axis) for axis in (0, 1))
+        inner = _factor(segment.inner, row, column, inverse)
 
     def block(index: jax.Array | int, state: Any) -> Any:
-        shape = (rows, padded)
-        out_row = index * rows + lax.broadcasted_iota(jnp.int32, shape, 0)
-        column = lax.broadcasted_iota(jnp.int32, shape, 1)
+        shape = (padded, rows)
+        out_row = index * rows + lax.broadcasted_iota(jnp.int32, shape, 1)
+        column = lax.broadcasted_iota(jnp.int32, shape, 0)
         outer = _factor(segment.outer, out_row, column, inverse)
-        y = jnp.sum(x[:, None, :, :] * outer[None, :, :, None], axis=2)
-        if segment.inner is not None:
-            shape = (x.shape[2], x.shape[2])
-            row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-            inner = _factor(segment.inner, row, column, inverse)
-            y = jnp.sum(y[:, :, None, :] * inner[None, None, :, :], axis=3)
+        y = jnp.sum(x[:, :, None, :] * outer[:, None, :, None], axis=0)
+        if inner is not None:
+            y = jnp.sum(jnp.transpose(y, (2, 0, 1))[:, :, :, None] * inner[:, None, None, :], axis=0)
         outer_index = index * rows + i
         valid = (outer_index < size) & (j < segment.inner_size)
         return consume(outer_index * segment.inner_size + j, valid, y, state)

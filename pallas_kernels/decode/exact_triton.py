@@ -32,6 +32,7 @@ def attend_slots(
     sinks: int,
     options: LogitOptions,
     query_terms: int,
+    single: bool,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attends over a run of tiles of slots.
@@ -48,6 +49,7 @@ def attend_slots(
         sinks: Slots before the ring.
         options: Logit options.
         query_terms: bfloat16 numbers that a query is the sum of.
+        single: Whether the run is the first tile alone, whatever the one behind the last.
         interpret: Whether the kernel runs as jnp.
 
     Returns:
@@ -63,12 +65,15 @@ def attend_slots(
         acc, peak, total = state
         slot = index * tile + lax.broadcasted_iota(jnp.int32, (tile,), 0)
         token, stored = slot_positions(slot, *counts, sinks=sinks, slots=slots)
-        mask = jnp.broadcast_to(stored[:, None], shape)
+        # A tile alone is loaded before the counts are known: one trip to memory less.
+        mask = jnp.broadcast_to((slot < slots if single else stored)[:, None], shape)
         if dim < padded:
             mask = mask & (channel < dim)
         at = (*(jnp.broadcast_to(i, shape) for i in (*where, slot[:, None])), channel)
-        k, v = (_widened(plt.load(pool.at[at], mask=mask, other=_zero(pool))) for pool in (keys, values))
-        logits = _product(queries, k, transpose=True, interpret=interpret) * (options.scale * LOG2_E)
+        k, v = (plt.load(pool.at[at], mask=mask, other=_zero(pool)) for pool in (keys, values))
+        if single:
+            v = jnp.where(stored[:, None], v, _zero(values))
+        logits = _product(queries, _widened(k), transpose=True, interpret=interpret) * (options.scale * LOG2_E)
         if options.softcap is not None:
             cap = options.softcap * LOG2_E
             logits = cap * tanh(logits * (1.0 / cap), interpret=interpret)
@@ -80,11 +85,13 @@ def attend_slots(
         new = jnp.maximum(jnp.maximum(peak, jnp.max(w, axis=1)), FLOOR)
         p = exp2(w - new[:, None], interpret=interpret)
         alpha = exp2(peak - new, interpret=interpret)
-        acc = acc * alpha[:, None] + _product(_terms(p, max(query_terms, 2)), v, transpose=False, interpret=interpret)
+        parts = _terms(p, max(query_terms, 2))
+        acc = acc * alpha[:, None] + _product(parts, _widened(v), transpose=False, interpret=interpret)
         return acc, new, total * alpha + jnp.sum(p, axis=1)
 
     zero = jnp.zeros((query.shape[0],), jnp.float32)
-    return lax.fori_loop(*tiles, step, (jnp.zeros(query.shape, jnp.float32), zero + FLOOR, zero))
+    state = (jnp.zeros(query.shape, jnp.float32), zero + FLOOR, zero)
+    return step(tiles[0], state) if single else lax.fori_loop(*tiles, step, state)
 
 
 def slot_positions(

@@ -95,8 +95,8 @@ class MergeInputs:
 def merge_plan(shape: tuple[int, ...], *, splits: int, dtype: str, partial: bool, interpret: bool) -> MergePlan:
     """The plan for outputs [b, t, h_q, d] of a number of packed splits."""
     elements = power_of_two(splits) * power_of_two(shape[3])
-    # Up to 64 elements a thread are loaded at once.
-    num_warps = max(2, min(8, elements // 2048))
+    # 32 elements a thread: ptxas keeps few loads in flight and waits for them in turns.
+    num_warps = max(2, min(8, elements // 1024))
     batch, count, heads, dim = shape
     return MergePlan((batch, count, heads, dim), dtype, partial, num_warps, interpret)
 
@@ -213,7 +213,7 @@ def _turn(splits: Splits, basis: Basis, query: _Query, write: Callable[..., None
             write(channels_of(basis, index, place, valid), valid, values if signs is None else values * signs)
             return state
 
-        apply_factors(segment, sums[None], consume, jnp.int32(0), inverse=True)
+        apply_factors(segment, sums[:, None], consume, jnp.int32(0), inverse=True)
         start += segment.dim
 
 

@@ -27,6 +27,9 @@ TERMS = {"bfloat16": 1, "float16": 2}
 SLOT_PROGRAMS, ROTATE_PROGRAMS = 132 * 2, 128
 """Programs to aim at for full-precision slots and for rotation: all run at once on an H100."""
 
+SHORT = 4
+"""Tiles of slots for which there are as many programs, however many sequences: they need no loop."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PreparePlan:
@@ -138,7 +141,7 @@ def prepare_plan(
     tile = max(16, min(64, largest, power_of_two(slots))) if slots else 16
     queries = query_block(count, heads // kv_heads, 64 * 256 // (power_of_two(dim) * itemsize))
     blocks = -(-count * heads // kv_heads // queries)
-    most = max(1, SLOT_PROGRAMS // (batch * kv_heads * blocks))
+    most = max(SHORT, SLOT_PROGRAMS // (batch * kv_heads * blocks))
     return PreparePlan(
         options=options,
         kv_heads=kv_heads,
@@ -148,7 +151,7 @@ def prepare_plan(
         slot_tile=tile,
         slot_queries=queries,
         slot_splits=min(-(-slots // tile), most),
-        rows=min(8, power_of_two(max(1, batch * count * heads // ROTATE_PROGRAMS))),
+        rows=min(4, power_of_two(max(1, batch * count * heads // ROTATE_PROGRAMS))),
         num_warps=4 if dim * itemsize <= 256 else 8,
         interpret=interpret,
     )
@@ -208,12 +211,12 @@ def _outputs(x: PrepareInputs, plan: PreparePlan) -> Prepared:
 def _body(x: PrepareInputs, out: Prepared, *, plan: PreparePlan) -> None:
     program = pl.program_id(0)
     slots, rotate, tables = _programs(x, plan)
-    if slots:
-        # The longest programs come first.
-        pl.when(program < slots)(lambda: _attend(x, out, program, plan))
     if rotate:
-        here = (program >= slots) & (program < slots + rotate)
-        pl.when(here)(lambda: _rotate(x, out, program - slots, plan))
+        # They come first: their arithmetic hides behind the loads of the others.
+        pl.when(program < rotate)(lambda: _rotate(x, out, program, plan))
+    if slots:
+        here = (program >= rotate) & (program < rotate + slots)
+        pl.when(here)(lambda: _attend(x, out, program - rotate, plan))
     if tables:
         pl.when(program >= slots + rotate)(lambda: _write_table(x, out, program - slots - rotate, plan))
 
@@ -247,9 +250,10 @@ def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
     index = [jnp.broadcast_to(i, shape) for i in (sequence, token[:, None], query_head[:, None])]
     query = plt.load(x.query.at[(*index, channel)], mask=mask, other=jnp.zeros((), x.query.dtype))
 
+    single = plan.slot_splits * plan.slot_tile >= slots
     used = lax.div(jnp.minimum(length, slots) + (plan.slot_tile - 1), jnp.int32(plan.slot_tile))
     share = lax.div(used + (plan.slot_splits - 1), jnp.int32(plan.slot_splits))
-    begin = split * share
+    begin = split if single else split * share
     acc, peak, total = attend_slots(
         query.astype(jnp.float32),
         _first_position(x, sequence, row) + token,
@@ -262,6 +266,7 @@ def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
         sinks=plan.sinks,
         options=plan.options,
         query_terms=TERMS.get(jnp.dtype(x.query.dtype).name, 3),
+        single=single,
         interpret=plan.interpret,
     )
     at = [jnp.broadcast_to(i, shape) for i in (sequence, head, split, column[:, None])]
@@ -276,7 +281,7 @@ def _rotate(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
     batch, count, heads, dim = x.query.shape
     block, rest = _divided(program, 1 if x.sketch is None else -(-dim // SKETCHED))
     query = rest * plan.rows + lax.broadcasted_iota(jnp.int32, (plan.rows,), 0)
-    exists = (query < batch * count * heads)[:, None, None]
+    exists = query < batch * count * heads
     head, rest = _divided(query, heads)
     token, sequence = _divided(rest, count)
     row = sequence
@@ -290,28 +295,28 @@ def _rotate(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
     for index, segment in enumerate(x.basis.segments):
         i, j, valid = grid_of(segment)
         place = i * segment.inner_size + j
-        shape = (plan.rows, *place.shape)
-        channel = jnp.broadcast_to(channels_of(x.basis, index, place, valid)[None], shape)
-        mask = jnp.broadcast_to(exists & valid[None], shape)
+        shape = (place.shape[0], plan.rows, place.shape[1])
+        channel = jnp.broadcast_to(channels_of(x.basis, index, place, valid)[:, None], shape)
+        mask = jnp.broadcast_to(exists[None, :, None] & valid[:, None], shape)
 
         def load(ref: Any, *lead: jax.Array, at: jax.Array = channel, mask: jax.Array = mask) -> jax.Array:
-            lead = tuple(jnp.broadcast_to(k[:, None, None], at.shape) for k in lead)
+            lead = tuple(jnp.broadcast_to(k[None, :, None], at.shape) for k in lead)
             return plt.load(ref.at[(*lead, at)], mask=mask, other=jnp.zeros((), ref.dtype)).astype(jnp.float32)
 
         values = load(x.query, sequence, token, head)
         if x.mean is not None:
             mean, weight = (load(ref, row, kv_head) for ref in (x.mean, x.weight))
-            bias = bias + jnp.sum(jnp.sum(values * mean, axis=2), axis=1)
+            bias = bias + jnp.sum(jnp.sum(values * mean, axis=0), axis=1)
             values = values / jnp.where(mask, weight, 1.0)
         signs = load_signs(segment, place, valid)
-        values = values if signs is None else values * signs[None]
+        values = values if signs is None else values * signs[:, None]
 
         def consume(
             place: jax.Array, valid: jax.Array, y: jax.Array, sketch: jax.Array, start: int = start
         ) -> jax.Array:
             at = [jnp.broadcast_to(k[:, None, None], y.shape) for k in (sequence, token, head)]
             at.append(jnp.broadcast_to(start + place[None], y.shape))
-            mask = jnp.broadcast_to(exists & valid[None] & (block == 0), y.shape)
+            mask = jnp.broadcast_to(exists[:, None, None] & valid[None] & (block == 0), y.shape)
             plt.store(out.query.at[tuple(at)], y, mask=mask)
             return sketch if x.sketch is None else sketch + _sketched(x.sketch, coordinate, place, valid, y)
 
@@ -319,11 +324,13 @@ def _rotate(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
         start += segment.dim
     if x.mean is not None:
         at = out.bias.at[sequence, token, head]
-        plt.store(at, bias * plan.options.scale, mask=exists[:, 0, 0] & (block == 0))
+        plt.store(at, bias * plan.options.scale, mask=exists & (block == 0))
     if x.sketch is not None:
         at = [jnp.broadcast_to(k[:, None], sketch.shape) for k in (sequence, token, head)]
         at.append(jnp.broadcast_to(coordinate[None, :], sketch.shape))
-        plt.store(out.sketch.at[tuple(at)], sketch * plan.sketch_gain, mask=exists[:, 0] & (coordinate < dim)[None, :])
+        plt.store(
+            out.sketch.at[tuple(at)], sketch * plan.sketch_gain, mask=exists[:, None] & (coordinate < dim)[None, :]
+        )
 
 
 def _sketched(matrix: Any, coordinate: jax.Array, place: jax.Array, valid: jax.Array, y: jax.Array) -> jax.Array:

@@ -57,6 +57,14 @@ def test_compressed_cache(tiny, packed_spec, prompts):
     assert int(one.cache.compressed.max()) == 23 + NEW - 1 - 12
 
 
+def test_precise_reaches_attend(tiny, exact_spec, prompts, monkeypatch):
+    seen, attend = [], tq.attend
+    monkeypatch.setattr(tq, "attend", lambda *a, **options: seen.append(options["precise"]) or attend(*a, **options))
+    generate(tiny, *prompts, cache_spec=exact_spec, max_new_tokens=2, precise=True)
+    assert seen
+    assert all(seen)
+
+
 def test_sampling_is_reproducible(tiny, exact_spec, prompts, greedy):
     tokens, lengths = prompts
 

@@ -151,6 +151,7 @@ class Decoder(nnx.Module):
         *,
         lengths: jax.Array | None = None,
         implementation: Implementation = "auto",
+        precise: bool = False,
     ) -> tuple[jax.Array, tq.Cache]:
         """Append tokens to the cache and attend over all that it then holds.
 
@@ -159,6 +160,7 @@ class Decoder(nnx.Module):
             cache: from `prefill` or an earlier `extend`, or empty.
             lengths: int32 [b], valid tokens of this chunk per row; default all. Zero leaves a row as it was.
             implementation: passed to `tq_jax.attend`.
+            precise: likewise.
 
         Returns:
             Hidden states [b, t, dim] after the final norm (padding rows are meaningless), and the cache.
@@ -168,7 +170,7 @@ class Decoder(nnx.Module):
         """
         self._check(tokens, cache)
 
-        attend = partial(_attend_cache, lengths=lengths, implementation=implementation)
+        attend = partial(_attend_cache, lengths=lengths, implementation=implementation, precise=precise)
         return self._run(tokens, cache, cache.length[: tokens.shape[0]], partial(_append, lengths=lengths), attend)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -264,6 +266,7 @@ def _attend_cache(
     scale: float,
     lengths: jax.Array | None,
     implementation: Implementation,
+    precise: bool,
 ) -> jax.Array:
     mixed = tq.attend(
         query,
@@ -273,5 +276,6 @@ def _attend_cache(
         sliding_window=window,
         scale=scale,
         implementation=implementation,
+        precise=precise,
     )
     return mixed.astype(query.dtype)

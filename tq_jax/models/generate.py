@@ -82,6 +82,7 @@ def generate(
     stop_tokens: Sequence[int] = (),
     key: jax.Array | None = None,
     implementation: Implementation = "auto",
+    precise: bool = False,
 ) -> Generation:
     """Continue a batch of prompts.
 
@@ -97,6 +98,7 @@ def generate(
         stop_tokens: ids that end a row; ``decoder.config.stop_tokens`` for a chat.
         key: random key; needed unless greedy. The same key draws the same tokens.
         implementation: passed to `tq_jax.attend`.
+        precise: likewise.
 
     Returns:
         A `Generation`. The loop ends as soon as every row has stopped.
@@ -138,6 +140,7 @@ def generate(
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         implementation=implementation,
+        precise=precise,
     )
     return Generation(tokens=out, lengths=count, cache=cache)
 
@@ -152,7 +155,9 @@ def prefill_step(
     return sample(decoder.logits(last)[:, 0], _at(keys, jnp.int32(0)), sampling), cache
 
 
-@partial(jax.jit, static_argnames=("sampling", "max_new_tokens", "implementation"), donate_argnames=("cache",))
+@partial(
+    jax.jit, static_argnames=("sampling", "max_new_tokens", "implementation", "precise"), donate_argnames=("cache",)
+)
 def decode_loop(
     decoder: Decoder,
     first: jax.Array,  # int32 [b], drawn by the prefill
@@ -163,6 +168,7 @@ def decode_loop(
     sampling: Sampling,
     max_new_tokens: int,
     implementation: Implementation,
+    precise: bool = False,
 ) -> tuple[jax.Array, jax.Array, tq.Cache]:
     """Draw up to ``max_new_tokens`` tokens per row, the given first ones included; ``cache`` is donated."""
     batch = first.shape[0]
@@ -180,6 +186,7 @@ def decode_loop(
             state.cache,
             lengths=(~state.done).astype(jnp.int32),
             implementation=implementation,
+            precise=precise,
         )
         drawn = sample(decoder.logits(hidden)[:, 0], _at(keys, state.step), sampling)
         token = jnp.where(state.done, state.token, drawn)
