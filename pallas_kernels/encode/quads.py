@@ -1,0 +1,179 @@
+"""Codes of four channels at a time: the instructions of channels j, j + n, j + 2n and j + 3n together.
+
+A quad is four tiles [tile, n] of such channels, so that the fields of a packed byte are in one thread: packing is a
+shift and an or, and sums over channels begin with three fused multiply-adds. Levels are counted in half precision, two
+channels an instruction: fma.sat(h, 512, -512 t) is one above the threshold t and zero below.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels._compat import elementwise_assembly
+from pallas_kernels.encode.assembly import MAGIC, hexadecimal
+from pallas_kernels.format import Codebook
+from pallas_kernels.packing import plane_widths
+
+Quad = Sequence[jax.Array]
+GAIN = 512.0
+"""What differences of half-precision numbers from thresholds are multiplied by: one at the least, if not zero."""
+
+LEAST_RUN, LEAST_THRESHOLD, LARGEST_THRESHOLD = 16, 4.0, 127.0
+
+
+def runs(book: Codebook) -> int:
+    """Into how many runs of consecutive channels a vector is cut, whose tiles make quads; 0 if it is not."""
+    count = 8 if 1 in plane_widths(book.bits) else 4
+    whole = book.dim & (book.dim - 1) == 0 and book.dim // count >= LEAST_RUN and book.bits > 1
+    inside = book.bits == 8 or LEAST_THRESHOLD <= min(book.thresholds) <= max(book.thresholds) <= LARGEST_THRESHOLD
+    return count if whole and inside else 0
+
+
+def quads(tiles: Sequence[jax.Array]) -> list[Quad]:
+    """The quads of the tiles of consecutive runs of channels."""
+    apart = len(tiles) // 4
+    return [tiles[i::apart] for i in range(apart)]
+
+
+def squares(parts: Sequence[Quad], *, interpret: bool) -> jax.Array:
+    """Sums of squares of each row."""
+    if interpret:
+        return jnp.sum(sum(y * y for quad in parts for y in quad), axis=1)
+    text = "mul.f32 $0, $1, $1; fma.rn.f32 $0, $2, $2, $0; fma.rn.f32 $0, $3, $3, $0; fma.rn.f32 $0, $4, $4, $0;"
+    out = [elementwise_assembly(text, "=&f,f,f,f,f", quad, (jnp.float32,))[0] for quad in parts]
+    return jnp.sum(sum(out[1:], out[0]), axis=1)
+
+
+def scaled(parts: Sequence[Quad], factor: jax.Array, *, interpret: bool) -> list[Quad]:
+    """Rows times their factors; there is no negative zero."""
+    factor = jnp.broadcast_to(factor[:, None], parts[0][0].shape)
+    if interpret:
+        return [[y * factor for y in quad] for quad in parts]
+    text = "fma.rn.f32 $0, $1, $2, 0f00000000;"
+    return [[elementwise_assembly(text, "=f,f,f", (y, factor), (jnp.float32,))[0] for y in quad] for quad in parts]
+
+
+def sums(
+    parts: Sequence[Quad], inverse: jax.Array | None, book: Codebook, *, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Of vectors s in steps and the levels q nearest to |s| * inverse, <|s|, q> and <q, q> of each row."""
+    found = [_quad(quad, inverse, book, interpret=interpret, codes=False) for quad in parts]
+    along, squared = (sum(x[1:], x[0]) for x in zip(*found, strict=True))
+    return jnp.sum(along, axis=1), jnp.sum(squared, axis=1)
+
+
+def codes(
+    parts: Sequence[Quad], inverse: jax.Array | None, book: Codebook, *, interpret: bool
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Codes of each quad, the four bytes of an int32 tile, and the sums."""
+    found = [_quad(quad, inverse, book, interpret=interpret, codes=True) for quad in parts]
+    along, squared = (sum(x[1:], x[0]) for x in list(zip(*found, strict=True))[:2])
+    return [x[2] for x in found], jnp.sum(along, axis=1), jnp.sum(squared, axis=1)
+
+
+def packed(found: Sequence[jax.Array], bits: int) -> list[tuple[int, jax.Array]]:
+    """Bytes, in the low bits of int32, of runs of consecutive bytes of a vector, and the first byte of each run."""
+    out, first, shift, size = [], 0, 0, found[0].shape[1]
+    for width in plane_widths(bits):
+        fields = [(code >> shift) & (((1 << width) - 1) * 0x01010101) if width < bits else code for code in found]
+        if width == 1:
+            fields = [fields[0] | (fields[1] << 1)]
+        for i, code in enumerate(fields):
+            if width == 8:
+                run = [code >> (8 * k) for k in range(4)]
+            elif width == 4:
+                both = code | (code >> 12)
+                run = [both, both >> 8]
+            else:
+                pairs = code | (code >> 6)
+                run = [pairs | (pairs >> 12)]
+            out += [(first + (k * len(fields) + i) * size, byte) for k, byte in enumerate(run)]
+        first, shift = first + len(fields) * len(run) * size, shift + width
+    return out
+
+
+def _quad(
+    quad: Quad, inverse: jax.Array | None, book: Codebook, *, interpret: bool, codes: bool
+) -> tuple[jax.Array, ...]:
+    factor = [] if inverse is None else [jnp.broadcast_to(inverse[:, None], quad[0].shape)]
+    if interpret:
+        return _interpreted(quad, factor, book)
+    types = (jnp.float32, jnp.float32) + ((jnp.int32,) if codes else ())
+    first = len(types)
+    y = [f"${first + i}" for i in range(4)]
+    lines = [f"abs.f32 m{i}, {y[i]};" for i in range(4)]
+    near = [f"m{i}" for i in range(4)]
+    if factor:
+        near = [f"n{i}" for i in range(4)]
+        lines += [f"mul.f32 n{i}, m{i}, ${first + 4};" for i in range(4)]
+    lines += _bytes_and_levels(near) if book.bits == 8 else _counted(near, book, codes)
+    lines += ["mul.f32 $0, m0, l0;", "mul.f32 $1, l0, l0;"]
+    lines += [f"fma.rn.f32 $0, m{i}, l{i}, $0;\nfma.rn.f32 $1, l{i}, l{i}, $1;" for i in (1, 2, 3)]
+    if codes:
+        # The sign of each channel, in all bits of its byte.
+        lines += [f"prmt.b32 a, {y[0]}, {y[1]}, 0x00FB;", f"prmt.b32 b, {y[2]}, {y[3]}, 0x00FB;"]
+        sign = 0xFFFFFFFF if book.bits == 8 else 0x01010101 << (book.bits - 1)
+        lines += ["prmt.b32 a, a, b, 0x5410;", f"and.b32 a, a, 0x{sign:08X};", "xor.b32 $2, c, a;"]
+    declared = ".reg .f32 m<4>, n<4>, l<4>;\n.reg .b32 h<2>, v<2>, k<2>, t, a, b, c, f;\n.reg .b16 x, z;\n"
+    constraints = ",".join(["=&f", "=&f", "=&r"][:first] + ["f"] * (4 + len(factor)))
+    return tuple(
+        elementwise_assembly("{\n" + declared + "\n".join(lines) + "\n}", constraints, (*quad, *factor), types)
+    )
+
+
+def _counted(near: Sequence[str], book: Codebook, codes: bool) -> list[str]:
+    """Levels l0 to l3 and, in the bytes of c, their indices; thresholds are half-integers, which halves hold."""
+    lines = []
+    for pair in (0, 1):
+        # Rounding towards zero keeps every order with numbers that halves hold.
+        lines.append(f"cvt.rz.f16x2.f32 h{pair}, {near[2 * pair + 1]}, {near[2 * pair]};")
+        lines.append(f"mov.b32 v{pair}, {_halves(book.levels[0] + 0.5)};")
+        lines.append(f"mov.b32 k{pair}, {_halves(1024)};" if codes else "")
+        for threshold, gap in zip(book.thresholds, np.diff(book.levels), strict=True):
+            below = np.nextafter(np.float16(threshold), np.float16(0))
+            lines.append(f"mov.b32 f, {_halves(GAIN)};\nmov.b32 t, {_halves(-GAIN * float(below))};")
+            lines.append(f"fma.rn.sat.f16x2 t, h{pair}, f, t;\nmov.b32 f, {_halves(gap)};")
+            lines.append(f"fma.rn.f16x2 v{pair}, t, f, v{pair};")
+            lines.append(f"add.rn.f16x2 k{pair}, k{pair}, t;" if codes else "")
+        lines.append(f"mov.b32 {{x, z}}, v{pair};\ncvt.f32.f16 l{2 * pair}, x;\ncvt.f32.f16 l{2 * pair + 1}, z;")
+    return lines + (["prmt.b32 c, k0, k1, 0x6420;"] if codes else [])
+
+
+def _bytes_and_levels(near: Sequence[str]) -> list[str]:
+    """Levels l0 to l3 of the uniform grid of 8 bits, their indices in the bytes of c."""
+    lines = []
+    for i in range(4):
+        lines.append(f"min.f32 l{i}, {near[i]}, {hexadecimal(127.5)};\nadd.rm.f32 l{i}, l{i}, {hexadecimal(MAGIC)};")
+    lines += [f"mov.b32 {name}, l{i};" for name, i in (("a", 0), ("b", 1), ("t", 2), ("f", 3))]
+    lines += ["prmt.b32 a, a, b, 0x0040;", "prmt.b32 b, t, f, 0x0040;", "prmt.b32 c, a, b, 0x5410;"]
+    return lines + [f"sub.f32 l{i}, l{i}, {hexadecimal(MAGIC - 0.5)};" for i in range(4)]
+
+
+def _halves(value: float) -> str:
+    """A constant in both halves of a register."""
+    bits = int(np.float16(value).view(np.uint16))
+    return f"0x{bits | bits << 16:08X}"
+
+
+def _interpreted(quad: Quad, factor: Sequence[jax.Array], book: Codebook) -> tuple[jax.Array, ...]:
+    along = squared = code = None
+    for i, y in enumerate(quad):
+        magnitude = jnp.abs(y)
+        near = magnitude * factor[0] if factor else magnitude
+        if book.bits == 8:
+            index = jnp.floor(jnp.minimum(near, 127.5)).astype(jnp.int32)
+            level = index.astype(jnp.float32) + 0.5
+        else:
+            index, level = jnp.zeros(y.shape, jnp.int32), jnp.full(y.shape, book.levels[0] + 0.5, jnp.float32)
+            for threshold, gap in zip(book.thresholds, np.diff(book.levels), strict=True):
+                passed = near >= threshold
+                index = index + passed.astype(jnp.int32)
+                level = level + jnp.where(passed, np.float32(gap), np.float32(0))
+        index = index ^ jnp.where(y < 0, 255 if book.bits == 8 else 1 << (book.bits - 1), 0)
+        terms = magnitude * level, level * level, index << (8 * i)
+        along, squared, code = (
+            terms if along is None else (along + terms[0], squared + terms[1], code | terms[2])  # pyright: ignore
+        )
+    return along, squared, code  # pyright: ignore[reportReturnType]
