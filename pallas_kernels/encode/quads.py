@@ -25,9 +25,11 @@ LEAST_RUN, LEAST_THRESHOLD, LARGEST_THRESHOLD = 16, 4.0, 127.0
 
 def runs(book: Codebook) -> int:
     """Into how many runs of consecutive channels a vector is cut, whose tiles make quads; 0 if it is not."""
+    if book.bits < 2:
+        return 0
     count = 8 if 1 in plane_widths(book.bits) else 4
-    whole = book.dim & (book.dim - 1) == 0 and book.dim // count >= LEAST_RUN and book.bits > 1
-    inside = book.bits == 8 or LEAST_THRESHOLD <= min(book.thresholds) <= max(book.thresholds) <= LARGEST_THRESHOLD
+    whole = book.dim & (book.dim - 1) == 0 and book.dim // count >= LEAST_RUN
+    inside = book.bits == 8 or (book.thresholds[0] >= LEAST_THRESHOLD and book.thresholds[-1] <= LARGEST_THRESHOLD)
     return count if whole and inside else 0
 
 
@@ -46,31 +48,30 @@ def squares(parts: Sequence[Quad], *, interpret: bool) -> jax.Array:
     return jnp.sum(sum(out[1:], out[0]), axis=1)
 
 
-def scaled(parts: Sequence[Quad], factor: jax.Array, *, interpret: bool) -> list[Quad]:
-    """Rows times their factors; there is no negative zero."""
-    factor = jnp.broadcast_to(factor[:, None], parts[0][0].shape)
-    if interpret:
-        return [[y * factor for y in quad] for quad in parts]
-    text = "fma.rn.f32 $0, $1, $2, 0f00000000;"
-    return [[elementwise_assembly(text, "=f,f,f", (y, factor), (jnp.float32,))[0] for y in quad] for quad in parts]
+def scaled(parts: Sequence[Quad], factor: jax.Array) -> list[Quad]:
+    """Rows times their factors."""
+    return [[y * factor[:, None] for y in quad] for quad in parts]
 
 
-def sums(
-    parts: Sequence[Quad], inverse: jax.Array | None, book: Codebook, *, interpret: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Of vectors s in steps and the levels q nearest to |s| * inverse, <|s|, q> and <q, q> of each row."""
-    found = [_quad(quad, inverse, book, interpret=interpret, codes=False) for quad in parts]
-    along, squared = (sum(x[1:], x[0]) for x in zip(*found, strict=True))
-    return jnp.sum(along, axis=1), jnp.sum(squared, axis=1)
+def sums(parts: Sequence[Quad], factor: jax.Array, book: Codebook, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """Of s = |y| * factor and the levels q nearest to it, <s, q> and <q, q> of each row."""
+    return _encoded(parts, factor, book, interpret=interpret, codes=False)[1:]
 
 
 def codes(
-    parts: Sequence[Quad], inverse: jax.Array | None, book: Codebook, *, interpret: bool
+    parts: Sequence[Quad], factor: jax.Array, book: Codebook, *, interpret: bool
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
     """Codes of each quad, the four bytes of an int32 tile, and the sums."""
-    found = [_quad(quad, inverse, book, interpret=interpret, codes=True) for quad in parts]
-    along, squared = (sum(x[1:], x[0]) for x in list(zip(*found, strict=True))[:2])
-    return [x[2] for x in found], jnp.sum(along, axis=1), jnp.sum(squared, axis=1)
+    return _encoded(parts, factor, book, interpret=interpret, codes=True)
+
+
+def _encoded(
+    parts: Sequence[Quad], factor: jax.Array, book: Codebook, *, interpret: bool, codes: bool
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    wide = jnp.broadcast_to(factor[:, None], parts[0][0].shape)
+    found = [_interpreted(q, wide, book) if interpret else _compiled(q, wide, book, codes=codes) for q in parts]
+    along, squared = (sum((x[i] for x in found[1:]), found[0][i]) for i in (0, 1))
+    return [x[2] for x in found if codes], jnp.sum(along, axis=1), jnp.sum(squared, axis=1)
 
 
 def packed(found: Sequence[jax.Array], bits: int) -> list[tuple[int, jax.Array]]:
@@ -94,21 +95,13 @@ def packed(found: Sequence[jax.Array], bits: int) -> list[tuple[int, jax.Array]]
     return out
 
 
-def _quad(
-    quad: Quad, inverse: jax.Array | None, book: Codebook, *, interpret: bool, codes: bool
-) -> tuple[jax.Array, ...]:
-    factor = [] if inverse is None else [jnp.broadcast_to(inverse[:, None], quad[0].shape)]
-    if interpret:
-        return _interpreted(quad, factor, book)
+def _compiled(quad: Quad, factor: jax.Array, book: Codebook, *, codes: bool) -> list[jax.Array]:
+    """Sums over the quad and, if asked for, its codes."""
     types = (jnp.float32, jnp.float32) + ((jnp.int32,) if codes else ())
     first = len(types)
     y = [f"${first + i}" for i in range(4)]
-    lines = [f"abs.f32 m{i}, {y[i]};" for i in range(4)]
-    near = [f"m{i}" for i in range(4)]
-    if factor:
-        near = [f"n{i}" for i in range(4)]
-        lines += [f"mul.f32 n{i}, m{i}, ${first + 4};" for i in range(4)]
-    lines += _bytes_and_levels(near) if book.bits == 8 else _counted(near, book, codes)
+    lines = [f"abs.f32 m{i}, {y[i]};\nmul.f32 m{i}, m{i}, ${first + 4};" for i in range(4)]
+    lines += _bytes_and_levels() if book.bits == 8 else _counted(book, codes)
     lines += ["mul.f32 $0, m0, l0;", "mul.f32 $1, l0, l0;"]
     lines += [f"fma.rn.f32 $0, m{i}, l{i}, $0;\nfma.rn.f32 $1, l{i}, l{i}, $1;" for i in (1, 2, 3)]
     if codes:
@@ -116,36 +109,50 @@ def _quad(
         lines += [f"prmt.b32 a, {y[0]}, {y[1]}, 0x00FB;", f"prmt.b32 b, {y[2]}, {y[3]}, 0x00FB;"]
         sign = 0xFFFFFFFF if book.bits == 8 else 0x01010101 << (book.bits - 1)
         lines += ["prmt.b32 a, a, b, 0x5410;", f"and.b32 a, a, 0x{sign:08X};", "xor.b32 $2, c, a;"]
-    declared = ".reg .f32 m<4>, n<4>, l<4>;\n.reg .b32 h<2>, v<2>, k<2>, t, a, b, c, f;\n.reg .b16 x, z;\n"
-    constraints = ",".join(["=&f", "=&f", "=&r"][:first] + ["f"] * (4 + len(factor)))
-    return tuple(
-        elementwise_assembly("{\n" + declared + "\n".join(lines) + "\n}", constraints, (*quad, *factor), types)
-    )
+    declared = ".reg .f32 m<4>, l<4>;\n.reg .b32 h<2>, v<2>, k<2>, t, a, b, c, d, e, f;\n.reg .b16 x, z;\n"
+    constraints = ",".join(["=&f", "=&f", "=&r"][:first] + ["f"] * 5)
+    text = "{\n" + declared + "\n".join(lines) + "\n}"
+    return elementwise_assembly(text, constraints, (*quad, factor), types)
 
 
-def _counted(near: Sequence[str], book: Codebook, codes: bool) -> list[str]:
-    """Levels l0 to l3 and, in the bytes of c, their indices; thresholds are half-integers, which halves hold."""
-    lines = []
+def _counted(book: Codebook, codes: bool) -> list[str]:
+    """Levels l0 to l3 of m0 to m3 and, in the bytes of c, their indices; halves hold thresholds, half-integers."""
+    lines, table = [], codes and len(book.levels) == 8
     for pair in (0, 1):
         # Rounding towards zero keeps every order with numbers that halves hold.
-        lines.append(f"cvt.rz.f16x2.f32 h{pair}, {near[2 * pair + 1]}, {near[2 * pair]};")
-        lines.append(f"mov.b32 v{pair}, {_halves(book.levels[0] + 0.5)};")
-        lines.append(f"mov.b32 k{pair}, {_halves(1024)};" if codes else "")
+        lines.append(f"cvt.rz.f16x2.f32 h{pair}, m{2 * pair + 1}, m{2 * pair};\nmov.b32 e, {_halves(GAIN)};")
+        lines.append(f"mov.b32 v{pair}, {_halves(book.levels[0] + 0.5)};\nmov.b32 k{pair}, {_halves(1024)};")
         for threshold, gap in zip(book.thresholds, np.diff(book.levels), strict=True):
             below = np.nextafter(np.float16(threshold), np.float16(0))
-            lines.append(f"mov.b32 f, {_halves(GAIN)};\nmov.b32 t, {_halves(-GAIN * float(below))};")
-            lines.append(f"fma.rn.sat.f16x2 t, h{pair}, f, t;\nmov.b32 f, {_halves(gap)};")
-            lines.append(f"fma.rn.f16x2 v{pair}, t, f, v{pair};")
-            lines.append(f"add.rn.f16x2 k{pair}, k{pair}, t;" if codes else "")
+            lines.append(f"mov.b32 t, {_halves(-GAIN * float(below))};\nfma.rn.sat.f16x2 t, h{pair}, e, t;")
+            if not table:
+                lines.append(f"mov.b32 f, {_halves(gap)};\nfma.rn.f16x2 v{pair}, t, f, v{pair};")
+            if codes:
+                lines.append(f"add.rn.f16x2 k{pair}, k{pair}, t;")
+    if codes:
+        lines.append("prmt.b32 c, k0, k1, 0x6420;")
+    if table:
+        lines += _looked_up(book)
+    for pair in (0, 1):
         lines.append(f"mov.b32 {{x, z}}, v{pair};\ncvt.f32.f16 l{2 * pair}, x;\ncvt.f32.f16 l{2 * pair + 1}, z;")
-    return lines + (["prmt.b32 c, k0, k1, 0x6420;"] if codes else [])
+    return lines
 
 
-def _bytes_and_levels(near: Sequence[str]) -> list[str]:
-    """Levels l0 to l3 of the uniform grid of 8 bits, their indices in the bytes of c."""
+def _looked_up(book: Codebook) -> list[str]:
+    """Levels v0 and v1 by the indices in the bytes of c: eight bytes are a table of one instruction."""
+    levels = (np.asarray(book.levels, np.float16) + np.float16(0.5)).view(np.uint8).reshape(8, 2)
+    lines = ["shr.u32 a, c, 4;", "or.b32 a, a, c;", "prmt.b32 a, a, a, 0x0020;"]
+    for name, column in (("b", 0), ("d", 1)):
+        words = np.ascontiguousarray(levels[:, column]).view(np.uint32)
+        lines.append(f"mov.b32 t, 0x{words[0]:08X};\nmov.b32 f, 0x{words[1]:08X};\nprmt.b32 {name}, t, f, a;")
+    return [*lines, "prmt.b32 v0, b, d, 0x5140;", "prmt.b32 v1, b, d, 0x7362;"]
+
+
+def _bytes_and_levels() -> list[str]:
+    """Levels l0 to l3 of m0 to m3 on the uniform grid of 8 bits, their indices in the bytes of c."""
     lines = []
     for i in range(4):
-        lines.append(f"min.f32 l{i}, {near[i]}, {hexadecimal(127.5)};\nadd.rm.f32 l{i}, l{i}, {hexadecimal(MAGIC)};")
+        lines.append(f"min.f32 l{i}, m{i}, {hexadecimal(127.5)};\nadd.rm.f32 l{i}, l{i}, {hexadecimal(MAGIC)};")
     lines += [f"mov.b32 {name}, l{i};" for name, i in (("a", 0), ("b", 1), ("t", 2), ("f", 3))]
     lines += ["prmt.b32 a, a, b, 0x0040;", "prmt.b32 b, t, f, 0x0040;", "prmt.b32 c, a, b, 0x5410;"]
     return lines + [f"sub.f32 l{i}, l{i}, {hexadecimal(MAGIC - 0.5)};" for i in range(4)]
@@ -157,11 +164,11 @@ def _halves(value: float) -> str:
     return f"0x{bits | bits << 16:08X}"
 
 
-def _interpreted(quad: Quad, factor: Sequence[jax.Array], book: Codebook) -> tuple[jax.Array, ...]:
-    along = squared = code = None
+def _interpreted(quad: Quad, factor: jax.Array, book: Codebook) -> tuple[jax.Array, ...]:
+    """What `_compiled` gives."""
+    along, squared, code = jnp.zeros_like(quad[0]), jnp.zeros_like(quad[0]), jnp.zeros(quad[0].shape, jnp.int32)
     for i, y in enumerate(quad):
-        magnitude = jnp.abs(y)
-        near = magnitude * factor[0] if factor else magnitude
+        near = jnp.abs(y) * factor
         if book.bits == 8:
             index = jnp.floor(jnp.minimum(near, 127.5)).astype(jnp.int32)
             level = index.astype(jnp.float32) + 0.5
@@ -172,8 +179,5 @@ def _interpreted(quad: Quad, factor: Sequence[jax.Array], book: Codebook) -> tup
                 index = index + passed.astype(jnp.int32)
                 level = level + jnp.where(passed, np.float32(gap), np.float32(0))
         index = index ^ jnp.where(y < 0, 255 if book.bits == 8 else 1 << (book.bits - 1), 0)
-        terms = magnitude * level, level * level, index << (8 * i)
-        along, squared, code = (
-            terms if along is None else (along + terms[0], squared + terms[1], code | terms[2])  # pyright: ignore
-        )
-    return along, squared, code  # pyright: ignore[reportReturnType]
+        along, squared, code = along + near * level, squared + level * level, code | (index << (8 * i))
+    return along, squared, code

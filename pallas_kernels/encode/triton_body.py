@@ -288,14 +288,21 @@ def _encode_quads(
     if x.matrices:
         tiles = [_times_columns(rows, x.matrices[0], i * width, width, plan) for i in range(count)]
     else:
-        tiles = [_load(x, at, i * width, width, plan).astype(jnp.float32) for i in range(count)]
+        # Adding zero leaves no negative zero.
+        tiles = [_load(x, at, i * width, width, plan).astype(jnp.float32) + 0.0 for i in range(count)]
     parts = quads.quads(tiles)
     scaled = rounded("sqrt.rn.f32", quads.squares(parts, interpret=interpret), interpret=interpret)
-    steps = quads.scaled(parts, _inverse_unit(scaled, book, plan), interpret=interpret)
-    inverse = None
+    unit = _inverse_unit(scaled, book, plan)
     if plan.search:
-        inverse = _best_inverse_multiple(x, lambda inverse: quads.sums(steps, inverse, book, interpret=interpret), plan)
-    codes, along, squared = quads.codes(steps, inverse, book, interpret=interpret)
+        parts = quads.scaled(parts, unit)
+
+        def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+            along, squared = quads.sums(parts, inverse, book, interpret=interpret)
+            return along / inverse, squared
+
+        unit = _best_inverse_multiple(x, sums, plan)
+    codes, along, squared = quads.codes(parts, unit, book, interpret=interpret)
+    along = along / unit if plan.search else along
     scale = _scale_of(scaled * factor, along, squared, book, plan)
     _store_scalar(pool.scale, scale.astype(plan.fmt.scale_dtype), at, None)
     for byte, data in quads.packed(codes, book.bits):
