@@ -5,6 +5,7 @@ shift and an or, and sums over channels begin with three fused multiply-adds. Le
 channels an instruction: fma.sat(h, 512, -512 t) is one above the threshold t and zero below.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -53,23 +54,26 @@ def scaled(parts: Sequence[Quad], factor: jax.Array) -> list[Quad]:
     return [[y * factor[:, None] for y in quad] for quad in parts]
 
 
-def sums(parts: Sequence[Quad], factor: jax.Array, book: Codebook, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """Of s = |y| * factor and the levels q nearest to it, <s, q> and <q, q> of each row."""
-    return _encoded(parts, factor, book, interpret=interpret, codes=False)[1:]
+def sums(
+    parts: Sequence[Quad], factor: jax.Array, book: Codebook, *, searching: bool, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Of the levels q nearest to s = |y| * factor, <s, q> (<|y|, q> when searching) and <q, q> of each row."""
+    return _encoded(parts, factor, book, searching, codes=False, interpret=interpret)[1:]
 
 
 def codes(
-    parts: Sequence[Quad], factor: jax.Array, book: Codebook, *, interpret: bool
+    parts: Sequence[Quad], factor: jax.Array, book: Codebook, *, searching: bool, interpret: bool
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
     """Codes of each quad, the four bytes of an int32 tile, and the sums."""
-    return _encoded(parts, factor, book, interpret=interpret, codes=True)
+    return _encoded(parts, factor, book, searching, codes=True, interpret=interpret)
 
 
 def _encoded(
-    parts: Sequence[Quad], factor: jax.Array, book: Codebook, *, interpret: bool, codes: bool
+    parts: Sequence[Quad], factor: jax.Array, book: Codebook, searching: bool, *, codes: bool, interpret: bool
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
     wide = jnp.broadcast_to(factor[:, None], parts[0][0].shape)
-    found = [_interpreted(q, wide, book) if interpret else _compiled(q, wide, book, codes=codes) for q in parts]
+    encode = _interpreted if interpret else functools.partial(_compiled, codes=codes)
+    found = [encode(quad, wide, book, searching) for quad in parts]
     along, squared = (sum((x[i] for x in found[1:]), found[0][i]) for i in (0, 1))
     return [x[2] for x in found if codes], jnp.sum(along, axis=1), jnp.sum(squared, axis=1)
 
@@ -95,13 +99,16 @@ def packed(found: Sequence[jax.Array], bits: int) -> list[tuple[int, jax.Array]]
     return out
 
 
-def _compiled(quad: Quad, factor: jax.Array, book: Codebook, *, codes: bool) -> list[jax.Array]:
+def _compiled(quad: Quad, factor: jax.Array, book: Codebook, searching: bool, *, codes: bool) -> list[jax.Array]:
     """Sums over the quad and, if asked for, its codes."""
     types = (jnp.float32, jnp.float32) + ((jnp.int32,) if codes else ())
     first = len(types)
     y = [f"${first + i}" for i in range(4)]
     lines = [f"abs.f32 m{i}, {y[i]};\nmul.f32 m{i}, m{i}, ${first + 4};" for i in range(4)]
     lines += _bytes_and_levels() if book.bits == 8 else _counted(book, codes)
+    if searching:
+        # The gains of a fine grid differ by little more than rounding, so their sums are of exact terms.
+        lines += [f"abs.f32 m{i}, {y[i]};" for i in range(4)]
     lines += ["mul.f32 $0, m0, l0;", "mul.f32 $1, l0, l0;"]
     lines += [f"fma.rn.f32 $0, m{i}, l{i}, $0;\nfma.rn.f32 $1, l{i}, l{i}, $1;" for i in (1, 2, 3)]
     if codes:
@@ -164,7 +171,7 @@ def _halves(value: float) -> str:
     return f"0x{bits | bits << 16:08X}"
 
 
-def _interpreted(quad: Quad, factor: jax.Array, book: Codebook) -> tuple[jax.Array, ...]:
+def _interpreted(quad: Quad, factor: jax.Array, book: Codebook, searching: bool) -> tuple[jax.Array, ...]:
     """What `_compiled` gives."""
     along, squared, code = jnp.zeros_like(quad[0]), jnp.zeros_like(quad[0]), jnp.zeros(quad[0].shape, jnp.int32)
     for i, y in enumerate(quad):
@@ -179,5 +186,6 @@ def _interpreted(quad: Quad, factor: jax.Array, book: Codebook) -> tuple[jax.Arr
                 index = index + passed.astype(jnp.int32)
                 level = level + jnp.where(passed, np.float32(gap), np.float32(0))
         index = index ^ jnp.where(y < 0, 255 if book.bits == 8 else 1 << (book.bits - 1), 0)
-        along, squared, code = along + near * level, squared + level * level, code | (index << (8 * i))
+        along = along + (jnp.abs(y) if searching else near) * level
+        squared, code = squared + level * level, code | (index << (8 * i))
     return along, squared, code

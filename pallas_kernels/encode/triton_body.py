@@ -297,12 +297,10 @@ def _encode_quads(
         parts = quads.scaled(parts, unit)
 
         def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
-            along, squared = quads.sums(parts, inverse, book, interpret=interpret)
-            return along / inverse, squared
+            return quads.sums(parts, inverse, book, searching=True, interpret=interpret)
 
         unit = _best_inverse_multiple(x, sums, plan)
-    codes, along, squared = quads.codes(parts, unit, book, interpret=interpret)
-    along = along / unit if plan.search else along
+    codes, along, squared = quads.codes(parts, unit, book, searching=plan.search, interpret=interpret)
     scale = _scale_of(scaled * factor, along, squared, book, plan)
     _store_scalar(pool.scale, scale.astype(plan.fmt.scale_dtype), at, None)
     for byte, data in quads.packed(codes, book.bits):
