@@ -170,5 +170,6 @@ def test_default_tiles():
     assert default_config(1, four) == TileConfig(16, 4, 128)
     assert default_config(100, four) == TileConfig(128, 8, 128)
     assert default_config(4096, QuantizerSpec(128, 5).format).tile == 64
-    for fmt in (prod, QuantizerSpec(80, 4).format, QuantizerSpec(128, 2.5).format, QuantizerSpec(256, 4).format):
+    assert default_config(4096, QuantizerSpec(256, 4).format) == TileConfig(16, 8, 64)
+    for fmt in (prod, QuantizerSpec(80, 4).format, QuantizerSpec(128, 2.5).format):
         assert default_config(4096, fmt) == TileConfig(32, 8, 32)
