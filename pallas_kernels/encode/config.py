@@ -32,10 +32,10 @@ def default_config(tokens: int, fmt: VectorFormat) -> TileConfig:
     A thread holds half a row of 128 channels of one segment of two tokens. Formats whose channels are no quads, and
     rotations of more than 128 channels, need more registers a channel.
     """
-    lean = isinstance(fmt, CodebookFormat) and len(fmt.segments) == 1 and not fmt.residual
-    lean = lean and fmt.dim <= 128 and quads.runs(fmt.segments[0]) > 0
+    segments = fmt.segments if isinstance(fmt, CodebookFormat) and not fmt.residual else ()
+    lean = len(segments) == 1 and fmt.dim <= 128 and quads.runs(segments[0]) > 0
     if fmt.dim > 192:
         return TileConfig(tile=16, num_warps=8, chunk=64)
-    largest = 32 if not lean else 64 if fmt.segments[0].bits == 5 else 128
+    largest = 32 if not lean else 64 if segments[0].bits == 5 else 128
     tile = min(largest, max(16, 1 << (tokens - 1).bit_length()))
     return TileConfig(tile=tile, num_warps=8 if tile == largest else 4, chunk=128 if lean else 32)

@@ -133,7 +133,7 @@ def _counted(book: Codebook, codes: bool) -> list[str]:
             below = np.nextafter(np.float16(threshold), np.float16(0))
             lines.append(f"mov.b32 t, {_halves(-GAIN * float(below))};\nfma.rn.sat.f16x2 t, h{pair}, e, t;")
             if not table:
-                lines.append(f"mov.b32 f, {_halves(gap)};\nfma.rn.f16x2 v{pair}, t, f, v{pair};")
+                lines.append(f"mov.b32 f, {_halves(float(gap))};\nfma.rn.f16x2 v{pair}, t, f, v{pair};")
             if codes:
                 lines.append(f"add.rn.f16x2 k{pair}, k{pair}, t;")
     if codes:
