@@ -3,7 +3,7 @@
 import dataclasses
 
 from pallas_kernels.encode import quads
-from pallas_kernels.format import Codebook, CodebookFormat, VectorFormat
+from pallas_kernels.format import CodebookFormat, VectorFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ def default_config(tokens: int, fmt: VectorFormat) -> TileConfig:
     A thread holds half a row of 128 channels of one segment of two tokens. Formats whose channels are no quads, and
     rotations of more than 128 channels, need more registers a channel.
     """
-    segments: tuple[Codebook, ...] = fmt.segments if isinstance(fmt, CodebookFormat) and not fmt.residual else ()
+    segments = list(fmt.segments) if isinstance(fmt, CodebookFormat) and not fmt.residual else []
     lean = len(segments) == 1 and fmt.dim <= 128 and quads.runs(segments[0]) > 0
     if fmt.dim > 192:
         return TileConfig(tile=16, num_warps=8, chunk=64)
