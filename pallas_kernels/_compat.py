@@ -6,12 +6,15 @@ capability must be named by an abstract device; before, the lowering assumes Hop
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.extend
 from jax._src.lib import triton as _triton  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
+from jax._src.pallas.triton import lowering as triton_lowering
+from jax._src.pallas.triton import primitives as triton_primitives
 
 ABSTRACT_DEVICE_KIND = "NVIDIA H100 80GB HBM3"
 """A device kind that JAX knows; the Triton IR of these kernels is the same for all of them."""
@@ -96,6 +99,37 @@ def _text(bytecode: bytes) -> str:
         context.load_all_available_dialects()
         context.allow_unregistered_dialects = True
         return str(ir.Module.parse(bytecode).operation.get_asm(enable_debug_info=False))
+
+
+_assembly_p = jax.extend.core.Primitive("assembly")
+_assembly_p.multiple_results = True
+
+
+@_assembly_p.def_abstract_eval
+def _assembly_types(*x: Any, result_types: tuple[Any, ...], **_: Any) -> list[Any]:
+    return [x[0].update(dtype=dtype) for dtype in result_types]
+
+
+@triton_lowering.register_lowering(_assembly_p)
+def _lower_assembly(context: Any, *x: Any, result_types: tuple[Any, ...], **options: Any) -> list[Any]:
+    lower = triton_primitives._elementwise_inline_asm_lowering  # pyright: ignore[reportAttributeAccessIssue]
+    [results] = lower(context, *x, result_shape_dtypes=result_types, **options)
+    return list(results) if len(result_types) > 1 else [results]
+
+
+def elementwise_assembly(
+    text: str, constraints: str, x: Sequence[jax.Array], result_types: Sequence[Any]
+) -> list[jax.Array]:
+    """Pallas Triton's `elementwise_inline_asm`, which up to jax 0.11 lowers one result only, with several.
+
+    Args:
+        text: Instructions.
+        constraints: Of results and arguments, as LLVM has them.
+        x: Arguments, tiles of one shape.
+        result_types: Types of the results.
+    """
+    types = tuple(jax.numpy.dtype(kind) for kind in result_types)
+    return _assembly_p.bind(*x, asm=text, constraints=constraints, pack=1, result_types=types)
 
 
 def gpu_kernel_times(run: Callable[[], Any]) -> list[tuple[str, float]]:

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+from pallas_kernels.encode import quads
+from pallas_kernels.format import CodebookFormat, VectorFormat
+
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
@@ -23,12 +26,16 @@ class TileConfig:
                 raise ValueError(f"expected {name} in {allowed}, got {name}={getattr(self, name)}")
 
 
-def default_config(tokens: int, dim: int) -> TileConfig:
+def default_config(tokens: int, fmt: VectorFormat) -> TileConfig:
     """The configuration for a number of tokens of one row (or of all, where rows are shorter than a tile).
 
-    A thread holds half a row of 128 channels of two tokens, which its registers are good for.
+    A thread holds half a row of 128 channels of one segment of two tokens. Formats whose channels are no quads, and
+    rotations of more than 128 channels, need more registers a channel.
     """
-    largest = 128 if dim <= 128 else 64
+    segments = list(fmt.segments) if isinstance(fmt, CodebookFormat) and not fmt.residual else []
+    lean = len(segments) == 1 and fmt.dim <= 128 and quads.runs(segments[0]) > 0
+    if fmt.dim > 192:
+        return TileConfig(tile=16, num_warps=8, chunk=64)
+    largest = 32 if not lean else 64 if segments[0].bits == 5 else 128
     tile = min(largest, max(16, 1 << (tokens - 1).bit_length()))
-    num_warps = max(4, tile // 16) if dim <= 128 else 8
-    return TileConfig(tile=tile, num_warps=num_warps, chunk=128 if dim <= 128 else 64)
+    return TileConfig(tile=tile, num_warps=8 if tile == largest else 4, chunk=128 if lean else 32)

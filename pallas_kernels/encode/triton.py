@@ -95,7 +95,7 @@ def encode_pool(
     if 0 in (rows, tokens, heads) or not pool.scale.size:
         return pool
     flat = tokens < LEAST_ROW
-    config = config or default_config(rows * tokens if flat else tokens, dim)
+    config = config or default_config(rows * tokens if flat else tokens, encoder.format)
     plan = Plan(
         fmt=encoder.format,
         scale=encoder.scale,

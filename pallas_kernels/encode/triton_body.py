@@ -10,8 +10,8 @@ Integers live in the low bits of floats: 2**23 + n has the bits of n, and so doe
 """
 
 import dataclasses
-import struct
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,12 +21,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.encode import quads
+from pallas_kernels.encode.assembly import MAGIC, MAGIC_BITS, above, floor, rounded
 from pallas_kernels.encode.reference import COARSE, FINE, LEAST_GROUP_SCALE, OWN_STEP, scale_of
 from pallas_kernels.format import Codebook, CodebookFormat, GroupFormat, ScaleRule, VectorFormat
 from pallas_kernels.packing import packed_bytes, plane_widths
-
-MAGIC, MAGIC_BITS = 8388608.0, 0x4B000000
-"""2**23 and its bits."""
 
 HALF_BITS = 0x6400
 """Bits of 1024 in half precision."""
@@ -120,6 +119,10 @@ def encode_tile(x: Inputs, _: Any, pool: Any, *, plan: Plan) -> None:
         _encode_groups(x, pool, at, plan.fmt, plan)
         return
     rows, factor = _vectors(x, at, plan)
+    first = plan.fmt.segments[0]
+    if len(plan.fmt.segments) == 1 and not plan.fmt.residual and quads.runs(first):
+        _encode_quads(x, pool, rows, factor, at, first, plan)
+        return
     byte, channel = 0, 0
     for i, book in enumerate(plan.fmt.segments):
         y = _rotated(x, rows, at, i, channel, plan)
@@ -222,10 +225,15 @@ def _rotated(x: Inputs, rows: list[list[jax.Array]], at: _Place, segment: int, c
         dim = plan.fmt.segments[segment].dim
         tile = _load(x, at, channel, padded_size(dim), plan)
         return _mask_channels(tile, dim)
+    return _times_columns(rows, x.matrices[segment], 0, x.matrices[segment][0].shape[1], plan)
+
+
+def _times_columns(rows: list[list[jax.Array]], matrix: Sequence[Any], start: int, width: int, plan: Plan) -> jax.Array:
+    """Vectors times columns start to start + width of a matrix."""
     y = None
     for i, planes in enumerate(rows):
-        chunk = [ref[i * plan.chunk : (i + 1) * plan.chunk, :] for ref in x.matrices[segment]]
-        part = _product(planes, chunk)
+        columns = slice(start, start + width)
+        part = _product(planes, [ref[i * plan.chunk : (i + 1) * plan.chunk, columns] for ref in matrix])
         y = part if y is None else y + part
     assert y is not None
     return y
@@ -247,17 +255,20 @@ def _quantize(
     x: Inputs, y: jax.Array, factor: jax.Array, book: Codebook, plan: Plan
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Scale, int32 codes and centroids of one segment; see `reference.quantize_segment`."""
-    scaled = _rounded("sqrt.rn.f32", jnp.sum(y * y, axis=1), interpret=plan.interpret)
+    scaled = rounded("sqrt.rn.f32", jnp.sum(y * y, axis=1), interpret=plan.interpret)
     norm = scaled * factor
     if book.bits == 0:
         return norm, y, y
-    one = jnp.ones_like(norm)
-    unit = jnp.where(scaled > 0, scaled, one) * book.step
-    steps = y * _rounded("div.rn.f32", one, unit, interpret=plan.interpret)[:, None]
+    steps = y * _inverse_unit(scaled, book, plan)[:, None]
     magnitude = jnp.abs(steps)
     near = magnitude
     if plan.search and book.bits > 1:
-        near = magnitude * _best_inverse_multiple(x, magnitude, book, plan)[:, None]
+
+        def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+            _, level = _nearest(magnitude * inverse[:, None], book, plan)
+            return jnp.sum(magnitude * level, axis=1), jnp.sum(level * level, axis=1)
+
+        near = magnitude * _best_inverse_multiple(x, sums, plan)[:, None]
     bits, level = _nearest(near, book, plan)
     along, squared = jnp.sum(magnitude * level, axis=1), jnp.sum(level * level, axis=1)
     negative = steps < 0
@@ -265,24 +276,58 @@ def _quantize(
     if book.bits < 8:
         code = (code & ((1 << (book.bits - 1)) - 1)) | jnp.where(negative, 1 << (book.bits - 1), 0)
     centroid = jnp.where(negative, -level, level) * book.step
-
-    def divide(a: jax.Array, b: jax.Array) -> jax.Array:
-        return _rounded("div.rn.f32", a, b, interpret=plan.interpret)
-
-    def root(a: jax.Array) -> jax.Array:
-        return _rounded("sqrt.rn.f32", a, interpret=plan.interpret)
-
-    return scale_of(norm, along, squared, book, plan.scale, divide=divide, root=root), code, centroid
+    return _scale_of(norm, along, squared, book, plan), code, centroid
 
 
-def _best_inverse_multiple(x: Inputs, magnitude: jax.Array, book: Codebook, plan: Plan) -> jax.Array:
-    """See `reference.best_inverse_multiple`."""
+def _encode_quads(
+    x: Inputs, pool: Any, rows: list[list[jax.Array]], factor: jax.Array, at: _Place, book: Codebook, plan: Plan
+) -> None:
+    """All of `encode_tile` where vectors are one segment that quads can hold."""
+    count, interpret = quads.runs(book), plan.interpret
+    width = book.dim // count
+    if x.matrices:
+        tiles = [_times_columns(rows, x.matrices[0], i * width, width, plan) for i in range(count)]
+    else:
+        # Adding zero leaves no negative zero.
+        tiles = [_load(x, at, i * width, width, plan).astype(jnp.float32) + 0.0 for i in range(count)]
+    parts = quads.quads(tiles)
+    scaled = rounded("sqrt.rn.f32", quads.squares(parts, interpret=interpret), interpret=interpret)
+    unit = _inverse_unit(scaled, book, plan)
+    if plan.search:
+        parts = quads.scaled(parts, unit)
+
+        def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return quads.sums(parts, inverse, book, searching=True, interpret=interpret)
+
+        unit = _best_inverse_multiple(x, sums, plan)
+    codes, along, squared = quads.codes(parts, unit, book, searching=plan.search, interpret=interpret)
+    scale = _scale_of(scaled * factor, along, squared, book, plan)
+    _store_scalar(pool.scale, scale.astype(plan.fmt.scale_dtype), at, None)
+    for byte, data in quads.packed(codes, book.bits):
+        _store_bytes(pool.packed, data.astype(jnp.uint8), width, byte, at, channel_major=plan.channel_major)
+
+
+def _inverse_unit(scaled: jax.Array, book: Codebook, plan: Plan) -> jax.Array:
+    """Steps per unit of the rotated vectors as they are."""
+    one = jnp.ones_like(scaled)
+    return rounded("div.rn.f32", one, jnp.where(scaled > 0, scaled, one) * book.step, interpret=plan.interpret)
+
+
+def _scale_of(norm: jax.Array, along: jax.Array, squared: jax.Array, book: Codebook, plan: Plan) -> jax.Array:
+    divide = functools.partial(rounded, "div.rn.f32", interpret=plan.interpret)
+    root = functools.partial(rounded, "sqrt.rn.f32", interpret=plan.interpret)
+    return scale_of(norm, along, squared, book, plan.scale, divide=divide, root=root)
+
+
+def _best_inverse_multiple(
+    x: Inputs, sums: Callable[[jax.Array], tuple[jax.Array, jax.Array]], plan: Plan
+) -> jax.Array:
+    """See `reference.best_inverse_multiple`; sums gives <|s|, q> and <q, q> of each row at inverse multiples."""
 
     def consider(best: tuple[jax.Array, jax.Array], place: jax.Array) -> tuple[jax.Array, jax.Array]:
         inverse = plt.load(x.inverse.at[place])
-        _, level = _nearest(magnitude * inverse[:, None], book, plan)
-        along, squared = jnp.sum(magnitude * level, axis=1), jnp.sum(level * level, axis=1)
-        gain = _rounded("div.rn.f32", along * along, squared, interpret=plan.interpret)
+        along, squared = sums(inverse)
+        gain = rounded("div.rn.f32", along * along, squared, interpret=plan.interpret)
         better = gain > best[0]
         return jnp.where(better, gain, best[0]), jnp.where(better, place, best[1])
 
@@ -303,56 +348,16 @@ def _best_inverse_multiple(x: Inputs, magnitude: jax.Array, book: Codebook, plan
 def _nearest(magnitude: jax.Array, book: Codebook, plan: Plan) -> tuple[jax.Array, jax.Array]:
     """Index (in the low byte at 8 bits, in the one above otherwise) and centroid in steps of the nearest levels."""
     if book.bits == 8:
-        floored = _floor(jnp.minimum(magnitude, 127.5), interpret=plan.interpret)
+        floored = floor(jnp.minimum(magnitude, 127.5), interpret=plan.interpret)
         bits, level = lax.bitcast_convert_type(floored, jnp.int32) & 255, floored - (MAGIC - 0.5)
     else:
         # Every threshold passed adds the gap of the levels to the low byte and one to the byte above.
         weights = [float(gap + 256) for gap in np.diff(book.levels)]
-        count = _above(magnitude, book.thresholds, weights, interpret=plan.interpret)
+        count = above(magnitude, book.thresholds, weights, interpret=plan.interpret)
         bits = lax.bitcast_convert_type(count, jnp.int32)
         level = lax.bitcast_convert_type((bits & 255) | MAGIC_BITS, jnp.float32) - (MAGIC - book.levels[0] - 0.5)
         bits = bits & 0xFFFF
     return bits, _mask_channels(level, book.dim)
-
-
-def _above(
-    magnitude: jax.Array, thresholds: Sequence[float], weights: Sequence[float], *, interpret: bool
-) -> jax.Array:
-    """MAGIC plus the sum of the weights whose thresholds lie below each magnitude."""
-    if interpret:
-        total = jnp.full(magnitude.shape, MAGIC, jnp.float32)
-        for threshold, weight in zip(thresholds, weights, strict=True):
-            total = total + jnp.where(magnitude > threshold, np.float32(weight), np.float32(0))
-        return total
-    lines = [
-        f"setp.gt.f32 p, $1, {_hex(t)};\n@p add.f32 $0, $0, {_hex(w)};"
-        for t, w in zip(thresholds, weights, strict=True)
-    ]
-    text = "{\n.reg .pred p;\n" + f"mov.f32 $0, {_hex(MAGIC)};\n" + "\n".join(lines) + "\n}"
-    return _assembled(text, "=&f,f", magnitude)
-
-
-def _floor(x: jax.Array, *, interpret: bool) -> jax.Array:
-    """MAGIC plus the integer below."""
-    return jnp.floor(x) + MAGIC if interpret else _assembled(f"add.rm.f32 $0, $1, {_hex(MAGIC)};", "=f,f", x)
-
-
-def _rounded(instruction: str, *x: jax.Array, interpret: bool) -> jax.Array:
-    """A correctly rounded instruction, where the compiler would take an approximate one."""
-    if interpret:
-        return jnp.sqrt(*x) if instruction.startswith("sqrt") else jnp.divide(*x)
-    names = ", ".join(f"${i}" for i in range(len(x) + 1))
-    return _assembled(f"{instruction} {names};", ",".join(["=f"] + ["f"] * len(x)), *x)
-
-
-def _assembled(text: str, constraints: str, *x: jax.Array) -> jax.Array:
-    out = jax.ShapeDtypeStruct(x[0].shape, jnp.float32)
-    [result] = plt.elementwise_inline_asm(text, args=x, constraints=constraints, pack=1, result_shape_dtypes=[out])
-    return result
-
-
-def _hex(value: float) -> str:
-    return "0f" + struct.pack(">f", value).hex().upper()
 
 
 def _store_code(
@@ -400,7 +405,7 @@ def _store_scalar(ref: Any, scalar: jax.Array, at: _Place, number: int | None) -
 
 def _store_residual(x: Inputs, pool: Any, residual: jax.Array, at: _Place, fmt: CodebookFormat, plan: Plan) -> None:
     """Stores the signs of S r and |r| of a tile of residuals r."""
-    norm = _rounded("sqrt.rn.f32", jnp.sum(residual * residual, axis=1), interpret=plan.interpret)
+    norm = rounded("sqrt.rn.f32", jnp.sum(residual * residual, axis=1), interpret=plan.interpret)
     _store_scalar(pool.residual, norm.astype(fmt.scale_dtype), at, None)
     up, _ = _row_scale([jnp.max(jnp.abs(residual), axis=1)])
     planes, width = _cut(residual * up[:, None], 2), x.sketch[0].shape[1]
@@ -435,7 +440,7 @@ def _encode_groups(x: Inputs, pool: Any, at: _Place, fmt: GroupFormat, plan: Pla
     plt.store(pool.zero.at[tuple(index)], zero, mask=mask)
     wide = scale.astype(jnp.float32)
     one = jnp.ones_like(wide)
-    inverse = _rounded("div.rn.f32", one, jnp.where(wide > LEAST_GROUP_SCALE, wide, one), interpret=plan.interpret)
+    inverse = rounded("div.rn.f32", one, jnp.where(wide > LEAST_GROUP_SCALE, wide, one), interpret=plan.interpret)
     codes = (groups - zero.astype(jnp.float32)[:, :, None]) * inverse[:, :, None]
     codes = jnp.minimum(jnp.maximum(codes, 0.0), float(top)) + MAGIC
     plane = (lax.bitcast_convert_type(codes, jnp.int32) & top).reshape(tile.shape)

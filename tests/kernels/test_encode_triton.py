@@ -166,6 +166,10 @@ def test_limits_are_named():
 
 
 def test_default_tiles():
-    assert default_config(1, 128).tile == 16
-    assert default_config(100, 64).tile == 128
-    assert default_config(4096, 256).tile == 64
+    four, prod = QuantizerSpec(128, 4).format, QuantizerSpec(128, 4, kind="prod").format
+    assert default_config(1, four) == TileConfig(16, 4, 128)
+    assert default_config(100, four) == TileConfig(128, 8, 128)
+    assert default_config(4096, QuantizerSpec(128, 5).format).tile == 64
+    assert default_config(4096, QuantizerSpec(256, 4).format) == TileConfig(16, 8, 64)
+    for fmt in (prod, QuantizerSpec(80, 4).format, QuantizerSpec(128, 2.5).format):
+        assert default_config(4096, fmt) == TileConfig(32, 8, 32)
