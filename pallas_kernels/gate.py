@@ -69,7 +69,8 @@ def compile_for(kernel: TritonKernel, architecture: str, *, disassemble: bool = 
         cubin.write_bytes(built.asm["cubin"])
         usage = _run(tools / "cuobjdump", "-res-usage", cubin)
         sass = _run(tools / "nvdisasm", "-c", cubin) if disassemble else ""
-    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    # Functions that the compiler adds to the kernel have lines of their own.
+    numbers = {name: max(map(int, re.findall(rf"{name}:(\d+)", usage))) for name in ("REG", "STACK", "LOCAL")}
     ptx = built.asm["ptx"]
     return Compiled(
         registers=numbers["REG"],
