@@ -189,4 +189,4 @@ def test_golden_error():
     assert isinstance(tq.quantize(q, x), Code)
 
 
-GOLDEN_ERROR = 0.00666247
+GOLDEN_ERROR = 0.00666011
