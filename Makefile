@@ -4,12 +4,14 @@
 #   make test-jax PYTHON=python3.12        the tests that need no torch, in .venv-jax, on the JAX release below
 #   make gate                              the GPU kernels of each class compiled for six GPU generations, in .venv
 #   make test PYTEST="-x tests/evaluate"   a part of them
+#   make test WORKERS=8                    by 8 processes, of about 2 GB each
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
 JAX ?= 0.11.2
 TRITON ?= 3.6.0
 PYTEST ?=
+WORKERS ?= 2
 GATE ?=
 DEMO ?=
 
@@ -44,10 +46,10 @@ demo: .venv-demo/.ready ## compress the cache of a small language model and show
 	.venv-demo/bin/tq-jax demo $(DEMO)
 
 test: .venv/.ready ## all tests
-	.venv/bin/python -m pytest --durations=15 $(PYTEST)
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations=15 $(PYTEST)
 
 test-jax: .venv-jax/.ready ## the tests that need no torch
-	.venv-jax/bin/python -m pytest --durations=15 $(PYTEST)
+	.venv-jax/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations=15 $(PYTEST)
 
 gate: .venv/.ready ## compile the GPU kernels of each class for six GPU generations, without a GPU
 	.venv/bin/tq-jax gate $(GATE)

@@ -39,6 +39,13 @@ def _check_shapes() -> None:
 _check_shapes()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_for_one_module():
+    """Forgets what a module compiled; all of it together would take more memory than a small machine has."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked_shapes():
     """Lets a wrong shape reach the error that a user would meet."""
