@@ -115,8 +115,9 @@ def decode_plan(
     check_supported(query_shape, pages, key_format, value_format, config, precise=precise)
     config = config_for(query_shape, pages, key_format, value_format, precise=precise) if config is None else config
     group = heads // kv_heads
-    columns = padded_columns(count * group)
-    block = column_block(columns, dim=max(query_shape[3], value_format.dim))
+    dim = max(query_shape[3], value_format.dim)
+    columns = padded_columns(count * group, dim=dim, precise=config.precise)
+    block = column_block(columns, dim=dim)
     plan = Plan(
         keys=key_parts(key_format),
         values=value_parts(value_format, num_warps=config.num_warps),
@@ -170,12 +171,13 @@ def config_for(
     precise: bool = False,
 ) -> TileConfig:
     """The tiles that `attend_pages` takes by default."""
-    _, count, heads, dim = query_shape
+    _, count, heads, _ = query_shape
     kv_heads, page_size = pages.keys.packed.shape[1:3]
+    dim = max(query_shape[3], value_format.dim)
     return default_config(
         page_size,
-        columns=padded_columns(count * heads // kv_heads),
-        dim=max(dim, value_format.dim),
+        columns=padded_columns(count * heads // kv_heads, dim=dim, precise=precise),
+        dim=dim,
         value_parts=len(value_parts(value_format)),
         precise=precise,
         bits=(widest(key_format), widest(value_format)),
@@ -187,9 +189,11 @@ def widest(fmt: VectorFormat) -> int:
     return max(book.bits for book in fmt.segments) if isinstance(fmt, CodebookFormat) else fmt.bits
 
 
-def padded_columns(rows: int) -> int:
-    """Columns that a number of query rows pads to."""
-    return max(8, 1 << (rows - 1).bit_length())
+def padded_columns(rows: int, *, dim: int, precise: bool) -> int:
+    """Columns that a number of query rows pads to; one-byte rows get twins (see `Plan`) where a program has room."""
+    columns = max(8, 1 << (rows - 1).bit_length())
+    room = not precise and 2 * columns <= column_block(2 * columns, dim=dim)
+    return 2 * columns if 2 * rows > columns and room else columns
 
 
 def check_supported(
