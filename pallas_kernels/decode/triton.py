@@ -218,6 +218,12 @@ def check_supported(
         )
     key_parts(key_format)
     config = config_for(query_shape, pages, key_format, value_format, precise=precise) if config is None else config
+    dim = max(dim, value_format.dim)
+    columns = column_block(padded_columns(count * group, dim=dim, precise=config.precise), dim=dim)
+    if config.num_warps > 2 and columns > 8:
+        raise NotImplementedError(
+            f"the Triton kernel has up to 2 warps for more than 8 query columns, got {config.num_warps} for {columns}"
+        )
     if page_size % 16 or (page_size % config.tile and config.tile % page_size):
         raise NotImplementedError(
             f"the Triton kernel reads pages of a multiple of 16 tokens that divide {config.tile} or are a multiple of "

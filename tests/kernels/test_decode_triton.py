@@ -116,6 +116,10 @@ def test_limits_are_named():
         ("pages of a multiple of 16 tokens .*, got page_size=24", {"page": 24}),
         ("that divide 128 or are a multiple of it, got page_size=192", {"page": 192, "config": TileConfig(tile=128)}),
         (r"codes of \(1, 2, 3, 4, 8\) bits, got bits=5", {"key": QuantizerSpec(64, 5)}),
+        (
+            "up to 2 warps for more than 8 query columns, got 4 for 16",
+            {"heads": 8, "config": TileConfig(64, num_warps=4)},
+        ),
         ("keys of codebook formats, got GroupFormat", {"key": QuantizerSpec(64, 4, kind="group")}),
         ("values without a sketch", {"value": QuantizerSpec(64, 4, kind="prod")}),
     ]:
