@@ -1,20 +1,14 @@
 """The public prefill op."""
 
-import warnings
-from typing import Any
-
-import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode import reference
+from pallas_kernels.decode.dispatch import attend_pages
 from pallas_kernels.decode.options import LogitOptions
 from pallas_kernels.decode.pages import Pages
 from pallas_kernels.decode.partial import Partial
 from pallas_kernels.format import VectorFormat
 from pallas_kernels.prefill import triton
 from pallas_kernels.prefill.config import PrefillConfig
-
-IMPLEMENTATIONS = ("auto", "reference", "triton")
 
 
 def prefill_attention(
@@ -60,43 +54,19 @@ def prefill_attention(
         ValueError: If head counts or dims do not fit, or sketch_query is missing or superfluous.
         NotImplementedError: For an implementation that does not exist, or "triton" where it does not support the case.
     """
-    kv_heads = pages.keys.packed.shape[1]
-    if query.shape[-1] != key_format.dim or query.shape[2] % kv_heads:
-        raise ValueError(
-            f"expected queries with a multiple of {kv_heads} heads and dim {key_format.dim}, got {query.shape}"
-        )
-    if (sketch_query is not None) != getattr(key_format, "residual", False):
-        raise ValueError(f"expected sketch_query exactly for Prod keys, got sketch_query={sketch_query is not None}")
-    if implementation not in IMPLEMENTATIONS:
-        raise NotImplementedError(f"implementation={implementation!r}; prefill_attention has: {IMPLEMENTATIONS}")
-    if implementation == "auto":
-        implementation = _best(query.shape, pages, key_format, value_format, config)
-    arguments: dict[str, Any] = dict(
+    return attend_pages(
+        "prefill",
+        triton,
+        query,
+        pages,
+        block_table,
+        lengths,
         positions=positions,
         key_format=key_format,
         value_format=value_format,
         options=options,
         logit_bias=logit_bias,
         sketch_query=sketch_query,
+        implementation=implementation,
+        config=config,
     )
-    if implementation == "triton":
-        return triton.attend_pages(query, pages, block_table, lengths, config=config, **arguments)
-    return reference.attend_pages(query, pages, block_table, lengths, **arguments)
-
-
-def _best(
-    query_shape: tuple[int, ...],
-    pages: Pages,
-    key_format: VectorFormat,
-    value_format: VectorFormat,
-    config: PrefillConfig | None,
-) -> str:
-    """The kernel on a GPU unless it does not support the case, which is warned about (once, by Python's default)."""
-    if jax.default_backend() != "gpu":
-        return "reference"
-    try:
-        triton.check_supported(query_shape, pages, key_format, value_format, config)
-    except NotImplementedError as error:
-        warnings.warn(f"prefill attention runs as the slow reference: {error}", stacklevel=3)
-        return "reference"
-    return "triton"
