@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.decode.pages import Pages
 from pallas_kernels.encode.config import TileConfig, default_config
 from pallas_kernels.encode.encoder import Encoder
+from pallas_kernels.encode.plan import Inputs, Plan
 from pallas_kernels.encode.reference import INVERSE_MULTIPLES
-from pallas_kernels.encode.triton_body import MATRIX_GAIN, Inputs, Plan, encode_tile, padded_size
+from pallas_kernels.encode.triton_body import MATRIX_GAIN, encode_tile, padded_size
 from pallas_kernels.format import Code, CodebookFormat, GroupFormat
 from pallas_kernels.packing import pack, packed_bytes, plane_widths
 
