@@ -112,7 +112,7 @@ def _assembly_types(*x: Any, result_types: tuple[Any, ...], **_: Any) -> list[An
 
 @triton_lowering.register_lowering(_assembly_p)
 def _lower_assembly(context: Any, *x: Any, result_types: tuple[Any, ...], **options: Any) -> list[Any]:
-    lower = triton_primitives._elementwise_inline_asm_lowering  # pyright: ignore[reportAttributeAccessIssue]
+    lower: Any = triton_primitives._elementwise_inline_asm_lowering  # pyright: ignore[reportAttributeAccessIssue]
     [results] = lower(context, *x, result_shape_dtypes=result_types, **options)
     return list(results) if len(result_types) > 1 else [results]
 
