@@ -57,12 +57,6 @@ def all_cases() -> Iterator[tuple[str, Case]]:
             yield op, case
 
 
-def kernel_names(op: str, case: Case, kernels: Sequence[TritonKernel]) -> list[str]:
-    """Names for a case's kernels: the kernel's unless it is the operation's, and a number if there are several such."""
-    names = [f"{op} {case.name}" + (f": {kernel.name}" if kernel.name != op else "") for kernel in kernels]
-    return [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
-
-
 def make_row(op: str, case: Case, kernel: TritonKernel, architecture: str, job: Future[Compiled]) -> dict[str, Any]:
     """One row of the report; what does not compile has its error in it."""
     row: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Decode kernels to compile: every supported format, head dim, mask and row count; not every combination."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -68,10 +68,36 @@ def case(
         precise: Whether queries and probabilities have two bytes.
         quick: Whether it is compiled by default.
     """
+    arguments = paged_arguments(key, value, group=group, count=count, bias=bias)
+    config = config_for(arguments[0].shape, arguments[1], key.format, value.format, precise=precise)
+    stages = stages_for(key.format, config)
+    # Bytes need no lookup, and one stage no copies ahead.
+    found = ["mma", *(() if key.bits == value.bits == 8 else ("prmt",)), *(("async",) if stages > 1 else ())]
+    return Case(
+        name,
+        paged_function(attend_pages, key, value, options=options, config=config),
+        arguments,
+        config=f"{config.tile} tokens, {config.num_warps} warps, {stages} stages",
+        expected={"decode": found},
+        only=("decode",),
+        quick=quick,
+    )
+
+
+def paged_arguments(key: QuantizerSpec, value: QuantizerSpec, *, group: int, count: int, bias: bool) -> tuple:
+    """Shapes of the arguments of a function that `paged_function` makes."""
     shape = jax.ShapeDtypeStruct
     pages = jax.eval_shape(lambda: empty_pages(BATCH * PAGES, KV_HEADS, PAGE_SIZE, key.format, value.format))
     query = shape((BATCH, count, KV_HEADS * group, key.dim), jnp.float32)
-    config = config_for(query.shape, pages, key.format, value.format, precise=precise)
+    integers = [shape(s, jnp.int32) for s in ((BATCH, PAGES), (BATCH,), (BATCH, count))]
+    biases = shape(query.shape[:3], jnp.float32) if bias else None
+    return query, pages, *integers, biases, query if key.kind == "prod" else None
+
+
+def paged_function(
+    attend_pages: Callable, key: QuantizerSpec, value: QuantizerSpec, *, options: LogitOptions, config: Any
+) -> Callable:
+    """An op over pages as a function of arrays alone, compiled."""
 
     def run(query: Any, pages: Any, table: Any, lengths: Any, positions: Any, bias: Any, sketch: Any) -> Any:
         return attend_pages(
@@ -89,17 +115,4 @@ def case(
             interpret=False,
         )
 
-    integers = [shape(s, jnp.int32) for s in ((BATCH, PAGES), (BATCH,), (BATCH, count))]
-    biases = shape(query.shape[:3], jnp.float32) if bias else None
-    stages = stages_for(key.format, config)
-    # Bytes need no lookup, and one stage no copies ahead.
-    found = ["mma", *(() if key.bits == value.bits == 8 else ("prmt",)), *(("async",) if stages > 1 else ())]
-    return Case(
-        name,
-        run,
-        (query, pages, *integers, biases, query if key.kind == "prod" else None),
-        config=f"{config.tile} tokens, {config.num_warps} warps, {stages} stages",
-        expected={"decode": found},
-        only=("decode",),
-        quick=quick,
-    )
+    return run

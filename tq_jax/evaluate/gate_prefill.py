@@ -1,16 +1,11 @@
 """Prefill kernels to compile: formats, head dims, masks and row counts; not every combination."""
 
 from collections.abc import Iterator
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from pallas_kernels.decode import LogitOptions
-from pallas_kernels.decode.pages import empty_pages
 from pallas_kernels.prefill.triton import attend_pages, config_for
 from tq_jax.evaluate.gate import Case
-from tq_jax.evaluate.gate_decode import BATCH, EVERYTHING, KV_HEADS, PAGE_SIZE, PAGES, PLAIN
+from tq_jax.evaluate.gate_decode import EVERYTHING, PLAIN, paged_arguments, paged_function
 from tq_jax.quantizer import QuantizerSpec
 
 
@@ -41,33 +36,12 @@ def case(
     bias: bool = False,
 ) -> Case:
     """Attention of a chunk over pages of two quantizers; arguments as in `gate_decode.case`."""
-    shape = jax.ShapeDtypeStruct
-    pages = jax.eval_shape(lambda: empty_pages(BATCH * PAGES, KV_HEADS, PAGE_SIZE, key.format, value.format))
-    query = shape((BATCH, count, KV_HEADS * group, key.dim), jnp.float32)
-    config = config_for(query.shape, pages, value.format)
-
-    def run(query: Any, pages: Any, table: Any, lengths: Any, positions: Any, bias: Any, sketch: Any) -> Any:
-        return attend_pages(
-            query,
-            pages,
-            table,
-            lengths,
-            positions=positions,
-            key_format=key.format,
-            value_format=value.format,
-            options=options,
-            logit_bias=bias,
-            sketch_query=sketch,
-            config=config,
-            interpret=False,
-        )
-
-    integers = [shape(s, jnp.int32) for s in ((BATCH, PAGES), (BATCH,), (BATCH, count))]
-    biases = shape(query.shape[:3], jnp.float32) if bias else None
+    arguments = paged_arguments(key, value, group=group, count=count, bias=bias)
+    config = config_for(arguments[0].shape, arguments[1], value.format)
     return Case(
         name,
-        run,
-        (query, pages, *integers, biases, query if key.kind == "prod" else None),
+        paged_function(attend_pages, key, value, options=options, config=config),
+        arguments,
         config=f"{config.rows} rows, {config.tile} tokens, {config.num_warps} warps, {config.num_stages} stages",
         expected={"prefill": ("half mma",)},
     )
