@@ -110,9 +110,13 @@ def main() -> None:
     parser.add_argument("ops", nargs="*", default=["decode", "attend", "prefill", "encode"])
     parser.add_argument("--limit", type=float, default=500, help="seconds")
     parser.add_argument("--json", help="where to write the results")
+    parser.add_argument(
+        "--shard", default="0/1", help="I/N: every Nth check from the Ith, for N processes beside each other"
+    )
     options = parser.parse_args()
+    first, step = map(int, options.shard.split("/"))
     end, data = time.monotonic() + options.limit, environment() | {"rows": []}
-    chosen = list(checks(options.ops))
+    chosen = list(checks(options.ops))[first::step]
     for row, check in chosen:
         if time.monotonic() > end:
             break
