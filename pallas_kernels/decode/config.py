@@ -15,8 +15,8 @@ class TileConfig:
         num_warps: Warps a program.
         num_stages: Steps whose loads are in flight.
         programs: Programs that the device runs at a time; sequences are split so that it is busy to the end.
-        precise: Two-byte queries and probabilities: relative errors under 1e-4 on an H100 instead of up to 1.5 % (which
-            long, nearly uniform attention over random values has; 4-bit codes themselves cost about 10 % there).
+        precise: Two-byte queries also where query rows have no room for pairs of columns (see `has_pairs`), which
+            takes a second product: relative errors under 1e-4 instead of up to 1 %, where 4-bit codes cost over 10 %.
     """
 
     tile: int = 64
@@ -35,6 +35,23 @@ class TileConfig:
 def column_block(columns: int, *, dim: int) -> int:
     """Columns of one program: two warps have registers for the accumulators of 2048 values."""
     return min(columns, 16, max(8, 2048 // (1 << (dim - 1).bit_length())))
+
+
+def padded_columns(rows: int, *, dim: int) -> int:
+    """Columns of a number of query rows: two a row (see `Plan.pairs`) where a program has room, padded."""
+    columns = max(8, 1 << (rows - 1).bit_length())
+    room = 2 * columns <= column_block(2 * columns, dim=dim)
+    return 2 * columns if 2 * rows > columns and room else columns
+
+
+def has_pairs(rows: int, *, dim: int) -> bool:
+    """Whether queries have two bytes at no price: up to 8 query rows a KV head, or 4 above 128 channels.
+
+    Example:
+        >>> has_pairs(8, dim=128), has_pairs(8, dim=256)
+        (True, False)
+    """
+    return 2 * rows <= column_block(padded_columns(rows, dim=dim), dim=dim)
 
 
 def default_config(
@@ -60,8 +77,10 @@ def default_config(
         precise: See `TileConfig`.
         bits: Bits of the widest codes of keys and of values.
     """
-    if columns == 8 and dim == 128 and value_parts == 1 and not precise and min(bits) >= 4 and page_size % 256 == 0:
-        return TileConfig(tile=256, num_warps=4, num_stages=3, programs=132 * 2)
+    # One byte of a query is no better than 8-bit keys.
+    precise = precise or bits[0] == 8
+    if columns == 8 and dim == 128 and value_parts == 1 and min(bits) >= 4 and page_size % 256 == 0:
+        return TileConfig(tile=256, num_warps=4, num_stages=3, programs=132 * 2, precise=precise)
     tile = 128 if dim in (64, 128) and value_parts in (1, 4) else 64
     while tile > 32 and page_size % tile and tile % page_size:
         tile //= 2
