@@ -60,7 +60,7 @@ class Plan:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Arrays of the kernel, or its references; see `decode_attention`. `counting` is 0 to 255, see `load_shifts`."""
+    """Arrays of the kernel, or its references; see `decode_attention`, and for shifts `shift_table`."""
 
     query: Any
     pages: Any
@@ -69,4 +69,4 @@ class Inputs:
     positions: Any
     bias: Any
     sketch: Any
-    counting: Any = None
+    shifts: Any = None

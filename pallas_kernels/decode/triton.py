@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
@@ -17,6 +16,7 @@ from pallas_kernels.decode.merge_triton import MergeInputs, Splits, merge_plan, 
 from pallas_kernels.decode.options import LogitOptions
 from pallas_kernels.decode.pages import Pages
 from pallas_kernels.decode.partial import Partial
+from pallas_kernels.decode.tiles_triton import shift_table
 from pallas_kernels.decode.triton_body import Inputs, Plan, attend
 from pallas_kernels.format import CodebookFormat, VectorFormat
 
@@ -158,7 +158,7 @@ def decode(x: Inputs, value_dim: int, plan: Plan, *, num_warps: int, num_stages:
             compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
             interpret=plan.interpret,
             name="decode",
-        )(dataclasses.replace(x, pages=pages, counting=np.arange(256, dtype=np.uint8)))
+        )(dataclasses.replace(x, pages=pages, shifts=shift_table(plan)))
     )
 
 
