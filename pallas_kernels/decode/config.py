@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pallas_kernels._compat import H100_MULTIPROCESSORS
+
 TILES = (32, 64, 128, 256)
 """Tokens a tile may have."""
 
@@ -22,7 +24,7 @@ class TileConfig:
     tile: int = 64
     num_warps: int = 1
     num_stages: int = 3
-    programs: int = 132 * 4
+    programs: int = H100_MULTIPROCESSORS * 4
     precise: bool = False
 
     def __post_init__(self) -> None:
@@ -62,8 +64,12 @@ def default_config(
     value_parts: int = 1,
     precise: bool = False,
     bits: tuple[int, int] = (4, 4),
+    multiprocessors: int = H100_MULTIPROCESSORS,
 ) -> TileConfig:
-    """The configuration for pages of a size: as measured on an H100 (docs/kernels.md), the same on other devices.
+    """The configuration for pages of a size.
+
+    The tiles are those that `python benchmarks/tiles.py decode` found best on an H100 (docs/kernels.md), for other
+    devices too; programs are what a device runs at a time, since a grid of a wave and a half takes as long as two.
 
     A tile has 64 tokens a warp, so that each thread copies two 2-byte scales, the least that is copied asynchronously.
     Four warps need 8 columns: with more, Triton takes the asynchronous products of Hopper, which it gets wrong here.
@@ -76,15 +82,16 @@ def default_config(
         value_parts: Value scales a token.
         precise: See `TileConfig`.
         bits: Bits of the widest codes of keys and of values.
+        multiprocessors: Of the device.
     """
     # One byte of a query is no better than 8-bit keys.
     precise = precise or bits[0] == 8
     if columns == 8 and dim == 128 and value_parts == 1 and min(bits) >= 4 and page_size % 256 == 0:
-        return TileConfig(tile=256, num_warps=4, num_stages=3, programs=132 * 2, precise=precise)
+        return TileConfig(tile=256, num_warps=4, num_stages=3, programs=multiprocessors * 2, precise=precise)
     tile = 128 if dim in (64, 128) and value_parts in (1, 4) else 64
     while tile > 32 and page_size % tile and tile % page_size:
         tile //= 2
-    return TileConfig(tile=tile, num_warps=2, programs=132 * 4, precise=precise)
+    return TileConfig(tile=tile, num_warps=2, programs=multiprocessors * 4, precise=precise)
 
 
 SETUP_TILES = 2

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._compat import multiprocessors
 from pallas_kernels.decode.config import TileConfig, column_block, default_config, num_splits, padded_columns
 from pallas_kernels.decode.layout import key_parts, value_parts
 from pallas_kernels.decode.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
@@ -181,6 +182,7 @@ def config_for(
         value_parts=len(value_parts(value_format)),
         precise=precise,
         bits=(widest(key_format), widest(value_format)),
+        multiprocessors=multiprocessors(),
     )
 
 

@@ -53,14 +53,13 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
     column = block * plan.columns + lax.broadcasted_iota(jnp.int32, (plan.columns,), 0)
     token, head_column = _query_index(column, head, plan)
     begin, end = _tiles_of_split(x, row, split, plan)
-    queries = [_quantized_query(x, part, row, token, head_column, column, plan) for part in plan.keys]
+    queries = [_quantized_query(x, part, row, token, head_column, plan) for part in plan.keys]
     bias = None
     if x.bias is not None:
-        bias = plt.load(x.bias.at[jnp.full_like(token, row), token, head_column], mask=_exists(column, plan), other=0.0)
-        bias = bias * LOG2_E
+        bias = plt.load(x.bias.at[jnp.full_like(token, row), token, head_column]) * LOG2_E
     position = None
     if plan.count > 1:
-        position = plt.load(x.positions.at[jnp.full_like(token, row), token], mask=_exists(column, plan), other=0)
+        position = plt.load(x.positions.at[jnp.full_like(token, row), token])
     shifts = load_shifts(x, plan)
 
     def step(index: jax.Array, state: tuple) -> tuple:
@@ -99,20 +98,12 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
 
 
 def _query_index(column: jax.Array, head: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
-    """Query token and query head of each column."""
-    column = _query_of(column, plan)
+    """Query token and query head of each column; columns behind the last query repeat it."""
+    column = jnp.minimum(column >> 1 if plan.pairs else column, plan.count * plan.group - 1)
     if plan.count == 1:
         return jnp.zeros_like(column), head * plan.group + column
     group = jnp.full_like(column, plan.group)
     return lax.div(column, group), head * plan.group + lax.rem(column, group)
-
-
-def _query_of(column: jax.Array, plan: Plan) -> jax.Array:
-    return column >> 1 if plan.pairs else column
-
-
-def _exists(column: jax.Array, plan: Plan) -> jax.Array:
-    return _query_of(column, plan) < plan.count * plan.group
 
 
 def _weight_of_byte(plan: Plan) -> jax.Array:
@@ -170,9 +161,7 @@ class _Query:
     factor: jax.Array
 
 
-def _quantized_query(
-    x: Inputs, part: Part, row: jax.Array, token: jax.Array, head: jax.Array, column: jax.Array, plan: Plan
-) -> _Query:
+def _quantized_query(x: Inputs, part: Part, row: jax.Array, token: jax.Array, head: jax.Array, plan: Plan) -> _Query:
     source = x.sketch if part.sketch else x.query
     tiles, largest = [], jnp.zeros((plan.columns,), jnp.float32)
     for tile in part.tiles:
@@ -183,12 +172,10 @@ def _quantized_query(
         if tile.partner is not None:
             partner, channel = mixed_index(channel)
             start, channel = jnp.where(partner, tile.partner, tile.start), channel + 2 * tile.half
-        mask = jnp.broadcast_to(_exists(column, plan)[None, :], shape)
-        if tile.valid < tile.width:
-            mask = mask & (channel < tile.valid)
         index = [jnp.broadcast_to(i[None, :], shape) for i in (jnp.full_like(token, row), token, head)]
         at = source.at[(*index, part.channel + start + channel)]
-        tiles.append(plt.load(at, mask=mask, other=0.0))
+        whole = tile.valid == tile.width
+        tiles.append(plt.load(at) if whole else plt.load(at, mask=channel < tile.valid, other=0.0))
         largest = jnp.maximum(largest, jnp.max(jnp.abs(tiles[-1]), axis=0))
     largest = jnp.maximum(largest, 1e-30)
     total = jnp.zeros((plan.columns,), jnp.int32)
