@@ -88,7 +88,9 @@ def default_config(
     precise = precise or bits[0] == 8
     if columns == 8 and dim == 128 and value_parts == 1 and min(bits) >= 4 and page_size % 256 == 0:
         return TileConfig(tile=256, num_warps=4, num_stages=3, programs=multiprocessors * 2, precise=precise)
-    tile = 128 if dim in (64, 128) and value_parts in (1, 4) else 64
+    # Two products of 3-bit codes for 16 columns: two registers too many.
+    wide = precise and columns > 8 and min(bits) < 4
+    tile = 128 if dim in (64, 128) and value_parts in (1, 4) and not wide else 64
     while tile > 32 and page_size % tile and tile % page_size:
         tile //= 2
     return TileConfig(tile=tile, num_warps=2, programs=multiprocessors * 4, precise=precise)
