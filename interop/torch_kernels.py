@@ -203,6 +203,24 @@ def compile_kernel(kernel: TritonKernel) -> Any:
         return triton.compile(str(source), target=driver.active.get_current_target(), options=options)
 
 
+def addresses(
+    tensors: list[torch.Tensor], inputs: tuple[tuple[tuple[int, ...], str], ...], device: torch.device
+) -> list[int]:
+    """Addresses of tensors of the given shapes and types, or raises ValueError."""
+    for tensor, (shape, dtype) in zip(tensors, inputs, strict=True):
+        if tuple(tensor.shape) != shape or _numpy_name(tensor) != dtype or tensor.device != device:
+            raise ValueError(
+                f"expected {dtype}{list(shape)} on {device}, "
+                f"got {_numpy_name(tensor)}{list(tensor.shape)} on {tensor.device}"
+            )
+        if not tensor.is_contiguous() or tensor.data_ptr() % POINTER_ALIGNMENT:
+            raise ValueError(
+                f"expected contiguous memory aligned to {POINTER_ALIGNMENT} bytes, "
+                f"got strides {tensor.stride()} at offset {tensor.data_ptr() % POINTER_ALIGNMENT}"
+            )
+    return [tensor.data_ptr() for tensor in tensors]
+
+
 class TorchProgram:
     """A JAX function of kernels as a function of torch tensors; see the module.
 
@@ -217,7 +235,7 @@ class TorchProgram:
 
     def __init__(self, function: Callable, *examples: Any, device: torch.device) -> None:
         self.device = device
-        self.plan = plan_launches(function, *jax.tree.map(_struct, examples))
+        self.plan = plan_launches(function, *jax.tree.map(struct, examples))
         self._constants = [torch.from_numpy(value).to(self.device) for value in self.plan.constants]
         self._made = [(shape, getattr(torch, dtype)) for shape, dtype in self.plan.made]
         with torch.cuda.device(self.device):
@@ -237,18 +255,7 @@ class TorchProgram:
 
     def check(self, tensors: list[torch.Tensor]) -> list[int]:
         """Addresses of the inputs, or raises ValueError for tensors unlike the examples."""
-        for tensor, (shape, dtype) in zip(tensors, self.plan.inputs, strict=True):
-            if tuple(tensor.shape) != shape or _numpy_name(tensor) != dtype or tensor.device != self.device:
-                raise ValueError(
-                    f"expected {dtype}{list(shape)} on {self.device}, "
-                    f"got {_numpy_name(tensor)}{list(tensor.shape)} on {tensor.device}"
-                )
-            if not tensor.is_contiguous() or tensor.data_ptr() % POINTER_ALIGNMENT:
-                raise ValueError(
-                    f"expected contiguous memory aligned to {POINTER_ALIGNMENT} bytes, "
-                    f"got strides {tensor.stride()} at offset {tensor.data_ptr() % POINTER_ALIGNMENT}"
-                )
-        return [tensor.data_ptr() for tensor in tensors]
+        return addresses(tensors, self.plan.inputs, self.device)
 
     def launch(self, tensors: list[torch.Tensor], pointers: list[int] | None = None) -> tuple[torch.Tensor, ...]:
         """Launches on flat inputs; `pointers`, as `check` gave them, spare the checks."""
@@ -273,7 +280,50 @@ class TorchProgram:
         return tuple(held[place.kind][place.index] for place in self.plan.outputs)
 
 
-def _struct(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
+class BoundProgram:
+    """A JAX function of kernels whose first argument is a tree of tensors that stay where they are.
+
+    It is lowered once for each set of shapes, by all that have equal functions and trees of equal shapes together.
+
+    Args:
+        function: As for `TorchProgram`, and hashable: equal ones compute the same.
+        fixed: The tree.
+        kind: `TorchProgram`, or another class like it.
+    """
+
+    def __init__(self, function: Callable, fixed: Any, *, kind: Any = None) -> None:
+        self._function, self._kind = function, kind or TorchProgram
+        self._fixed, self._structure = jax.tree.flatten(fixed)
+        self._programs: dict[Any, tuple[Any, list[int]]] = {}
+
+    def __call__(self, *arguments: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Launches with further arguments, each contiguous; results as of `TorchProgram`."""
+        given = [x if x.data_ptr() % POINTER_ALIGNMENT == 0 else x.clone() for x in arguments if x is not None]
+        key = tuple(None if x is None else (x.shape, x.dtype) for x in arguments)
+        if key not in self._programs:
+            self._programs[key] = self._make(key, given)
+        program, pointers = self._programs[key]
+        return program.launch([*self._fixed, *given], [*pointers, *(x.data_ptr() for x in given)])
+
+    def _make(self, key: tuple[Any, ...], given: list[torch.Tensor]) -> tuple[Any, list[int]]:
+        fixed = tuple((x.shape, x.dtype) for x in self._fixed)
+        program = _shared_program(self._kind, self._function, fixed, self._structure, key, self._fixed[0].device)
+        return program, program.check([*self._fixed, *given])[: len(self._fixed)]
+
+
+@functools.lru_cache(maxsize=256)
+def _shared_program(
+    kind: Any, function: Callable, fixed: tuple[Any, ...], structure: Any, key: tuple[Any, ...], device: torch.device
+) -> Any:
+    def meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    tree = jax.tree.unflatten(structure, [meta(*leaf) for leaf in fixed])
+    return kind(function, tree, *(None if x is None else meta(*x) for x in key), device=device)
+
+
+def struct(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
+    """Shape and type of a tensor, as JAX has them."""
     return jax.ShapeDtypeStruct(tuple(tensor.shape), _numpy_name(tensor))
 
 
