@@ -98,7 +98,6 @@ def graph() -> dict:
     Lengths differ between rows and pass the ends of pages; eager steps on copies must leave the same bytes.
     """
     caches = [filled("K4/V4", [900, 300], 1280)[0] for _ in range(LAYERS)]
-    copies = [cache.fork() for cache in caches]
     given = tokens(2, 1, 3)
 
     def step(layers: Sequence[TorchCache]) -> torch.Tensor:
@@ -108,7 +107,9 @@ def graph() -> dict:
             query = cache.attend(query)
         return query
 
-    step([cache.fork() for cache in caches])
+    step(caches)  # compiles, and loads what a capture must not
+    copies = [cache.fork() for cache in caches]
+    step([cache.fork() for cache in copies])
     torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):

@@ -1,0 +1,217 @@
+"""Generation on a GPU: tokens by kernels against tokens by the reference, and time a token against bfloat16 caches.
+
+XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/generate.py --json generate.json [--only TEXT] [--model DIR]
+
+Weights are random but for those of `--model`, a Hugging Face directory with a tokenizer, which reads prose.
+"""
+
+import argparse
+import functools
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import tq_jax as tq
+from tq_jax.data import persuasion
+from tq_jax.models import Decoder, DecoderConfig, generate, load_decoder, load_tokenizer, pad_prompts
+from tq_jax.models.generate import prefill_step, time_decode
+from tq_jax.models.sampling import Sampling
+
+SHAPES = {
+    "Llama shape": DecoderConfig(
+        vocab_size=32000, dim=4096, num_layers=16, num_heads=32, num_kv_heads=8, head_dim=128, ffn_dim=14336,
+        max_context=1 << 17,
+    ),
+    "SmolLM2 shape": DecoderConfig(
+        vocab_size=49152, dim=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, ffn_dim=1536,
+        tied_head=True, max_context=1 << 17,
+    ),
+}  # fmt: skip
+SHARPNESS = 4.0
+"""Factor of random query projections: attention then prefers some keys, as trained ones do."""
+
+NEW_TOKENS = 96
+MODES = {
+    "reference": {"implementation": "reference"},
+    "kernels": {"implementation": "triton"},
+    "precise kernels": {"implementation": "triton", "precise": True},
+}
+
+
+def random_decoder(config: DecoderConfig, dtype: Any) -> Decoder:
+    """A decoder with random weights, made on the device."""
+
+    @nnx.jit
+    def make() -> Decoder:
+        decoder = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
+        kernel = decoder.blocks.attention.query.kernel
+        kernel[...] = kernel[...] * SHARPNESS
+        return decoder
+
+    return make()
+
+
+def cache_spec(config: DecoderConfig, max_tokens: int, bits: int | None) -> tq.CacheSpec:
+    heads, dim = config.num_kv_heads, config.head_dim
+    if bits is None:
+        return tq.CacheSpec.full_precision(num_kv_heads=heads, head_dim=dim, max_tokens=max_tokens)
+    quantizer = tq.QuantizerSpec(dim=dim, bits=bits, search=True)
+    return tq.CacheSpec(heads, dim, max_tokens, quantizer, quantizer)
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "precise"))
+def forced_logits(
+    decoder: Decoder, tokens: jax.Array, cache: tq.Cache, *, implementation: Any, precise: bool = False
+) -> jax.Array:
+    """Logits [n, b, vocab] after each of the tokens [b, n]."""
+
+    def step(cache: tq.Cache, token: jax.Array) -> tuple[tq.Cache, jax.Array]:
+        hidden, cache = decoder.extend(token[:, None], cache, implementation=implementation, precise=precise)
+        return cache, decoder.logits(hidden)[:, 0]
+
+    return jax.lax.scan(step, cache, tokens.T)[1]
+
+
+def compare(decoder: Decoder, prompts: list[list[int]], bits: int) -> dict[str, Any]:
+    """Greedy continuations by the reference and by the kernels, and the logits of all on the reference's tokens."""
+    spec = cache_spec(decoder.config, 2048, bits)
+    tokens, lengths = pad_prompts(prompts)
+    keys = jax.random.split(jax.random.key(0), len(prompts))
+    found, logits = {}, {}
+    row: dict[str, Any] = {"prompts": [len(prompt) for prompt in prompts], "new tokens": NEW_TOKENS, "bits": bits}
+    for mode, options in MODES.items():
+        run = functools.partial(
+            generate, decoder, tokens, lengths, cache_spec=spec, max_new_tokens=NEW_TOKENS, **options
+        )
+        found[mode] = np.asarray(run().tokens)
+        row[f"{mode}, twice the same"] = bool((found[mode] == np.asarray(run().tokens)).all())
+        cache = decoder.init_cache(spec, batch=len(prompts))
+        _, cache = prefill_step(decoder, tokens, lengths, cache, keys, sampling=Sampling())
+        given = jnp.asarray(found["reference"][:, :-1])
+        logits[mode] = np.asarray(forced_logits(decoder, given, cache, **options), np.float64)
+    exact = logits["reference"]
+    top = np.sort(exact, axis=-1)[..., -2:]
+    margin = top[..., 1] - top[..., 0]
+    row["distinct tokens"] = [len(set(tokens.tolist())) for tokens in found["reference"]]
+    row["median margin of a token"] = float(np.median(margin))
+    for mode in list(MODES)[1:]:
+        error = np.abs(logits[mode] - exact).max(-1)
+        row[f"{mode}, largest logit error"] = float(error.max())
+        row[f"{mode}, KL"] = float(np.mean(np.sum(np.exp(_log(exact)) * (_log(exact) - _log(logits[mode])), -1)))
+        row[f"{mode}, same top-1"] = float(np.mean(logits[mode].argmax(-1) == exact.argmax(-1)))
+        same = found[mode] == found["reference"]
+        row[f"{mode}, same tokens"] = bool(same.all())
+        # Where a row first differs both have seen the same tokens, so a difference is a tie to within the error.
+        firsts = [int(np.argmin(tokens)) for tokens in same if not tokens.all()]
+        rows = [i for i, tokens in enumerate(same) if not tokens.all()]
+        row[f"{mode}, first differences"] = [
+            {"row": i, "token": n, "margin": float(margin[n - 1, i]), "logit error": float(error[n - 1, i])}
+            for i, n in zip(rows, firsts, strict=True)
+        ]
+        row[f"{mode}, all are ties"] = all(
+            margin[n - 1, i] <= 2 * error[n - 1, i] for i, n in zip(rows, firsts, strict=True)
+        )
+    return row
+
+
+def _log(logits: np.ndarray) -> np.ndarray:
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def compare_random(shape: str, dtype: str, bits: int) -> dict[str, Any]:
+    config = SHAPES[shape]
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, config.vocab_size, n).tolist() for n in (1200, 517)]
+    return compare(random_decoder(config, jnp.dtype(dtype)), prompts, bits) | {"dtype": dtype}
+
+
+def compare_real(directory: str, dtype: str, bits: int) -> dict[str, Any]:
+    """Trained weights reading prose, tokens beyond the vocabulary left out."""
+    decoder, tokenizer = load_decoder(directory, dtype=dtype), load_tokenizer(directory)
+    ids = [i for i in tokenizer.encode(persuasion()[:20_000]) if i < decoder.config.vocab_size]
+    return compare(decoder, [ids[:1200], ids[1500:2017]], bits) | {"dtype": dtype}
+
+
+def timing(shape: str, batch: int, context: int, bits: int | None) -> dict[str, Any]:
+    """Time of a token in the compiled loop, bfloat16 weights."""
+    config = SHAPES[shape]
+    decoder = random_decoder(config, jnp.bfloat16)
+    spec = cache_spec(config, context + 256, bits)
+    tokens = jax.random.randint(jax.random.key(1), (batch, context), 0, config.vocab_size, jnp.int32)
+    lengths, keys = jnp.full(batch, context, jnp.int32), jax.random.split(jax.random.key(0), batch)
+    cache = decoder.init_cache(spec, batch=batch)
+    started = time.perf_counter()
+    run = functools.partial(prefill_step, decoder, tokens, lengths, keys=keys, sampling=Sampling())
+    first, cache = jax.block_until_ready(run(cache=cache))
+    compiled = time.perf_counter() - started
+    _, _, seconds = time_decode(decoder, first, lambda: jax.tree.map(jnp.copy, cache), max_new_tokens=65, repeats=3)
+    return {
+        "batch": batch,
+        "context": context,
+        "cache": f"K{bits}/V{bits}" if bits else "bfloat16",
+        "cache GB": cache.nbytes / 1e9,
+        "weights GB": sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(decoder))) / 1e9,
+        "ms a token": seconds / 64 * 1e3,
+        "prefill s, with compilation": compiled,
+    }
+
+
+def jobs(model: str | None) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every measurement by name."""
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    for shape in SHAPES:
+        for bits in (4, 3):
+            found[f"same float32 {shape} K{bits}/V{bits}"] = functools.partial(compare_random, shape, "float32", bits)
+        found[f"same bfloat16 {shape} K4/V4"] = functools.partial(compare_random, shape, "bfloat16", 4)
+    if model is not None:
+        for dtype in ("float32", "bfloat16"):
+            found[f"same {dtype} trained K4/V4"] = functools.partial(compare_real, model, dtype, 4)
+    for shape, batch, context in (
+        ("Llama shape", 1, 8192),
+        ("Llama shape", 8, 8192),
+        ("Llama shape", 1, 32768),
+        ("SmolLM2 shape", 1, 8192),
+    ):
+        for bits in (None, 4):
+            name = f"time {shape} {batch}x{context} {f'K{bits}/V{bits}' if bits else 'bfloat16'}"
+            found[name] = functools.partial(timing, shape, batch, context, bits)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", default=os.environ.get("OUT", ".") + "/generate.json")
+    parser.add_argument("--only", default="", help="what the name of a job contains, several divided by |")
+    parser.add_argument("--model", default=None)
+    arguments = parser.parse_args()
+    device, rows = jax.devices()[0].device_kind, []
+    for name, job in jobs(arguments.model).items():
+        if not any(text in name for text in arguments.only.split("|")):
+            continue
+        started = time.perf_counter()
+        try:
+            row = job()
+        except Exception as error:
+            traceback.print_exc()
+            row = {"error": f"{type(error).__name__}: {error}"[:400]}
+        rows.append({"case": name} | row | {"seconds": round(time.perf_counter() - started, 1)})
+        print(json.dumps(rows[-1]), flush=True)
+        versions = {"jax": jax.__version__}
+        Path(arguments.json).write_text(json.dumps({"device": device, "versions": versions, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
