@@ -89,7 +89,7 @@ class TorchFunction:
         split, leaves = split_constants(function, *shapes), jax.tree.leaves(shapes)
         self._shapes = tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves)
         self._used = split.used
-        self._values = [torch.from_numpy(value.copy()).to(device) for value in split.values]
+        self._values = [torch_kernels.constant(value, device) for value in split.values]
         values = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in split.values]
         jaxpr = jax.make_jaxpr(split.function)([*values, *(leaves[i] for i in split.used)]).jaxpr
         self._inputs = jaxpr.invars
