@@ -3,6 +3,7 @@
 Where kernels have to run they are interpreted by JAX; that a GPU computes the same is measured on one.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -121,7 +122,9 @@ def test_appending_gives_the_bytes_of_the_cpu(interpreted):
         k, v, _ = tokens(count, seed)
         want.append(k, v, lengths=counts)
         append(k, v, None if counts is None else torch.tensor(counts, dtype=torch.int32))
-        for (name, a), b in zip(jax.tree_util.tree_leaves_with_path(found.arrays), jax.tree.leaves(want.arrays)):
+        for (name, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(found.arrays), jax.tree.leaves(want.arrays), strict=True
+        ):
             assert torch.equal(a, b), name
     assert Interpreted.made == made + 3
 
@@ -136,19 +139,18 @@ def test_long_prompts_are_appended_in_parts(interpreted, monkeypatch):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("options", [AttendOptions(), AttendOptions(sliding_window=20, softcap=3.0)])
-def test_long_chunks_are_attended_to_as_by_jax(interpreted, options, monkeypatch):
+def test_long_chunks_are_attended_to_as_by_jax(interpreted, monkeypatch):
     """Kernels, what torch computes between them, blocks of queries, padding and sinks, against the reference."""
     monkeypatch.setattr(torch_attend, "LONGEST", 16)
     cache = TorchCache(SMALL, 2)
     k, v, query = tokens(40, 0)
     cache.append(k, v, query=query, lengths=[40, 25])
-    query, sinks = query[:, -19:].float(), torch.linspace(-1, 3, 6)
-    static = {"sliding_window": options.sliding_window, "softcap": options.softcap}
-    for lengths in (None, [19, 3]):
+    query, sinks, static = query[:, -19:].float(), torch.linspace(-1, 3, 6), {"sliding_window": 20, "softcap": 3.0}
+    attention = KernelAttention(cache.arrays)
+    for lengths in ([19, 19], [19, 3]):
         want = cache.attend(query, lengths=lengths, sink_logits=sinks, **static)
-        counts = None if lengths is None else torch.tensor(lengths, dtype=torch.int32)
-        found = KernelAttention(cache.arrays)(query, options, sinks, counts)
+        counts = None if lengths[1] == 19 else torch.tensor(lengths, dtype=torch.int32)
+        found = attention(query, AttendOptions(**static), sinks, counts)
         assert found.shape == want.shape
         assert float((found - want).norm() / want.norm()) < 2e-3
 
@@ -166,25 +168,49 @@ def test_operations_between_kernels():
         top = jnp.max(x, axis=1, keepdims=True)
         return jnp.where(x > 0.5, jnp.exp2(x - top), jnp.minimum(jnp.abs(x), 2.0))
 
-    def function(x, unused):
-        y = soft(x) + soft(2 * x[:, ::-1][:, :3] + table)
+    def forward(x, unused):
+        y = soft(x) + soft(2 * x[:, :3] + table)
         return jnp.concatenate([y.T / 3, jnp.log2(y.T + 1)], axis=1).astype(jnp.float16), jnp.sum(y, axis=0) < 2
+
+    def backward(x, unused):
+        return forward(x[:, ::-1], unused)
 
     x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
     given = [torch.from_numpy(x), torch.zeros(3)]
     with pytest.raises(NotImplementedError, match="torch runs kernels and .*, got rev"):
-        TorchFunction(function, *given, device=torch.device("cpu"))
-    straight = lambda x, unused: function(x[:, ::-1], unused) if False else soft_of(soft, table, x)  # noqa: E731
-    program = TorchFunction(straight, *given, device=torch.device("cpu"))
-    for found, want in zip(program.launch(given), straight(jnp.asarray(x), None), strict=True):
+        TorchFunction(backward, *given, device=torch.device("cpu"))
+    program = TorchFunction(forward, *given, device=torch.device("cpu"))
+    for found, want in zip(program.launch(given), forward(jnp.asarray(x), None), strict=True):
         torch.testing.assert_close(found, to_torch(want), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match=r"expected float32\[2, 3\] on cpu, got float32\[3\] on cpu"):
         program.launch(given[::-1])
 
 
-def soft_of(soft, table, x):
-    y = soft(x) + soft(2 * x + table)
-    return jnp.concatenate([y.T / 3, jnp.log2(y.T + 1)], axis=1).astype(jnp.float16), jnp.sum(y, axis=0) < 2
+def test_launches_get_the_addresses_of_tensors(cache, monkeypatch):
+    """What a kernel is launched with: grid, stream, then operands and results where the plan has them."""
+    launched = []
+
+    class Kernel:
+        function, packed_metadata = "function", "metadata"
+
+        def __init__(self, kernel):
+            self.name = kernel.name
+
+        def run(self, *given):
+            launched.append((self.name, *given))
+
+    monkeypatch.setattr(torch_kernels, "compile_kernel", Kernel)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    k, v, _ = tokens(1, 0)
+    KernelAppend(cache.arrays)(k, v)
+    assert [call[0] for call in launched] == ["leave", "encode", "encode", "enter"]
+    assert all(call[1:8] == (*call[1:4], 7, "function", "metadata", None) for call in launched)
+    enter = launched[-1]
+    window = [getattr(cache.arrays, name).data_ptr() for name in ("exact_keys", "exact_values", "length", "compressed")]
+    assert list(enter[10:12]) == [k.data_ptr(), v.data_ptr()]
+    assert list(enter[13:17]) == window and list(enter[18:22]) == window
+    assert launched[0][-3] == launched[1][10], "what leaves is what is encoded"
 
 
 def test_bound_programs_check_what_they_are_bound_to():
