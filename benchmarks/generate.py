@@ -39,9 +39,6 @@ SHAPES = {
         tied_head=True, max_context=1 << 17,
     ),
 }  # fmt: skip
-SHARPNESS = 4.0
-"""Factor of random query projections: attention then prefers some keys, as trained ones do."""
-
 NEW_TOKENS = 96
 MODES = {
     "reference": {"implementation": "reference"},
@@ -55,10 +52,7 @@ def random_decoder(config: DecoderConfig, dtype: Any) -> Decoder:
 
     @nnx.jit
     def make() -> Decoder:
-        decoder = Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
-        kernel = decoder.blocks.attention.query.kernel
-        kernel[...] = kernel[...] * SHARPNESS
-        return decoder
+        return Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))
 
     return make()
 
@@ -84,46 +78,66 @@ def forced_logits(
     return jax.lax.scan(step, cache, tokens.T)[1]
 
 
-def compare(decoder: Decoder, prompts: list[list[int]], bits: int) -> dict[str, Any]:
-    """Greedy continuations by the reference and by the kernels, and the logits of all on the reference's tokens."""
-    spec = cache_spec(decoder.config, 2048, bits)
+def compare(decoder: Decoder, prompts: list[list[int]], bits: int, sampling: Sampling) -> dict[str, Any]:
+    """Continuations by the reference and by the kernels, and the logits of all on the reference's tokens."""
+    spec, key = cache_spec(decoder.config, 2048, bits), jax.random.key(7)
     tokens, lengths = pad_prompts(prompts)
-    keys = jax.random.split(jax.random.key(0), len(prompts))
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(prompts)))
+    options: dict[str, Any] = dict(cache_spec=spec, max_new_tokens=NEW_TOKENS, sampling=sampling, key=key)
     found, logits = {}, {}
-    row: dict[str, Any] = {"prompts": [len(prompt) for prompt in prompts], "new tokens": NEW_TOKENS, "bits": bits}
-    for mode, options in MODES.items():
-        run = functools.partial(
-            generate, decoder, tokens, lengths, cache_spec=spec, max_new_tokens=NEW_TOKENS, **options
-        )
-        found[mode] = np.asarray(run().tokens)
-        row[f"{mode}, twice the same"] = bool((found[mode] == np.asarray(run().tokens)).all())
+    row: dict[str, Any] = {"prompts": [len(prompt) for prompt in prompts], "temperature": sampling.temperature}
+    for mode, how in MODES.items():
+        runs = [np.asarray(generate(decoder, tokens, lengths, **options, **how).tokens) for _ in range(2)]
+        found[mode] = runs[0]
+        row[f"{mode}, twice the same"] = bool((runs[0] == runs[1]).all())
         cache = decoder.init_cache(spec, batch=len(prompts))
-        _, cache = prefill_step(decoder, tokens, lengths, cache, keys, sampling=Sampling())
+        _, cache = prefill_step(decoder, tokens, lengths, cache, keys, sampling=sampling)
         given = jnp.asarray(found["reference"][:, :-1])
-        logits[mode] = np.asarray(forced_logits(decoder, given, cache, **options), np.float64)
+        logits[mode] = np.asarray(forced_logits(decoder, given, cache, **how), np.float64)
     exact = logits["reference"]
-    top = np.sort(exact, axis=-1)[..., -2:]
+    scores = exact if not sampling.temperature else exact / sampling.temperature + _noise(keys, exact.shape)
+    drawn = found["reference"][:, 1:].T
+    row["reference draws its best score"] = bool((scores.argmax(-1) == drawn).all())
+    top = np.sort(scores, axis=-1)[..., -2:]
     margin = top[..., 1] - top[..., 0]
     row["distinct tokens"] = [len(set(tokens.tolist())) for tokens in found["reference"]]
-    row["median margin of a token"] = float(np.median(margin))
+    row["median margin of a token"], row["least"] = float(np.median(margin)), float(margin.min())
     for mode in list(MODES)[1:]:
-        error = np.abs(logits[mode] - exact).max(-1)
-        row[f"{mode}, largest logit error"] = float(error.max())
-        row[f"{mode}, KL"] = float(np.mean(np.sum(np.exp(_log(exact)) * (_log(exact) - _log(logits[mode])), -1)))
-        row[f"{mode}, same top-1"] = float(np.mean(logits[mode].argmax(-1) == exact.argmax(-1)))
-        same = found[mode] == found["reference"]
-        row[f"{mode}, same tokens"] = bool(same.all())
-        # Where a row first differs both have seen the same tokens, so a difference is a tie to within the error.
-        firsts = [int(np.argmin(tokens)) for tokens in same if not tokens.all()]
-        rows = [i for i, tokens in enumerate(same) if not tokens.all()]
-        row[f"{mode}, first differences"] = [
-            {"row": i, "token": n, "margin": float(margin[n - 1, i]), "logit error": float(error[n - 1, i])}
-            for i, n in zip(rows, firsts, strict=True)
-        ]
-        row[f"{mode}, all are ties"] = all(
-            margin[n - 1, i] <= 2 * error[n - 1, i] for i, n in zip(rows, firsts, strict=True)
-        )
+        row[mode] = _difference(found[mode] == found["reference"], logits[mode], exact, margin, sampling)
     return row
+
+
+def _difference(
+    same: np.ndarray, logits: np.ndarray, exact: np.ndarray, margin: np.ndarray, sampling: Sampling
+) -> dict[str, Any]:
+    """How tokens differ, [b, n], and logits [n - 1, b, vocab] on equal tokens.
+
+    Where a row first differs, both have seen the same tokens: a tie to within the error of the logits there.
+    """
+    error = np.abs(logits - exact).max(-1) / (sampling.temperature or 1.0)
+    ends = {i: int(np.argmin(tokens)) for i, tokens in enumerate(same) if not tokens.all()}
+    firsts = [
+        {"row": i, "token": n, "margin": float(margin[n - 1, i]), "logit error": float(error[n - 1, i])}
+        for i, n in ends.items()
+    ]
+    return {
+        "same tokens": bool(same.all()),
+        "first differences": firsts,
+        "all of them ties": all(first["margin"] <= 2 * first["logit error"] for first in firsts),
+        "KL": float(np.mean(np.sum(np.exp(_log(exact)) * (_log(exact) - _log(logits)), -1))),
+        "same top-1": float(np.mean(logits.argmax(-1) == exact.argmax(-1))),
+        "median logit error": float(np.median(error)),
+        "largest": float(error.max()),
+    }
+
+
+def _noise(keys: jax.Array, shape: tuple[int, ...]) -> np.ndarray:
+    """What drawing adds to the logits [n, b, vocab] after each token."""
+
+    def draw(step: jax.Array) -> jax.Array:
+        return jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), shape[2:]))(keys)
+
+    return np.asarray(jax.lax.map(draw, jnp.arange(1, shape[0] + 1)))
 
 
 def _log(logits: np.ndarray) -> np.ndarray:
@@ -135,14 +149,14 @@ def compare_random(shape: str, dtype: str, bits: int) -> dict[str, Any]:
     config = SHAPES[shape]
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, config.vocab_size, n).tolist() for n in (1200, 517)]
-    return compare(random_decoder(config, jnp.dtype(dtype)), prompts, bits) | {"dtype": dtype}
+    return compare(random_decoder(config, jnp.dtype(dtype)), prompts, bits, Sampling())
 
 
-def compare_real(directory: str, dtype: str, bits: int) -> dict[str, Any]:
-    """Trained weights reading prose, tokens beyond the vocabulary left out."""
+def compare_trained(directory: str, dtype: str, bits: int, temperature: float) -> dict[str, Any]:
+    """Trained weights after prose, tokens beyond the vocabulary left out."""
     decoder, tokenizer = load_decoder(directory, dtype=dtype), load_tokenizer(directory)
     ids = [i for i in tokenizer.encode(persuasion()[:20_000]) if i < decoder.config.vocab_size]
-    return compare(decoder, [ids[:1200], ids[1500:2017]], bits) | {"dtype": dtype}
+    return compare(decoder, [ids[:1200], ids[1500:2017]], bits, Sampling(temperature=temperature))
 
 
 def timing(shape: str, batch: int, context: int, bits: int | None) -> dict[str, Any]:
@@ -172,13 +186,13 @@ def timing(shape: str, batch: int, context: int, bits: int | None) -> dict[str, 
 def jobs(model: str | None) -> dict[str, Callable[[], dict[str, Any]]]:
     """Every measurement by name."""
     found: dict[str, Callable[[], dict[str, Any]]] = {}
-    for shape in SHAPES:
-        for bits in (4, 3):
-            found[f"same float32 {shape} K{bits}/V{bits}"] = functools.partial(compare_random, shape, "float32", bits)
-        found[f"same bfloat16 {shape} K4/V4"] = functools.partial(compare_random, shape, "bfloat16", 4)
-    if model is not None:
-        for dtype in ("float32", "bfloat16"):
-            found[f"same {dtype} trained K4/V4"] = functools.partial(compare_real, model, dtype, 4)
+    for dtype in ("float32", "bfloat16"):
+        for shape in SHAPES:
+            found[f"same {dtype} {shape}, greedy"] = functools.partial(compare_random, shape, dtype, 4)
+        for how, temperature in (("greedy", 0.0), ("drawn", 1.0)) if model is not None else ():
+            assert model is not None
+            job = functools.partial(compare_trained, model, dtype, 4, temperature)
+            found[f"same {dtype} trained, {how}"] = job
     for shape, batch, context in (
         ("Llama shape", 1, 8192),
         ("Llama shape", 8, 8192),

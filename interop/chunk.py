@@ -15,7 +15,7 @@ from pallas_kernels.prefill import triton
 
 def attend_chunk(
     query: jax.Array, cache: fused.CacheArrays, plan: fused.AttendPlan, *, sink_logits: Any, counts: Any
-) -> jax.Array:
+) -> Any:
     """What `fused.attend_cache` computes, for any number of query tokens; arguments as there.
 
     Raises:

@@ -50,6 +50,9 @@ class KernelAppend:
             counts: int32 [rows] on the GPU, tokens of each row's chunk that exist; t by default.
         """
         whole = k.shape[1]
+        if whole == 1:
+            self._program(k.to(self._dtype).contiguous(), v.to(self._dtype).contiguous(), counts)
+            return
         for start in range(0, whole, LONGEST):
             count = min(LONGEST, whole - start)
             size = 1 << (count - 1).bit_length()  # few sizes, so that few are compiled

@@ -142,16 +142,21 @@ class TorchCache:
         counts = self._counts(k, lengths)
         self._check_chunk(k, v, query, counts)
         after = counters_after(self.spec, self.lengths, self.compressed, counts)
-        k, v = (x.detach().to(self.arrays.exact_keys.dtype) for x in (k, v))
         if not self._ready:
             evicts = tuple(new > old for old, new in zip(self.compressed, after[1], strict=True))
-            self._ready = update_statistics(self.arrays, k, query, lengths=self.lengths, counts=counts, evicts=evicts)
+            self._ready = update_statistics(
+                self.arrays, self._stored(k), query, lengths=self.lengths, counts=counts, evicts=evicts
+            )
         if self.device.type == "cuda":
             self._append_by_kernels(k, v, lengths)
         else:
             moves = plan_append(self.spec, self.lengths, self.compressed, counts, str(self.device))
-            write_chunk(self.arrays, self.as_jax(), k, v, moves)
+            write_chunk(self.arrays, self.as_jax(), self._stored(k), self._stored(v), moves)
         self.lengths, self.compressed = after
+
+    def _stored(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens as the window holds them."""
+        return tokens.detach().to(self.arrays.exact_keys.dtype)
 
     def _append_by_kernels(self, k: torch.Tensor, v: torch.Tensor, lengths: Lengths | None) -> None:
         if self._appends is None:

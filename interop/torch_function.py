@@ -4,10 +4,11 @@ For what is worth several kernels and little else, like attention of long chunks
 nothing, so that a CUDA graph can capture it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import torch
 from jax.extend.core import Literal
 
@@ -42,6 +43,7 @@ OPERATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "exp2": torch.exp2,
     "gt": torch.gt,
     "log": torch.log,
+    "log2": torch.log2,
     "lt": torch.lt,
     "max": torch.maximum,
     "min": torch.minimum,
@@ -98,14 +100,20 @@ class TorchFunction:
         self._steps = list(self._read(jaxpr, names))
         self._outputs = [self._name(atom, names) for atom in jaxpr.outvars]
 
-    def check(self, tensors: list[torch.Tensor]) -> list[int]:
-        """Addresses of the inputs, or raises ValueError for tensors unlike the examples."""
-        return torch_kernels.addresses(tensors, self._shapes, self.device)
+    def check(self, tensors: list[torch.Tensor]) -> None:
+        """Raises ValueError for tensors unlike the examples."""
+        torch_kernels.require_alike(tensors, self._shapes, self.device)
 
-    def launch(self, tensors: list[torch.Tensor], pointers: list[int] | None = None) -> tuple[torch.Tensor, ...]:
-        """Runs on flat inputs, unchecked if there are `pointers`, on the current stream."""
-        if pointers is None:
-            self.check(tensors)
+    def launch(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Runs on flat inputs, which are checked, on the current stream."""
+        self.check(tensors)
+        return self._run(tensors)
+
+    def bind(self, fixed: Sequence[torch.Tensor]) -> Callable[[list[torch.Tensor]], tuple[torch.Tensor, ...]]:
+        """The function with its first inputs given, as one of the others; neither are checked."""
+        return lambda given: self._run([*fixed, *given])
+
+    def _run(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         known: dict[Any, Any] = dict(self._literals)
         known.update(zip(self._inputs, [*self._values, *(tensors[i] for i in self._used)], strict=True))
         for run, operands, results in self._steps:
@@ -132,20 +140,19 @@ class TorchFunction:
 
     def _name(self, atom: Any, names: dict[Any, Any]) -> Any:
         if isinstance(atom, Literal):
-            name = object()
-            self._literals[name] = torch.tensor(
-                atom.val, dtype=getattr(torch, str(atom.aval.dtype)), device=self.device
-            )
+            name, kind = object(), getattr(torch, str(np.asarray(atom.val).dtype))
+            self._literals[name] = torch.tensor(np.asarray(atom.val).item(), dtype=kind, device=self.device)
             return name
         return names.get(atom, atom)
 
     def _step(self, equation: Any) -> Callable[[list[torch.Tensor]], Any]:
         kind = equation.primitive.name
         if kind == "pallas_call":
-            avals = [atom.aval for atom in equation.invars]
+            avals: list[Any] = [atom.aval for atom in equation.invars]
             examples = [torch.empty(a.shape, dtype=getattr(torch, str(a.dtype)), device="meta") for a in avals]
             program = torch_kernels.TorchProgram(_Call(equation), *examples, device=self.device)
-            return lambda x: program.launch([tensor.contiguous() for tensor in x])
+            run = program.bind(())
+            return lambda x: run([tensor.contiguous() for tensor in x])
         if kind not in OPERATIONS:
             raise NotImplementedError(f"torch runs kernels and {sorted(OPERATIONS)}, got {kind}")
         operation = OPERATIONS[kind]

@@ -41,9 +41,12 @@ class Interpreted:
 
     def check(self, tensors):
         inputs = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(self._shapes))
-        return torch_kernels.addresses(tensors, inputs, tensors[0].device)
+        torch_kernels.require_alike(tensors, inputs, tensors[0].device)
 
-    def launch(self, tensors, pointers=None):
+    def bind(self, fixed):
+        return lambda given: self.launch([*fixed, *given])
+
+    def launch(self, tensors):
         arrays = jax.tree.unflatten(jax.tree.structure(self._shapes), to_jax([tensor.clone() for tensor in tensors]))
         results = self._function(*arrays)
         if jax.tree.structure(results) == jax.tree.structure(arrays[0]) and len(tensors) > 1:
