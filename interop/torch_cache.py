@@ -130,7 +130,7 @@ class TorchCache:
         self, k: torch.Tensor, v: torch.Tensor, *, query: torch.Tensor | None, lengths: Lengths | None
     ) -> None:
         """`append`, outside of a compiled graph."""
-        if self._is_capturing():
+        if self.is_capturing:
             self._check_chunk(k, v, query, (0,) * self.rows)
             if not self._ready and self.arrays.pages is not None:
                 raise ValueError(
@@ -221,7 +221,7 @@ class TorchCache:
         """`attend`, outside of a graph."""
         if self.device.type != query.device.type:
             raise ValueError(f"expected a query on {self.device}, got one on {query.device}")
-        if not self._is_capturing():
+        if not self.is_capturing:
             self._counts(query, lengths)
         counts = self._on_device(lengths)
         if self.device.type == "cuda":
@@ -338,7 +338,9 @@ class TorchCache:
         load_tensors(self.arrays, state)
         self._adopt(self.arrays)
 
-    def _is_capturing(self) -> bool:
+    @property
+    def is_capturing(self) -> bool:
+        """Whether a CUDA graph is being captured, so that what is launched now does not run now."""
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _on_device(self, lengths: Lengths | None) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ from fake_quant_hf import fake_quant_cache  # noqa: E402
 import tq_jax as tq  # noqa: E402
 from interop.hf import ATTENTION, CompressedLayer, TurboQuantCache  # noqa: E402
 from interop.hf_attention import compressed_attention, real_tokens  # noqa: E402
+from interop.torch_cache import TorchCache  # noqa: E402
 
 D, NEW = 32, 10
 TWO = tq.QuantizerSpec(D, 2)  # coarse, so that tokens depend on it
@@ -134,6 +135,8 @@ def test_sliding_layers_stay_as_they_are(ids):
     found = ours.generate(ids, past_key_values=cache, **options)
     assert torch.equal(found, theirs.generate(ids, past_key_values=fake_quant_cache(theirs.config, SPEC), **options))
     assert cache.nbytes > cache.layers[1].cache.nbytes
+    with pytest.raises(NotImplementedError, match="steps over compressed layers alone are replayed, got: TurboQuantCa"):
+        cache.advance()
 
 
 @pytest.mark.parametrize("kind", ["GptOss", "Gemma2"])
@@ -177,6 +180,23 @@ def test_operations_on_layers(model, ids):
     assert cache.get_seq_length() == 0 and layer.cache.lengths == (0, 0)
     with pytest.raises(NotImplementedError, match="stays on its device"):
         layer.offload()
+
+
+def test_captured_steps_are_counted_when_replayed(model, ids, monkeypatch):
+    cache = compressed(model)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        monkeypatch.setattr(TorchCache, "is_capturing", True)
+        monkeypatch.setattr(TorchCache, "_append_by_kernels", lambda *given: None)
+        model(ids[:, :1], position_ids=torch.tensor([[60]]), past_key_values=cache)
+    monkeypatch.undo()
+    assert cache.get_seq_length() == 60
+    cache.advance()
+    assert cache.get_seq_length() == 61 and cache.layers[1].cache.lengths == (61, 61)
+    with pytest.raises(ValueError, match=r"at most max_tokens=128 tokens a row, got \[131, 131\]"):
+        cache.advance(70)
+    with pytest.raises(ValueError, match="expected a filled layer without padding to replay a graph on, got 0 tokens"):
+        compressed(model).advance()
 
 
 def test_bytes_per_token():
