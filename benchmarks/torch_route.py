@@ -5,7 +5,6 @@ XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/torch_route.py --json torc
 
 import argparse
 import contextlib
-import copy
 import json
 import os
 import statistics
@@ -220,7 +219,6 @@ def model(batch: int, context: int, layers: int = 8, steps: int = 24, prefills: 
         logits[name] = out.float().log_softmax(-1)
         if ours:
             row["cache GB"] = cache.nbytes / 1e9
-            row |= replayed(net, ids, cache)
         else:
             row["bfloat16 cache GB"] = sum(layer.keys.nbytes * 2 for layer in cache.layers) / 1e9
         del cache
@@ -228,32 +226,6 @@ def model(batch: int, context: int, layers: int = 8, steps: int = 24, prefills: 
     exact, _, ours = logits.values()
     row["KL of the last logits"] = float((exact.exp() * (exact - ours)).sum(-1).mean())
     return row
-
-
-def replayed(net: Any, ids: torch.Tensor, cache: TurboQuantCache, steps: int = 24) -> dict:
-    """Milliseconds a token where a CUDA graph of the whole step is replayed, and how far it is from eager steps."""
-    token, position = ids[:, :1].clone(), torch.full((ids.shape[0], 1), cache.get_seq_length(), device=ids.device)
-    eager = copy.deepcopy(cache)
-    captured = torch.cuda.CUDAGraph()
-    with torch.no_grad():
-        net(token, position_ids=position, past_key_values=copy.deepcopy(cache))
-        torch.cuda.synchronize()
-        with torch.cuda.graph(captured):
-            out = net(token, position_ids=position, past_key_values=cache).logits
-        worst = 0.0
-        for step in range(4):
-            token.copy_(ids[:, step : step + 1])
-            position.fill_(cache.get_seq_length())
-            cache.advance()
-            captured.replay()
-            want = net(token, position_ids=position, past_key_values=eager).logits
-            worst = max(worst, float((out - want).abs().max()))
-
-        def step() -> None:
-            cache.advance()
-            captured.replay()
-
-        return {"replayed, ms a token": gpu_us(step, steps) / 1e3, "replayed, largest logit difference": worst}
 
 
 def main() -> None:

@@ -111,16 +111,8 @@ class CompressedLayer(CacheLayerMixin):
         self._make_room(k, count)
         assert self.cache is not None
         self.cache.append(*tokens[:2], query=tokens[2], lengths=counts)
-        if not self.cache.is_capturing:
-            self.real, self.seen = real, self.seen + count
+        self.real, self.seen = real, self.seen + count
         return counts, order
-
-    def advance(self, count: int) -> None:
-        """Says that the replay of a CUDA graph is about to append `count` tokens."""
-        if self.cache is None or self.real is not None:
-            raise ValueError(f"expected a filled layer without padding to replay a graph on, got {self.seen} tokens")
-        self.cache.advance(count)
-        self.seen += count
 
     def attend(
         self,
@@ -271,21 +263,6 @@ class TurboQuantCache(Cache):
         super().__init__(layers=layers)
         if len(full) < len(layers):
             warnings.warn(self.summary(), stacklevel=2)
-
-    def advance(self, count: int = 1) -> None:
-        """Says that a CUDA graph which captured a step of the model is about to be replayed; see `TorchCache.advance`.
-
-        Args:
-            count: Tokens that the step appends to each row.
-
-        Raises:
-            ValueError: For rows without room (a captured step cannot grow them), or with padding.
-            NotImplementedError: If some layers are not compressed: theirs have other shapes at each step.
-        """
-        if len(self.compressed_layers) < len(self.layers):
-            raise NotImplementedError(f"steps over compressed layers alone are replayed, got: {self.summary()}")
-        for layer in self.layers:
-            cast(CompressedLayer, layer).advance(count)
 
     @property
     def compressed_layers(self) -> list[int]:
