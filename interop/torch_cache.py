@@ -1,7 +1,8 @@
 """A compressed cache whose memory torch owns: the bytes of `tq_jax.Cache`, written in place by torch.
 
-Tokens go where `tq_jax.append` puts them and give the same codes. JAX computes the codes and the attention and never
-holds more of the cache than views; torch moves tokens and writes. A cache has rows, each a sequence.
+Tokens go where `tq_jax.append` puts them and give the same codes. On a GPU torch launches the kernels that append and
+attend; on a CPU JAX computes the codes and the attention, over views, and torch moves tokens and writes. A cache has
+rows, each a sequence.
 """
 
 import dataclasses
