@@ -32,6 +32,8 @@ class TorchCache:
     Cropping keeps what is compressed compressed: a token that has left the window is not made exact again, so after a
     crop the window holds fewer exact tokens than it could until new ones fill it. Key statistics, once fixed, stay.
 
+    A CUDA graph can capture `append` and `attend` once each has run with the same shapes; see `advance`.
+
     Attributes:
         arrays: The cache as a pytree of tensors (bfloat16 where JAX holds its bits). Write it only through methods.
         device: Where it lives.
