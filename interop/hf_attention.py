@@ -97,6 +97,8 @@ def compressed_attention(
     if isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor):
         return exact_attention(module, query, key, value, attention_mask, **options), None
     assert isinstance(key, Handle) and isinstance(value, Handle)
+    if key.layer.cache is not None and key.layer.cache.is_capturing:
+        raise NotImplementedError("a CUDA graph of a model over a TurboQuantCache: masks are read on the host")
     seen = key.shape[2]
     if sliding_window is not None and sliding_window < seen:
         raise NotImplementedError(f"compressed layers see all tokens, got sliding_window={sliding_window}")

@@ -48,6 +48,15 @@ class Moves:
     compressed: tuple[int, ...]
 
 
+def counters_after(
+    spec: CacheSpec, length: tuple[int, ...], compressed: tuple[int, ...], counts: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Tokens of each row, and of them in its pages, after an append of counts[r] tokens to each row r."""
+    after = tuple(before + count for before, count in zip(length, counts, strict=True))
+    left = (max(old, new - spec.sinks - spec.ring) for old, new in zip(compressed, after, strict=True))
+    return after, tuple(left)
+
+
 @functools.lru_cache(maxsize=8)  # the layers of a model append alike, so all but the first find their moves here
 def plan_append(
     spec: CacheSpec,
@@ -73,21 +82,18 @@ def plan_append(
         >>> moves.kept_slot.tolist(), moves.ring_slot.tolist(), moves.compressed
         ([9, 2, 3], [2, 3], (2,))
     """
-    after = [before + count for before, count in zip(length, counts, strict=True)]
+    after, left = counters_after(spec, length, compressed, counts)
     kept, ring, chunk, pages = [], [], [], []
-    left = []
-    for row, (before, end, start) in enumerate(zip(length, after, compressed, strict=True)):
+    for row, (before, end, start, stop) in enumerate(zip(length, after, compressed, left, strict=True)):
         position = np.arange(before, end)
         position = position[(position < spec.sinks) | (position >= end - spec.ring)]
         kept.append(_columns(row, position - before, exact_slots(spec, position)))
-        stop = start + max(end - spec.sinks - spec.ring - start, 0)
         address = np.arange(start, stop)
         old = address[spec.sinks + address < before]
         new = address[len(old) :]
         ring.append(_columns(row, exact_slots(spec, spec.sinks + old)))
         chunk.append(_columns(row, spec.sinks + new - before))
         pages.append((row * spec.pages_per_row, old, new))
-        left.append(stop)
     addresses = [(base, old) for base, old, _ in pages] + [(base, new) for base, _, new in pages]
     page = np.concatenate([base + address // spec.page_size for base, address in addresses])
     place = np.concatenate([address % spec.page_size for _, address in addresses])
@@ -95,7 +101,7 @@ def plan_append(
     indices = [*np.concatenate(kept, 1), *old, *new, np.concatenate([old[0], new[0]]), page, place]
     tensors = [torch.from_numpy(np.ascontiguousarray(index, np.int64)).to(device) for index in indices]
     counters = torch.tensor([after, left], dtype=torch.int32).to(device)
-    return Moves(*tensors, counters=counters, length=tuple(after), compressed=tuple(left))
+    return Moves(*tensors, counters=counters, length=after, compressed=left)
 
 
 def exact_slots(spec: CacheSpec, position: np.ndarray) -> np.ndarray:

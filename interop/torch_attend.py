@@ -1,7 +1,6 @@
-"""Attention over a torch-owned cache on a GPU by kernels that torch launches: prepare, decode, merge."""
+"""Attention over a torch-owned cache on a GPU by kernels that torch launches."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -9,11 +8,16 @@ import numpy as np
 import torch
 
 import tq_jax as tq
-from interop.torch_kernels import TorchProgram
+from interop.chunk import attend_chunk
+from interop.torch_function import TorchFunction
+from interop.torch_kernels import BoundProgram
 from pallas_kernels.decode import LogitOptions, fused
 from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
 from tq_jax.attention import arrays_of
 from tq_jax.quantizer import sketch_gain
+
+LONGEST = 1024
+"""Query tokens of a launch; bounds what kernels hand on to each other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +40,7 @@ class KernelAttention:
     def __init__(self, cache: tq.Cache) -> None:
         self._spec = cache.spec
         self._arrays = kernel_arrays(cache)
-        self._fixed = jax.tree.leaves(self._arrays)
-        self._programs: dict[Any, tuple[TorchProgram, list[int]]] = {}
+        self._programs: dict[Any, BoundProgram] = {}
 
     def __call__(
         self,
@@ -51,32 +54,33 @@ class KernelAttention:
         Raises:
             NotImplementedError: For shapes or formats outside the kernels' limits.
         """
-        count = query.shape[1]
-        if count <= MAX_QUERY_TOKENS:
+        whole = query.shape[1]
+        if whole <= MAX_QUERY_TOKENS:
             return self._launch(query, options, sink_logits, counts)
         # Queries are placed by how many there are from them to the end, so that a block of them says so.
-        left = torch.full(query.shape[:1], count, dtype=torch.int32, device=query.device) if counts is None else counts
-        starts = range(0, count, MAX_QUERY_TOKENS)
-        blocks = (query[:, start : start + MAX_QUERY_TOKENS] for start in starts)
-        parts = [
-            self._launch(block, options, sink_logits, left - start) for start, block in zip(starts, blocks, strict=True)
-        ]
+        left = torch.full(query.shape[:1], whole, dtype=torch.int32, device=query.device) if counts is None else counts
+        parts = []
+        for start in range(0, whole, LONGEST):
+            block = query[:, start : start + LONGEST]
+            size = padded_size(block.shape[1])
+            padded = torch.nn.functional.pad(block, (0, 0, 0, 0, 0, size - block.shape[1]))
+            parts.append(self._launch(padded, options, sink_logits, left - start)[:, : block.shape[1]])
         return torch.cat(parts, dim=1)
 
     def _launch(
         self, query: torch.Tensor, options: AttendOptions, sink_logits: torch.Tensor | None, counts: torch.Tensor | None
     ) -> torch.Tensor:
-        query = query.contiguous()
-        key = (query.shape, query.dtype, options, sink_logits is None, counts is None)
-        extra = [x for x in (sink_logits, counts) if x is not None]
-        if key not in self._programs:
-            program = _program(
-                _Static(self._spec, options), _shapes((query, self._arrays, sink_logits, counts)), query.device
-            )
-            self._programs[key] = program, program.check([query, *self._fixed, *extra])[1 : 1 + len(self._fixed)]
-        program, fixed = self._programs[key]
-        pointers = [query.data_ptr(), *fixed, *(x.data_ptr() for x in extra)]
-        return program.launch([query, *self._fixed, *extra], pointers)[0]
+        chunk = query.shape[1] > MAX_QUERY_TOKENS
+        if (options, chunk) not in self._programs:
+            kind = TorchFunction if chunk else None
+            self._programs[options, chunk] = BoundProgram(_Static(self._spec, options), self._arrays, kind=kind)
+        return self._programs[options, chunk](query.contiguous(), sink_logits, counts)[0]
+
+
+def padded_size(count: int) -> int:
+    """Query tokens that a chunk is padded to: at most a quarter more, and few sizes, so that few are compiled."""
+    step = max(16, 1 << max(count.bit_length() - 3, 0))
+    return -(-count // step) * step
 
 
 def kernel_arrays(cache: tq.Cache) -> fused.CacheArrays:
@@ -97,8 +101,9 @@ def kernel_arrays(cache: tq.Cache) -> fused.CacheArrays:
 class _Static:
     spec: tq.CacheSpec
     options: AttendOptions
+    interpret: bool = False
 
-    def __call__(self, query: Any, arrays: fused.CacheArrays, sinks: Any, counts: Any) -> tuple[Any]:
+    def __call__(self, arrays: fused.CacheArrays, query: Any, sinks: Any, counts: Any) -> tuple[Any]:
         spec, options = self.spec, self.options
         scale = options.scale or float(np.float32(spec.head_dim**-0.5))
         plan = fused.AttendPlan(
@@ -108,24 +113,7 @@ class _Static:
             sinks=spec.sinks,
             sketch_gain=sketch_gain(spec.head_dim),
             precise=options.precise,
+            interpret=self.interpret,
         )
-        return (fused.attend_cache(query, arrays, plan, sink_logits=sinks, counts=counts),)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shapes:
-    """A tree of shapes that can be a key of a cache."""
-
-    leaves: tuple[tuple[tuple[int, ...], torch.dtype], ...]
-    structure: Any
-
-
-def _shapes(tree: Any) -> _Shapes:
-    leaves, structure = jax.tree.flatten(tree)
-    return _Shapes(tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), structure)
-
-
-@functools.lru_cache(maxsize=256)  # the layers of a model share their programs
-def _program(function: _Static, shapes: _Shapes, device: torch.device) -> TorchProgram:
-    leaves = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes.leaves]
-    return TorchProgram(function, *jax.tree.unflatten(shapes.structure, leaves), device=device)
+        attend = fused.attend_cache if query.shape[1] <= MAX_QUERY_TOKENS else attend_chunk
+        return (attend(query, arrays, plan, sink_logits=sinks, counts=counts),)

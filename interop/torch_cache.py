@@ -1,7 +1,8 @@
 """A compressed cache whose memory torch owns: the bytes of `tq_jax.Cache`, written in place by torch.
 
-Tokens go where `tq_jax.append` puts them and give the same codes. JAX computes the codes and the attention and never
-holds more of the cache than views; torch moves tokens and writes. A cache has rows, each a sequence.
+Tokens go where `tq_jax.append` puts them and give the same codes. On a GPU torch launches the kernels that append and
+attend; on a CPU JAX computes the codes and the attention, over views, and torch moves tokens and writes. A cache has
+rows, each a sequence.
 """
 
 import dataclasses
@@ -9,17 +10,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import torch
 from jaxtyping import Float
 
 import tq_jax as tq
 from interop import compute, ops
 from interop.dlpack import to_jax, to_torch
-from interop.moves import Moves, plan_append
+from interop.jax_append import update_statistics, write_chunk
+from interop.moves import counters_after, plan_append
 from interop.state import empty_tensors, load_tensors, map_rows, named_tensors, zero_pools
+from interop.torch_append import KernelAppend
 from interop.torch_attend import AttendOptions, KernelAttention
-from interop.torch_encode import KernelEncoder
+
+Lengths = Sequence[int] | torch.Tensor
+"""Tokens of each row; a tensor may be on the GPU, where a CUDA graph reads it anew."""
 
 
 class TorchCache:
@@ -27,6 +31,8 @@ class TorchCache:
 
     Cropping keeps what is compressed compressed: a token that has left the window is not made exact again, so after a
     crop the window holds fewer exact tokens than it could until new ones fill it. Key statistics, once fixed, stay.
+
+    A CUDA graph can capture `append` and `attend` once each has run with the same shapes; see `advance`.
 
     Attributes:
         arrays: The cache as a pytree of tensors (bfloat16 where JAX holds its bits). Write it only through methods.
@@ -72,7 +78,7 @@ class TorchCache:
             self._number, self._version = ops.register(self), torch.zeros(1, dtype=torch.int32)
         self._view: Any = None
         self._kernels: KernelAttention | None = None
-        self._encoder: KernelEncoder | None = None
+        self._appends: KernelAppend | None = None
 
     @property
     def spec(self) -> tq.CacheSpec:
@@ -103,7 +109,7 @@ class TorchCache:
         v: Float[torch.Tensor, "b t h_kv d"],
         *,
         query: Float[torch.Tensor, "b t h_q d"] | None = None,
-        lengths: Sequence[int] | None = None,
+        lengths: Lengths | None = None,
     ) -> None:
         """Appends one token or a chunk to every row, in place.
 
@@ -111,7 +117,8 @@ class TorchCache:
             k: Keys, after rotary embedding.
             v: Values.
             query: Queries of the same tokens; only their channel-wise power is kept, for `smooth_keys`.
-            lengths: Tokens of each row's chunk that exist; the rest is right padding. All by default.
+            lengths: Tokens of each row's chunk that exist; the rest is right padding. All by default. While a CUDA
+                graph captures the append, a tensor on the GPU; otherwise one is read back.
 
         Raises:
             ValueError: For shapes that do not fit or a row without room, before anything is written. Tokens that are
@@ -123,23 +130,56 @@ class TorchCache:
             self.append_now(k, v, query=query, lengths=lengths)
 
     def append_now(
-        self, k: torch.Tensor, v: torch.Tensor, *, query: torch.Tensor | None, lengths: Sequence[int] | None
+        self, k: torch.Tensor, v: torch.Tensor, *, query: torch.Tensor | None, lengths: Lengths | None
     ) -> None:
-        """`append`, outside of a graph."""
+        """`append`, outside of a compiled graph."""
+        if self.is_capturing:
+            self._check_chunk(k, v, query, (0,) * self.rows)
+            if not self._ready and self.arrays.pages is not None:
+                raise ValueError(
+                    f"expected fixed key statistics when a CUDA graph captures an append, got rows of {self.lengths} "
+                    f"tokens: they are fixed when the first token leaves the window of {self.spec.window}"
+                )
+            self._append_by_kernels(k, v, lengths)
+            return
         counts = self._counts(k, lengths)
         self._check_chunk(k, v, query, counts)
-        moves = plan_append(self.spec, self.lengths, self.compressed, counts, str(self.device))
-        k, v = (x.detach().to(self.arrays.exact_keys.dtype) for x in (k, v))
+        after = counters_after(self.spec, self.lengths, self.compressed, counts)
         if not self._ready:
-            self._update_statistics(k, query, counts, moves)
-        if moves.page.numel():
-            self._compress(k, v, moves)
-        where = (moves.kept_row, slice(None), moves.kept_slot)
-        self.arrays.exact_keys[where] = k[moves.kept_row, moves.kept_step]
-        self.arrays.exact_values[where] = v[moves.kept_row, moves.kept_step]
-        self.arrays.length.copy_(moves.counters[0])
-        self.arrays.compressed.copy_(moves.counters[1])
-        self.lengths, self.compressed = moves.length, moves.compressed
+            evicts = tuple(new > old for old, new in zip(self.compressed, after[1], strict=True))
+            self._ready = update_statistics(
+                self.arrays, self._stored(k), query, lengths=self.lengths, counts=counts, evicts=evicts
+            )
+        if self.device.type == "cuda":
+            self._append_by_kernels(k, v, lengths)
+        else:
+            moves = plan_append(self.spec, self.lengths, self.compressed, counts, str(self.device))
+            write_chunk(self.arrays, self.as_jax(), self._stored(k), self._stored(v), moves)
+        self.lengths, self.compressed = after
+
+    def _stored(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens as the window holds them."""
+        return tokens.detach().to(self.arrays.exact_keys.dtype)
+
+    def _append_by_kernels(self, k: torch.Tensor, v: torch.Tensor, lengths: Lengths | None) -> None:
+        if self._appends is None:
+            self._appends = KernelAppend(self.arrays)
+        self._appends(k, v, self._on_device(lengths))
+
+    def advance(self, counts: int | Sequence[int] = 1) -> None:
+        """Says that a CUDA graph which captured an append is about to be replayed: a replay counts on the GPU only.
+
+        Args:
+            counts: Tokens that each row gets.
+
+        Raises:
+            ValueError: For rows without room, or not one count a row.
+        """
+        given = (counts,) * self.rows if isinstance(counts, int) else tuple(counts)
+        if len(given) != self.rows or min(given, default=0) < 0:
+            raise ValueError(f"expected a count of at least 0, or one for each of {self.rows} rows, got {counts}")
+        self._check_room(given)
+        self.lengths, self.compressed = counters_after(self.spec, self.lengths, self.compressed, given)
 
     def attend(
         self,
@@ -149,7 +189,7 @@ class TorchCache:
         softcap: float | None = None,
         sink_logits: Float[torch.Tensor, "h_q"] | None = None,
         scale: float | None = None,
-        lengths: Sequence[int] | None = None,
+        lengths: Lengths | None = None,
         precise: bool = False,
     ) -> Float[torch.Tensor, "b t h_q d"]:
         """Attention of the latest tokens over everything in the cache, causal; arguments as in `tq_jax.attend`.
@@ -178,15 +218,15 @@ class TorchCache:
         softcap: float | None,
         sink_logits: torch.Tensor | None,
         scale: float | None,
-        lengths: Sequence[int] | None,
+        lengths: Lengths | None,
         precise: bool,
     ) -> torch.Tensor:
         """`attend`, outside of a graph."""
         if self.device.type != query.device.type:
             raise ValueError(f"expected a query on {self.device}, got one on {query.device}")
-        counts = None
-        if lengths is not None:
-            counts = torch.tensor(self._counts(query, lengths), dtype=torch.int32, device=self.device)
+        if not self.is_capturing:
+            self._counts(query, lengths)
+        counts = self._on_device(lengths)
         if self.device.type == "cuda":
             options = AttendOptions(sliding_window, softcap, scale, precise)
             return self._attend_by_kernels(query, options, sink_logits, counts)
@@ -301,11 +341,21 @@ class TorchCache:
         load_tensors(self.arrays, state)
         self._adopt(self.arrays)
 
-    def _counts(self, chunk: torch.Tensor, lengths: Sequence[int] | None) -> tuple[int, ...]:
+    @property
+    def is_capturing(self) -> bool:
+        """Whether a CUDA graph is being captured, so that what is launched now does not run now."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _on_device(self, lengths: Lengths | None) -> torch.Tensor | None:
+        if lengths is None or isinstance(lengths, torch.Tensor):
+            return None if lengths is None else lengths.to(self.device, torch.int32)
+        return torch.tensor(lengths, dtype=torch.int32, device=self.device)
+
+    def _counts(self, chunk: torch.Tensor, lengths: Lengths | None) -> tuple[int, ...]:
         """Tokens of each row's chunk, or raises ValueError."""
         if lengths is None:
             return (chunk.shape[1],) * self.rows
-        counts = tuple(int(count) for count in lengths)
+        counts = tuple(int(n) for n in (lengths.tolist() if isinstance(lengths, torch.Tensor) else lengths))
         if len(counts) != self.rows or any(not 0 <= count <= chunk.shape[1] for count in counts):
             raise ValueError(f"expected {self.rows} lengths from 0 to {chunk.shape[1]}, got {list(counts)}")
         return counts
@@ -324,7 +374,10 @@ class TorchCache:
                 raise ValueError(
                     f"expected {name} to be floating point on {self.device}, got {tensor.dtype} on {tensor.device}"
                 )
-        total = [before + count for before, count in zip(self.lengths, counts, strict=True)]
+        self._check_room(counts)
+
+    def _check_room(self, counts: tuple[int, ...]) -> None:
+        spec, total = self.spec, [before + count for before, count in zip(self.lengths, counts, strict=True)]
         if max(total, default=0) > spec.max_tokens:
             raise ValueError(f"expected at most max_tokens={spec.max_tokens} tokens a row, got {total}")
 
@@ -333,66 +386,3 @@ class TorchCache:
         self.lengths, self.compressed = lengths, compressed
         self.arrays.length.copy_(torch.tensor(lengths, dtype=torch.int32))
         self.arrays.compressed.copy_(torch.tensor(compressed, dtype=torch.int32))
-
-    def _update_statistics(
-        self, k: torch.Tensor, query: torch.Tensor | None, counts: tuple[int, ...], moves: Moves
-    ) -> None:
-        """Observes queries and fixes the statistics of rows whose first token leaves the window."""
-        arrays, spec = self.arrays, self.spec
-        statistics = arrays.statistics
-        evicts = np.array(moves.compressed) > np.array(self.compressed)
-        fix = ~statistics.ready & torch.from_numpy(evicts).to(self.device)
-        if query is None and not evicts.any():
-            return
-        before, step = torch.tensor(self.lengths)[:, None], torch.arange(k.shape[1])[None]
-        exists = step < torch.tensor(counts)[:, None]
-        keys = valid = None
-        if evicts.any():
-            in_ring = torch.arange(spec.ring)[None] < before - spec.sinks
-            valid = torch.cat([in_ring, exists & (before + step >= spec.sinks)], 1).to(self.device)
-            keys = torch.cat([arrays.exact_keys[:, :, spec.sinks :].transpose(1, 2), k], 1).float()
-        new = compute.update_statistics(
-            statistics, query=query if query is None else query.detach(), exists=exists.to(self.device),
-            keys=keys, valid=valid, fix=fix, center=spec.center_keys, smooth=spec.smooth_keys,
-        )  # fmt: skip
-        jax.tree.map(lambda old, value: old.copy_(value), statistics, new)
-        self._ready = bool(statistics.ready.all())
-
-    def _compress(self, k: torch.Tensor, v: torch.Tensor, moves: Moves) -> None:
-        """Quantizes the tokens that leave and writes them to their pages."""
-        arrays = self.arrays
-        assert arrays.pages is not None
-        sources = ((arrays.exact_keys, k), (arrays.exact_values, v))
-        for start in range(0, moves.page.numel(), compute.LARGEST_BATCH):
-            part = slice(start, start + compute.LARGEST_BATCH)
-            keys, values = (_leaving(exact, chunk, moves, part) for exact, chunk in sources)
-            rows, page, place = (x[part] for x in (moves.leaving_row, moves.page, moves.place))
-            given = () if arrays.statistics is None else (arrays.statistics.mean[rows], arrays.statistics.weight[rows])
-            if self.device.type == "cuda":
-                self._encoder = self._encoder or KernelEncoder(arrays)
-                self._encoder(keys, values, page * self.spec.page_size + place, *given)
-                continue
-            keys, values = keys.float(), values.float()
-            keys = (keys - given[0]) * given[1] if given else keys
-            view = self.as_jax()
-            codes = compute.encode_tokens(view.key_quantizer, view.value_quantizer, keys, values)
-            _write(arrays.pages.keys, codes[0], page, place, channel_major=False)
-            _write(arrays.pages.values, codes[1], page, place, channel_major=True)
-
-
-def _leaving(exact: torch.Tensor, chunk: torch.Tensor, moves: Moves, part: slice) -> torch.Tensor:
-    """Tokens that go to the pages, [n, h_kv, d]: those of the ring, then those of the chunk."""
-    split = moves.ring_row.numel()
-    old, new = slice(part.start, min(part.stop, split)), slice(max(part.start - split, 0), max(part.stop - split, 0))
-    ring = exact[moves.ring_row[old], :, moves.ring_slot[old]]
-    return torch.cat([ring, chunk[moves.chunk_row[new], moves.chunk_step[new]]])
-
-
-def _write(pool: tq.Code, code: tq.Code, page: torch.Tensor, place: torch.Tensor, *, channel_major: bool) -> None:
-    """Writes codes [n, h_kv, ...] to their places; layouts as in `pallas_kernels.decode.pages`."""
-    for name, tensor in vars(pool).items():
-        if tensor is None:
-            continue
-        token_major = name == "signs" or (name == "packed" and not channel_major)
-        where = (page, slice(None), place) if token_major else (page, ..., place)
-        tensor[where] = getattr(code, name)

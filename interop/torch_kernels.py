@@ -8,7 +8,7 @@ so a CUDA graph can capture it; what the function makes on the way lies in one w
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from pallas_kernels._compat import TritonKernel, lower_for_cuda, triton_kernels
 
 ALIGNMENT = 256
 """Bytes that parts of the workspace are aligned to."""
+
+STREAM = 3
+"""Place of the stream among the arguments of a launch, after the grid."""
 
 POINTER_ALIGNMENT = 16
 """Bytes that the kernels assume arrays are aligned to."""
@@ -203,6 +206,23 @@ def compile_kernel(kernel: TritonKernel) -> Any:
         return triton.compile(str(source), target=driver.active.get_current_target(), options=options)
 
 
+def require_alike(
+    tensors: list[torch.Tensor], inputs: tuple[tuple[tuple[int, ...], str], ...], device: torch.device
+) -> None:
+    """Raises ValueError for tensors of other shapes or types, not contiguous, or off alignment."""
+    for tensor, (shape, dtype) in zip(tensors, inputs, strict=True):
+        if tuple(tensor.shape) != shape or _numpy_name(tensor) != dtype or tensor.device != device:
+            raise ValueError(
+                f"expected {dtype}{list(shape)} on {device}, "
+                f"got {_numpy_name(tensor)}{list(tensor.shape)} on {tensor.device}"
+            )
+        if not tensor.is_contiguous() or tensor.data_ptr() % POINTER_ALIGNMENT:
+            raise ValueError(
+                f"expected contiguous memory aligned to {POINTER_ALIGNMENT} bytes, "
+                f"got strides {tensor.stride()} at offset {tensor.data_ptr() % POINTER_ALIGNMENT}"
+            )
+
+
 class TorchProgram:
     """A JAX function of kernels as a function of torch tensors; see the module.
 
@@ -217,8 +237,8 @@ class TorchProgram:
 
     def __init__(self, function: Callable, *examples: Any, device: torch.device) -> None:
         self.device = device
-        self.plan = plan_launches(function, *jax.tree.map(_struct, examples))
-        self._constants = [torch.from_numpy(value).to(self.device) for value in self.plan.constants]
+        self.plan = plan_launches(function, *jax.tree.map(struct, examples))
+        self._constants = [constant(value, self.device) for value in self.plan.constants]
         self._made = [(shape, getattr(torch, dtype)) for shape, dtype in self.plan.made]
         with torch.cuda.device(self.device):
             self._kernels = [compile_kernel(launch.kernel) for launch in self.plan.launches]
@@ -235,45 +255,110 @@ class TorchProgram:
         """
         return self.launch(jax.tree.leaves(arguments))
 
-    def check(self, tensors: list[torch.Tensor]) -> list[int]:
-        """Addresses of the inputs, or raises ValueError for tensors unlike the examples."""
-        for tensor, (shape, dtype) in zip(tensors, self.plan.inputs, strict=True):
-            if tuple(tensor.shape) != shape or _numpy_name(tensor) != dtype or tensor.device != self.device:
-                raise ValueError(
-                    f"expected {dtype}{list(shape)} on {self.device}, "
-                    f"got {_numpy_name(tensor)}{list(tensor.shape)} on {tensor.device}"
-                )
-            if not tensor.is_contiguous() or tensor.data_ptr() % POINTER_ALIGNMENT:
-                raise ValueError(
-                    f"expected contiguous memory aligned to {POINTER_ALIGNMENT} bytes, "
-                    f"got strides {tensor.stride()} at offset {tensor.data_ptr() % POINTER_ALIGNMENT}"
-                )
-        return [tensor.data_ptr() for tensor in tensors]
+    def check(self, tensors: list[torch.Tensor]) -> None:
+        """Raises ValueError for tensors unlike the examples."""
+        require_alike(tensors, self.plan.inputs, self.device)
 
-    def launch(self, tensors: list[torch.Tensor], pointers: list[int] | None = None) -> tuple[torch.Tensor, ...]:
-        """Launches on flat inputs; `pointers`, as `check` gave them, spare the checks."""
-        pointers = self.check(tensors) if pointers is None else pointers
+    def launch(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Launches on flat inputs, which are checked."""
+        self.check(tensors)
+        return self._run(self._calls(()), (), tensors)
+
+    def bind(self, fixed: Sequence[torch.Tensor]) -> Callable[[list[torch.Tensor]], tuple[torch.Tensor, ...]]:
+        """The program with its first inputs given, as a function of the others; neither are checked."""
+        return functools.partial(self._run, self._calls(fixed), tuple(fixed))
+
+    def _calls(self, fixed: Sequence[torch.Tensor]) -> list[tuple[Callable, list[Any], list[tuple[int, int, int]]]]:
+        """What to call for each launch, with which arguments, and which of these are known only then.
+
+        The latter are places in the arguments, places in the addresses that a run has, and offsets.
+        """
+        known = {("input", i): tensor for i, tensor in enumerate(fixed)}
+        known |= {("constant", i): tensor for i, tensor in enumerate(self._constants)}
+        first = {"workspace": 0, "output": 1, "input": 1 + len(self._made) - len(fixed)}
+        calls = []
+        for launch, kernel, run in zip(self.plan.launches, self._kernels, self._runs, strict=True):
+            arguments = [*launch.kernel.grid, None, kernel.function, kernel.packed_metadata, None, None, None]
+            later = []
+            for place in launch.arguments:
+                held = known.get((place.kind, place.index))
+                if place.kind == "workspace":
+                    later.append((len(arguments), 0, place.index))
+                elif held is None:
+                    later.append((len(arguments), first[place.kind] + place.index, 0))
+                arguments.append(None if held is None else held.data_ptr())
+            calls.append((run, arguments, later))
+        return calls
+
+    def _run(
+        self, calls: list[Any], fixed: tuple[torch.Tensor, ...], given: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
         made = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self._made]
         workspace = torch.empty(self.plan.workspace, dtype=torch.uint8, device=self.device)
-        start = workspace.data_ptr()
+        addresses = [workspace.data_ptr(), *(x.data_ptr() for x in made), *(x.data_ptr() for x in given)]
         # torch's raw stream of this device, as triton's own launcher takes it
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-        for launch, kernel, run in zip(self.plan.launches, self._kernels, self._runs, strict=True):
-            addresses = []
-            for place in launch.arguments:
-                if place.kind == "input":
-                    addresses.append(pointers[place.index])
-                elif place.kind == "workspace":
-                    addresses.append(start + place.index)
-                else:
-                    held = self._constants if place.kind == "constant" else made
-                    addresses.append(held[place.index].data_ptr())
-            run(*launch.kernel.grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *addresses)
-        held = {"input": tensors, "output": made, "constant": self._constants}
+        for run, template, later in calls:
+            arguments = template.copy()
+            arguments[STREAM] = stream
+            for place, index, offset in later:
+                arguments[place] = addresses[index] + offset
+            run(*arguments)
+        held = {"input": (*fixed, *given), "output": made, "constant": self._constants}
         return tuple(held[place.kind][place.index] for place in self.plan.outputs)
 
 
-def _struct(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
+class BoundProgram:
+    """A JAX function of kernels whose first argument is a tree of tensors that stay where they are.
+
+    It is lowered once for each set of shapes, by all that have equal functions and trees of equal shapes together.
+
+    Args:
+        function: As for `TorchProgram`, and hashable: equal ones compute the same.
+        fixed: The tree.
+        kind: `TorchProgram`, or another class like it.
+    """
+
+    def __init__(self, function: Callable, fixed: Any, *, kind: Any = None) -> None:
+        self._function, self._kind = function, kind or TorchProgram
+        self._fixed, self._structure = jax.tree.flatten(fixed)
+        self._programs: dict[Any, Callable] = {}
+
+    def __call__(self, *arguments: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Launches with further arguments, each contiguous; results as of `TorchProgram`."""
+        given = [x if x.data_ptr() % POINTER_ALIGNMENT == 0 else x.clone() for x in arguments if x is not None]
+        key = tuple(None if x is None else (x.shape, x.dtype) for x in arguments)
+        if key not in self._programs:
+            self._programs[key] = self._make(key, given)
+        return self._programs[key](given)
+
+    def _make(self, key: tuple[Any, ...], given: list[torch.Tensor]) -> Callable:
+        fixed = tuple((x.shape, x.dtype) for x in self._fixed)
+        program = _shared_program(self._kind, self._function, fixed, self._structure, key, self._fixed[0].device)
+        program.check([*self._fixed, *given])
+        return program.bind(self._fixed)
+
+
+@functools.lru_cache(maxsize=256)
+def _shared_program(
+    kind: Any, function: Callable, fixed: tuple[Any, ...], structure: Any, key: tuple[Any, ...], device: torch.device
+) -> Any:
+    def meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    tree = jax.tree.unflatten(structure, [meta(*leaf) for leaf in fixed])
+    return kind(function, tree, *(None if x is None else meta(*x) for x in key), device=device)
+
+
+def constant(value: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A tensor of an array's values; bfloat16, which numpy does not know, by its bits."""
+    if value.dtype.name == "bfloat16":
+        return torch.from_numpy(value.view(np.uint16).copy()).view(torch.bfloat16).to(device)
+    return torch.from_numpy(value.copy()).to(device)
+
+
+def struct(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
+    """Shape and type of a tensor, as JAX has them."""
     return jax.ShapeDtypeStruct(tuple(tensor.shape), _numpy_name(tensor))
 
 

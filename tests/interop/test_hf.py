@@ -10,6 +10,7 @@ from fake_quant_hf import fake_quant_cache  # noqa: E402
 import tq_jax as tq  # noqa: E402
 from interop.hf import ATTENTION, CompressedLayer, TurboQuantCache  # noqa: E402
 from interop.hf_attention import compressed_attention, real_tokens  # noqa: E402
+from interop.torch_cache import TorchCache  # noqa: E402
 
 D, NEW = 32, 10
 TWO = tq.QuantizerSpec(D, 2)  # coarse, so that tokens depend on it
@@ -177,6 +178,15 @@ def test_operations_on_layers(model, ids):
     assert cache.get_seq_length() == 0 and layer.cache.lengths == (0, 0)
     with pytest.raises(NotImplementedError, match="stays on its device"):
         layer.offload()
+
+
+def test_a_graph_of_a_model_is_refused(model, ids, monkeypatch):
+    cache = compressed(model)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        monkeypatch.setattr(TorchCache, "is_capturing", True)
+        with pytest.raises(NotImplementedError, match="a CUDA graph of a model over a TurboQuantCache: masks are read"):
+            model(ids[:, :1], past_key_values=cache)
 
 
 def test_bytes_per_token():

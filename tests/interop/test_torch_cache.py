@@ -225,6 +225,29 @@ def test_a_full_precision_cache():
     torch.testing.assert_close(cache.attend(q), want.transpose(1, 2), rtol=0, atol=1e-5)
 
 
+def test_a_capture_leaves_the_counters_of_the_host(monkeypatch):
+    """What a CUDA graph records does not run, so replays are announced; lengths may lie on the GPU."""
+    cache, recorded = filled(), []
+    monkeypatch.setattr(TorchCache, "is_capturing", True)
+    monkeypatch.setattr(TorchCache, "_append_by_kernels", lambda self, k, v, lengths: recorded.append(lengths))
+    counts = torch.tensor([1, 0])
+    cache.append(*chunk(1)[:2], lengths=counts)
+    assert recorded == [counts] and cache.lengths == (50, 50) and cache.compressed == (30, 30)
+    new = TorchCache(CENTRED, 2)
+    with pytest.raises(ValueError, match=r"expected fixed key statistics when a CUDA graph captures an append, got"):
+        new.append(*chunk(1)[:2])
+    monkeypatch.undo()
+    cache.advance()
+    cache.advance([0, 3])
+    assert cache.lengths == (51, 54) and cache.compressed == (31, 34)
+    with pytest.raises(ValueError, match=r"at most max_tokens=96 tokens a row, got \[98, 101\]"):
+        cache.advance(47)
+    with pytest.raises(ValueError, match="expected a count of at least 0, or one for each of 2 rows, got -1"):
+        cache.advance(-1)
+    with pytest.raises(ValueError, match=r"expected 2 lengths from 0 to 1, got \[2, 0\]"):
+        cache.append(*chunk(1)[:2], lengths=torch.tensor([2, 0]))
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_errors():
     cache = filled()

@@ -1,5 +1,9 @@
-"""Launches read off lowered functions, which needs no GPU; that they compute the same is measured on one."""
+"""Launches read off lowered functions and what torch runs between them, which needs no GPU.
 
+Where kernels have to run they are interpreted by JAX; that a GPU computes the same is measured on one.
+"""
+
+import contextlib
 import functools
 
 import jax
@@ -10,20 +14,56 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import tq_jax as tq  # noqa: E402
-from interop import compute  # noqa: E402
+from interop import torch_append, torch_attend, torch_kernels  # noqa: E402
+from interop.dlpack import to_jax, to_torch  # noqa: E402
 from interop.split import split_constants  # noqa: E402
-from interop.torch_attend import AttendOptions, KernelAttention, kernel_arrays  # noqa: E402
-from interop.torch_attend import _Static as StaticAttend  # noqa: E402
+from interop.torch_append import KernelAppend  # noqa: E402
+from interop.torch_attend import AttendOptions, KernelAttention, kernel_arrays, padded_size  # noqa: E402
 from interop.torch_cache import TorchCache  # noqa: E402
-from interop.torch_encode import _Static as StaticEncode  # noqa: E402
-from interop.torch_kernels import Place, _struct, plan_launches  # noqa: E402
-from tq_jax.quantizer import encoder  # noqa: E402
+from interop.torch_function import TorchFunction  # noqa: E402
+from interop.torch_kernels import BoundProgram, Place, plan_launches, struct  # noqa: E402
+from pallas_kernels.append import AppendPlan  # noqa: E402
+from pallas_kernels.encode import encode_pages  # noqa: E402
+from pallas_kernels.encode import triton as encode_triton  # noqa: E402
 
 SPEC = tq.CacheSpec(2, 64, 512, tq.QuantizerSpec(64, 3, kind="prod"), tq.QuantizerSpec(64, 4))
+SMALL = tq.CacheSpec(2, 64, 64, tq.QuantizerSpec(64, 4), tq.QuantizerSpec(64, 4), window=10, page_size=32)
 
 
-def shapes(tree):
-    return jax.tree.map(_struct, tree)
+class Interpreted:
+    """In place of `TorchProgram`: JAX runs the function; what it gives for its first argument is written there."""
+
+    made = 0
+
+    def __init__(self, function, *examples, device):
+        Interpreted.made += 1
+        self._function, self._shapes = jax.jit(function), jax.tree.map(struct, examples)
+
+    def check(self, tensors):
+        inputs = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(self._shapes))
+        torch_kernels.require_alike(tensors, inputs, tensors[0].device)
+
+    def bind(self, fixed):
+        return lambda given: self.launch([*fixed, *given])
+
+    def launch(self, tensors):
+        arrays = jax.tree.unflatten(jax.tree.structure(self._shapes), to_jax([tensor.clone() for tensor in tensors]))
+        results = self._function(*arrays)
+        if jax.tree.structure(results) == jax.tree.structure(arrays[0]) and len(tensors) > 1:
+            for old, new in zip(tensors, jax.tree.leaves(results), strict=False):
+                old.copy_(to_torch(new))
+        return tuple(to_torch(jax.tree.leaves(results)))
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    def reference(keys, values, pages, slots, *, interpret, **options):
+        return encode_pages(keys, values, pages, slots, implementation="reference", **options)
+
+    monkeypatch.setattr(encode_triton, "encode_pages", reference)
+    monkeypatch.setattr(torch_kernels, "TorchProgram", Interpreted)
+    monkeypatch.setattr(torch_append, "AppendPlan", functools.partial(AppendPlan, interpret=True))
+    monkeypatch.setattr(torch_attend, "_Static", functools.partial(torch_attend._Static, interpret=True))
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +71,18 @@ def cache():
     return TorchCache(SPEC, 2)
 
 
+def tokens(count, seed):
+    """Keys, values and queries of two rows."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, count, heads, 64, generator=generator).bfloat16() for heads in (2, 2, 6)]
+
+
 def test_attention_is_three_launches(cache):
     """Prepare, decode, merge: only the output is new, all between lies in the workspace, every tensor is read."""
-    query = torch.zeros(2, 1, 4, 64, dtype=torch.bfloat16)
+    query = struct(torch.zeros(2, 1, 4, 64, dtype=torch.bfloat16))
     arrays = kernel_arrays(cache.arrays)
-    plan = plan_launches(StaticAttend(SPEC, AttendOptions()), shapes(query), shapes(arrays), None, None)
+    function = torch_attend._Static(SPEC, AttendOptions())
+    plan = plan_launches(function, jax.tree.map(struct, arrays), query, None, None)
     assert [launch.kernel.name for launch in plan.launches] == ["prepare", "decode", "merge"]
     assert plan.outputs == (Place("output", 0),) and plan.made == (((2, 1, 4, 64), "bfloat16"),)
     read = {place.index for launch in plan.launches for place in launch.arguments if place.kind == "input"}
@@ -50,34 +97,130 @@ def test_attention_is_three_launches(cache):
     assert arrays.exact_keys.dtype == torch.uint16
 
 
-def test_long_chunks_go_block_by_block(monkeypatch):
-    """Blocks of queries say how many there are to the end; here what a block gives is JAX's."""
-    small = TorchCache(SPEC, 2)
-    small.append(*torch.randn(2, 2, 40, 2, 64, generator=torch.Generator().manual_seed(0)), lengths=[40, 25])
-    query = torch.randn(2, 19, 4, 64)
+def test_appending_is_four_launches_in_place(cache, monkeypatch):
+    """Every array of the cache is written where it lies; what leaves the window passes through the workspace."""
+    made = []
+    monkeypatch.setattr(torch_kernels, "TorchProgram", lambda *given, device: made.append(given))
+    k, v, _ = tokens(1, 0)
+    with pytest.raises(AttributeError):
+        KernelAppend(cache.arrays)(k, v)
+    [(function, *examples)] = made
+    plan = plan_launches(function, *jax.tree.map(struct, examples))
+    assert [launch.kernel.name for launch in plan.launches] == ["leave", "encode", "encode", "enter"]
+    assert plan.made == () and plan.workspace > 0
+    written = {place.index for place in plan.outputs if place.kind == "input"}
+    assert written == set(range(len(jax.tree.leaves(examples[0]))))
+    again = KernelAppend(TorchCache(SPEC, 2).arrays)._program._function
+    assert function == again and hash(function) == hash(again)
+    assert function != KernelAppend(TorchCache(SPEC, 2, seed=5).arrays)._program._function
 
-    def launch(self, query, options, sink_logits, counts):
-        return compute.attend(query, small.as_jax(), lengths=counts)
 
-    monkeypatch.setattr(KernelAttention, "_launch", launch)
+def test_appending_gives_the_bytes_of_the_cpu(interpreted):
+    """Chunks padded to powers of two, ragged, cut into parts; statistics are read where they lie."""
+    want, found = TorchCache(SMALL, 2), TorchCache(SMALL, 2)
+    for one in (want, found):
+        one.append(*tokens(40, 0)[:2], lengths=[40, 17])
+    append, made = KernelAppend(found.arrays), Interpreted.made
+    for seed, (count, counts) in enumerate([(1, None), (3, [3, 0]), (11, [7, 11]), (1, None)], 1):
+        k, v, _ = tokens(count, seed)
+        want.append(k, v, lengths=counts)
+        append(k, v, None if counts is None else torch.tensor(counts, dtype=torch.int32))
+        for (name, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(found.arrays), jax.tree.leaves(want.arrays), strict=True
+        ):
+            assert torch.equal(a, b), name
+    assert Interpreted.made == made + 3
+
+
+def test_long_prompts_are_appended_in_parts(interpreted, monkeypatch):
+    monkeypatch.setattr(torch_append, "LONGEST", 16)
+    want, found = (TorchCache(SMALL, 2, statistics=(jnp.zeros((2, 64)), jnp.ones((2, 64)))) for _ in range(2))
+    k, v, _ = tokens(40, 0)
+    want.append(k, v, lengths=[40, 20])
+    KernelAppend(found.arrays)(k, v, torch.tensor([40, 20], dtype=torch.int32))
+    for a, b in zip(jax.tree.leaves(found.arrays), jax.tree.leaves(want.arrays), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_long_chunks_are_attended_to_as_by_jax(interpreted, monkeypatch):
+    """Kernels, what torch computes between them, blocks of queries, padding and sinks, against the reference."""
+    monkeypatch.setattr(torch_attend, "LONGEST", 16)
+    cache = TorchCache(SMALL, 2)
+    k, v, query = tokens(40, 0)
+    cache.append(k, v, query=query, lengths=[40, 25])
+    query, sinks, static = query[:, -19:].float(), torch.linspace(-1, 3, 6), {"sliding_window": 20, "softcap": 3.0}
+    attention = KernelAttention(cache.arrays)
     for lengths in ([19, 19], [19, 3]):
-        counts = torch.tensor(lengths, dtype=torch.int32)
-        found = KernelAttention(small.arrays)(query, AttendOptions(), counts=counts)
-        torch.testing.assert_close(found, small.attend(query, lengths=lengths), rtol=0, atol=1e-6)
+        want = cache.attend(query, lengths=lengths, sink_logits=sinks, **static)
+        counts = None if lengths[1] == 19 else torch.tensor(lengths, dtype=torch.int32)
+        found = attention(query, AttendOptions(**static), sinks, counts)
+        assert found.shape == want.shape
+        assert float((found - want).norm() / want.norm()) < 2e-3
 
 
-def test_encoding_writes_the_pools_in_place(cache):
-    quantizers = tq.make_quantizer(SPEC.key), tq.make_quantizer(SPEC.value, seed=1)
-    tokens, slots = torch.zeros(4, 1, 2, 64, dtype=torch.bfloat16), torch.zeros(4, 1, dtype=torch.int32)
-    given = torch.zeros(4, 2, 64)
-    function = StaticEncode(tuple(encoder(q) for q in quantizers))
-    plan = plan_launches(function, *map(shapes, (tokens, tokens, cache.arrays.pages, slots, given, given)))
-    assert [launch.kernel.name for launch in plan.launches] == ["encode", "encode"]
-    assert plan.made == () and plan.workspace == 0
-    assert plan.outputs == tuple(Place("input", 2 + i) for i in range(len(jax.tree.leaves(cache.arrays.pages))))
-    assert function == StaticEncode(tuple(encoder(q) for q in quantizers))
-    other = tq.make_quantizer(SPEC.key, seed=5)
-    assert function != StaticEncode((encoder(other), encoder(quantizers[1])))
+def test_sizes_of_padded_chunks():
+    assert [padded_size(n) for n in (9, 16, 33, 65, 100, 700, 1000, 1024)] == [16, 16, 48, 80, 112, 768, 1024, 1024]
+
+
+def test_operations_between_kernels():
+    """What torch makes of operations, functions that are called twice, and constants."""
+    table = jnp.arange(6.0).reshape(2, 3)
+
+    @jax.jit
+    def soft(x):
+        top = jnp.max(x, axis=1, keepdims=True)
+        return jnp.where(x > 0.5, jnp.exp2(x - top), jnp.minimum(jnp.abs(x), 2.0))
+
+    def forward(x, unused):
+        y = soft(x) + soft(2 * x[:, :3] + table)
+        return jnp.concatenate([y.T / 3, jnp.log2(y.T + 1)], axis=1).astype(jnp.float16), jnp.sum(y, axis=0) < 2
+
+    def backward(x, unused):
+        return forward(x[:, ::-1], unused)
+
+    x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
+    given = [torch.from_numpy(x), torch.zeros(3)]
+    with pytest.raises(NotImplementedError, match="torch runs kernels and .*, got rev"):
+        TorchFunction(backward, *given, device=torch.device("cpu"))
+    program = TorchFunction(forward, *given, device=torch.device("cpu"))
+    for found, want in zip(program.launch(given), forward(jnp.asarray(x), None), strict=True):
+        torch.testing.assert_close(found, to_torch(want), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"expected float32\[2, 3\] on cpu, got float32\[3\] on cpu"):
+        program.launch(given[::-1])
+
+
+def test_launches_get_the_addresses_of_tensors(cache, monkeypatch):
+    """What a kernel is launched with: grid, stream, then operands and results where the plan has them."""
+    launched = []
+
+    class Kernel:
+        function, packed_metadata = "function", "metadata"
+
+        def __init__(self, kernel):
+            self.name = kernel.name
+
+        def run(self, *given):
+            launched.append((self.name, *given))
+
+    monkeypatch.setattr(torch_kernels, "compile_kernel", Kernel)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    k, v, _ = tokens(1, 0)
+    KernelAppend(cache.arrays)(k, v)
+    assert [call[0] for call in launched] == ["leave", "encode", "encode", "enter"]
+    assert all(call[1:8] == (*call[1:4], 7, "function", "metadata", None) for call in launched)
+    enter = launched[-1]
+    window = [getattr(cache.arrays, name).data_ptr() for name in ("exact_keys", "exact_values", "length", "compressed")]
+    assert list(enter[10:12]) == [k.data_ptr(), v.data_ptr()]
+    assert list(enter[13:17]) == window and list(enter[18:22]) == window
+    assert launched[0][-3] == launched[1][10], "what leaves is what is encoded"
+
+
+def test_bound_programs_check_what_they_are_bound_to():
+    aligned = torch.zeros(64)
+    with pytest.raises(ValueError, match="expected contiguous memory aligned to 16 bytes, got strides .* at offset 4"):
+        BoundProgram(lambda x: x, aligned[1:], kind=Interpreted)()
+    assert BoundProgram(lambda x, y: (x, y + 1), aligned, kind=Interpreted)(torch.ones(9)[1:])[1].tolist() == [2.0] * 8
 
 
 def test_anything_but_kernels_is_refused():

@@ -1,0 +1,77 @@
+"""Attention of a long chunk over a whole cache, in JAX: two kernels of decoding around the one for long chunks."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode import fused
+from pallas_kernels.decode.exact_triton import LOG2_E
+from pallas_kernels.decode.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
+from pallas_kernels.decode.prepare_triton import Prepared, PrepareInputs, prepare, prepare_plan
+from pallas_kernels.decode.triton import check_addressable
+from pallas_kernels.prefill import triton
+
+
+def attend_chunk(
+    query: jax.Array, cache: fused.CacheArrays, plan: fused.AttendPlan, *, sink_logits: Any, counts: Any
+) -> Any:
+    """What `fused.attend_cache` computes, for any number of query tokens; arguments as there.
+
+    Raises:
+        NotImplementedError: For shapes or formats outside the kernels' limits.
+    """
+    if cache.pages is None:
+        return fused.attend_cache(query, cache, plan, sink_logits=sink_logits, counts=counts)
+    assert plan.key_format is not None and plan.value_format is not None
+    check_addressable((cache.exact_keys, cache.exact_values))
+    prepared = _prepare(query, cache, plan, counts)
+    pages = triton.attend_pages(
+        prepared.query,
+        cache.pages,
+        prepared.table,
+        prepared.lengths,
+        positions=prepared.positions,
+        key_format=plan.key_format,
+        value_format=plan.value_format,
+        options=plan.options,
+        logit_bias=prepared.bias,
+        sketch_query=prepared.sketch,
+        interpret=plan.interpret,
+    )
+    heads = cache.exact_keys.shape[1]
+    packed = Splits(*(_one_split(x, heads) for x in (pages.acc, pages.peak * LOG2_E, pages.total)))
+    exact = None if prepared.acc is None else Splits(prepared.acc, prepared.peak, prepared.total)
+    merging = merge_plan(
+        query.shape, splits=1, dtype=jnp.dtype(query.dtype).name, partial=False, interpret=plan.interpret
+    )
+    inputs = MergeInputs(packed, exact, cache.value_basis, sink_logits, None, counts, cache.overflow)
+    return merge_splits(inputs, merging)[0]
+
+
+def _one_split(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[b, t, h_q, ...] as [b, h_kv, 1, t * g, ...], as splits lie."""
+    batch, count, heads, *rest = x.shape
+    x = x.reshape(batch, count, kv_heads, heads // kv_heads, *rest).swapaxes(1, 2)
+    return x.reshape(batch, kv_heads, 1, count * heads // kv_heads, *rest)
+
+
+def _prepare(query: jax.Array, cache: fused.CacheArrays, plan: fused.AttendPlan, counts: Any) -> Prepared:
+    assert cache.pages is not None
+    exact = cache.exact_keys
+    keys, values = (cache.exact_keys, cache.exact_values) if exact.size else (None, None)
+    inputs = PrepareInputs(
+        query, None, counts, cache.length, cache.compressed, keys, values, cache.mean, cache.weight, cache.key_basis,
+        cache.sketch,
+    )  # fmt: skip
+    preparing = prepare_plan(
+        query.shape,
+        exact.shape,
+        exact.dtype.itemsize,
+        options=plan.options,
+        sinks=plan.sinks,
+        pages_per_row=cache.pages.keys.packed.shape[0] // cache.length.shape[0],
+        sketch_gain=plan.sketch_gain,
+        interpret=plan.interpret,
+    )
+    return prepare(inputs, preparing)
