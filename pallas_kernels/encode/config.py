@@ -26,14 +26,17 @@ class TileConfig:
                 raise ValueError(f"expected {name} in {allowed}, got {name}={getattr(self, name)}")
 
 
-def default_config(tokens: int, fmt: VectorFormat) -> TileConfig:
+def default_config(tokens: int, fmt: VectorFormat, *, hadamard: bool = False) -> TileConfig:
     """The configuration for a number of tokens of one row (or of all, where rows are shorter than a tile).
 
     A thread holds half a row of 128 channels of one segment of two tokens. Formats whose channels are no quads, and
     rotations of more than 128 channels, need more registers a channel.
     """
+    width = quads.tile_width(fmt, hadamard=hadamard)
+    if width and hadamard:
+        return TileConfig(tile=16, num_warps=1)
     segments = list(fmt.segments) if isinstance(fmt, CodebookFormat) and not fmt.residual else []
-    lean = len(segments) == 1 and fmt.dim <= 128 and quads.runs(segments[0]) > 0
+    lean = width > 0 and fmt.dim <= 128
     if fmt.dim > 192:
         return TileConfig(tile=16, num_warps=8, chunk=64)
     largest = 32 if not lean else 64 if segments[0].bits == 5 else 128

@@ -25,6 +25,7 @@ class Plan:
         chunk: Channels that one product of the rotation contracts.
         flat: Whether a tile may hold tokens of several rows.
         planes: fp16 planes that vectors are cut into; 0 for bfloat16 vectors that are multiplied as they are.
+        hadamard: Whether the matrix is signs of channels times the Walsh-Hadamard matrix.
         interpret: Whether the kernel runs as jnp.
     """
 
@@ -40,6 +41,7 @@ class Plan:
     chunk: int
     flat: bool
     planes: int
+    hadamard: bool
     interpret: bool
 
 
@@ -58,6 +60,7 @@ class Inputs:
         sketch: fp16 planes [padded dim, padded dim] of the transposed sketch; empty without one.
         signs: fp16 packer of the sketch's signs, or None.
         inverse: 1 / the multiples of a search, or None.
+        tables: int32 [words, tile], what `cells` looks up; each word once a token. None if it does not.
     """
 
     x: Any
@@ -69,3 +72,4 @@ class Inputs:
     sketch: tuple
     signs: Any
     inverse: Any
+    tables: Any

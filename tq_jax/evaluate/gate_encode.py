@@ -51,7 +51,7 @@ def case(
     """
     shape = jax.ShapeDtypeStruct
     pages = jax.eval_shape(lambda: empty_pages(PAGES, KV_HEADS, PAGE_SIZE, spec.format, spec.format))
-    config = default_config(rows * tokens if tokens < triton.LEAST_ROW else tokens, spec.format)
+    config = default_config(rows * tokens if tokens < triton.LEAST_ROW else tokens, spec.format, hadamard=True)
     statistics = shape((rows, KV_HEADS, spec.dim), jnp.float32) if keys else None
     return Case(
         name,
