@@ -54,7 +54,7 @@ def tables(book: Codebook) -> np.ndarray:
     carry = np.zeros(8, np.uint8)
     for cell in cells:
         carry[cell // RUN] = RUN - cell % RUN
-    index = np.searchsorted(cells, RUN * np.arange(8), side="right")
+    index = np.searchsorted(cells, RUN * np.arange(8))
     odd = 2 * np.asarray(book.levels)[index] + 1
     level = (odd / 2).astype(np.float32).view(np.uint32)
     return np.stack([carry, odd, level >> 24, level >> 16 & 255, index]).astype(np.uint8).view(np.int32).ravel()

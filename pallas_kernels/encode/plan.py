@@ -60,7 +60,6 @@ class Inputs:
         sketch: fp16 planes [padded dim, padded dim] of the transposed sketch; empty without one.
         signs: fp16 packer of the sketch's signs, or None.
         inverse: 1 / the multiples of a search, or None.
-        tables: int32 [words, tile], what `cells` looks up; each word once a token. None if it does not.
     """
 
     x: Any
@@ -72,4 +71,3 @@ class Inputs:
     sketch: tuple
     signs: Any
     inverse: Any
-    tables: Any

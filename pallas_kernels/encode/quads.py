@@ -31,8 +31,9 @@ def tile_width(fmt: VectorFormat, *, hadamard: bool) -> int:
     [book] = fmt.segments
     # A byte of a 1-bit plane holds eight channels, of two quads.
     least = 8 if 1 in plane_widths(book.bits) else 4
-    inside = book.bits == 8 or (book.thresholds[0] >= LEAST_THRESHOLD and book.thresholds[-1] <= LARGEST_THRESHOLD)
-    if book.bits < 2 or book.dim & (book.dim - 1) or book.dim // least < LEAST_WIDTH or not inside:
+    if book.bits < 2 or book.dim & (book.dim - 1) or book.dim // least < LEAST_WIDTH:
+        return 0
+    if book.bits < 8 and not LEAST_THRESHOLD <= book.thresholds[0] <= book.thresholds[-1] <= LARGEST_THRESHOLD:
         return 0
     return LEAST_WIDTH if hadamard else book.dim // least
 

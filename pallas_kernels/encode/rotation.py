@@ -86,6 +86,8 @@ def times_columns(rows: list[list[jax.Array]], matrix: Sequence[Any], start: int
 def hadamard_tiles(x: Inputs, at: Place, plan: Plan) -> tuple[list[jax.Array], jax.Array, jax.Array | None]:
     """The rotated vectors in tiles of WIDTH channels, the factor that they lack, and their norms where known."""
     starts = range(0, plan.fmt.dim, WIDTH)
+    [matrix] = x.matrices[0]
+    signs = [matrix[start : start + WIDTH, :WIDTH] for start in starts]
     tiles = [load(x, at, start, WIDTH, plan) for start in starts]
     factor, norm = jnp.full((plan.tile,), plan.factor, jnp.float32), None
     if plan.planes == 2:
@@ -98,8 +100,7 @@ def hadamard_tiles(x: Inputs, at: Place, plan: Plan) -> tuple[list[jax.Array], j
         parts = [cut(tile * up[:, None], 2) for tile in tiles]
     else:
         parts = [[tile if plan.planes == 0 else tile.astype(jnp.float16)] for tile in tiles]
-    [matrix] = x.matrices[0]
-    mixed = [product(p, [matrix[start : start + WIDTH, :WIDTH]]) for p, start in zip(parts, starts, strict=True)]
+    mixed = [product(part, [sign]) for part, sign in zip(parts, signs, strict=True)]
     return _sums_and_differences(mixed), factor, norm
 
 

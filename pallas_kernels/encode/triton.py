@@ -11,7 +11,6 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode.pages import Pages
-from pallas_kernels.encode import cells, quads
 from pallas_kernels.encode.config import TileConfig, default_config
 from pallas_kernels.encode.encoder import Encoder
 from pallas_kernels.encode.plan import Inputs, Plan
@@ -19,7 +18,7 @@ from pallas_kernels.encode.reference import INVERSE_MULTIPLES
 from pallas_kernels.encode.rotation import MATRIX_GAIN
 from pallas_kernels.encode.tiles import padded_size
 from pallas_kernels.encode.triton_body import encode_tile
-from pallas_kernels.format import Code, CodebookFormat, GroupFormat, VectorFormat
+from pallas_kernels.format import Code, CodebookFormat, GroupFormat
 from pallas_kernels.packing import pack, packed_bytes, plane_widths
 
 DIMS = (64, 80, 96, 128, 192, 256)
@@ -166,18 +165,7 @@ def _inputs(
         sketch=() if sketch is None else _planes(sketch, False, bfloat16=False),
         signs=None if sketch is None else _packers(fmt.dim, 1)[0],
         inverse=jnp.asarray(inverse) if encoder.search else None,
-        tables=_tables(fmt, plan),
     )
-
-
-def _tables(fmt: VectorFormat, plan: Plan) -> Array | None:
-    """The tables of codes that are looked up, once a token."""
-    if plan.interpret or not quads.tile_width(fmt, hadamard=plan.hadamard):
-        return None
-    [book] = fmt.segments  # pyright: ignore[reportAttributeAccessIssue]
-    if cells.offset(book) is None:
-        return None
-    return jnp.asarray(np.repeat(cells.tables(book)[:, None], plan.tile, axis=1))
 
 
 def _planes(matrix: Float[Array, "m n"], signs: bool, *, bfloat16: bool) -> tuple[Array, ...]:

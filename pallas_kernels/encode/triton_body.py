@@ -122,9 +122,9 @@ Encoded = tuple[list[jax.Array], jax.Array, jax.Array]
 
 def _in_bytes(x: Inputs, parts: list[quads.Quad], unit: jax.Array, book: Codebook, plan: Plan) -> Encoded:
     """Encodes quads at unit steps per unit, by tables."""
-    # Equal in all threads, the words would be moved to the registers of a warp, and back before every use.
-    row = lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
-    words = [plt.load(x.tables.at[jnp.full_like(row, i), row]) for i in range(2 * cells.TABLES)]
+    # Constants would be moved to a register before every use; so the compiler must not know that this is zero.
+    zero = lax.bitcast_convert_type(unit, jnp.int32) >> 31
+    words = [zero | int(word) for word in cells.tables(book)]
     small = unit * cells.SMALL
     if not plan.search:
         codes, along, squared = cells.codes(parts, small, words, book)
