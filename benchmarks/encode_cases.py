@@ -234,7 +234,9 @@ def _is_tie(steps: np.ndarray, at: int, book: Any, search: bool) -> bool:
     return bool(np.min(np.abs(steps[at] - thresholds)) <= TIE * np.max(steps))
 
 
-def _other_ends(y: np.ndarray, steps: np.ndarray, codes: list[np.ndarray], book: Any, vectors: np.ndarray) -> np.ndarray:
+def _other_ends(
+    y: np.ndarray, steps: np.ndarray, codes: list[np.ndarray], book: Any, vectors: np.ndarray
+) -> np.ndarray:
     """Vectors whose codes differ because rounding decided between multiples; both are of an end of the search."""
     found = np.zeros(steps.shape[:2], bool)
     for at in map(tuple, np.argwhere(vectors)):

@@ -46,8 +46,11 @@ def _cells(book: Codebook) -> list[int]:
 
 
 def tables(book: Codebook) -> np.ndarray:
-    """int32 [2 * TABLES], of each run: what carries its cells above the threshold into the next run; and of its level
-    2m + 1, the upper and the next byte of m + 1/2 in float32, and the index."""
+    """int32 [2 * TABLES] of runs of cells.
+
+    What carries the cells above the threshold into the next run; and of the level, 2m + 1,
+    the upper and the next byte of m + 1/2 in float32, and the index.
+    """
     start = offset(book)
     assert start is not None
     cells = [cell + start for cell in _cells(book)]
@@ -116,7 +119,7 @@ def codes(
     small = hexadecimal(2.0**-148 / SMALL)
     lines = [f"abs.f32 m{i}, ${3 + i};\nmul.f32 m{i}, m{i}, $7;" for i in range(4)] + [f"mov.f32 s, {small};"]
     lines += _find_in([f"m{i}" for i in range(4)], "s", book) + _run("x", "$8", "$9")
-    lines += _level("l", "$10", "$11") + ["dp4a.u32.u32 $1, l, l, 0;"]
+    lines += [*_level("l", "$10", "$11"), "dp4a.u32.u32 $1, l, l, 0;"]
     lines += [*_level("h", "$12", "$13"), *_level("l", "$14", "$15"), *_level("x", "$16", "$17")]
     for i in range(4):
         # Zeros are the sign of the upper byte.
@@ -148,7 +151,7 @@ def _find_in(m: Sequence[str], factor: str, book: Codebook) -> list[str]:
     """x: the cells of m0 to m3, with the offset, in bytes."""
     start = offset(book) or 0
     lines = [f"fma.rz.f32 {x}, {x}, {factor}, 0f{start:08X};\nmov.b32 n{i}, {x};" for i, x in enumerate(m)]
-    return lines + ["cvt.pack.sat.u8.s32.b32 x, n3, n2, 0;", "cvt.pack.sat.u8.s32.b32 x, n1, n0, x;"]
+    return [*lines, "cvt.pack.sat.u8.s32.b32 x, n3, n2, 0;", "cvt.pack.sat.u8.s32.b32 x, n1, n0, x;"]
 
 
 def _run(x: str, low: str, high: str) -> list[str]:

@@ -26,6 +26,7 @@ class Plan:
         flat: Whether a tile may hold tokens of several rows.
         planes: fp16 planes that vectors are cut into; 0 for bfloat16 vectors that are multiplied as they are.
         hadamard: Whether the matrix is signs of channels times the Walsh-Hadamard matrix.
+        width: Channels of the tiles of quads; 0 where quads do not hold the vectors.
         interpret: Whether the kernel runs as jnp.
     """
 
@@ -42,6 +43,7 @@ class Plan:
     flat: bool
     planes: int
     hadamard: bool
+    width: int
     interpret: bool
 
 

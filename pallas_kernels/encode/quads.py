@@ -14,18 +14,23 @@ import numpy as np
 
 from pallas_kernels._compat import elementwise_assembly
 from pallas_kernels.encode.assembly import MAGIC, hexadecimal
-from pallas_kernels.format import Codebook, CodebookFormat, VectorFormat
+from pallas_kernels.encode.encoder import Encoder
+from pallas_kernels.format import Codebook, CodebookFormat
 from pallas_kernels.packing import plane_widths
 
 Quad = Sequence[jax.Array]
 GAIN = 512.0
 """What differences of half-precision numbers from thresholds are multiplied by: one at the least, if not zero."""
 
+LARGEST_SEARCHED = 128
+"""Channels of vectors that fit into registers, with what a search needs beside them."""
+
 LEAST_WIDTH, LEAST_THRESHOLD, LARGEST_THRESHOLD = 16, 4.0, 127.0
 
 
-def tile_width(fmt: VectorFormat, *, hadamard: bool) -> int:
+def tile_width(encoder: Encoder) -> int:
     """Channels of the tiles of consecutive channels that make quads; 0 if quads do not hold these vectors."""
+    fmt = encoder.format
     if not isinstance(fmt, CodebookFormat) or fmt.residual or len(fmt.segments) > 1:
         return 0
     [book] = fmt.segments
@@ -35,7 +40,9 @@ def tile_width(fmt: VectorFormat, *, hadamard: bool) -> int:
         return 0
     if book.bits < 8 and not LEAST_THRESHOLD <= book.thresholds[0] <= book.thresholds[-1] <= LARGEST_THRESHOLD:
         return 0
-    return LEAST_WIDTH if hadamard else book.dim // least
+    if book.dim > LARGEST_SEARCHED and encoder.search:
+        return 0
+    return LEAST_WIDTH if encoder.hadamard else book.dim // least
 
 
 def quads(tiles: Sequence[jax.Array]) -> list[Quad]:

@@ -86,8 +86,9 @@ def times_columns(rows: list[list[jax.Array]], matrix: Sequence[Any], start: int
 def hadamard_tiles(x: Inputs, at: Place, plan: Plan) -> tuple[list[jax.Array], jax.Array, jax.Array | None]:
     """The rotated vectors in tiles of WIDTH channels, the factor that they lack, and their norms where known."""
     starts = range(0, plan.fmt.dim, WIDTH)
+    # Loaded beside each other, before anything waits.
     [matrix] = x.matrices[0]
-    signs = [matrix[start : start + WIDTH, :WIDTH] for start in starts]
+    signs = [matrix[start : start + WIDTH, :] for start in starts]
     tiles = [load(x, at, start, WIDTH, plan) for start in starts]
     factor, norm = jnp.full((plan.tile,), plan.factor, jnp.float32), None
     if plan.planes == 2:

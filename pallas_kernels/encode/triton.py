@@ -11,6 +11,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode.pages import Pages
+from pallas_kernels.encode import quads
 from pallas_kernels.encode.config import TileConfig, default_config
 from pallas_kernels.encode.encoder import Encoder
 from pallas_kernels.encode.plan import Inputs, Plan
@@ -98,7 +99,7 @@ def encode_pool(
     if 0 in (rows, tokens, heads) or not pool.scale.size:
         return pool
     flat = tokens < LEAST_ROW
-    config = config or default_config(rows * tokens if flat else tokens, encoder.format, hadamard=encoder.hadamard)
+    config = config or default_config(rows * tokens if flat else tokens, encoder)
     plan = Plan(
         fmt=encoder.format,
         scale=encoder.scale,
@@ -113,6 +114,7 @@ def encode_pool(
         flat=flat,
         planes=_vector_planes(x, encoder, centred=mean is not None),
         hadamard=encoder.hadamard,
+        width=quads.tile_width(encoder),
         interpret=interpret,
     )
     inputs = _inputs(x, slots, encoder, mean, weight, plan)
@@ -138,9 +140,7 @@ def _vector_planes(x: Array, encoder: Encoder, *, centred: bool) -> int:
     return 0 if x.dtype == jnp.bfloat16 and encoder.hadamard else 1
 
 
-def _inputs(
-    x: Array, slots: Array, encoder: Encoder, mean: Array | None, weight: Array | None, plan: Plan
-) -> Inputs:
+def _inputs(x: Array, slots: Array, encoder: Encoder, mean: Array | None, weight: Array | None, plan: Plan) -> Inputs:
     fmt = encoder.format
     matrices: list[tuple[Array, ...]] = []
     if isinstance(fmt, GroupFormat):
@@ -151,6 +151,8 @@ def _inputs(
         matrix = encoder.matrix
         for book in fmt.segments if matrix is not None else ():
             part = matrix[:, start : start + book.dim]  # pyright: ignore[reportOptionalSubscript]
+            if plan.width and plan.hadamard:
+                part = part[:, : plan.width]
             matrices.append(_planes(part, encoder.hadamard, bfloat16=plan.planes == 0))
             start += book.dim
     sketch = None if encoder.sketch is None else encoder.sketch.T

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.encode import cells, quads
@@ -30,29 +31,36 @@ from pallas_kernels.packing import packed_bytes, plane_widths
 HALF_BITS = 0x6400
 """Bits of 1024 in half precision."""
 
+
 def encode_tile(x: Inputs, _: Any, pool: Any, *, plan: Plan) -> None:
     """The kernel body; the pools are updated in place."""
     at = find_place(x, pool, plan)
     if isinstance(plan.fmt, GroupFormat):
         _encode_groups(x, pool, at, plan.fmt, plan)
-        return
-    if width := quads.tile_width(plan.fmt, hadamard=plan.hadamard):
-        _encode_quads(x, pool, at, width, plan)
-        return
+    elif plan.width:
+        _encode_quads(x, pool, at, plan)
+    else:
+        _encode_segments(x, pool, at, plan.fmt, plan)
+
+
+def _encode_segments(x: Inputs, pool: Any, at: Place, fmt: CodebookFormat, plan: Plan) -> None:
     rows, factor = vectors(x, at, plan)
     byte, channel = 0, 0
-    for i, book in enumerate(plan.fmt.segments):
+    for i, book in enumerate(fmt.segments):
         y = rotated(x, rows, at, i, channel, plan)
         scale, code, centroid = _quantize(x, y, factor, book, plan)
-        stored = scale.astype(plan.fmt.scale_dtype)
-        store_scalar(pool.scale, stored, at, i if plan.fmt.num_scales > 1 else None)
-        if book.bits:
-            _store_code(pool.packed, code, x.packers[i], book.bits, book.dim, byte, at, plan)
-        if plan.fmt.residual:
+        stored = scale.astype(fmt.scale_dtype)
+        store_scalar(pool.scale, stored, at, i if fmt.num_scales > 1 else None)
+        residual = None
+        if fmt.residual:
+            # First, for then neither the vectors nor their centroids are needed any more.
             residual = y * factor[:, None]
             if book.bits:
                 residual = residual - centroid * stored.astype(jnp.float32)[:, None]
-            _store_residual(x, pool, residual, at, plan.fmt, plan)
+        if book.bits:
+            _store_code(pool.packed, code, x.packers[i], book.bits, book.dim, byte, at, plan)
+        if residual is not None:
+            _store_residual(x, pool, residual, at, fmt, plan)
         byte, channel = byte + packed_bytes(book.dim, book.bits), channel + book.dim
 
 
@@ -84,10 +92,10 @@ def _quantize(
     return _scale_of(norm, along, squared, book, plan), code, centroid
 
 
-def _encode_quads(x: Inputs, pool: Any, at: Place, width: int, plan: Plan) -> None:
-    """All of `encode_tile` where quads hold the vectors."""
+def _encode_quads(x: Inputs, pool: Any, at: Place, plan: Plan) -> None:
+    """Encodes vectors that quads hold."""
     book, interpret = plan.fmt.segments[0], plan.interpret  # pyright: ignore[reportAttributeAccessIssue]
-    parts, factor, norm = _rotated_quads(x, at, width, plan)
+    parts, factor, norm = _rotated_quads(x, at, plan)
     if norm is None:
         norm = perform("sqrt.approx.f32", quads.squares(parts, interpret=interpret), interpret=interpret) * factor
     inverse = perform("rcp.approx.f32", jnp.where(norm > 0, norm, 1.0) * book.step, interpret=interpret)
@@ -96,17 +104,16 @@ def _encode_quads(x: Inputs, pool: Any, at: Place, width: int, plan: Plan) -> No
     scale = _scale_of(norm, along, squared, book, plan)
     store_scalar(pool.scale, scale.astype(plan.fmt.scale_dtype), at, None)
     for byte, data in quads.packed(codes, book.bits):
-        store_bytes(pool.packed, data.astype(jnp.uint8), width, byte, at, channel_major=plan.channel_major)
+        store_bytes(pool.packed, data.astype(jnp.uint8), plan.width, byte, at, channel_major=plan.channel_major)
 
 
-def _rotated_quads(
-    x: Inputs, at: Place, width: int, plan: Plan
-) -> tuple[list[quads.Quad], jax.Array, jax.Array | None]:
+def _rotated_quads(x: Inputs, at: Place, plan: Plan) -> tuple[list[quads.Quad], jax.Array, jax.Array | None]:
     """The rotated vectors, the factor that they lack, and their norms where known."""
     if plan.hadamard:
         tiles, factor, norm = hadamard_tiles(x, at, plan)
         return quads.quads(tiles), factor, norm
     rows, factor = vectors(x, at, plan)
+    width = plan.width
     starts = range(0, plan.fmt.dim, width)
     if x.matrices:
         tiles = [times_columns(rows, x.matrices[0], start, width, plan) for start in starts]
@@ -234,16 +241,17 @@ def _store_residual(x: Inputs, pool: Any, residual: jax.Array, at: Place, fmt: C
     up, _ = row_scale([jnp.max(jnp.abs(residual), axis=1)])
     planes, width = cut(residual * up[:, None], 2), x.sketch[0].shape[1]
     step = min(width, plan.chunk)
-    data = None
-    for start in range(0, width, step):
-        projected = product(planes, [ref[:, start : start + step] for ref in x.sketch])
-        half = lax.bitcast_convert_type(
-            jnp.where(projected < 0, HALF_BITS + 1, HALF_BITS).astype(jnp.int16), jnp.float16
-        )
-        packer = x.signs[start : start + step, :]
-        part = lax.dot_general(half, packer, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        data = part if data is None else data + part
-    assert data is not None
+
+    def sign_bits(i: jax.Array, data: jax.Array) -> jax.Array:
+        columns = pl.ds(i * step, step)
+        projected = product(planes, [ref[:, columns] for ref in x.sketch])
+        bits = jnp.where(projected < 0, HALF_BITS + 1, HALF_BITS).astype(jnp.int16)
+        half = lax.bitcast_convert_type(bits, jnp.float16)
+        packer = x.signs[columns, :]
+        return data + lax.dot_general(half, packer, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+    # A loop, for the compiler would load all of the sketch at once.
+    data = lax.fori_loop(0, width // step, sign_bits, jnp.zeros((plan.tile, x.signs.shape[1]), jnp.float32))
     data = lax.bitcast_convert_type(data + MAGIC, jnp.int32).astype(jnp.uint8)
     store_bytes(pool.signs, data, packed_bytes(fmt.dim, 1), 0, at, channel_major=False)
 
