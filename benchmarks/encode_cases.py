@@ -18,6 +18,9 @@ PATTERN = 0xA5
 TIE = 2e-6
 """Distance from a threshold, relative to the threshold or the largest channel, that float32 rounding can bridge."""
 
+EQUAL_GAIN = 1e-6
+"""Relative difference of gains, sums of float32, that rounding can bridge."""
+
 HALF_TIE = 1.01 * 2.0**-10
 """Relative distance of neighbouring float16 numbers."""
 
@@ -125,7 +128,7 @@ class Differences:
         values: Codes that were compared.
         ties: Codes that differ because a channel lies at a threshold.
         scales: Stored scalars that differ by one unit in the last place.
-        searched: Vectors whose search found two equally good multiples.
+        searched: Vectors whose search ended at another multiple, because two gains were equal to rounding.
         wrong: Descriptions of what is no tie.
     """
 
@@ -198,11 +201,11 @@ def _compare_vectors(found: Differences, name: str, own: dict, other: dict, x: n
         found.values += different.size
         searched = np.zeros(different.shape[:2], bool)
         if how.search and book.bits > 1:
-            searched = _equal_gains(steps, codes, book, different)
+            searched = _other_ends(y, steps, codes, book, different.any(-1))
             found.searched += int(searched.sum())
         for vector in np.argwhere(different & ~searched[..., None]):
             token, head, at = vector
-            if _is_tie(y[token, head], steps[token, head], at, book, how.search):
+            if _is_tie(steps[token, head], at, book, how.search):
                 found.ties += 1
             else:
                 found.wrong.append(f"{name} code {vector.tolist()}: {steps[token, head, at]} steps")
@@ -220,7 +223,7 @@ def _compare_vectors(found: Differences, name: str, own: dict, other: dict, x: n
             found.wrong.append(f"{name}: {different.sum()} of {different.size} signs")
 
 
-def _is_tie(y: np.ndarray, steps: np.ndarray, at: int, book: Any, search: bool) -> bool:
+def _is_tie(steps: np.ndarray, at: int, book: Any, search: bool) -> bool:
     """Whether a channel is at a threshold (of some multiple, where steps are searched) or at zero."""
     thresholds = np.asarray(book.thresholds)
     if book.bits == 8:
@@ -231,14 +234,52 @@ def _is_tie(y: np.ndarray, steps: np.ndarray, at: int, book: Any, search: bool) 
     return bool(np.min(np.abs(steps[at] - thresholds)) <= TIE * np.max(steps))
 
 
-def _equal_gains(steps: np.ndarray, codes: list[np.ndarray], book: Any, different: np.ndarray) -> np.ndarray:
-    """Vectors of different codes that leave the same error."""
-    gains = []
-    for code in codes:
-        m = code.view(np.int8).astype(np.int64) if book.bits == 8 else code & ((1 << (book.bits - 1)) - 1)
-        level = np.where(m < 0, ~m, m) + 0.5 if book.bits == 8 else np.asarray(book.levels)[m] + 0.5
-        gains.append(np.sum(steps * level, -1) ** 2 / np.sum(level * level, -1))
-    return different.any(-1) & (np.abs(gains[0] / gains[1] - 1) < 1e-6)
+def _other_ends(
+    y: np.ndarray, steps: np.ndarray, codes: list[np.ndarray], book: Any, vectors: np.ndarray
+) -> np.ndarray:
+    """Vectors whose codes differ because rounding decided between multiples; both are of an end of the search."""
+    found = np.zeros(steps.shape[:2], bool)
+    for at in map(tuple, np.argwhere(vectors)):
+        ends = _ends(steps[at], book)
+        at_ends = [_levels(steps[at] / reference.SEARCH_MULTIPLES[end], book)[0] for end in ends]
+        found[at] = len(ends) > 1 and all(
+            any(_same_but_ties(code[at], index, y[at], steps[at], book) for index in at_ends) for code in codes
+        )
+    return found
+
+
+def _ends(steps: np.ndarray, book: Any) -> set[int]:
+    """Places where the search may end when rounding decides between gains that are equal but for EQUAL_GAIN."""
+
+    def best(places: list[int]) -> list[int]:
+        levels = [_levels(steps / reference.SEARCH_MULTIPLES[place], book)[1] for place in places]
+        gains = np.array([np.sum(steps * level) ** 2 / np.sum(level * level) for level in levels])
+        return [place for place, gain in zip(places, gains, strict=True) if gain >= gains.max() * (1 - EQUAL_GAIN)]
+
+    last = reference.COARSE[-1]
+    return {
+        end
+        for middle in best(list(reference.COARSE))
+        for end in best([middle, *(min(max(middle + i, 0), last) for i in reference.FINE)])
+    }
+
+
+def _levels(steps: np.ndarray, book: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and magnitudes, in steps, of the nearest centroids."""
+    if book.bits == 8:
+        index = np.minimum(np.floor(steps), 127).astype(int)
+        return index, index + 0.5
+    index = np.searchsorted(book.thresholds, steps)
+    return index, np.asarray(book.levels)[index] + 0.5
+
+
+def _same_but_ties(code: np.ndarray, index: np.ndarray, y: np.ndarray, steps: np.ndarray, book: Any) -> bool:
+    """Whether codes have the given indices and the signs of y, up to channels at thresholds."""
+    if book.bits == 8:
+        want = np.where(y < 0, ~index, index).astype(np.uint8)
+    else:
+        want = index | np.where(y < 0, 1 << (book.bits - 1), 0)
+    return all(_is_tie(steps, at, book, True) for at in np.flatnonzero(code != want))
 
 
 def _compare_scalars(found: Differences, name: str, scalars: list[np.ndarray], changed: np.ndarray) -> None:

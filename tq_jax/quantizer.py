@@ -246,14 +246,14 @@ def encoder(q: Quantizer) -> Encoder:
     if q.outliers is not None and matrix is not None:
         matrix = matrix[jnp.argsort(_order(q))]
     dim = q.spec.dim
-    signs = q.spec.rotation == "hadamard" and len(matrices) == 1 and dim & (dim - 1) == 0
+    hadamard = q.spec.rotation == "hadamard" and len(matrices) == 1 and dim & (dim - 1) == 0
     return Encoder(
         matrix,
         q.sketch,
         format=q.spec.format,
         scale=q.spec.scale_rule,
         search=q.spec.search,
-        magnitude=float(np.float32(dim**-0.5)) if signs else None,
+        hadamard=hadamard,
     )
 
 

@@ -13,6 +13,10 @@ MAGIC, MAGIC_BITS = 8388608.0, 0x4B000000
 """2**23 and its bits."""
 
 
+INTERPRETED = {"sqrt": jnp.sqrt, "div": jnp.divide, "rcp": jnp.reciprocal, "fma": lambda a, b, c: a * b + c}
+"""What `perform` does interpreted."""
+
+
 def above(magnitude: jax.Array, thresholds: Sequence[float], weights: Sequence[float], *, interpret: bool) -> jax.Array:
     """MAGIC plus the sum of the weights whose thresholds lie below each magnitude."""
     if interpret:
@@ -35,10 +39,10 @@ def floor(x: jax.Array, *, interpret: bool) -> jax.Array:
     return elementwise_assembly(f"add.rm.f32 $0, $1, {hexadecimal(MAGIC)};", "=f,f", [x], [jnp.float32])[0]
 
 
-def rounded(instruction: str, *x: jax.Array, interpret: bool) -> jax.Array:
-    """A correctly rounded instruction, where the compiler would take an approximate one."""
+def perform(instruction: str, *x: jax.Array, interpret: bool) -> jax.Array:
+    """One instruction where the compiler would take another: one less exact, slower, or two."""
     if interpret:
-        return jnp.sqrt(*x) if instruction.startswith("sqrt") else jnp.divide(*x)
+        return INTERPRETED[instruction.split(".")[0]](*x)
     names = ", ".join(f"${i}" for i in range(len(x) + 1))
     constraints = ",".join(["=f"] + ["f"] * len(x))
     return elementwise_assembly(f"{instruction} {names};", constraints, x, [jnp.float32])[0]

@@ -3,7 +3,8 @@
 import dataclasses
 
 from pallas_kernels.encode import quads
-from pallas_kernels.format import CodebookFormat, VectorFormat
+from pallas_kernels.encode.encoder import Encoder
+from pallas_kernels.format import CodebookFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,9 +17,9 @@ class TileConfig:
         chunk: Channels of a rotation that one matrix product contracts.
     """
 
-    tile: int = 128
-    num_warps: int = 8
-    chunk: int = 128
+    tile: int = 32
+    num_warps: int = 2
+    chunk: int = 32
 
     def __post_init__(self) -> None:
         for name, allowed in (("tile", (16, 32, 64, 128)), ("num_warps", (1, 2, 4, 8)), ("chunk", (16, 32, 64, 128))):
@@ -26,16 +27,15 @@ class TileConfig:
                 raise ValueError(f"expected {name} in {allowed}, got {name}={getattr(self, name)}")
 
 
-def default_config(tokens: int, fmt: VectorFormat) -> TileConfig:
+def default_config(tokens: int, encoder: Encoder) -> TileConfig:
     """The configuration for a number of tokens of one row (or of all, where rows are shorter than a tile).
 
-    A thread holds half a row of 128 channels of one segment of two tokens. Formats whose channels are no quads, and
-    rotations of more than 128 channels, need more registers a channel.
+    Where the rotation is one of sums and differences a warp takes 16 tokens, and two warps fill a sector with a byte of
+    every token. Other rotations hold planes of whole rows: the fewer tokens a warp, the fewer registers.
     """
-    segments = list(fmt.segments) if isinstance(fmt, CodebookFormat) and not fmt.residual else []
-    lean = len(segments) == 1 and fmt.dim <= 128 and quads.runs(segments[0]) > 0
-    if fmt.dim > 192:
-        return TileConfig(tile=16, num_warps=8, chunk=64)
-    largest = 32 if not lean else 64 if segments[0].bits == 5 else 128
-    tile = min(largest, max(16, 1 << (tokens - 1).bit_length()))
-    return TileConfig(tile=tile, num_warps=8 if tile == largest else 4, chunk=128 if lean else 32)
+    fmt = encoder.format
+    tile = 16 if tokens <= 16 else 32
+    if encoder.hadamard and quads.tile_width(encoder):
+        return TileConfig(tile=16, num_warps=2) if fmt.dim > 128 else TileConfig(tile=tile, num_warps=tile // 16)
+    fractional = isinstance(fmt, CodebookFormat) and len(fmt.segments) > 1
+    return TileConfig(tile=16 if fractional or fmt.dim > 128 else tile, num_warps=8)

@@ -19,8 +19,8 @@ class Encoder:
         format: What is written (static).
         scale: The scale rule (static).
         search: Whether the step of each vector is searched (static).
-        magnitude: What every entry of the matrix is plus or minus, None if they differ (static). The kernel then
-            multiplies by signs alone.
+        hadamard: Whether the matrix is signs of the channels (rows) times the Walsh-Hadamard matrix over sqrt(dim)
+            (static). The kernel then multiplies by signs alone, and adds.
     """
 
     matrix: Float[Array, "dim dim"] | None
@@ -28,4 +28,4 @@ class Encoder:
     format: VectorFormat = dataclasses.field(metadata={"static": True})
     scale: ScaleRule = dataclasses.field(default="least_squares", metadata={"static": True})
     search: bool = dataclasses.field(default=False, metadata={"static": True})
-    magnitude: float | None = dataclasses.field(default=None, metadata={"static": True})
+    hadamard: bool = dataclasses.field(default=False, metadata={"static": True})

@@ -25,6 +25,8 @@ class Plan:
         chunk: Channels that one product of the rotation contracts.
         flat: Whether a tile may hold tokens of several rows.
         planes: fp16 planes that vectors are cut into; 0 for bfloat16 vectors that are multiplied as they are.
+        hadamard: Whether the matrix is signs of channels times the Walsh-Hadamard matrix.
+        width: Channels of the tiles of quads; 0 where quads do not hold the vectors.
         interpret: Whether the kernel runs as jnp.
     """
 
@@ -40,6 +42,8 @@ class Plan:
     chunk: int
     flat: bool
     planes: int
+    hadamard: bool
+    width: int
     interpret: bool
 
 

@@ -14,24 +14,35 @@ import numpy as np
 
 from pallas_kernels._compat import elementwise_assembly
 from pallas_kernels.encode.assembly import MAGIC, hexadecimal
-from pallas_kernels.format import Codebook
+from pallas_kernels.encode.encoder import Encoder
+from pallas_kernels.format import Codebook, CodebookFormat
 from pallas_kernels.packing import plane_widths
 
 Quad = Sequence[jax.Array]
 GAIN = 512.0
 """What differences of half-precision numbers from thresholds are multiplied by: one at the least, if not zero."""
 
-LEAST_RUN, LEAST_THRESHOLD, LARGEST_THRESHOLD = 16, 4.0, 127.0
+LARGEST_SEARCHED = 128
+"""Channels of vectors that fit into registers, with what a search needs beside them."""
+
+LEAST_WIDTH, LEAST_THRESHOLD, LARGEST_THRESHOLD = 16, 4.0, 127.0
 
 
-def runs(book: Codebook) -> int:
-    """Into how many runs of consecutive channels a vector is cut, whose tiles make quads; 0 if it is not."""
-    if book.bits < 2:
+def tile_width(encoder: Encoder) -> int:
+    """Channels of the tiles of consecutive channels that make quads; 0 if quads do not hold these vectors."""
+    fmt = encoder.format
+    if not isinstance(fmt, CodebookFormat) or fmt.residual or len(fmt.segments) > 1:
         return 0
-    count = 8 if 1 in plane_widths(book.bits) else 4
-    whole = book.dim & (book.dim - 1) == 0 and book.dim // count >= LEAST_RUN
-    inside = book.bits == 8 or (book.thresholds[0] >= LEAST_THRESHOLD and book.thresholds[-1] <= LARGEST_THRESHOLD)
-    return count if whole and inside else 0
+    [book] = fmt.segments
+    # A byte of a 1-bit plane holds eight channels, of two quads.
+    least = 8 if 1 in plane_widths(book.bits) else 4
+    if book.bits < 2 or book.dim & (book.dim - 1) or book.dim // least < LEAST_WIDTH:
+        return 0
+    if book.bits < 8 and not LEAST_THRESHOLD <= book.thresholds[0] <= book.thresholds[-1] <= LARGEST_THRESHOLD:
+        return 0
+    if book.dim > LARGEST_SEARCHED and encoder.search:
+        return 0
+    return LEAST_WIDTH if encoder.hadamard else book.dim // least
 
 
 def quads(tiles: Sequence[jax.Array]) -> list[Quad]:
@@ -84,7 +95,8 @@ def packed(found: Sequence[jax.Array], bits: int) -> list[tuple[int, jax.Array]]
     for width in plane_widths(bits):
         fields = [(code >> shift) & (((1 << width) - 1) * 0x01010101) if width < bits else code for code in found]
         if width == 1:
-            fields = [fields[0] | (fields[1] << 1)]
+            half = len(fields) // 2
+            fields = [fields[i] | (fields[i + half] << 1) for i in range(half)]
         for i, code in enumerate(fields):
             if width == 8:
                 run = [code >> (8 * k) for k in range(4)]

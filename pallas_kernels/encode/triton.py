@@ -11,11 +11,14 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode.pages import Pages
+from pallas_kernels.encode import quads
 from pallas_kernels.encode.config import TileConfig, default_config
 from pallas_kernels.encode.encoder import Encoder
 from pallas_kernels.encode.plan import Inputs, Plan
 from pallas_kernels.encode.reference import INVERSE_MULTIPLES
-from pallas_kernels.encode.triton_body import MATRIX_GAIN, encode_tile, padded_size
+from pallas_kernels.encode.rotation import MATRIX_GAIN
+from pallas_kernels.encode.tiles import padded_size
+from pallas_kernels.encode.triton_body import encode_tile
 from pallas_kernels.format import Code, CodebookFormat, GroupFormat
 from pallas_kernels.packing import pack, packed_bytes, plane_widths
 
@@ -96,12 +99,12 @@ def encode_pool(
     if 0 in (rows, tokens, heads) or not pool.scale.size:
         return pool
     flat = tokens < LEAST_ROW
-    config = config or default_config(rows * tokens if flat else tokens, encoder.format)
+    config = config or default_config(rows * tokens if flat else tokens, encoder)
     plan = Plan(
         fmt=encoder.format,
         scale=encoder.scale,
         search=encoder.search,
-        factor=1 / MATRIX_GAIN if encoder.magnitude is None else encoder.magnitude,
+        factor=float(np.float32(dim**-0.5)) if encoder.hadamard else 1 / MATRIX_GAIN,
         channel_major=channel_major,
         page_size=pool.scale.shape[-1],
         rows=rows,
@@ -110,9 +113,11 @@ def encode_pool(
         chunk=min(config.chunk, padded_size(dim)),
         flat=flat,
         planes=_vector_planes(x, encoder, centred=mean is not None),
+        hadamard=encoder.hadamard,
+        width=quads.tile_width(encoder),
         interpret=interpret,
     )
-    inputs = _inputs(x, slots, encoder, mean, weight, bfloat16=plan.planes == 0)
+    inputs = _inputs(x, slots, encoder, mean, weight, plan)
     stored = jax.tree.map(lambda array: array if array.size else None, pool)
     first = len(jax.tree.leaves(inputs))
     blocks = pl.cdiv(rows * tokens if flat else tokens, config.tile)
@@ -132,12 +137,10 @@ def _vector_planes(x: Array, encoder: Encoder, *, centred: bool) -> int:
     """fp16 planes that hold the vectors exactly, or to float32 rounding; 0 for bfloat16 as it is."""
     if centred or x.dtype not in (jnp.bfloat16, jnp.float16):
         return 2
-    return 0 if x.dtype == jnp.bfloat16 and encoder.magnitude is not None else 1
+    return 0 if x.dtype == jnp.bfloat16 and encoder.hadamard else 1
 
 
-def _inputs(
-    x: Array, slots: Array, encoder: Encoder, mean: Array | None, weight: Array | None, *, bfloat16: bool
-) -> Inputs:
+def _inputs(x: Array, slots: Array, encoder: Encoder, mean: Array | None, weight: Array | None, plan: Plan) -> Inputs:
     fmt = encoder.format
     matrices: list[tuple[Array, ...]] = []
     if isinstance(fmt, GroupFormat):
@@ -148,7 +151,9 @@ def _inputs(
         matrix = encoder.matrix
         for book in fmt.segments if matrix is not None else ():
             part = matrix[:, start : start + book.dim]  # pyright: ignore[reportOptionalSubscript]
-            matrices.append(_planes(part, encoder.magnitude is not None, bfloat16=bfloat16))
+            if plan.width and plan.hadamard:
+                part = part[:, : plan.width]
+            matrices.append(_planes(part, encoder.hadamard, bfloat16=plan.planes == 0))
             start += book.dim
     sketch = None if encoder.sketch is None else encoder.sketch.T
     inverse = np.pad(INVERSE_MULTIPLES, (0, 64 - len(INVERSE_MULTIPLES)))

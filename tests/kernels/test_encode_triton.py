@@ -9,11 +9,14 @@ import pytest
 
 from benchmarks.encode_cases import CASES, Case, compare, make_arrays
 from pallas_kernels.decode.pages import empty_pages
-from pallas_kernels.encode import Encoder, TileConfig, encode_pages
+from pallas_kernels.encode import Encoder, TileConfig, cells, encode_pages
 from pallas_kernels.encode.config import default_config
+from pallas_kernels.encode.reference import SEARCH_MULTIPLES
 from pallas_kernels.encode.triton import check_supported
 from pallas_kernels.format import GroupFormat
+from pallas_kernels.packing import pack, packed_bytes
 from tq_jax import QuantizerSpec, make_quantizer
+from tq_jax.codebook import codebook
 from tq_jax.quantizer import encoder
 
 QUICK = {
@@ -62,6 +65,54 @@ def test_comparison_finds_what_is_wrong():
     assert any("value scale" in text for text in compare(arrays, scaled, want).wrong)
 
 
+def test_a_search_may_end_elsewhere_only_where_gains_are_equal():
+    """Two coarse multiples of this vector are equally good to 1e-8, and their neighbours are not."""
+    arrays = make_arrays(CASES["k3.5v2.5 search"])
+    want = run(arrays, "reference")
+    how, (token, head) = arrays.options["key"], (28, 1)
+    row, place = (int(i[token]) for i in np.nonzero(np.asarray(arrays.slots) >= 0))
+    y = (arrays.keys[row, place, head].astype(jnp.float32) - arrays.options["mean"][row, head]) * arrays.options[
+        "weight"
+    ][row, head]
+    first, book = how.format.segments
+    y = (np.asarray(y, np.float64) @ np.asarray(how.matrix, np.float64))[first.dim :]
+    steps = np.abs(y) / np.linalg.norm(y) / book.step
+    page, slot = divmod(int(arrays.slots[row, place]), CASES["k3.5v2.5 search"].page_size)
+
+    def at_multiple(place):
+        index = np.searchsorted(book.thresholds, steps / SEARCH_MULTIPLES[place])
+        code = pack(jnp.asarray(index | np.where(y < 0, 1 << (book.bits - 1), 0), jnp.uint8), book.bits)
+        packed = want.keys.packed.at[page, head, slot, packed_bytes(first.dim, first.bits) :].set(code)
+        return compare(arrays, dataclasses.replace(want, keys=dataclasses.replace(want.keys, packed=packed)), want)
+
+    found = [at_multiple(place) for place in (6, 28)]
+    assert not any(differences.wrong for differences in found)
+    assert sorted(differences.searched for differences in found) == [0, 1]
+    assert at_multiple(20).wrong
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_tables_find_the_levels(dim, bits):
+    """What the instructions of `cells` do with every cell, in numpy; interpreted kernels do not run them."""
+    book = codebook(dim, bits)
+    cell = np.arange(400)
+    carry, odd, high, low, index = cells.tables(book).view(np.uint8).reshape(cells.TABLES, 8)
+    shifted = np.minimum(cell + cells.offset(book), 255)
+    carried = shifted + carry[shifted >> 5]
+    assert carried.max() < 256
+    want = np.searchsorted(np.asarray(book.thresholds), cell / 2, side="right")
+    np.testing.assert_array_equal(index[carried >> 5], want)
+    np.testing.assert_array_equal(odd[carried >> 5], 2 * np.asarray(book.levels)[want] + 1)
+    centroid = (high.astype(np.uint32) << 24 | low.astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_array_equal(centroid[carried >> 5], np.asarray(book.levels)[want] + 0.5)
+
+
+def test_tables_have_limits():
+    """Runs of cells with several thresholds, and none."""
+    assert [cells.offset(codebook(128, bits)) for bits in (1, 5, 8)] == [None] * 3
+
+
 def test_the_same_rotated_vectors_give_the_same_codes():
     """Without a rotation only sums over channels round differently."""
     arrays = make_arrays(dataclasses.replace(SMALL, dtype="float32", statistics=False), heads=1)
@@ -75,7 +126,7 @@ def test_the_same_rotated_vectors_give_the_same_codes():
 def test_running_twice_and_in_other_tiles_gives_the_same_bits():
     arrays = make_arrays(SMALL, heads=2)
     first = run(arrays, "triton")
-    for config in (None, TileConfig(tile=16, num_warps=4, chunk=32)):
+    for config in (None, TileConfig(tile=16, num_warps=4, chunk=16)):
         jax.tree.map(np.testing.assert_array_equal, first, run(arrays, "triton", config=config))
 
 
@@ -168,10 +219,10 @@ def test_limits_are_named():
 
 
 def test_default_tiles():
-    four, prod = QuantizerSpec(128, 4).format, QuantizerSpec(128, 4, kind="prod").format
-    assert default_config(1, four) == TileConfig(16, 4, 128)
-    assert default_config(100, four) == TileConfig(128, 8, 128)
-    assert default_config(4096, QuantizerSpec(128, 5).format).tile == 64
-    assert default_config(4096, QuantizerSpec(256, 4).format) == TileConfig(16, 8, 64)
-    for fmt in (prod, QuantizerSpec(80, 4).format, QuantizerSpec(128, 2.5).format):
-        assert default_config(4096, fmt) == TileConfig(32, 8, 32)
+    def config(tokens, *shape, **options):
+        return default_config(tokens, encoder(make_quantizer(QuantizerSpec(*shape, **options))))
+
+    assert [config(tokens, 128, 4) for tokens in (1, 100)] == [TileConfig(16, 1), TileConfig(32, 2)]
+    assert [config(4096, 256, 4, search=search) for search in (False, True)] == [TileConfig(16, 2), TileConfig(16, 8)]
+    assert config(4096, 128, 4, rotation="haar") == config(4096, 128, 4, kind="prod") == TileConfig(32, 8)
+    assert config(4096, 128, 2.5) == config(4096, 192, 3) == TileConfig(16, 8)

@@ -51,7 +51,8 @@ def case(
     """
     shape = jax.ShapeDtypeStruct
     pages = jax.eval_shape(lambda: empty_pages(PAGES, KV_HEADS, PAGE_SIZE, spec.format, spec.format))
-    config = default_config(rows * tokens if tokens < triton.LEAST_ROW else tokens, spec.format)
+    encoded = jax.eval_shape(lambda: encoder(make_quantizer(spec)))
+    config = default_config(rows * tokens if tokens < triton.LEAST_ROW else tokens, encoded)
     statistics = shape((rows, KV_HEADS, spec.dim), jnp.float32) if keys else None
     return Case(
         name,
@@ -60,7 +61,7 @@ def case(
             shape((rows, tokens, KV_HEADS, spec.dim), jnp.bfloat16),
             pages.keys if keys else pages.values,
             shape((rows, tokens), jnp.int32),
-            jax.eval_shape(lambda: encoder(make_quantizer(spec))),
+            encoded,
             statistics,
             statistics,
         ),
