@@ -175,6 +175,6 @@ def attention_quality(
     keys, values = candidate.read(decoder, reference)
     coded = (place >= sinks) & (place < reference.prefix - window)
     error, correlation = compare_attention(
-        reference.projections, keys, values, coded, jnp.asarray(windows, jnp.int32), config.attention_scale
+        reference.projections, keys, values, coded, jnp.asarray(windows, jnp.int32), scale=config.attention_scale
     )
     return AttentionQuality(jax.device_get(error), jax.device_get(correlation))
