@@ -2,8 +2,8 @@
 
 Softmax does not see a mean that all keys of a head share, but a quantizer spends its bits on it; and channels in which
 queries are large deserve smaller errors. So keys are stored as quantize(w * (k - mean)) and read with q / w, the lost
-q . mean being added back to the logit; w = sqrt(sqrt(rms(q)) / std(k)) a channel. In theory it is sqrt(rms(q) / std(k)),
-which leaves more divergence on real models.
+q . mean being added back to the logit; w = sqrt(sqrt(rms(q)) / std(k)) a channel. The sqrt(rms(q) / std(k)) of theory
+leaves more divergence on real models.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import tq_jax as tq
 from tq_jax import cli
 from tq_jax.evaluate import eval as room
-from tq_jax.evaluate import eval_attention, eval_claims, eval_picture
+from tq_jax.evaluate import eval_ablation, eval_attention, eval_claims, eval_picture
 from tq_jax.evaluate.eval_schemes import Packed, Rounded, attention_quality, candidates
 from tq_jax.evaluate.language import CHUNK, make_reference, published_scheme, tq_scheme
 from tq_jax.evaluate.rivals import Float8, Rival
@@ -121,7 +121,9 @@ def test_rows_of_another_model_are_not_resumed(tmp_path):
     settings = room.Settings("small", 512, 128, ((4, 4),), (128,))
     path = tmp_path / "rows.json"
     assert room.known_rows(str(path), settings) == []
-    path.write_text(json.dumps({"model": "small", "positions": 128, "prompt": 512, "rows": [{"kl": 1}]}))
+    path.write_text(
+        json.dumps({"model": "small", "positions": 128, "prompt": 512, "ablation": False, "rows": [{"kl": 1}]})
+    )
     assert room.known_rows(str(path), settings) == [{"kl": 1}]
     with pytest.raises(typer.BadParameter, match="expected rows of positions=64 in .* got 128"):
         room.known_rows(str(path), dataclasses.replace(settings, positions=64))
@@ -138,6 +140,31 @@ def test_measured_rows_are_not_measured_again(decoder):
     assert [r["label"] for r in found] == ["bfloat16", "K4/V4"]
     assert found[0]["kl_mean"] < found[1]["kl_mean"]
     assert list(room.measure_text(decoder, ids, settings, "novel", known + found)) == []
+
+
+def test_variants_change_what_they_say(decoder):
+    found = {c.describe(decoder)["label"]: c for c in eval_ablation.variants(decoder, 400, bits=[(4, 4)], window=128)}
+    ours = found["K4/V4"].scheme.cache
+    assert ours == tq_scheme(decoder, 400, key_bits=4, value_bits=4).cache
+    assert not found["K4/V4, + step search"].scheme.cache.has_statistics
+    assert found["K4/V4, + centred keys"].scheme.cache == dataclasses.replace(ours, smooth_keys=False)
+    assert found["K4/V4, Haar rotation"].scheme.cache.value.rotation == "haar"
+    assert found["K4/V4, no sink tokens"].scheme.cache.sinks == 0
+    assert found["K5/V3"].scheme.stored_bits == found["K4/V4"].scheme.stored_bits
+    assert found["K4/V4, float32 scales"].scheme.stored_bits == 5
+    assert len({c.scheme.cache for c in found.values()}) == len(found) - len(eval_ablation.POWERS)
+
+
+def test_weights_by_powers_are_those_of_the_cache(decoder, reference):
+    (ours,) = (
+        c for c in candidates(decoder, 300, bits=[(4, 4)], window=128) if c.describe(decoder)["label"] == "K4/V4"
+    )
+    same = eval_ablation.Smoothed(ours.scheme).start(decoder, reference)
+    cache = ours.start(decoder, reference)
+    np.testing.assert_allclose(same.statistics.weight, cache.statistics.weight, rtol=0.01)
+    np.testing.assert_allclose(same.statistics.mean, cache.statistics.mean, atol=0.01)
+    other = eval_ablation.Smoothed(ours.scheme, powers=(0.5, 0.5)).start(decoder, reference)
+    assert not np.allclose(other.statistics.weight, cache.statistics.weight, rtol=0.05)
 
 
 @pytest.mark.weights

@@ -56,7 +56,7 @@ def needle(
         task = progress.add_task("", total=len(sizes) * repeats * (1 + len(parse_bits(bits)) + len(RIVALS)))
         for size in sizes:
             every = candidates(decoder, size + 2 * ASKED, bits=parse_bits(bits), window=window)
-            chosen = [c for c in every if isinstance(c, Packed) or c.rival.label in RIVALS]
+            chosen = [c for c in every if isinstance(c, Packed) or c.describe(decoder)["label"] in RIVALS]
             for seed in range(repeats):
                 haystack = make_haystack(language_model.tokenizer, size, places, seed=seed)
                 prompt = read_prompt(decoder, haystack, size)
@@ -96,12 +96,12 @@ def ask(decoder: Decoder, prompt: Reference, haystack: Haystack, candidate: Cand
     Returns:
         For each question: depth, whether each digit is the most likely token, and the log-probability of all digits.
     """
-    found = []
+    found, filled = [], candidate.start(decoder, prompt)
     for question in haystack.questions:
         tokens = question.prompt + question.answer
         padded = np.zeros((1, -(-len(tokens) // ASKED) * ASKED), np.int32)
         padded[0, : len(tokens)] = tokens
-        cache = candidate.start(decoder, prompt)
+        cache = jax.tree.map(jnp.copy, filled)
         logits, _ = candidate.extend(decoder, jnp.asarray(padded), cache, count=jnp.int32(len(tokens)))
         log_probs = np.asarray(jax.nn.log_softmax(logits[len(question.prompt) - 1 : len(tokens) - 1]))
         answer = np.asarray(question.answer)
