@@ -55,7 +55,7 @@ def needle(
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(sizes) * repeats * (1 + len(parse_bits(bits)) + len(RIVALS)))
         for size in sizes:
-            every = candidates(decoder, size + 2 * ASKED, bits=parse_bits(bits), window=window)
+            every = candidates(decoder, max(sizes) + 2 * ASKED, bits=parse_bits(bits), window=window)
             chosen = [c for c in every if isinstance(c, Packed) or c.describe(decoder)["label"] in RIVALS]
             for seed in range(repeats):
                 haystack = make_haystack(language_model.tokenizer, size, places, seed=seed)
