@@ -13,6 +13,7 @@ import tq_jax as tq
 from tq_jax.evaluate.eval_schemes import SINKS, Packed
 from tq_jax.evaluate.language import Reference, Scheme, fill_cache, published_scheme, tq_scheme
 from tq_jax.models import Decoder
+from tq_jax.statistics import BALANCE
 
 Changes = dict[str, Any]
 """Fields of a cache spec; "key" and "value" are themselves fields to change in their quantizers."""
@@ -38,8 +39,12 @@ OTHERS: dict[str, Changes] = {
 }
 """One change to ours a line."""
 
-POWERS = {"keys smoothed as in theory": (0.5, 0.5), "keys smoothed by their own spread": (0.0, 0.5)}
-"""Powers of the queries' and of the keys' spread in the weight of a channel; ours is (0.25, 0.5)."""
+POWERS = {
+    "smoothing as in theory": (0.5, 0.5),
+    "less smoothing by queries": (0.25, 0.5),
+    "smoothing by keys alone": (0.0, 0.4),
+}
+"""Powers of the queries' and of the keys' spread in the weight of a channel; both are BALANCE in ours."""
 
 SPLITS = (1, -1)
 """Bits given from values to keys."""
@@ -53,7 +58,7 @@ class Smoothed(Packed):
         powers: Of the queries' and of the keys' spread.
     """
 
-    powers: tuple[float, float] = (0.25, 0.5)
+    powers: tuple[float, float] = (BALANCE, BALANCE)
 
     def start(self, decoder: Decoder, reference: Reference) -> tq.Cache:
         """See `Runner`."""
