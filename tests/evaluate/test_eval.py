@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 import typer
 from flax import nnx
 from typer.testing import CliRunner
@@ -15,8 +16,11 @@ from tq_jax.evaluate import eval as room
 from tq_jax.evaluate import eval_ablation, eval_attention, eval_claims, eval_picture
 from tq_jax.evaluate.eval_schemes import Packed, Rounded, attention_quality, candidates
 from tq_jax.evaluate.language import CHUNK, make_reference, published_scheme, tq_scheme
+from tq_jax.evaluate.report import parse_numbers
 from tq_jax.evaluate.rivals import Float8, Rival
-from tq_jax.models import Decoder, DecoderConfig
+from tq_jax.evaluate.texts import load_text
+from tq_jax.models import Decoder, DecoderConfig, LanguageModel
+from tq_jax.models.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +133,24 @@ def test_rows_of_another_model_are_not_resumed(tmp_path):
         room.known_rows(str(path), dataclasses.replace(settings, positions=64))
     with pytest.raises(typer.BadParameter, match="expected --json PATH with --resume, got -"):
         room.known_rows("-", settings)
+
+
+def test_numbers_and_texts_that_do_not_fit_are_refused(decoder, tmp_path):
+    for wrong in ("", "a", "1,", "-1"):
+        with pytest.raises(typer.BadParameter, match="expected comma-separated numbers of at least 0, got"):
+            parse_numbers(wrong, int)
+    with pytest.raises(typer.BadParameter, match="expected a file or one of persuasion, pydoc, wiki, jargon, got 'x'"):
+        load_text("x")
+    (tmp_path / "own.txt").write_text("word " * 50)
+    content = load_text(str(tmp_path / "own.txt"))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"word": 0}, unk_token="word"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model = LanguageModel(decoder, Tokenizer(words, chat_template=None, special={}))
+    assert len(room.first_tokens(model, "own", content, 20)) == 20
+    with pytest.raises(typer.BadParameter, match="text 'own': expected at least 60 tokens .* got 50"):
+        room.first_tokens(model, "own", content, 60)
+    with pytest.raises(typer.BadParameter, match="the model's context: expected at least 2000 tokens .* got 1024"):
+        room.first_tokens(model, "own", "word " * 3000, 2000)
 
 
 def test_measured_rows_are_not_measured_again(decoder):

@@ -16,9 +16,9 @@ from tq_jax.evaluate.eval_picture import draw
 from tq_jax.evaluate.eval_schemes import SINKS, Candidate, attention_quality, candidates
 from tq_jax.evaluate.eval_table import make_table, one_line
 from tq_jax.evaluate.language import CHUNK, make_reference, measure
-from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
+from tq_jax.evaluate.report import JsonTarget, environment, open_console, parse_numbers, progress_bar, write_json
 from tq_jax.evaluate.texts import load_text
-from tq_jax.models import Decoder, cache_dir, load_model
+from tq_jax.models import Decoder, LanguageModel, cache_dir, load_model
 
 CHARACTERS_A_TOKEN = 12
 
@@ -75,19 +75,19 @@ def evaluate(
     """
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     console = open_console(json)
-    widths, sizes = tuple(parse_bits(bits)), tuple(int(window) for window in windows.split(","))
+    widths, sizes = tuple(parse_bits(bits)), tuple(parse_numbers(windows, int))
     settings = Settings(model or DEFAULT_MODEL, prompt, positions - positions % CHUNK, widths, sizes, ablation)
     rows = known_rows(json, settings) if resume else []
-    language_model, names = load_model(model), texts.split(",")
+    contents = {Path(name).stem: load_text(name) for name in texts.split(",")}
+    language_model = load_model(model)
     payload = {"model": settings.model, "positions": settings.positions, "prompt": prompt, "ablation": ablation}
     payload |= environment()
     with progress_bar(console) as progress:
-        task = progress.add_task("", total=len(names) * len(settings.plan(language_model.decoder)))
-        for name in names:
-            progress.update(task, description=name, completed=sum(row["text"] in names for row in rows))
-            content = load_text(name)[: CHARACTERS_A_TOKEN * (prompt + positions)]
-            tokens = language_model.tokenizer.encode(content)[: prompt + settings.positions + 1]
-            for row in measure_text(language_model.decoder, tokens, settings, Path(name).stem, rows):
+        task = progress.add_task("", total=len(contents) * len(settings.plan(language_model.decoder)))
+        for name, content in contents.items():
+            progress.update(task, description=name, completed=sum(row["text"] in contents for row in rows))
+            tokens = first_tokens(language_model, name, content, prompt + settings.positions + 1)
+            for row in measure_text(language_model.decoder, tokens, settings, name, rows):
                 rows.append(row)
                 progress.advance(task)
                 console.print(one_line(row), highlight=False)
@@ -103,6 +103,25 @@ def evaluate(
     write_json(payload | {"rows": rows, "complete": True, "claims": [claim.as_dict() for claim in claims]}, json)
     if not all(claim.ok for claim in claims):
         raise typer.Exit(1)
+
+
+def first_tokens(model: LanguageModel, name: str, content: str, count: int) -> list[int]:
+    """The beginning of a text.
+
+    Args:
+        model: Whose tokens.
+        name: Name of the text.
+        content: The text.
+        count: How many tokens.
+
+    Raises:
+        typer.BadParameter: If the text or the model's context is shorter.
+    """
+    tokens = model.tokenizer.encode(content[: CHARACTERS_A_TOKEN * count])[:count]
+    for what, size in ((f"text {name!r}", len(tokens)), ("the model's context", model.config.max_context)):
+        if size < count:
+            raise typer.BadParameter(f"{what}: expected at least {count} tokens (prompt and positions), got {size}")
+    return tokens
 
 
 def known_rows(target: str | None, settings: Settings) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from tq_jax.evaluate.eval_schemes import Candidate, Packed, candidates
 from tq_jax.evaluate.language import Reference, run_prompt
 from tq_jax.evaluate.needle_haystack import DIGITS, Haystack, make_haystack
 from tq_jax.evaluate.needle_picture import draw
-from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
+from tq_jax.evaluate.report import JsonTarget, environment, open_console, parse_numbers, progress_bar, write_json
 from tq_jax.models import Decoder, cache_dir, load_model
 
 ASKED = 64
@@ -49,7 +49,7 @@ def needle(
     """
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     console = open_console(json)
-    sizes, places = [int(n) for n in lengths.split(",")], tuple(float(depth) for depth in depths.split(","))
+    sizes, places = parse_numbers(lengths, int), tuple(parse_numbers(depths, float))
     language_model = load_model(model)
     decoder, rows = language_model.decoder, []
     with progress_bar(console) as progress:
