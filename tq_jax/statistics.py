@@ -2,7 +2,8 @@
 
 Softmax does not see a mean that all keys of a head share, but a quantizer spends its bits on it; and channels in which
 queries are large deserve smaller errors. So keys are stored as quantize(w * (k - mean)) and read with q / w, the lost
-q . mean being added back to the logit; w = sqrt(rms(q) / std(k)) a channel balances both sides.
+q . mean being added back to the logit; w = (rms(q) / std(k)) ** 0.4 a channel balances both sides. The square root of
+theory leaves more divergence on real models.
 """
 
 import dataclasses
@@ -13,6 +14,9 @@ from jaxtyping import Array, Bool, Float
 
 MIN_TOKENS = 32
 """Keys that statistics need; with fewer at the moment they are fixed, keys are stored as they are."""
+
+BALANCE = 0.4
+"""Power of the ratio of queries to keys that weighs a channel; measured on SmolLM2-135M and Qwen2.5-1.5B."""
 
 _FLOOR = 1e-2
 """Smallest spread of a channel relative to the mean spread of its head; keeps weights of dead channels bounded."""
@@ -103,7 +107,7 @@ def fix_statistics(
     deviation = (keys - mean[:, None]) * weight
     spread = jnp.sqrt(jnp.sum(deviation * deviation, axis=1) / count)
     enough = fix & (jnp.sum(valid, axis=1) >= MIN_TOKENS)
-    balance = jnp.sqrt(_query_rms(stats) / _floored(spread))
+    balance = (_query_rms(stats) / _floored(spread)) ** BALANCE
 
     def put(new: Array, old: Array, wanted: bool) -> Array:
         return jnp.where(enough[:, None, None], new, old) if wanted else old

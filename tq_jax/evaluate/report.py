@@ -5,16 +5,19 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+Number = TypeVar("Number", int, float)
 
 WIDTH_OF_FILES = 120
 """Columns of tables that no terminal shows."""
@@ -43,6 +46,29 @@ JsonTarget = Annotated[
 """Type of the `--json` option that every command has."""
 
 
+def parse_numbers(text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Numbers of an option like "128,0".
+
+    Args:
+        text: Its value.
+        kind: int or float.
+
+    Raises:
+        typer.BadParameter: If the text is something else, or a number is negative.
+
+    Example:
+        >>> parse_numbers("0.5,1", float)
+        [0.5, 1.0]
+    """
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or any(number < 0 for number in found):
+        raise typer.BadParameter(f"expected comma-separated numbers of at least 0, got {text!r}")
+    return found
+
+
 def open_console(target: str | None) -> Console:
     """The console for tables and progress: standard error when JSON takes standard output.
 
@@ -66,7 +92,7 @@ def progress_bar(console: Console) -> Progress:
 
 
 def write_json(payload: dict[str, Any], target: str | None) -> None:
-    """Writes one JSON object; numbers that JSON cannot say (NaN, infinities) become null.
+    """Writes one JSON object, lists of numbers on one line; numbers that JSON cannot say (NaN, infinities) become null.
 
     Args:
         payload: Plain data; arrays and numpy scalars are written as lists and numbers.
@@ -79,6 +105,7 @@ def write_json(payload: dict[str, Any], target: str | None) -> None:
     if target is None:
         return
     text = json.dumps(_plain(payload), allow_nan=False, indent=None if target == "-" else 2)
+    text = re.sub(r"\[\n[-+\d.eE,\s]*\]", lambda numbers: " ".join(numbers[0].split()), text)
     if target == "-":
         typer.echo(text)
     else:
