@@ -51,16 +51,26 @@ def test_a_file_of_vectors(tmp_path):
             search_data.load(name)
 
 
-def test_the_command_writes_what_it_measured(tmp_path, monkeypatch):
-    def fake(one, found):
-        return [
-            ({k: r[k] for k in ("data", "method", "bits")}, lambda r=r: FIGURES | {"recall": RECALL | r["recall"]})
-            for r in rows(0.5, 0.6, 0.4)
-        ]
+@pytest.fixture
+def few_rows(monkeypatch):
+    """The command with figures made up for one data set; the list is of what was measured."""
+    measured = []
 
-    monkeypatch.setattr(search, "_plan", fake)
-    monkeypatch.setattr(search, "environment", dict)
+    def measure(r):
+        measured.append(r)
+        return FIGURES | {"recall": RECALL | r["recall"]}
+
+    def plan(one, found):
+        made = rows(0.5, 0.6, 0.4)
+        return [({k: r[k] for k in ("data", "method", "bits")}, lambda r=r: measure(r)) for r in made]
+
+    monkeypatch.setattr(search, "_plan", plan)
+    monkeypatch.setattr(search, "environment", lambda: {"commit": "abc", "versions": {}})
     monkeypatch.setattr(search, "load", lambda name: search_data.DataSet("a", *[np.zeros((1, 16))] * 3))
+    return measured
+
+
+def test_the_command_writes_what_it_measured(tmp_path, few_rows):
     target = tmp_path / "out.json"
     with pytest.raises(typer.Exit):
         search.search(json=str(target), data="a", plot=tmp_path / "out.png")
@@ -68,6 +78,39 @@ def test_the_command_writes_what_it_measured(tmp_path, monkeypatch):
     assert [claim["ok"] for claim in written["claims"]] == [False, True, False]
     assert len(written["rows"]) == 8
     assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path, few_rows):
+    target = tmp_path / "out.json"
+    with pytest.raises(typer.Exit):
+        search.search(json=str(target), data="a")
+    whole = json.loads(target.read_text())
+    assert few_rows == rows(0.5, 0.6, 0.4)
+    few_rows.clear()
+    kept = [dict(row, bytes=1) for row in whole["rows"][:3]]
+    target.write_text(json.dumps({k: v for k, v in whole.items() if k != "claims"} | {"rows": kept}))
+    with pytest.raises(typer.Exit):
+        search.search(json=str(target), data="a", resume=True)
+    assert few_rows == rows(0.5, 0.6, 0.4)[3:]
+    assert json.loads(target.read_text()) == whole | {"rows": kept + whole["rows"][3:]}
+    target.write_text(json.dumps(whole | {"commit": "older"}))
+    with pytest.raises(typer.BadParameter, match="expected .*out.json to be of {'commit': 'abc'}, got .*older"):
+        search.search(json=str(target), data="a", resume=True)
+    with pytest.raises(typer.BadParameter, match="expected --resume with --json PATH, got --json -"):
+        search.search(json="-", data="a", resume=True)
+
+
+def test_every_row_is_written_at_once(tmp_path, few_rows, monkeypatch):
+    target = tmp_path / "out.json"
+
+    def stop():
+        raise KeyboardInterrupt
+
+    plan = search._plan
+    monkeypatch.setattr(search, "_plan", lambda one, found: [*plan(one, found)[:2], ({"method": "x"}, stop)])
+    with pytest.raises(KeyboardInterrupt):
+        search.search(json=str(target), data="a")
+    assert len(json.loads(target.read_text())["rows"]) == 2
 
 
 FIGURES = {

@@ -1,5 +1,6 @@
 """`tq-jax search`: nearest neighbours found on codes, against the quantizers of faiss at equal bytes."""
 
+import json as files
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +9,7 @@ import typer
 from rich.table import Table
 
 from tq_jax.evaluate.claims import Claim
-from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
+from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, versions, write_json
 from tq_jax.evaluate.search_data import SOURCES, DataSet, load
 from tq_jax.evaluate.search_methods import (
     OBLIVIOUS,
@@ -42,6 +43,7 @@ def search(
     json: JsonTarget = None,
     data: Annotated[str, typer.Option(help="Data sets, comma-separated: names or .npy files.")] = ",".join(SOURCES),
     plot: Annotated[Path | None, typer.Option(help="Draw recall against bytes into this image file.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that the --json file already has.")] = False,
 ) -> None:
     """Measure nearest-neighbour search on codes against faiss: recall, encoding time, throughput.
 
@@ -53,28 +55,49 @@ def search(
         json: Where to write the figures.
         data: Which embeddings.
         plot: Where to draw.
+        resume: Go on with a run that was cut off; its file is written after every row.
     """
     console = open_console(json)
+    source = environment()
+    source["versions"] |= versions(["faiss-cpu"])
+    rows = _recorded(json, source) if resume else []
     sets = [load(name) for name in data.split(",")]
-    rows: list[dict[str, Any]] = []
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(sets) * len(BITS) * (len(ABLATION) + 3 + len(SCALAR)) + len(sets))
         for one in sets:
             for label, work in _plan(one, rows):
                 progress.update(task, description=f"{one.name}: {label['method']}")
-                rows.append(label | work())
+                if not any(row.items() >= label.items() for row in rows):
+                    rows.append(label | work())
+                    if json != "-":
+                        write_json(source | {"rows": rows}, json)
                 progress.advance(task)
             console.print(_table(one, [row for row in rows if row["data"] == one.name]))
     claims = judge(rows)
     for claim in claims:
         console.print(f"{claim.verdict}: {claim.name}: {claim.figure:.3g} (bound {claim.relation} {claim.bound:.3g})")
-    write_json(environment() | {"rows": rows, "claims": [claim.as_dict() for claim in claims]}, json)
+    write_json(source | {"rows": rows, "claims": [claim.as_dict() for claim in claims]}, json)
     if plot:
         from tq_jax.evaluate.search_picture import draw
 
         draw(rows, plot)
     if not all(claim.ok for claim in claims):
         raise typer.Exit(1)
+
+
+def _recorded(target: str | None, source: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a run that was cut off; only those of this machine, these versions and this commit."""
+    if target in (None, "-"):
+        raise typer.BadParameter(f"expected --resume with --json PATH, got --json {target}")
+    path = Path(str(target))
+    if not path.is_file():
+        return []
+    found = files.loads(path.read_text("utf-8"))
+    other = {name: found.get(name) for name in source if found.get(name) != source[name]}
+    if other:
+        wanted = {name: source[name] for name in other}
+        raise typer.BadParameter(f"expected {target} to be of {wanted}, got {other}")
+    return found["rows"]
 
 
 Work = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
