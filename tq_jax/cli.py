@@ -14,6 +14,8 @@ import typer
 COMMANDS = {
     "demo": "tq_jax.evaluate.demo:demo",
     "validate": "tq_jax.evaluate.distortion:validate",
+    "eval": "tq_jax.evaluate.eval:evaluate",
+    "needle": "tq_jax.evaluate.needle:needle",
     "audit": "tq_jax.evaluate.audit:audit",
     "bench": "tq_jax.bench.command:bench",
     "gate": "tq_jax.evaluate.gate:gate",

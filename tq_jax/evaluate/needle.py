@@ -1,0 +1,147 @@
+"""`tq-jax needle`: facts hidden in a long text, asked for in a chat, with compressed caches and without."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from rich.table import Table
+
+from tq_jax.evaluate.claims import Claim
+from tq_jax.evaluate.demo import DEFAULT_MODEL, parse_bits
+from tq_jax.evaluate.eval_schemes import Candidate, Packed, candidates
+from tq_jax.evaluate.language import Reference, run_prompt
+from tq_jax.evaluate.needle_haystack import Haystack, make_haystack
+from tq_jax.evaluate.needle_picture import draw
+from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
+from tq_jax.models import Decoder, cache_dir, load_model
+
+ASKED = 64
+"""Tokens that a question and its answer are padded to a multiple of."""
+
+RIVALS = ("TurboQuant mse 4", "TurboQuant mse 3", "TurboQuant prod 4", "KIVI 2, groups of 32")
+LEAST_LOG_PROB = 0.05
+"""Nats a needle by which K4/V4 may stay below full precision, the mean over needles."""
+
+
+def needle(
+    model: Annotated[
+        str | None, typer.Option(help="GGUF file or Hugging Face directory; SmolLM2-135M-Instruct by default.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts, comma-separated.")] = "1024,2048,4096",
+    depths: Annotated[str, typer.Option(help="Where facts lie, from 0 to 1, ascending.")] = "0.05,0.25,0.5,0.75,0.95",
+    bits: Annotated[str, typer.Option(help="Key/value bits of this package's caches.")] = "4/4,3/3,2/2",
+    repeats: Annotated[int, typer.Option(help="Texts of each length.", min=1)] = 2,
+    window: Annotated[int, typer.Option(help="Latest tokens in full precision.", min=0)] = 128,
+    plot: Annotated[Path, typer.Option(help="Where to draw.")] = Path("tq-jax-needle.png"),
+    json: JsonTarget = None,
+) -> None:
+    """Hide several seven-digit numbers in a novel and ask for each in a chat, from compressed caches.
+
+    Every number is graded twice: whether greedy decoding writes all its digits, and the log-probability of the digits.
+    Full precision is asked the same. Exits 0 only if K4/V4 finds whatever full precision finds, with as high a
+    log-probability but for 0.05 nats.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    console = open_console(json)
+    sizes, places = [int(n) for n in lengths.split(",")], tuple(float(depth) for depth in depths.split(","))
+    language_model = load_model(model)
+    decoder, rows = language_model.decoder, []
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=len(sizes) * repeats * (1 + len(parse_bits(bits)) + len(RIVALS)))
+        for size in sizes:
+            every = candidates(decoder, size + 2 * ASKED, bits=parse_bits(bits), window=window)
+            chosen = [c for c in every if isinstance(c, Packed) or c.rival.label in RIVALS]
+            for seed in range(repeats):
+                haystack = make_haystack(language_model.tokenizer, size, places, seed=seed)
+                prompt = read_prompt(decoder, haystack, size)
+                for candidate in chosen:
+                    label = {"length": size, "seed": seed} | candidate.describe(decoder)
+                    progress.update(task, description=f"{size} tokens, {label['label']}", advance=1)
+                    rows += [label | found for found in ask(decoder, prompt, haystack, candidate)]
+    claims = judge(rows)
+    console.print(make_table(rows))
+    for claim in claims:
+        console.print(f"{'holds' if claim.ok else 'FAILS'}  {claim.name}: {claim.figure:.3g} ({claim.note})")
+    draw(rows, plot, title=f"{model or DEFAULT_MODEL}: numbers found of {repeats} texts, window {window}")
+    console.print(f"Picture: {plot}")
+    payload = {"model": model or DEFAULT_MODEL, "window": window} | environment()
+    write_json(payload | {"rows": rows, "claims": [claim.as_dict() for claim in claims]}, json)
+    if not all(claim.ok for claim in claims):
+        raise typer.Exit(1)
+
+
+def read_prompt(decoder: Decoder, haystack: Haystack, size: int) -> Reference:
+    """Runs the shared prompt exactly, right-padded to a size."""
+    padded = np.zeros(size, np.int32)
+    padded[: len(haystack.tokens)] = haystack.tokens
+    _, projections = run_prompt(decoder, jnp.asarray(padded)[None])
+    return Reference(jnp.asarray(padded), len(haystack.tokens), projections, [])
+
+
+def ask(decoder: Decoder, prompt: Reference, haystack: Haystack, candidate: Candidate) -> list[dict[str, float | bool]]:
+    """Asks for every fact; question and answer read the prompt from the cache.
+
+    Args:
+        decoder: The model.
+        prompt: See `read_prompt`.
+        haystack: The questions.
+        candidate: What the cache is.
+
+    Returns:
+        For each question: depth, whether each digit is the most likely token, and the log-probability of all digits.
+    """
+    found = []
+    for question in haystack.questions:
+        tokens = question.prompt + question.answer
+        padded = np.zeros((1, -(-len(tokens) // ASKED) * ASKED), np.int32)
+        padded[0, : len(tokens)] = tokens
+        cache = candidate.start(decoder, prompt)
+        logits, _ = candidate.extend(decoder, jnp.asarray(padded), cache, count=jnp.int32(len(tokens)))
+        log_probs = np.asarray(jax.nn.log_softmax(logits[len(question.prompt) - 1 : len(tokens) - 1]))
+        answer = np.asarray(question.answer)
+        exact = bool(np.all(np.argmax(log_probs, axis=1) == answer))
+        total = float(np.sum(log_probs[np.arange(len(answer)), answer], dtype=np.float64))
+        found.append({"depth": question.depth, "exact": exact, "log_prob": total})
+    return found
+
+
+def judge(rows: list[dict[str, Any]]) -> list[Claim]:
+    """Whether K4/V4 finds what full precision finds.
+
+    Args:
+        rows: What the command writes as "rows".
+    """
+
+    def of(label: str) -> dict[tuple, dict[str, Any]]:
+        return {(r["length"], r["seed"], r["depth"]): r for r in rows if r["label"] == label}
+
+    full, ours = of("bfloat16"), of("K4/V4")
+    if not ours:
+        return []
+    lost = sum(row["exact"] and not ours[key]["exact"] for key, row in full.items())
+    change = float(np.mean([ours[key]["log_prob"] - row["log_prob"] for key, row in full.items()]))
+    count = f"full precision finds {sum(row['exact'] for row in full.values())} of {len(full)}"
+    return [
+        Claim("K4/V4: numbers lost that full precision finds", lost, "<=", 0, note=count),
+        Claim("K4/V4: log-probability of a number, change", change, ">=", -LEAST_LOG_PROB, note="nats, mean"),
+    ]
+
+
+def make_table(rows: list[dict[str, Any]]) -> Table:
+    """Numbers found and mean log-probability, by cache and length."""
+    table = Table(title="Numbers found, and the mean log-probability of their digits", title_justify="left")
+    lengths = list(dict.fromkeys(row["length"] for row in rows))
+    for name in ("cache", "bits", *(f"{n} tokens" for n in lengths)):
+        table.add_column(name, justify="left" if name == "cache" else "right", no_wrap=True)
+    for label in dict.fromkeys(row["label"] for row in rows):
+        same = [row for row in rows if row["label"] == label]
+        cells = []
+        for length in lengths:
+            here = [row for row in same if row["length"] == length]
+            mean = sum(row["log_prob"] for row in here) / len(here)
+            cells.append(f"{sum(row['exact'] for row in here)}/{len(here)}  {mean:7.3f}")
+        table.add_row(label, f"{same[0]['stored_bits_per_element']:.2f}", *cells)
+    return table

@@ -1,0 +1,106 @@
+"""Haystacks: a long text with facts in it, and a chat that asks for one of them."""
+
+import dataclasses
+
+import numpy as np
+
+from tq_jax.data import persuasion
+from tq_jax.models.tokenizer import Tokenizer
+
+DIGITS = 7
+CITIES = (
+    "Lisbon",
+    "Oslo",
+    "Cairo",
+    "Lima",
+    "Hanoi",
+    "Quebec",
+    "Dakar",
+    "Tbilisi",
+    "Perth",
+    "Bergen",
+    "Malaga",
+    "Osaka",
+)
+FACT = "The secret number of {city} is {number}."
+QUESTION = "What is the secret number of {city}?"
+ANSWER = "The secret number of {city} is "
+"""Begins the model's answer; its last token is a lone space, so that the next ones are digits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One needle asked for.
+
+    Attributes:
+        depth: Where the fact lies, from 0 (the beginning) to 1.
+        prompt: Tokens of the question and of the answer up to the number.
+        answer: Tokens of the number.
+    """
+
+    depth: float
+    prompt: list[int]
+    answer: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Haystack:
+    """A prompt that all questions share.
+
+    Attributes:
+        tokens: The chat up to the end of the text.
+        questions: One for each fact in it.
+    """
+
+    tokens: list[int]
+    questions: list[Question]
+
+
+def make_haystack(tokenizer: Tokenizer, length: int, depths: tuple[float, ...], *, seed: int) -> Haystack:
+    """A chat about *Persuasion*, from a random chapter on, with a fact at each depth.
+
+    Args:
+        tokenizer: The model's.
+        length: Most tokens of the shared prompt; it has a few less.
+        depths: Where to put the facts, ascending.
+        seed: Of numbers, names and chapter.
+
+    Raises:
+        ValueError: If there are more facts than names, or the text is too short for the length.
+    """
+    if len(depths) > len(CITIES):
+        raise ValueError(f"expected at most {len(CITIES)} depths, got {len(depths)}")
+    rng = np.random.default_rng(seed)
+    cities = rng.permutation(CITIES)[: len(depths)].tolist()
+    numbers = ["".join(map(str, rng.integers(0, 10, DIGITS))) for _ in depths]
+    chapters = persuasion().split("\n\nChapter ")
+    start = int(rng.integers(len(chapters)))
+    sentences = "\n\n".join(chapters[start:] + chapters[:start]).replace("\n", " ").split(". ")
+    counts = np.cumsum([len(tokenizer.encode(f"{s}. ", add_special_tokens=False)) for s in sentences[: length // 4]])
+    facts = [FACT.format(city=c, number=n) for c, n in zip(cities, numbers, strict=True)]
+    frame = _split_chat(tokenizer, "", cities[0])[0]
+    room = length - len(frame) - sum(len(tokenizer.encode(f" {fact}")) for fact in facts) - 8
+    if room < 1 or counts[-1] < room:
+        raise ValueError(f"expected a length from some 200 to {int(counts[-1])} tokens, got {length}")
+    text = [f"{sentence}." for sentence in sentences[: int(np.searchsorted(counts, room))]]
+    places = [round(depth * len(text)) for depth in depths]
+    for place, fact in sorted(zip(places, facts, strict=True), reverse=True):
+        text.insert(place, fact)
+    questions, shared = [], []
+    for depth, city, number in zip(depths, cities, numbers, strict=True):
+        shared, prompt = _split_chat(tokenizer, " ".join(text), city)
+        answered = tokenizer.encode(ANSWER.format(city=city) + number, add_special_tokens=False)
+        given = tokenizer.encode(ANSWER.format(city=city), add_special_tokens=False)
+        questions.append(Question(depth, prompt + given, answered[len(given) :]))
+    return Haystack(shared, questions)
+
+
+def _split_chat(tokenizer: Tokenizer, text: str, city: str) -> tuple[list[int], list[int]]:
+    """Tokens of a chat up to the end of the text, and from the question on."""
+    question = QUESTION.format(city=city)
+    chat = tokenizer.chat_prompt([{"role": "user", "content": f"{text}\n\n{question}"}])
+    place = chat.rindex(question)
+    return (
+        tokenizer.encode(chat[:place], add_special_tokens=False),
+        tokenizer.encode(chat[place:], add_special_tokens=False),
+    )

