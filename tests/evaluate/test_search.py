@@ -33,6 +33,13 @@ def test_figures_decide(figures, ok):
     assert [claim.ok for claim in search.judge(rows(*figures))] == ok
 
 
+def test_the_least_clock_counts(monkeypatch):
+    clocks = iter([(5, 2.0), (6, 1.0), (7, 4.0), (8, 9.0)])
+    monkeypatch.setattr(search_methods, "timed", lambda work: (work(), search_methods.Clock(*next(clocks))))
+    assert search_methods.quickest(lambda: "found") == ("found", search_methods.Clock(6, 1.0))
+    assert search_methods.quickest(lambda: "long") == ("long", search_methods.Clock(8, 9.0))
+
+
 def test_parts_of_product_quantization_keep_all_channels():
     x = np.arange(1, 11, dtype=np.float32).reshape(2, 5)
     assert search_methods.spread(x, 3).tolist() == [[1, 2, 3, 4, 5, 0], [6, 7, 8, 9, 10, 0]]

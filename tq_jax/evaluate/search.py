@@ -49,7 +49,8 @@ def search(
 
     Recall 1@k of this package and of product quantization, RaBitQ and scalar quantizers at equal bytes a vector, norms
     and scales counted, on real embeddings. Exits 0 only if recall 1@1 is above product quantization and not below
-    RaBitQ at 2 and 4 bits on two of three data sets, and encoding takes a tenth of the time of product quantization.
+    RaBitQ at 2 and 4 bits on two of three data sets, and encoding takes a tenth of the CPU time of product
+    quantization. Faiss has one thread, so only CPU times compare.
 
     Args:
         json: Where to write the figures.
