@@ -1,6 +1,7 @@
 """`tq-jax search`: nearest neighbours found on codes, against the quantizers of faiss at equal bytes."""
 
 import json as files
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,9 @@ ABLATION: dict[str, dict[str, Any]] = {
 }
 """From the paper to the default, one change a line; "tq, random basis" is the third change, the step search."""
 SCALAR = ("tqmse", "eden")
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "XLA_FLAGS")
+"""Variables that say how many threads work has; several spin while they wait, and CPU time counts that."""
+
 SHARE = 2 / 3
 SPEEDUP = 10.0
 
@@ -50,7 +54,8 @@ def search(
     Recall 1@k of this package and of product quantization, RaBitQ and scalar quantizers at equal bytes a vector, norms
     and scales counted, on real embeddings. Exits 0 only if recall 1@1 is above product quantization and not below
     RaBitQ at 2 and 4 bits on two of three data sets, and encoding takes a tenth of the CPU time of product
-    quantization. Faiss has one thread, so only CPU times compare.
+    quantization. Faiss has one thread, so only CPU times compare; give this package one too, with
+    OPENBLAS_NUM_THREADS=1 and XLA_FLAGS=--xla_cpu_multi_thread_eigen=false, where other work disturbs them.
 
     Args:
         json: Where to write the figures.
@@ -61,6 +66,7 @@ def search(
     console = open_console(json)
     source = environment()
     source["versions"] |= versions(["faiss-cpu"])
+    source["threads"] = {name: os.environ[name] for name in THREADS if name in os.environ}
     rows = _recorded(json, source) if resume else []
     sets = [load(name) for name in data.split(",")]
     with progress_bar(console) as progress:
