@@ -185,7 +185,7 @@ def test_statistics_come_from_what_is_at_hand():
         assert cache.statistics.ready.all()
         np.testing.assert_allclose(cache.statistics.mean[0], known.mean(0), atol=0.01)
         rms = np.sqrt(np.mean(np.square(np.asarray(q[0, : max(first, 69)]).reshape(-1, H, 2, D)), axis=(0, 2)))
-        np.testing.assert_allclose(cache.statistics.weight[0], np.sqrt(rms / known.std(0)), rtol=0.02)
+        np.testing.assert_allclose(cache.statistics.weight[0], np.sqrt(np.sqrt(rms) / known.std(0)), rtol=0.02)
 
 
 def test_given_statistics_are_used():

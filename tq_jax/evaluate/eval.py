@@ -10,9 +10,10 @@ import jax
 import typer
 
 from tq_jax.evaluate.demo import DEFAULT_MODEL, parse_bits
+from tq_jax.evaluate.eval_ablation import variants
 from tq_jax.evaluate.eval_claims import judge
 from tq_jax.evaluate.eval_picture import draw
-from tq_jax.evaluate.eval_schemes import SINKS, Packed, Rounded, attention_quality, candidates
+from tq_jax.evaluate.eval_schemes import SINKS, Candidate, attention_quality, candidates
 from tq_jax.evaluate.eval_table import make_table, one_line
 from tq_jax.evaluate.language import CHUNK, make_reference, measure
 from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
@@ -32,6 +33,7 @@ class Settings:
         positions: Predictions of each text.
         bits: Key and value bits of this package's caches.
         windows: Latest tokens in full precision.
+        ablation: Whether parts of this package's caches are compared instead of rivals.
     """
 
     model: str
@@ -39,11 +41,13 @@ class Settings:
     positions: int
     bits: tuple[tuple[float, float], ...]
     windows: tuple[int, ...]
+    ablation: bool = False
 
-    def plan(self, decoder: Decoder) -> list[tuple[int, Packed | Rounded]]:
+    def plan(self, decoder: Decoder) -> list[tuple[int, Candidate]]:
         """All windows and candidates, in order."""
         room = self.prompt + self.positions + 1
-        return [(w, c) for w in self.windows for c in candidates(decoder, room, bits=self.bits, window=w)]
+        make = variants if self.ablation else candidates
+        return [(w, c) for w in self.windows for c in make(decoder, room, bits=self.bits, window=w)]
 
 
 def evaluate(
@@ -58,6 +62,7 @@ def evaluate(
     positions: Annotated[int, typer.Option(help="Predictions compared, of each text.", min=CHUNK)] = 512,
     windows: Annotated[str, typer.Option(help="Latest tokens in full precision, comma-separated.")] = "128,0",
     plot: Annotated[Path, typer.Option(help="Where to draw divergence against stored bits.")] = Path("tq-jax-eval.png"),
+    ablation: Annotated[bool, typer.Option("--ablation", help="Compare parts of this package's caches.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that the JSON file has already.")] = False,
     json: JsonTarget = None,
 ) -> None:
@@ -66,15 +71,16 @@ def evaluate(
     Every text is teacher-forced in chunks that read the cache. This package's caches are real, packed ones; TurboQuant
     as published, KIVI, vLLM's presets, int4 and fp8 are rounded as they store numbers, with the same tokens in full
     precision. Stored bits count scales, zeros and layers left alone. Rows are written to the JSON file as they come.
-    Exits 0 only if no rival reaches a lower divergence at equal bits.
+    Exits 0 only if no rival reaches a lower divergence at equal bits; an ablation claims nothing.
     """
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     console = open_console(json)
     widths, sizes = tuple(parse_bits(bits)), tuple(int(window) for window in windows.split(","))
-    settings = Settings(model or DEFAULT_MODEL, prompt, positions - positions % CHUNK, widths, sizes)
+    settings = Settings(model or DEFAULT_MODEL, prompt, positions - positions % CHUNK, widths, sizes, ablation)
     rows = known_rows(json, settings) if resume else []
     language_model, names = load_model(model), texts.split(",")
-    payload = {"model": settings.model, "positions": settings.positions, "prompt": prompt} | environment()
+    payload = {"model": settings.model, "positions": settings.positions, "prompt": prompt, "ablation": ablation}
+    payload |= environment()
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(names) * len(settings.plan(language_model.decoder)))
         for name in names:
@@ -87,7 +93,7 @@ def evaluate(
                 console.print(one_line(row), highlight=False)
                 if json not in (None, "-"):
                     write_json(payload | {"rows": rows, "complete": False}, json)
-    claims = judge(rows)
+    claims = [] if ablation else judge(rows)
     for name in dict.fromkeys(row["text"] for row in rows):
         console.print(make_table([row for row in rows if row["text"] == name], name))
     for claim in claims:
@@ -115,7 +121,7 @@ def known_rows(target: str | None, settings: Settings) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     found = json_format.loads(path.read_text("utf-8"))
-    for name in ("model", "positions", "prompt"):
+    for name in ("model", "positions", "prompt", "ablation"):
         if found.get(name) != getattr(settings, name):
             raise typer.BadParameter(
                 f"expected rows of {name}={getattr(settings, name)!r} in {path}, got {found.get(name)!r}"

@@ -1,6 +1,7 @@
 """What compressed keys and values do to attention itself: errors of its outputs, correlation of its logits."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +47,14 @@ class AttentionQuality:
         }
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="scale")
 def compare_attention(
     projections: tuple[Array, Array, Array],
     keys: Float[Array, "rows n h_kv d"],
     values: Float[Array, "rows n h_kv d"],
     coded: Bool[Array, "n"],
     windows: Int[Array, "rows"],
+    *,
     scale: float,
 ) -> tuple[Float[Array, "rows h_q"], Float[Array, "rows"]]:
     """Errors of the outputs and correlations of the logits, see `AttentionQuality`, layer by layer.
@@ -75,8 +77,8 @@ def compare_attention(
             for pair in ((key, value), (seen_key, seen_value))
         )
         errors = jnp.sum(jnp.square(seen - exact), axis=(0, 2)) / jnp.sum(jnp.square(exact), axis=(0, 2))
-        place, count = jnp.arange(keys.shape[1]), jnp.arange(query.shape[1])[:, None]
-        visible = coded & (place <= start + count)
+        place, step = jnp.arange(keys.shape[1])[None], jnp.arange(query.shape[1])[:, None]
+        visible = coded[None] & (place <= start + step)
         logits = [_centred(dense_logits(query, k), visible) for k in (key, seen_key)]
         product = jnp.sum(logits[0] * logits[1])
         return jnp.sqrt(errors), product / jnp.sqrt(jnp.sum(logits[0] ** 2) * jnp.sum(logits[1] ** 2))
@@ -85,6 +87,7 @@ def compare_attention(
 
 
 def _centred(logits: Float[Array, "b h g t n"], mask: Bool[Array, "t n"]) -> Float[Array, "b h g t n"]:
+    mask = jnp.broadcast_to(mask, logits.shape)
     count = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True, dtype=jnp.float32), 1.0)
     mean = jnp.sum(jnp.where(mask, logits, 0.0), axis=-1, keepdims=True) / count
     return jnp.where(mask, logits - mean, 0.0)

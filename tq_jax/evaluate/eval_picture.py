@@ -26,7 +26,7 @@ def draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
         title: Heading.
     """
     texts, windows = (list(dict.fromkeys(row[name] for row in rows)) for name in ("text", "window"))
-    figure = Figure(figsize=(4.3 * len(texts), 4.0 * len(windows) + 0.7), layout="constrained")
+    figure = Figure(figsize=(max(4.3 * len(texts), 8.6), 4.0 * len(windows) + 0.7), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(len(windows), len(texts), squeeze=False, sharex=True, sharey="row")
     for i, window in enumerate(windows):

@@ -142,7 +142,7 @@ class Rounded:
 
 def candidates(
     decoder: Decoder, max_tokens: int, *, bits: Sequence[tuple[float, float]], window: int
-) -> list[Packed | Rounded]:
+) -> list[Candidate]:
     """Full precision, this package's defaults at some widths, and all rivals.
 
     Args:
@@ -155,7 +155,7 @@ def candidates(
     ours = [tq_scheme(decoder, max_tokens, key_bits=k, value_bits=v) for k, v in bits]
     ours = [dataclasses.replace(s, cache=dataclasses.replace(s.cache, window=window, sink_tokens=sinks)) for s in ours]
     packed = [Packed(scheme) for scheme in (full_scheme(decoder, max_tokens), *ours)]
-    return packed + [Rounded(rival, max_tokens, window, sinks) for rival in RIVALS]
+    return [*packed, *(Rounded(rival, max_tokens, window, sinks) for rival in RIVALS)]
 
 
 def attention_quality(
@@ -175,6 +175,6 @@ def attention_quality(
     keys, values = candidate.read(decoder, reference)
     coded = (place >= sinks) & (place < reference.prefix - window)
     error, correlation = compare_attention(
-        reference.projections, keys, values, coded, jnp.asarray(windows, jnp.int32), config.attention_scale
+        reference.projections, keys, values, coded, jnp.asarray(windows, jnp.int32), scale=config.attention_scale
     )
     return AttentionQuality(jax.device_get(error), jax.device_get(correlation))

@@ -22,9 +22,9 @@ CITIES = (
     "Malaga",
     "Osaka",
 )
-FACT = "The secret number of {city} is {number}."
-QUESTION = "What is the secret number of {city}?"
-ANSWER = "The secret number of {city} is "
+FACT = "Remember this: the phone number of {city} is {number}."
+QUESTION = "What is the phone number of {city}?"
+ANSWER = "The phone number of {city} is "
 """Begins the model's answer; its last token is a lone space, so that the next ones are digits."""
 
 
@@ -76,7 +76,7 @@ def make_haystack(tokenizer: Tokenizer, length: int, depths: tuple[float, ...], 
     chapters = persuasion().split("\n\nChapter ")
     start = int(rng.integers(len(chapters)))
     sentences = "\n\n".join(chapters[start:] + chapters[:start]).replace("\n", " ").split(". ")
-    counts = np.cumsum([len(tokenizer.encode(f"{s}. ", add_special_tokens=False)) for s in sentences[: length // 4]])
+    counts = np.cumsum([len(tokenizer.encode(f" {s}.", add_special_tokens=False)) for s in sentences[: length // 4]])
     facts = [FACT.format(city=c, number=n) for c, n in zip(cities, numbers, strict=True)]
     frame = _split_chat(tokenizer, "", cities[0])[0]
     room = length - len(frame) - sum(len(tokenizer.encode(f" {fact}")) for fact in facts) - 8

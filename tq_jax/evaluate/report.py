@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -66,7 +67,7 @@ def progress_bar(console: Console) -> Progress:
 
 
 def write_json(payload: dict[str, Any], target: str | None) -> None:
-    """Writes one JSON object; numbers that JSON cannot say (NaN, infinities) become null.
+    """Writes one JSON object, lists of numbers on one line; numbers that JSON cannot say (NaN, infinities) become null.
 
     Args:
         payload: Plain data; arrays and numpy scalars are written as lists and numbers.
@@ -79,6 +80,7 @@ def write_json(payload: dict[str, Any], target: str | None) -> None:
     if target is None:
         return
     text = json.dumps(_plain(payload), allow_nan=False, indent=None if target == "-" else 2)
+    text = re.sub(r"\[\n[-+\d.eE,\s]*\]", lambda numbers: " ".join(numbers[0].split()), text)
     if target == "-":
         typer.echo(text)
     else:

@@ -1,0 +1,184 @@
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import typer
+from flax import nnx
+from typer.testing import CliRunner
+
+import tq_jax as tq
+from tq_jax import cli
+from tq_jax.evaluate import eval as room
+from tq_jax.evaluate import eval_ablation, eval_attention, eval_claims, eval_picture
+from tq_jax.evaluate.eval_schemes import Packed, Rounded, attention_quality, candidates
+from tq_jax.evaluate.language import CHUNK, make_reference, published_scheme, tq_scheme
+from tq_jax.evaluate.rivals import Float8, Rival
+from tq_jax.models import Decoder, DecoderConfig
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    config = DecoderConfig(
+        vocab_size=97, dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, ffn_dim=96, max_context=1024
+    )
+    return Decoder(config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def reference(decoder):
+    ids = np.random.default_rng(0).integers(0, 97, CHUNK + 201).tolist()
+    return make_reference(decoder, ids, positions=CHUNK)
+
+
+@pytest.mark.parametrize("window", [0, 30])
+def test_what_is_read_back_is_what_attention_reads(decoder, window):
+    """Attention to keys and values that were read back is attention to the codes."""
+    sinks = 4 if window else 0
+    scheme = tq_scheme(decoder, 250, key_bits=3, value_bits=2)
+    spec = dataclasses.replace(scheme.cache, window=window, sink_tokens=sinks, page_size=32)
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 200, h, 32)) for i, h in ((0, 4), (1, 2), (2, 2)))
+    cache = tq.append(tq.init_cache(spec, batch=2), k, v, query=q)
+    keys, values = eval_attention.read_back(cache)
+    expected = tq.attend(q[:, -8:], cache)
+    found = eval_attention.attend_dense(q[:, -8:], keys[:, :200], values[:, :200], jnp.int32(192), scale=32**-0.5)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_keys_with_a_sketch_are_not_read_back(decoder):
+    spec = published_scheme(decoder, 250, key_bits=3, value_bits=3).cache
+    spec = dataclasses.replace(spec, key=tq.QuantizerSpec(dim=32, bits=3, kind="prod"))
+    with pytest.raises(NotImplementedError, match="without a sketch"):
+        eval_attention.read_back(tq.init_cache(spec, batch=2))
+
+
+def test_attention_of_exact_and_of_coarse_caches(decoder, reference):
+    none = Rival("none", "none", Float8(), Float8(), exact_layers=1)
+    exact = attention_quality(decoder, reference, Rounded(none, 300, 64, 4), window=64, sinks=4)
+    assert exact.error.shape == (2, 4)
+    assert exact.error.max() < 0.01
+    assert exact.correlation.min() > 0.9999
+    errors = []
+    for bits in (4, 2):
+        found = attention_quality(
+            decoder, reference, Packed(tq_scheme(decoder, 300, key_bits=bits, value_bits=bits)), window=128, sinks=4
+        ).as_dict()
+        assert found["attention_error_worst"] >= found["attention_error"]
+        layer, head = found["attention_error_worst_layer_and_head"]
+        assert found["attention_errors"][layer][head] == pytest.approx(found["attention_error_worst"], abs=1e-4)
+        errors.append((found["attention_error"], 1 - found["logit_correlation_worst"]))
+    assert errors[0] < errors[1]
+    assert errors[0][1] < errors[1][1]
+
+
+def test_candidates_say_what_they_store(decoder):
+    described = {
+        c.describe(decoder)["label"]: c.describe(decoder) for c in candidates(decoder, 400, bits=[(4, 4)], window=128)
+    }
+    ours = described["K4/V4"]
+    assert ours["stored_bits_per_element"] == 4.5
+    assert ours["ratio_compressed"] == 16 / 4.5
+    assert 1 < ours["ratio_total"] < ours["ratio_compressed"]
+    assert described["fp8 e4m3"]["ratio_total"] == pytest.approx(400 * 16 / (132 * 16 + 268 * 8))
+    assert described["bfloat16"]["ratio_total"] == 1
+
+
+def row(scheme, label, bits, kl, key_bits=4, text="novel", window=128):
+    return {
+        "text": text, "window": window, "scheme": scheme, "label": label, "stored_bits_per_element": bits,
+        "kl_mean": kl, "key_bits": key_bits, "value_bits": key_bits,
+    }  # fmt: skip
+
+
+def test_claims_compare_at_equal_bits():
+    rows = [
+        row("tq", "K4/V4", 4.25, 0.010),
+        row("kivi", "same bits", 4.25, 0.015),
+        row("kivi", "half a bit more", 4.75, 0.008),  # at 4.25 bits: 0.016
+        row("vllm", "far more bits, worse", 6.0, 0.02),
+        row("fp8", "far more bits, better", 8.0, 0.001),
+        row("full", "bfloat16", 16.0, 0.0001),
+        row("kivi", "another text", 4.25, 0.001, text="manual"),
+    ]
+    (claim,) = eval_claims.judge(rows)
+    assert claim.ok
+    assert claim.figure == pytest.approx(1.5)
+    assert "same bits" in claim.note
+    assert set(claim.details) == {"same bits", "half a bit more", "far more bits, worse"}
+    rows.append(row("int4", "less", 4.5, 0.007))  # at 4.25 bits: 0.0099
+    (claim,) = eval_claims.judge(rows)
+    assert not claim.ok
+
+
+def test_front():
+    rows = [row("a", "a", bits, kl) for bits, kl in ((3, 0.2), (3, 0.1), (4, 0.1), (5, 0.05))]
+    assert [(r["stored_bits_per_element"], r["kl_mean"]) for r in eval_picture.front(rows)] == [(3, 0.1), (5, 0.05)]
+
+
+def test_rows_of_another_model_are_not_resumed(tmp_path):
+    settings = room.Settings("small", 512, 128, ((4, 4),), (128,))
+    path = tmp_path / "rows.json"
+    assert room.known_rows(str(path), settings) == []
+    path.write_text(
+        json.dumps({"model": "small", "positions": 128, "prompt": 512, "ablation": False, "rows": [{"kl": 1}]})
+    )
+    assert room.known_rows(str(path), settings) == [{"kl": 1}]
+    with pytest.raises(typer.BadParameter, match="expected rows of positions=64 in .* got 128"):
+        room.known_rows(str(path), dataclasses.replace(settings, positions=64))
+    with pytest.raises(typer.BadParameter, match="expected --json PATH with --resume, got -"):
+        room.known_rows("-", settings)
+
+
+def test_measured_rows_are_not_measured_again(decoder):
+    ids = np.random.default_rng(1).integers(0, 97, CHUNK + 201).tolist()
+    settings = room.Settings("small", 200, CHUNK, ((4, 4),), (128,))
+    labels = [c.describe(decoder)["label"] for _, c in settings.plan(decoder)]
+    known = [row("x", label, 4.0, 0.0) for label in labels if label not in ("K4/V4", "bfloat16")]
+    found = list(room.measure_text(decoder, ids, settings, "novel", known))
+    assert [r["label"] for r in found] == ["bfloat16", "K4/V4"]
+    assert found[0]["kl_mean"] < found[1]["kl_mean"]
+    assert list(room.measure_text(decoder, ids, settings, "novel", known + found)) == []
+
+
+def test_variants_change_what_they_say(decoder):
+    found = {c.describe(decoder)["label"]: c for c in eval_ablation.variants(decoder, 400, bits=[(4, 4)], window=128)}
+    ours = found["K4/V4"].scheme.cache
+    assert ours == tq_scheme(decoder, 400, key_bits=4, value_bits=4).cache
+    assert not found["K4/V4, + step search"].scheme.cache.has_statistics
+    assert found["K4/V4, + centred keys"].scheme.cache == dataclasses.replace(ours, smooth_keys=False)
+    assert found["K4/V4, Haar rotation"].scheme.cache.value.rotation == "haar"
+    assert found["K4/V4, no sink tokens"].scheme.cache.sinks == 0
+    assert found["K5/V3"].scheme.stored_bits == found["K4/V4"].scheme.stored_bits
+    assert found["K4/V4, float32 scales"].scheme.stored_bits == 5
+    assert len({c.scheme.cache for c in found.values()}) == len(found) - len(eval_ablation.POWERS)
+
+
+def test_weights_by_powers_are_those_of_the_cache(decoder, reference):
+    (ours,) = (
+        c for c in candidates(decoder, 300, bits=[(4, 4)], window=128) if c.describe(decoder)["label"] == "K4/V4"
+    )
+    same = eval_ablation.Smoothed(ours.scheme).start(decoder, reference)
+    cache = ours.start(decoder, reference)
+    np.testing.assert_allclose(same.statistics.weight, cache.statistics.weight, rtol=0.01)
+    np.testing.assert_allclose(same.statistics.mean, cache.statistics.mean, atol=0.01)
+    other = eval_ablation.Smoothed(ours.scheme, powers=(0.5, 0.5)).start(decoder, reference)
+    assert not np.allclose(other.statistics.weight, cache.statistics.weight, rtol=0.05)
+
+
+@pytest.mark.weights
+@pytest.mark.slow
+def test_eval_on_the_real_model(tmp_path):
+    figures, picture = tmp_path / "eval.json", tmp_path / "eval.png"
+    arguments = ["--texts", "persuasion", "--prompt", "512", "--positions", "64", "--windows", "128", "--bits", "4/4"]
+    arguments += ["--json", str(figures), "--plot", str(picture)]
+    result = CliRunner().invoke(cli.build(["eval"]), ["eval", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    found = json.loads(figures.read_text())
+    assert found["complete"]
+    rows = {r["label"]: r for r in found["rows"]}
+    assert rows["bfloat16"]["kl_mean"] < rows["K4/V4"]["kl_mean"] < rows["TurboQuant mse 4"]["kl_mean"]
+    assert rows["TurboQuant mse 4"]["kl_mean"] < rows["TurboQuant prod 4"]["kl_mean"]
+    assert all(claim["ok"] for claim in found["claims"])
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,121 @@
+"""What each part of this package's caches is worth: from the published algorithm to the defaults, and beside them."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+import tq_jax as tq
+from tq_jax.evaluate.eval_schemes import SINKS, Packed
+from tq_jax.evaluate.language import Reference, Scheme, fill_cache, published_scheme, tq_scheme
+from tq_jax.models import Decoder
+
+Changes = dict[str, Any]
+"""Fields of a cache spec; "key" and "value" are themselves fields to change in their quantizers."""
+
+PLAIN = {"center_keys": False, "smooth_keys": False}
+NO_SEARCH = {"key": {"search": False}, "value": {"search": False}}
+STEPS: dict[str, Changes] = {
+    "+ unbiased keys, least-squares values": PLAIN | NO_SEARCH,
+    "+ step search": PLAIN,
+    "+ centred keys": {"smooth_keys": False},
+}
+"""From published to ours, which is all of them and smoothed keys."""
+
+OTHERS: dict[str, Changes] = {
+    "keys least squares": {"key": {"scale": "least_squares"}},
+    "keys matched": {"key": {"scale": "matched"}},
+    "values matched": {"value": {"scale": "matched"}},
+    "values unbiased": {"value": {"scale": "unbiased"}},
+    "Haar rotation": {"key": {"rotation": "haar"}, "value": {"rotation": "haar"}},
+    "float32 scales": {"key": {"scale_dtype": "float32"}, "value": {"scale_dtype": "float32"}},
+    "float32 window": {"dtype": "float32"},
+    "no sink tokens": {"sink_tokens": 0},
+}
+"""One change to ours a line."""
+
+POWERS = {"keys smoothed as in theory": (0.5, 0.5), "keys smoothed by their own spread": (0.0, 0.5)}
+"""Powers of the queries' and of the keys' spread in the weight of a channel; ours is (0.25, 0.5)."""
+
+SPLITS = (1, -1)
+"""Bits given from values to keys."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Smoothed(Packed):
+    """A cache with other weights of channels, of the statistics of the same tokens.
+
+    Attributes:
+        powers: Of the queries' and of the keys' spread.
+    """
+
+    powers: tuple[float, float] = (0.25, 0.5)
+
+    def start(self, decoder: Decoder, reference: Reference) -> tq.Cache:
+        """See `Runner`."""
+        query, key, _ = reference.projections
+        statistics = channel_statistics(query, key[:, self.scheme.cache.sinks :], self.powers)
+        cache = tq.init_cache(self.scheme.cache, batch=decoder.config.num_layers, statistics=statistics)
+        return fill_cache(cache, *reference.projections, jnp.int32(reference.prefix))
+
+
+@functools.partial(jax.jit, static_argnames="powers")
+def channel_statistics(
+    query: Float[Array, "rows n h_q d"], key: Float[Array, "rows m h_kv d"], powers: tuple[float, float]
+) -> tuple[Float[Array, "rows h_kv d"], Float[Array, "rows h_kv d"]]:
+    """Mean of the keys, and the queries' root mean square over the keys' deviation, each to its power.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        powers: Of the queries' spread and of the keys'.
+    """
+    mean = jnp.mean(key, axis=1)
+    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
+    spread = jnp.sqrt(jnp.mean(jnp.square(key - mean[:, None]), axis=1))
+    wanted = jnp.sqrt(jnp.mean(jnp.square(grouped), axis=(1, 3)))
+    floored = [jnp.maximum(x, 1e-2 * jnp.mean(x, axis=-1, keepdims=True)) for x in (wanted, spread)]
+    return mean, floored[0] ** powers[0] / floored[1] ** powers[1]
+
+
+def variants(decoder: Decoder, max_tokens: int, *, bits: Sequence[tuple[float, float]], window: int) -> list[Packed]:
+    """This package's caches, the published algorithm, and what lies between and beside them.
+
+    Args:
+        decoder: The model.
+        max_tokens: Tokens that a cache can hold.
+        bits: Key and value bits.
+        window: Latest tokens in full precision; with none, the first tokens are not either.
+    """
+    found: list[Packed] = []
+    exact = {"window": window, "sink_tokens": SINKS if window else 0}
+    for key_bits, value_bits in bits:
+        sizes = {"key_bits": key_bits, "value_bits": value_bits}
+        ours = _changed(tq_scheme(decoder, max_tokens, **sizes), exact)
+        plain = _changed(published_scheme(decoder, max_tokens, **sizes), exact)
+        found += [Packed(plain), *(_named(ours, name, changes) for name, changes in STEPS.items()), Packed(ours)]
+        found += [_named(ours, name, changes) for name, changes in OTHERS.items() if window or name != "no sink tokens"]
+        for name, powers in POWERS.items():
+            found.append(Smoothed(ours, f"{ours.label}, {name}", "ablation", powers))
+        for moved in SPLITS:
+            split = tq_scheme(decoder, max_tokens, key_bits=key_bits + moved, value_bits=value_bits - moved)
+            found.append(Packed(_changed(split, exact), name="ablation"))
+    return found
+
+
+def _named(scheme: Scheme, name: str, changes: Changes) -> Packed:
+    return Packed(_changed(scheme, changes), f"{scheme.label}, {name}", "ablation")
+
+
+def _changed(scheme: Scheme, changes: Changes) -> Scheme:
+    spec = scheme.cache
+    inner = {
+        name: dataclasses.replace(getattr(spec, name), **change)
+        for name, change in changes.items()
+        if isinstance(change, dict)
+    }
+    return dataclasses.replace(scheme, cache=dataclasses.replace(spec, **(changes | inner)))
