@@ -5,6 +5,8 @@
 #   make gate                              the GPU kernels of each class compiled for six GPU generations, in .venv
 #   make test PYTEST="-x tests/evaluate"   a part of them
 #   make test WORKERS=8                    by 8 processes, of about 2 GB each
+#   make notebooks                         the notebooks run and what they show stored, in .venv
+#   make notebooks NOTEBOOKS="02 05"       some of them
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -13,17 +15,18 @@ TRITON ?= 3.6.0
 PYTEST ?=
 WORKERS ?= 2
 GATE ?=
+NOTEBOOKS ?=
 DEMO ?=
 
 # What CUDA builds of torch would add is several GB, so the tests name a release that has a CPU build.
-TEST_EXTRAS := models,hf,gate,dev
+TEST_EXTRAS := models,hf,gate,notebooks,dev
 JAX_EXTRAS := models,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-jax gate lint format clean
+.PHONY: help demo test test-jax gate notebooks check-notebooks lint format clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
 # $(call environment,folder,requirements): a virtual environment with the package in it, in place.
 define environment
@@ -53,6 +56,12 @@ test-jax: .venv-jax/.ready ## the tests that need no torch
 
 gate: .venv/.ready ## compile the GPU kernels of each class for six GPU generations, without a GPU
 	.venv/bin/tq-jax gate $(GATE)
+
+notebooks: .venv/.ready ## run the notebooks and store what they show
+	.venv/bin/python notebooks/run.py $(NOTEBOOKS)
+
+check-notebooks: .venv/.ready ## run the notebooks, changing nothing; fails if a claim in them does not hold
+	.venv/bin/python notebooks/run.py --check $(NOTEBOOKS)
 
 lint: .venv/.ready ## formatting, lint and types, changing nothing
 	.venv/bin/ruff format --check .

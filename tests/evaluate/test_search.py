@@ -33,6 +33,13 @@ def test_figures_decide(figures, ok):
     assert [claim.ok for claim in search.judge(rows(*figures))] == ok
 
 
+def test_the_least_clock_counts(monkeypatch):
+    clocks = iter([(5, 2.0), (6, 1.0), (7, 4.0), (8, 9.0)])
+    monkeypatch.setattr(search_methods, "timed", lambda work: (work(), search_methods.Clock(*next(clocks))))
+    assert search_methods.quickest(lambda: "found") == ("found", search_methods.Clock(6, 1.0))
+    assert search_methods.quickest(lambda: "long") == ("long", search_methods.Clock(8, 9.0))
+
+
 def test_parts_of_product_quantization_keep_all_channels():
     x = np.arange(1, 11, dtype=np.float32).reshape(2, 5)
     assert search_methods.spread(x, 3).tolist() == [[1, 2, 3, 4, 5, 0], [6, 7, 8, 9, 10, 0]]
@@ -51,16 +58,26 @@ def test_a_file_of_vectors(tmp_path):
             search_data.load(name)
 
 
-def test_the_command_writes_what_it_measured(tmp_path, monkeypatch):
-    def fake(one, found):
-        return [
-            ({k: r[k] for k in ("data", "method", "bits")}, lambda r=r: FIGURES | {"recall": RECALL | r["recall"]})
-            for r in rows(0.5, 0.6, 0.4)
-        ]
+@pytest.fixture
+def few_rows(monkeypatch):
+    """The command with figures made up for one data set; the list is of what was measured."""
+    measured = []
 
-    monkeypatch.setattr(search, "_plan", fake)
-    monkeypatch.setattr(search, "environment", dict)
+    def measure(r):
+        measured.append(r)
+        return FIGURES | {"recall": RECALL | r["recall"]}
+
+    def plan(one, found):
+        made = rows(0.5, 0.6, 0.4)
+        return [({k: r[k] for k in ("data", "method", "bits")}, lambda r=r: measure(r)) for r in made]
+
+    monkeypatch.setattr(search, "_plan", plan)
+    monkeypatch.setattr(search, "environment", lambda: {"commit": "abc", "versions": {}})
     monkeypatch.setattr(search, "load", lambda name: search_data.DataSet("a", *[np.zeros((1, 16))] * 3))
+    return measured
+
+
+def test_the_command_writes_what_it_measured(tmp_path, few_rows):
     target = tmp_path / "out.json"
     with pytest.raises(typer.Exit):
         search.search(json=str(target), data="a", plot=tmp_path / "out.png")
@@ -68,6 +85,39 @@ def test_the_command_writes_what_it_measured(tmp_path, monkeypatch):
     assert [claim["ok"] for claim in written["claims"]] == [False, True, False]
     assert len(written["rows"]) == 8
     assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path, few_rows):
+    target = tmp_path / "out.json"
+    with pytest.raises(typer.Exit):
+        search.search(json=str(target), data="a")
+    whole = json.loads(target.read_text())
+    assert few_rows == rows(0.5, 0.6, 0.4)
+    few_rows.clear()
+    kept = [dict(row, bytes=1) for row in whole["rows"][:3]]
+    target.write_text(json.dumps({k: v for k, v in whole.items() if k != "claims"} | {"rows": kept}))
+    with pytest.raises(typer.Exit):
+        search.search(json=str(target), data="a", resume=True)
+    assert few_rows == rows(0.5, 0.6, 0.4)[3:]
+    assert json.loads(target.read_text()) == whole | {"rows": kept + whole["rows"][3:]}
+    target.write_text(json.dumps(whole | {"commit": "older"}))
+    with pytest.raises(typer.BadParameter, match="expected .*out.json to be of {'commit': 'abc'}, got .*older"):
+        search.search(json=str(target), data="a", resume=True)
+    with pytest.raises(typer.BadParameter, match="expected --resume with --json PATH, got --json -"):
+        search.search(json="-", data="a", resume=True)
+
+
+def test_every_row_is_written_at_once(tmp_path, few_rows, monkeypatch):
+    target = tmp_path / "out.json"
+
+    def stop():
+        raise KeyboardInterrupt
+
+    plan = search._plan
+    monkeypatch.setattr(search, "_plan", lambda one, found: [*plan(one, found)[:2], ({"method": "x"}, stop)])
+    with pytest.raises(KeyboardInterrupt):
+        search.search(json=str(target), data="a")
+    assert len(json.loads(target.read_text())["rows"]) == 2
 
 
 FIGURES = {

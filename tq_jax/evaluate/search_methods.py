@@ -15,6 +15,10 @@ DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 OURS, OBLIVIOUS, PQ, RABITQ = "tq", "tq, random basis", "faiss PQ", "faiss RaBitQ"
 
 
+LONG = 5.0
+"""Seconds of CPU time after which work is not repeated."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Clock:
     """Seconds of a step: of the wall, and of all cores together, which a busy machine disturbs less."""
@@ -30,19 +34,38 @@ def timed(work: Callable[[], Any]) -> tuple[Any, Clock]:
     return result, Clock(time.perf_counter() - wall, time.process_time() - cpu)
 
 
+def quickest(work: Callable[[], Any]) -> tuple[Any, Clock]:
+    """A result, and the least of up to three clocks: what others do on the machine only adds to them."""
+    result, best = timed(work)
+    spent = best.cpu
+    for _ in range(2):
+        if spent < LONG:
+            again = timed(work)[1]
+            best, spent = min(best, again, key=lambda clock: clock.cpu), spent + again.cpu
+    return result, best
+
+
 def ours(data: DataSet, bits: float, **options: Any) -> dict[str, Any]:
     """Figures of an index of ours; encoding is timed once compiled, the first call is given too."""
     spec = nearest.IndexSpec(dim=data.base.shape[1], bits=bits, **options)
     _, first = timed(lambda: nearest.build(data.base, spec))
-    index, encoding = timed(lambda: nearest.build(data.base, spec))
+    index, encoding = quickest(lambda: nearest.build(data.base, spec))
     nearest.search(index, data.queries, max(DEPTHS))
-    (_, ids), searching = timed(lambda: nearest.search(index, data.queries, max(DEPTHS)))
+    (_, ids), searching = quickest(lambda: nearest.search(index, data.queries, max(DEPTHS)))
     return _row(data, np.asarray(ids), index.bytes_per_vector, encoding, searching) | {"first_seconds": first.wall}
+
+
+def one_thread() -> Any:
+    """Faiss on one thread: several would spin while they wait for each other, and CPU time would count that."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    return faiss
 
 
 def faiss_pq(data: DataSet, budget: int) -> dict[str, Any]:
     """Product quantization of faiss with 8 bits a sub-quantizer (LUT256), as many of them as bytes."""
-    import faiss
+    faiss = one_thread()
 
     def build() -> Any:
         index = faiss.IndexPQ(base.shape[1], budget, 8, faiss.METRIC_INNER_PRODUCT)
@@ -51,8 +74,8 @@ def faiss_pq(data: DataSet, budget: int) -> dict[str, Any]:
         return index
 
     base, queries = spread(data.base, budget), spread(data.queries, budget)
-    index, encoding = timed(build)
-    found, searching = timed(lambda: index.search(queries, max(DEPTHS))[1])
+    index, encoding = quickest(build)
+    found, searching = quickest(lambda: index.search(queries, max(DEPTHS))[1])
     return _row(data, found, index.code_size, encoding, searching)
 
 
@@ -68,7 +91,7 @@ def spread(x: np.ndarray, parts: int) -> np.ndarray:
 
 def faiss_rabitq(data: DataSet, bits: int) -> dict[str, Any]:
     """RaBitQ of faiss behind a random rotation, centred; queries at 8 bits, which find what floats do, faster."""
-    import faiss
+    faiss = one_thread()
 
     def build(x: np.ndarray) -> Any:
         index = faiss.IndexRaBitQ(x.shape[1], faiss.METRIC_INNER_PRODUCT, bits)
@@ -80,14 +103,14 @@ def faiss_rabitq(data: DataSet, bits: int) -> dict[str, Any]:
 
 def faiss_scalar(data: DataSet, name: str) -> dict[str, Any]:
     """A scalar quantizer of faiss behind a random rotation."""
-    import faiss
+    faiss = one_thread()
 
     kind = getattr(faiss.ScalarQuantizer, name)
     return _rotated(data, lambda x: faiss.IndexScalarQuantizer(x.shape[1], kind, faiss.METRIC_INNER_PRODUCT))
 
 
 def _rotated(data: DataSet, make: Callable[[np.ndarray], Any]) -> dict[str, Any]:
-    import faiss
+    faiss = one_thread()
 
     rotation = faiss.RandomRotationMatrix(data.base.shape[1], data.base.shape[1])
     rotation.init(1)
@@ -99,22 +122,22 @@ def _rotated(data: DataSet, make: Callable[[np.ndarray], Any]) -> dict[str, Any]
         index.add(base)
         return index
 
-    index, encoding = timed(build)
-    found, searching = timed(lambda: index.search(rotation.apply(data.queries), max(DEPTHS))[1])
+    index, encoding = quickest(build)
+    found, searching = quickest(lambda: index.search(rotation.apply(data.queries), max(DEPTHS))[1])
     return _row(data, found, index.code_size, encoding, searching)
 
 
 def exact(data: DataSet) -> dict[str, Any]:
     """Full-precision vectors in faiss."""
-    import faiss
+    faiss = one_thread()
 
     def build() -> Any:
         index = faiss.IndexFlatIP(data.base.shape[1])
         index.add(data.base)
         return index
 
-    index, encoding = timed(build)
-    found, searching = timed(lambda: index.search(data.queries, max(DEPTHS))[1])
+    index, encoding = quickest(build)
+    found, searching = quickest(lambda: index.search(data.queries, max(DEPTHS))[1])
     return _row(data, found, 4 * data.base.shape[1], encoding, searching)
 
 

@@ -1,0 +1,42 @@
+"""What the notebooks share: how figures look, tables, and recorded results."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from IPython.display import Markdown
+
+OURS, PUBLISHED, FULL, GREEN, ORANGE, PURPLE = "#1b6ca8", "#c8553d", "#777777", "#3a7d44", "#e0a458", "#7a4fa3"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+plt.rcParams.update(
+    {
+        "figure.figsize": (7, 3.8),
+        "figure.dpi": 80,
+        "figure.constrained_layout.use": True,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.alpha": 0.3,
+        "axes.prop_cycle": plt.cycler(color=[OURS, PUBLISHED, GREEN, ORANGE, PURPLE, FULL]),
+        "legend.fontsize": 9,
+    }
+)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markdown:
+    """A table; numbers are right-aligned, floats get four significant digits."""
+    lines = [[_text(cell) for cell in row] for row in rows]
+    numeric = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
+    rule = ["---:" if number else ":---" for number in numeric]
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in [list(header), rule, *lines]))
+
+
+def _text(cell: Any) -> str:
+    return f"{cell:.4g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else str(cell)
+
+
+def recorded(name: str) -> dict[str, Any]:
+    """Figures that a command measured and wrote with --json."""
+    return json.loads((RESULTS / name).read_text("utf-8"))
