@@ -3,6 +3,7 @@
 #   make test                              all tests, in .venv (with torch and transformers)
 #   make test-jax PYTHON=python3.12        the tests that need no torch, in .venv-jax, on the JAX release below
 #   make gate                              the GPU kernels of each class compiled for six GPU generations, in .venv
+#   make gate-xla PYTHON=python3.12        whole operations compiled by XLA for an H100, in .venv-xla
 #   make test PYTEST="-x tests/evaluate"   a part of them
 #   make test WORKERS=8                    by 8 processes, of about 2 GB each
 #   make notebooks                         the notebooks run and what they show stored, in .venv
@@ -23,7 +24,7 @@ TEST_EXTRAS := models,hf,gate,notebooks,dev
 JAX_EXTRAS := models,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-jax gate notebooks check-notebooks lint format clean
+.PHONY: help demo test test-jax gate gate-xla notebooks check-notebooks lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
@@ -42,6 +43,10 @@ endef
 .venv-jax/.ready: pyproject.toml
 	$(call environment,.venv-jax,"jax==$(JAX)" "jaxlib==$(JAX)" -e ".[$(JAX_EXTRAS)]")
 
+.venv-xla/.ready: pyproject.toml
+	$(call environment,.venv-xla,"jax==$(JAX)" "jaxlib==$(JAX)" "jax-cuda13-pjrt==$(JAX)" "jax-cuda13-plugin==$(JAX)" \
+		nvidia-cuda-nvcc nvidia-nvvm -e .)
+
 .venv-demo/.ready: pyproject.toml
 	$(call environment,.venv-demo,-e ".[models]")
 
@@ -56,6 +61,9 @@ test-jax: .venv-jax/.ready ## the tests that need no torch
 
 gate: .venv/.ready ## compile the GPU kernels of each class for six GPU generations, without a GPU
 	.venv/bin/tq-jax gate $(GATE)
+
+gate-xla: .venv-xla/.ready ## let XLA compile whole operations for an H100, without a GPU
+	.venv-xla/bin/tq-jax gate --xla $(GATE)
 
 notebooks: .venv/.ready ## run the notebooks and store what they show
 	.venv/bin/python notebooks/run.py $(NOTEBOOKS)
@@ -73,5 +81,5 @@ format: .venv/.ready ## format and fix what can be fixed
 	.venv/bin/ruff check --fix .
 
 clean: ## remove environments, caches and build outputs
-	rm -rf .venv .venv-jax .venv-demo build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-jax .venv-xla .venv-demo build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

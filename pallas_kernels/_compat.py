@@ -62,18 +62,27 @@ def _abstract_gpu() -> Iterator[None]:
         yield
 
 
-def lower_for_cuda(function: Callable, *arguments: Any) -> Any:
+def compute_capability() -> int:
+    """Compute capability of the GPU, times ten; that of Hopper where there is none."""
+    if jax.default_backend() != "gpu":
+        return 90
+    major, minor = str(jax.devices()[0].compute_capability).split(".")
+    return 10 * int(major) + int(minor)
+
+
+def lower_for_cuda(function: Callable, *arguments: Any, donated: Sequence[int] = ()) -> Any:
     """Lowers a function of arrays (or of their `jax.ShapeDtypeStruct`) for NVIDIA GPUs, with or without one.
 
     Args:
         function: Function to trace; anything static is bound already.
         *arguments: Pytrees of arrays or shapes.
+        donated: Numbers of the arguments that results may overwrite.
 
     Returns:
         The `jax.stages.Lowered`.
     """
     with _abstract_gpu():
-        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+        return jax.jit(function, donate_argnums=tuple(donated)).trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
 def triton_kernels(lowered: Any) -> list[TritonKernel]:

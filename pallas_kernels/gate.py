@@ -18,7 +18,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 INSTRUCTIONS = {
     "mma": r"mma\.sync\.aligned\.m16n8k32\S*\.s8\.s8|wgmma\S*s8\.s8",
-    "half mma": r"mma\.sync\.aligned\.m16n8k16\S*\.f16|wgmma\S*\.f16",
+    "half mma": r"mma\.sync\.aligned\.m16n8k16\S*\.f16|wgmma\S*\.f16|tcgen05\.mma\S*kind::f16",
     "prmt": r"prmt\.b32",
     "async": r"cp\.async",
 }

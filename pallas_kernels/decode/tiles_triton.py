@@ -1,4 +1,4 @@
-"""Loads of the decode kernel: pages of tokens to scales and int8 tiles."""
+"""Loads of the kernels over pages: pages of tokens to scales and planes of codes, or int8 tiles."""
 
 from typing import Any
 
@@ -10,11 +10,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.decode.layout import Part, Tile, planes_of
-from pallas_kernels.decode.plan import Inputs, Plan
 from pallas_kernels.lookup_triton import Field, codebook_tile, integer_tile
 
+Plan = Any
+"""A `decode.plan.Plan`, or another with its keys, values, tile, page_size and interpret."""
 
-def page_of(x: Inputs, row: jax.Array, index: jax.Array, plan: Plan) -> jax.Array:
+
+def page_of(x: Any, row: jax.Array, index: jax.Array, plan: Plan) -> jax.Array:
     """Page of a tile or, where pages are smaller, of each of its tokens [tile].
 
     Quotients and remainders are those of C, whose divisibility Triton understands.
@@ -35,14 +37,14 @@ def slot_of(index: jax.Array, plan: Plan) -> jax.Array:
     return lax.rem(token, jnp.full_like(token, plan.page_size))
 
 
-def load_scale(ref: Any, part: Part, where: tuple, plan: Plan) -> jax.Array:
-    """Scales [tile] of a part, float32."""
+def load_scale(ref: Any, part: Part, where: tuple, plan: Plan, *, dtype: Any = jnp.float32) -> jax.Array:
+    """Scales [tile] of a part."""
     page, head, slot = where
     place = () if part.scale is None else (part.scale,)
     if not page.ndim:
-        return ref[(page, head, *place, pl.ds(slot, plan.tile))].astype(jnp.float32)
+        return ref[(page, head, *place, pl.ds(slot, plan.tile))].astype(dtype)
     others = [jnp.full_like(page, i) for i in (head, *place)]
-    return plt.load(ref.at[(page, *others, slot)]).astype(jnp.float32)
+    return plt.load(ref.at[(page, *others, slot)]).astype(dtype)
 
 
 def load_tiles(
@@ -53,6 +55,18 @@ def load_tiles(
     A tile may enter one product only: of two, the compiled kernel gets the second wrong for some layouts of operands.
     A second product takes the tile looked up `again`, which is different code to the compiler.
     """
+    out = []
+    for tile, fields in zip(part.tiles, load_fields(ref, part, where, axis, shifts, plan), strict=True):
+        if part.unsigned:
+            out.append(integer_tile(fields[0], interpret=plan.interpret, again=again))
+        else:
+            mixed = None if tile.partner is None else tile.half
+            out.append(codebook_tile(fields, part.book, interpret=plan.interpret, mixed=mixed, again=again))
+    return out
+
+
+def load_fields(ref: Any, part: Part, where: tuple, axis: int, shifts: dict, plan: Plan) -> list[list[Field]]:
+    """The planes of every tile of a part."""
     loaded: dict[tuple, tuple[jax.Array, jax.Array | None]] = {}
     out = []
     for tile in part.tiles:
@@ -63,11 +77,7 @@ def load_tiles(
             if key not in loaded:
                 loaded[key] = _load_bytes(ref, where, part, (width, start, size), tile, axis, shifts, plan)
             fields.append(Field(loaded[key][0], width, field, loaded[key][1]))
-        if part.unsigned:
-            out.append(integer_tile(fields[0], interpret=plan.interpret, again=again))
-        else:
-            mixed = None if tile.partner is None else tile.half
-            out.append(codebook_tile(fields, part.book, interpret=plan.interpret, mixed=mixed, again=again))
+        out.append(fields)
     return out
 
 
@@ -138,7 +148,7 @@ def shift_table(plan: Plan) -> np.ndarray | None:
     return np.concatenate(runs).astype(np.int8) if runs else None
 
 
-def load_shifts(x: Inputs, plan: Plan) -> dict[tuple[int, int, int], jax.Array]:
+def load_shifts(x: Any, plan: Plan) -> dict[tuple[int, int, int], jax.Array]:
     """For tiles that cover several fields: how many fields to add for each channel, int8 [width]."""
     shifts, start = {}, 0
     for key in _shift_keys(plan):

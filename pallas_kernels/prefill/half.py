@@ -41,22 +41,6 @@ def min_max_tile(planes: Sequence[Field], scale: jax.Array, zero: jax.Array, *, 
     )
 
 
-def fma(a: jax.Array, b: jax.Array, c: jax.Array, *, interpret: bool) -> jax.Array:
-    """Returns a * b + c of float32 arrays that broadcast, in the one instruction that XLA does not make of them."""
-    shape = jnp.broadcast_shapes(a.shape, b.shape, c.shape)
-    a, b, c = (jnp.broadcast_to(x, shape) for x in (a, b, c))
-    if interpret:
-        return a * b + c
-    [out] = plt.elementwise_inline_asm(
-        "fma.rn.f32 $0, $1, $2, $3;",
-        args=[a, b, c],
-        constraints="=f,f,f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
-    )
-    return out
-
-
 def _affine(m: jax.Array, slope: jax.Array, offset: jax.Array, *, unit: float, interpret: bool) -> jax.Array:
     """int8 m / unit * slope + offset, float16, for a unit of 1 or UNIT."""
     if interpret:

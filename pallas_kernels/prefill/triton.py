@@ -5,23 +5,26 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels._compat import compute_capability
 from pallas_kernels.decode import triton as decode
 from pallas_kernels.decode.layout import LEAST_VALUE_TILE, codebook_parts, value_parts
 from pallas_kernels.decode.options import LogitOptions
 from pallas_kernels.decode.pages import Pages
 from pallas_kernels.decode.partial import NO_KEY, Partial
+from pallas_kernels.decode.tiles_triton import shift_table
 from pallas_kernels.format import CodebookFormat, VectorFormat
 from pallas_kernels.prefill.config import PrefillConfig, default_config, num_splits
 from pallas_kernels.prefill.half import UNIT
-from pallas_kernels.prefill.triton_body import FLOOR, LOG2_E, Inputs, Plan, attend
+from pallas_kernels.prefill.triton_body import FLOOR, LOG2_E, MARKS, Inputs, Plan, attend
 
-LEAST_QUERY = 1e-12
-"""Queries whose largest channel, in steps, is below it are taken for zero."""
+LARGEST = 65504.0
+"""Largest float16; queries beyond it, times what logits are multiplied by, are taken for it."""
 
 
 def attend_pages(
@@ -67,7 +70,7 @@ def attend_pages(
     check_supported(query.shape, pages, key_format, value_format, config)
     assert isinstance(key_format, CodebookFormat)
     group = heads // kv_heads
-    config = config_for(query.shape, pages, value_format) if config is None else config
+    config = config_for(query.shape, pages, key_format, value_format) if config is None else config
     blocks = -(-count * group // config.rows)
     splits = num_splits(config, blocks=batch * kv_heads * blocks, capacity=block_table.shape[1] * page_size)
     plan = Plan(
@@ -82,15 +85,17 @@ def attend_pages(
         splits=splits,
         interpret=jax.default_backend() != "gpu" if interpret is None else interpret,
     )
-    normalized, factor = _normalize(query, sketch_query, plan)
+    rows = _rows(positions.astype(jnp.int32), plan)
     inputs = Inputs(
-        query=normalized,
-        factor=factor,
+        query=_scaled_queries(query, sketch_query, plan),
         pages=jax.tree.map(lambda pool: pool if pool.size else None, pages),
         table=block_table.astype(jnp.int32),
         lengths=lengths.astype(jnp.int32),
-        positions=positions.astype(jnp.int32),
+        positions=rows,
+        bounds=jnp.stack([jnp.min(rows, axis=-1), jnp.max(rows, axis=-1)], axis=-1),
         bias=logit_bias,
+        shifts=shift_table(plan),
+        marks=np.array(MARKS, np.uint8),
     )
     lead = (splits, batch, count, heads)
     out, peak = pl.pallas_call(
@@ -104,19 +109,24 @@ def attend_pages(
     return _merge_splits(out, peak)
 
 
-def _normalize(
+def _scaled_queries(
     query: Float[Array, "b t h_q d"], sketch_query: Float[Array, "b t h_q d"] | None, plan: Plan
-) -> tuple[Float[Array, "b t h_q c"], Float[Array, "b t h_q"]]:
-    """float16 queries for the key parts, divided by their largest channel, and the factor of the kernel's logits."""
+) -> Float[Array, "b t h_q c"]:
+    """float16 queries for the key parts, times all that logits are multiplied by, so that the kernel need not."""
     parts = []
     for part in plan.keys:
         source = sketch_query if part.sketch else query
         assert source is not None
         channels = lax.slice_in_dim(source, part.channel, part.channel + part.book.dim, axis=-1)
-        parts.append(channels.astype(jnp.float32) * (part.book.step * UNIT))
-    whole = jnp.concatenate(parts, axis=-1)
-    largest = jnp.maximum(jnp.max(jnp.abs(whole), axis=-1), LEAST_QUERY)
-    return (whole / largest[..., None]).astype(jnp.float16), largest * (plan.options.scale * LOG2_E)
+        parts.append(channels.astype(jnp.float32) * (part.book.step * UNIT * plan.options.scale * LOG2_E))
+    return jnp.clip(jnp.concatenate(parts, axis=-1), -LARGEST, LARGEST).astype(jnp.float16)
+
+
+def _rows(positions: Int[Array, "b t"], plan: Plan) -> Int[Array, "b n r"]:
+    """Positions of the rows of each block, of which the last is filled up."""
+    blocks = -(-plan.count * plan.group // plan.rows)
+    token = np.minimum(np.arange(blocks * plan.rows) // plan.group, plan.count - 1)
+    return positions[:, token].reshape(-1, blocks, plan.rows)
 
 
 def _merge_splits(out: Float[Array, "s b t h_q d"], peak: Float[Array, "s b t h_q"]) -> Partial:
@@ -133,11 +143,33 @@ def _merge_splits(out: Float[Array, "s b t h_q d"], peak: Float[Array, "s b t h_
     return Partial(out, jnp.where(seen, top * math.log(2), NO_KEY), seen.astype(jnp.float32))
 
 
-def config_for(query_shape: tuple[int, ...], pages: Pages, value_format: VectorFormat) -> PrefillConfig:
-    """The tiles that `attend_pages` takes by default."""
-    _, count, heads, _ = query_shape
+def config_for(
+    query_shape: tuple[int, ...],
+    pages: Pages,
+    key_format: VectorFormat,
+    value_format: VectorFormat,
+    *,
+    capability: int | None = None,
+) -> PrefillConfig:
+    """The tiles that `attend_pages` takes by default on this device, or on one of a compute capability times ten."""
+    _, count, heads, dim = query_shape
     kv_heads, page_size = pages.keys.packed.shape[1:3]
-    return default_config(page_size, query_rows=count * heads // kv_heads, dim=value_format.dim)
+    return default_config(
+        page_size,
+        query_rows=count * heads // kv_heads,
+        dim=max(dim, value_format.dim),
+        lean=_is_lean(key_format) and _is_lean(value_format),
+        capability=compute_capability() if capability is None else capability,
+    )
+
+
+def _is_lean(fmt: VectorFormat) -> bool:
+    """Whether a format has one segment of codes that one plane holds."""
+    return (
+        isinstance(fmt, CodebookFormat)
+        and not fmt.residual
+        and [book.bits in (2, 4) for book in fmt.segments] == [True]
+    )
 
 
 def check_supported(
@@ -156,6 +188,9 @@ def check_supported(
         )
     # Formats, dims and pools have the limits of the decode kernel, whatever the number of query rows.
     decode.check_supported((batch, 1, kv_heads, dim), pages, key_format, value_format, None)
-    tile = (config_for(query_shape, pages, value_format) if config is None else config).tile
-    if page_size % tile:
-        raise NotImplementedError(f"the Triton kernel reads pages of a multiple of {tile} tokens, got {page_size=}")
+    config = config_for(query_shape, pages, key_format, value_format) if config is None else config
+    if page_size % config.tile and config.tile % page_size:
+        raise NotImplementedError(
+            f"the Triton kernel reads pages of a multiple of 16 tokens that divide {config.tile} or are a multiple of "
+            f"it, got {page_size=}"
+        )

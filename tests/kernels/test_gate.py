@@ -3,12 +3,16 @@
 import json
 from concurrent.futures import Future
 
+import jax
+import jax.numpy as jnp
 import pytest
 from typer.testing import CliRunner
 
-from pallas_kernels.gate import Compiled, compile_for
+from pallas_kernels.gate import ARCHITECTURES, Compiled, compile_for
 from tq_jax import cli
-from tq_jax.evaluate.gate import all_cases, make_row
+from tq_jax.evaluate import gate_xla
+from tq_jax.evaluate.gate import all_cases, make_row, make_table
+from tq_jax.evaluate.gate_prefill import DEVICES
 
 CASES = {f"{op} {case.name}": (op, case) for op, case in all_cases()}
 
@@ -20,6 +24,12 @@ def test_lowering(name):
     assert {kernel.name for kernel in kernels} == set(case.only or (op,))
     assert set(case.expected) <= {kernel.name for kernel in kernels}
     assert all(kernel.ir and min(kernel.grid) > 0 for kernel in kernels)
+
+
+def test_names_are_unique_and_prefill_covers_all_devices():
+    assert len(CASES) == len(list(all_cases()))
+    assert sorted(name for names in DEVICES.values() for name in names) == sorted(ARCHITECTURES)
+    assert set(CASES) >= gate_xla.CASES
 
 
 def done(compiled: Compiled) -> Future:
@@ -65,6 +75,21 @@ def test_the_command_names_what_it_needs():
     result = run("--arch", "sm_90,sm_70")
     assert result.exit_code == 2
     assert "sm_70" in result.output
+
+
+def test_xla_needs_its_wheels(monkeypatch):
+    monkeypatch.setattr(gate_xla, "toolkit", lambda: None)
+    result = run("--xla")
+    assert result.exit_code == 2
+    assert "nothing compiled" in result.output and "jax-cuda13-pjrt" in result.output
+
+
+def test_copies_are_a_fault():
+    pool = jax.ShapeDtypeStruct((2048, 1024), jnp.uint8)
+    hlo = "%copy = u8[2048,1024]{1,0:T(8)} copy(%p)\n%c = (u8[2048,1024]{1,0}) copy-start(%p)\n%b = f32[4]{0} copy(%q)"
+    assert gate_xla.copies_of(hlo, [pool, jax.ShapeDtypeStruct((4,), jnp.float32)]) == ["u8[2048,1024]"] * 2
+    row = {"kernel": "k", "config": "", "arch": "sm_90a", "missing": [], "copies": ["u8[2048,1024]"], "ok": False}
+    assert list(make_table([row]).columns[-1].cells) == ["copies u8[2048,1024]"]
 
 
 @pytest.mark.slow

@@ -14,13 +14,12 @@ from pallas_kernels.decode import LogitOptions, decode_attention
 from pallas_kernels.decode.pages import empty_pages
 from pallas_kernels.prefill import PrefillConfig, prefill_attention
 from pallas_kernels.prefill.config import default_config, num_splits
-from pallas_kernels.prefill.triton import attend_pages
+from pallas_kernels.prefill.triton import attend_pages, config_for
 from tq_jax import QuantizerSpec
 
 SMALL = PrefillConfig(rows=32, tile=32, num_warps=4, programs=24)
-QUICK = {"prod3 group2", "prod1 v3", "k2.5v3.5", "d80", "softcap bias", "count 5 window"}
-READ = [name for name, variant in VARIANTS.items() if variant.page_size % SMALL.tile == 0]
-CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in READ]
+QUICK = {"prod3 group2", "prod1 v3", "k2.5v3.5", "d80", "softcap bias", "count 5 window", "pages 16"}
+CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
 
 
 def chunk_case(variant, count=9):
@@ -152,8 +151,11 @@ def test_limits_and_errors():
     for match, arguments in [
         ("head dims .*, got 48 and 48", {"key": QuantizerSpec(48, 4), "value": QuantizerSpec(48, 4)}),
         ("up to 16 query heads a KV head, got 17", {"heads": 17}),
-        ("pages of a multiple of 32 tokens, got page_size=16", {"page": 16}),
-        ("pages of a multiple of 128 tokens, got page_size=64", {"config": PrefillConfig(tile=128)}),
+        ("pages of a multiple of 16 tokens that divide .*, got page_size=40", {"page": 40}),
+        (
+            "pages of a multiple of 16 tokens that divide 64 .*, got page_size=96",
+            {"page": 96, "config": PrefillConfig()},
+        ),
         ("keys of codebook formats, got GroupFormat", {"key": QuantizerSpec(64, 4, kind="group")}),
         ("values without a sketch", {"value": QuantizerSpec(64, 4, kind="prod")}),
         ("implementation='mosaic'; prefill_attention has: ", {"implementation": "mosaic"}),
@@ -170,7 +172,26 @@ def test_limits_and_errors():
 
 
 def test_configurations():
-    assert default_config(32, query_rows=1024).tile == 32
-    assert default_config(128, query_rows=36).rows == 64
+    """Tiles fit pages and the device: they are larger where products take operands from shared memory."""
+    assert default_config(96, query_rows=1024).tile == 32
+    assert default_config(16, query_rows=1024).tile == 64
+    assert default_config(128, query_rows=36) == PrefillConfig(64, 64, 4, 2, 528)
+    rows = {
+        capability: default_config(128, query_rows=1024, capability=capability).rows for capability in (80, 90, 100)
+    }
+    assert rows == {80: 64, 90: 256, 100: 128}
     assert num_splits(PrefillConfig(programs=264), blocks=64, capacity=32768) == 4
     assert num_splits(PrefillConfig(tile=64), blocks=1, capacity=128) == 2
+
+
+def test_tiles_of_formats():
+    """Formats that take more registers take smaller tiles."""
+
+    def tile(key, value):
+        pages = jax.eval_shape(lambda: empty_pages(2, 1, 128, key.format, value.format))
+        return config_for((1, 256, 4, key.dim), pages, key.format, value.format).tile
+
+    four = QuantizerSpec(128, 4)
+    assert tile(four, four) == 64
+    for other in (QuantizerSpec(128, 3), QuantizerSpec(128, 2.5), QuantizerSpec(128, 2, kind="group")):
+        assert tile(four, other) == 32

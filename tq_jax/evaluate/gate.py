@@ -10,6 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels._compat import TritonKernel, lower_for_cuda, triton_kernels
@@ -33,6 +34,8 @@ class Case:
         expected: What the machine code of each kernel must contain, by the kernel's name; see
             `pallas_kernels.gate.INSTRUCTIONS`.
         only: Names of the kernels to compile, where others have cases of their own; all if empty.
+        donated: Numbers of the arguments that results overwrite.
+        architectures: What it is compiled for; tiles may depend on the device.
         quick: Whether it is compiled by default.
     """
 
@@ -42,6 +45,8 @@ class Case:
     config: str = ""
     expected: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     only: Sequence[str] = ()
+    donated: Sequence[int] = ()
+    architectures: Sequence[str] = ARCHITECTURES
     quick: bool = False
 
     def lower(self) -> list[TritonKernel]:
@@ -84,44 +89,75 @@ def gate(
     only: Annotated[str, typer.Option(help="Compile only kernels whose name contains this, all of them.")] = "",
     full: Annotated[bool, typer.Option("--full", help="Compile every case, not one of each class.")] = False,
     workers: Annotated[int, typer.Option(help="Compilers at a time; one a core by default.", min=0)] = 0,
+    xla: Annotated[bool, typer.Option("--xla", help="Let XLA compile whole operations for an H100 instead.")] = False,
     json: JsonTarget = None,
 ) -> None:
     """Compile the GPU kernels for six GPU generations, without a GPU.
 
     Exits 0 only if each compiles without spilling registers and with the tensor-core, lookup and asynchronous-copy
-    instructions it is made of. Needs the triton package.
+    instructions it is made of; with --xla, if no operation copies the cache. Needs the triton package, or with --xla
+    the wheels of JAX for CUDA.
     """
     architectures = arch.split(",")
     unknown = [name for name in architectures if name not in ARCHITECTURES]
     if unknown:
         raise typer.BadParameter(f"expected architectures among {', '.join(ARCHITECTURES)}, got {', '.join(unknown)}")
-    if importlib.util.find_spec("triton") is None:
-        raise typer.BadParameter('the gate needs the triton package: pip install "tq-jax[gate]"')
     console = open_console(json)
-    chosen = [(op, case) for op, case in all_cases() if only in f"{op} {case.name}" and (full or only or case.quick)]
+    if xla:
+        rows = compile_by_xla()
+        verdict = "copy nothing of the cache"
+    else:
+        if importlib.util.find_spec("triton") is None:
+            raise typer.BadParameter('the gate needs the triton package: pip install "tq-jax[gate]"')
+        cases = [(op, case) for op, case in all_cases() if only in f"{op} {case.name}"]
+        chosen = [(op, case) for op, case in cases if full or only or case.quick]
+        rows = compile_cases(chosen, architectures, workers or os.cpu_count(), console)
+        console.print(f"{len(chosen)} of {len(cases)} cases; --full compiles all")
+        verdict = "compile as they should"
+    console.print(make_table(rows))
+    console.print(f"{sum(row['ok'] for row in rows)} of {len(rows)} {verdict}")
+    write_json(environment() | {"rows": rows}, json)
+    if not rows or not all(row["ok"] for row in rows):
+        raise typer.Exit(1)
+
+
+def compile_by_xla() -> list[dict[str, Any]]:
+    """Rows of whole operations.
+
+    Raises:
+        typer.BadParameter: If the wheels for CUDA are not installed.
+    """
+    from tq_jax.evaluate import gate_xla
+
+    if needed := gate_xla.missing():
+        raise typer.BadParameter(f"nothing compiled: XLA needs its wheels for CUDA: {needed}")
+    return gate_xla.compile_all()
+
+
+def compile_cases(
+    cases: Sequence[tuple[str, Case]], architectures: Sequence[str], workers: int | None, console: Console
+) -> list[dict[str, Any]]:
+    """Rows of the kernels of cases by architecture, compiled by several processes."""
     rows, seen = [], set()
     # Fresh processes: neither JAX nor MLIR survives a fork.
     context = multiprocessing.get_context("spawn")
-    with progress_bar(console) as progress, ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+    with progress_bar(console) as progress, ProcessPoolExecutor(workers, mp_context=context) as pool:
         task = progress.add_task("compiling", total=None)
         jobs = {}
-        for op, case in chosen:
-            for kernel in case.lower():
-                # Kernels around an operation's own are the same in many cases.
-                if kernel not in seen:
-                    seen.add(kernel)
-                    jobs |= {pool.submit(compile_for, kernel, name): (op, case, kernel, name) for name in architectures}
+        for op, case in cases:
+            wanted = [name for name in architectures if name in case.architectures]
+            for kernel in case.lower() if wanted else ():
+                for name in wanted:
+                    # Kernels around an operation's own are the same in many cases.
+                    if (kernel, name) not in seen:
+                        seen.add((kernel, name))
+                        jobs[pool.submit(compile_for, kernel, name)] = op, case, kernel, name
         progress.update(task, total=len(jobs))
         for job in as_completed(jobs):
             op, case, kernel, name = jobs[job]
             rows.append(make_row(op, case, kernel, name, job))
             progress.advance(task)
-    rows.sort(key=lambda row: (row["kernel"], ARCHITECTURES.index(row["arch"])))
-    console.print(make_table(rows))
-    console.print(f"{sum(row['ok'] for row in rows)} of {len(rows)} compile as they should")
-    write_json(environment() | {"rows": rows}, json)
-    if not rows or not all(row["ok"] for row in rows):
-        raise typer.Exit(1)
+    return sorted(rows, key=lambda row: (row["kernel"], ARCHITECTURES.index(row["arch"])))
 
 
 def make_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -131,7 +167,8 @@ def make_table(rows: Sequence[dict[str, Any]]) -> Table:
     for column in (*words, *numbers, "fault"):
         table.add_column(column, justify="right" if column in numbers else "left")
     for row in rows:
-        fault = row.get("error") or " ".join(f"no {name}" for name in row["missing"])
+        faults = [f"no {name}" for name in row.get("missing", ())] + [f"copies {x}" for x in row.get("copies", ())]
+        fault = row.get("error") or " ".join(faults)
         texts = [str(row.get(name, "")) for name in (*words, *numbers)]
         table.add_row(*texts, fault, style=None if row["ok"] else "red")
     return table

@@ -84,10 +84,12 @@ def case(
     )
 
 
-def paged_arguments(key: QuantizerSpec, value: QuantizerSpec, *, group: int, count: int, bias: bool) -> tuple:
+def paged_arguments(
+    key: QuantizerSpec, value: QuantizerSpec, *, group: int, count: int, bias: bool, page_size: int = PAGE_SIZE
+) -> tuple:
     """Shapes of the arguments of a function that `paged_function` makes."""
     shape = jax.ShapeDtypeStruct
-    pages = jax.eval_shape(lambda: empty_pages(BATCH * PAGES, KV_HEADS, PAGE_SIZE, key.format, value.format))
+    pages = jax.eval_shape(lambda: empty_pages(BATCH * PAGES, KV_HEADS, page_size, key.format, value.format))
     query = shape((BATCH, count, KV_HEADS * group, key.dim), jnp.float32)
     integers = [shape(s, jnp.int32) for s in ((BATCH, PAGES), (BATCH,), (BATCH, count))]
     biases = shape(query.shape[:3], jnp.float32) if bias else None

@@ -66,5 +66,6 @@ def case(
             statistics,
         ),
         config=f"{config.tile} tokens, {config.num_warps} warps",
+        donated=(1,),
         quick=quick,
     )

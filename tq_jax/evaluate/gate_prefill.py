@@ -1,31 +1,44 @@
-"""Prefill kernels to compile: formats, head dims, masks and row counts; not every combination."""
+"""Prefill kernels to compile, with the tiles of each kind of device: formats, head dims, masks and row counts."""
 
+import functools
 from collections.abc import Iterator
 
 from pallas_kernels.decode import LogitOptions
 from pallas_kernels.prefill.triton import attend_pages, config_for
 from tq_jax.evaluate.gate import Case
-from tq_jax.evaluate.gate_decode import EVERYTHING, PLAIN, paged_arguments, paged_function
+from tq_jax.evaluate.gate_decode import EVERYTHING, PAGE_SIZE, PLAIN, paged_arguments, paged_function
 from tq_jax.quantizer import QuantizerSpec
+
+DEVICES = {"sm_90": ("sm_90",), "sm_100": ("sm_100",), "others": ("sm_80", "sm_86", "sm_89", "sm_120")}
+"""Architectures that take the same tiles."""
 
 
 def cases() -> Iterator[Case]:
-    """The cases; none is quick, as nearly all spill registers on some architecture."""
+    """The cases for every kind of device."""
+    for kind in DEVICES:
+        yield from cases_for(kind)
+
+
+def cases_for(kind: str) -> Iterator[Case]:
+    """The cases for a kind of device, of which the quick ones stand for the classes of tiles and of code."""
+    case = functools.partial(make_case, kind)
     spec = QuantizerSpec
     for bits in (1, 2, 3, 4, 8):
-        yield case(f"K{bits}/V{bits}", spec(128, bits), spec(128, bits))
+        yield case(f"K{bits}/V{bits}", spec(128, bits), spec(128, bits), quick=bits in (3, 4))
     for dim in (64, 80, 96, 192, 256):
-        yield case(f"K4/V4 dim {dim}", spec(dim, 4), spec(dim, 4))
+        yield case(f"K4/V4 dim {dim}", spec(dim, 4), spec(dim, 4), quick=dim == 256)
     four, two = spec(128, 4), spec(128, 2, kind="group")
     yield case("K3.5/V2.5", spec(128, 3.5), spec(128, 2.5))
     yield case("prod 3, min-max 2", spec(128, 3, kind="prod"), two)
+    yield case("pages of 16", four, four, page_size=16)
     yield case("min-max 4", four, spec(128, 4, kind="group"))
     for group, count in ((1, 256), (16, 64), (4, 9)):
         yield case(f"group {group}, {count} queries", four, four, group=group, count=count)
     yield case("window, soft-cap, bias", four, four, options=EVERYTHING, bias=True)
 
 
-def case(
+def make_case(
+    kind: str,
     name: str,
     key: QuantizerSpec,
     value: QuantizerSpec,
@@ -34,14 +47,20 @@ def case(
     count: int = 256,
     options: LogitOptions = PLAIN,
     bias: bool = False,
+    page_size: int = PAGE_SIZE,
+    quick: bool = False,
 ) -> Case:
-    """Attention of a chunk over pages of two quantizers; arguments as in `gate_decode.case`."""
-    arguments = paged_arguments(key, value, group=group, count=count, bias=bias)
-    config = config_for(arguments[0].shape, arguments[1], value.format)
+    """Attention of a chunk over pages on a kind of device; other arguments as in `gate_decode.case`."""
+    architectures = DEVICES[kind]
+    arguments = paged_arguments(key, value, group=group, count=count, bias=bias, page_size=page_size)
+    capability = int(architectures[0].removeprefix("sm_"))
+    config = config_for(arguments[0].shape, arguments[1], key.format, value.format, capability=capability)
     return Case(
-        name,
+        f"{name}, {kind}",
         paged_function(attend_pages, key, value, options=options, config=config),
         arguments,
         config=f"{config.rows} rows, {config.tile} tokens, {config.num_warps} warps, {config.num_stages} stages",
         expected={"prefill": ("half mma",)},
+        architectures=architectures,
+        quick=quick,
     )
