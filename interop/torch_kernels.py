@@ -218,7 +218,7 @@ class TorchProgram:
     def __init__(self, function: Callable, *examples: Any, device: torch.device) -> None:
         self.device = device
         self.plan = plan_launches(function, *jax.tree.map(_struct, examples))
-        self._constants = [torch.from_numpy(value).to(self.device) for value in self.plan.constants]
+        self._constants = [constant(value, self.device) for value in self.plan.constants]
         self._made = [(shape, getattr(torch, dtype)) for shape, dtype in self.plan.made]
         with torch.cuda.device(self.device):
             self._kernels = [compile_kernel(launch.kernel) for launch in self.plan.launches]
@@ -271,6 +271,13 @@ class TorchProgram:
             run(*launch.kernel.grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *addresses)
         held = {"input": tensors, "output": made, "constant": self._constants}
         return tuple(held[place.kind][place.index] for place in self.plan.outputs)
+
+
+def constant(value: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A tensor of an array's values; bfloat16, which numpy does not know, by its bits."""
+    if value.dtype.name == "bfloat16":
+        return torch.from_numpy(value.view(np.uint16).copy()).view(torch.bfloat16).to(device)
+    return torch.from_numpy(value.copy()).to(device)
 
 
 def _struct(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
