@@ -1,6 +1,9 @@
 """A tiny random model with a tokenizer, vLLM engines over it, and what our own torch cache answers."""
 
 import contextlib
+import dataclasses
+
+import numpy as np
 
 VOCABULARY, NEW = 199, 24
 PROMPTS = (60, 33, 1, 40)
@@ -87,6 +90,7 @@ def own_answers(folder, prompts, *, exact_layers=(), statistics=None, **options)
     from transformers.cache_utils import DynamicLayer
 
     from interop.hf import ATTENTION, TurboQuantCache
+    from interop.torch_cache import TorchCache
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.set_attn_implementation(ATTENTION)
@@ -97,6 +101,10 @@ def own_answers(folder, prompts, *, exact_layers=(), statistics=None, **options)
             model.config, exact_prompt=False, window=0, sink_tokens=0, center_keys=False, smooth_keys=False,
             page_size=32, dtype="float32", max_tokens=256, **options,
         )  # fmt: skip
+        for index, layer in enumerate(cache.layers if statistics else ()):
+            spec = dataclasses.replace(layer.compression.spec(2, 32, 0), center_keys=True, smooth_keys=True)
+            given = tuple(np.load(statistics)[name][index] for name in ("mean", "weight"))
+            layer.cache = TorchCache(spec, 1, seed=layer.compression.seed, statistics=given)
         for layer in exact_layers:
             cache.layers[layer] = DynamicLayer()
         given = dict(attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=NEW, do_sample=False)

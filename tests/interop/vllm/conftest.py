@@ -1,4 +1,5 @@
 import os
+import warnings
 
 import pytest
 from vllm_engines import PROMPTS, VOCABULARY, make_model
@@ -11,6 +12,19 @@ os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_NO_USAGE_STATS="1",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported():
+    """vLLM, whose imports warn of what they deprecate themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import vllm.entrypoints.llm
+            import vllm.model_executor.models.utils
+            import vllm.v1.worker.cpu_worker  # noqa: F401
+        except ImportError:
+            return
 
 
 @pytest.fixture(scope="session")
