@@ -121,7 +121,8 @@ class PagedPool:
         self.pages: Any = view_pages(memory, key.spec, value.spec)
         self.device, self.dtype = memory.device, dtype
         self.quantizers = key, value
-        self.statistics = None if statistics is None else tuple(x.float().to(self.device) for x in statistics)
+        # Copies, because slices of a file's arrays start anywhere.
+        self.statistics = None if statistics is None else tuple(x.to(self.device).float().clone() for x in statistics)
         self._expanded: dict[int, tuple[torch.Tensor, ...]] = {}
 
     @functools.cached_property

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 
 VOCABULARY, NEW = 199, 24
@@ -103,7 +104,7 @@ def own_answers(folder, prompts, *, exact_layers=(), statistics=None, **options)
         )  # fmt: skip
         for index, layer in enumerate(cache.layers if statistics else ()):
             spec = dataclasses.replace(layer.compression.spec(2, 32, 0), center_keys=True, smooth_keys=True)
-            given = tuple(np.load(statistics)[name][index] for name in ("mean", "weight"))
+            given = tuple(jnp.asarray(np.load(statistics)[name][index]) for name in ("mean", "weight"))
             layer.cache = TorchCache(spec, 1, seed=layer.compression.seed, statistics=given)
         for layer in exact_layers:
             cache.layers[layer] = DynamicLayer()

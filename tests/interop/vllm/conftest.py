@@ -1,8 +1,9 @@
+import logging
 import os
 import warnings
 
 import pytest
-from vllm_engines import PROMPTS, VOCABULARY, make_model
+from vllm_engines import PROMPTS, VOCABULARY, make_model, own_answers
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -44,3 +45,20 @@ def two_layers(tmp_path_factory):
 @pytest.fixture(scope="session")
 def four_layers(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("four_layers"), 4)
+
+
+@pytest.fixture(scope="session")
+def expected(two_layers, prompts):
+    """Greedy tokens of our own cache of 4 bits."""
+    return own_answers(two_layers, prompts)
+
+
+@pytest.fixture
+def said():
+    """What the backend logs, whatever vLLM makes of the loggers above it."""
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("vllm.tq_jax")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)

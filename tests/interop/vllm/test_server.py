@@ -31,10 +31,11 @@ def server(two_layers, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     options = {"tq_jax": {"key_bits": 2, "value_bits": 2, "search": False}}
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", two_layers, "--attention-backend", "CUSTOM",
-        "--additional-config", json.dumps(options), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
-        "--max-model-len", "256", "--block-size", "32", "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 22),
-    ]  # fmt: skip
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", two_layers),
+        *("--attention-backend", "CUSTOM", "--additional-config", json.dumps(options)),
+        *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"),
+        *("--max-model-len", "256", "--block-size", "32", "--kv-cache-memory-bytes", str(1 << 22)),
+    ]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("w") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
