@@ -225,7 +225,7 @@ class TurboQuantCache(Cache):
         max_tokens: Tokens a row to have room for from the start; by default the prompt and some more. It grows.
         seed: Seed of the quantizers.
         exact_prompt: Whether a prompt attends to itself as it is. If not, it attends to what the cache holds of it, as
-            later tokens do, and the answer does not depend on how a prompt is cut into chunks.
+            later tokens do; without a window and centring it then does not matter how a prompt is cut into chunks.
         options: Further fields of `tq_jax.CacheSpec` (window, sink_tokens, dtype ..., or whole key and value specs).
 
     Raises:

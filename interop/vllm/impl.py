@@ -84,8 +84,9 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         """Learns which layer this is, and gives a boundary layer to vLLM's own attention."""
         layers = self._config.compilation_config.static_forward_context
         name, layer = next((name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self)
-        self.layer_index = extract_layer_index(name)
-        if self.options.compressed(self.layer_index, self._config.model_config.hf_text_config.num_hidden_layers):
+        index: Any = extract_layer_index(name)
+        self.layer_index = index
+        if self.options.compressed(index, self._config.model_config.hf_text_config.num_hidden_layers):
             layer.attn_backend = for_options(self.options)
             return
         layer.attn_backend, layer.impl = self._full_precision()
