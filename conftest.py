@@ -3,8 +3,12 @@
 import importlib.util
 from pathlib import Path
 
-OPTIONAL = {"interop": "torch", "tests/fake_quant_hf.py": "transformers"}
-"""Where modules need a framework that may be missing; the tests that use them skip by name."""
+OPTIONAL = {
+    **{f"interop/vllm/{name}.py": "vllm" for name in ("backend", "impl", "platform", "report")},
+    "interop": "torch",
+    "tests/fake_quant_hf.py": "transformers",
+}
+"""Where modules need a framework that may be missing, the first that fits; the tests that use them skip by name."""
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

@@ -69,7 +69,7 @@ def update_statistics(
     """
     given = (statistics, query, exists, keys, valid, fix)
     here = fix.device if jax.default_backend() == "gpu" else torch.device("cpu")  # where JAX can read it
-    arrays = to_jax(jax.tree.map(lambda x: _fresh(x.to(here)), given))
+    arrays = to_jax(jax.tree.map(lambda x: fresh(x.to(here)), given))
     new = to_torch(_update_statistics(*arrays, center=center, smooth=smooth))
     return jax.tree.map(lambda x: x.to(fix.device), new)
 
@@ -77,11 +77,11 @@ def update_statistics(
 def attend(query: Float[torch.Tensor, "b t h_q d"], cache: tq.Cache, **options: Any) -> torch.Tensor:
     """`tq_jax.attend` on a torch query and a cache of JAX views; `lengths` and `sink_logits` are tensors too."""
     tensors = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
-    arrays = to_jax({"query": _fresh(query.detach()), **{name: _fresh(x.detach()) for name, x in tensors.items()}})
+    arrays = to_jax({"query": fresh(query.detach()), **{name: fresh(x.detach()) for name, x in tensors.items()}})
     return to_torch(tq.attend(cache=cache, **(options | arrays)))
 
 
-def _fresh(tensor: torch.Tensor) -> torch.Tensor:
+def fresh(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy of it if its memory is not laid out as JAX wants it."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
@@ -89,7 +89,7 @@ def _fresh(tensor: torch.Tensor) -> torch.Tensor:
 
 def _padded(tokens: torch.Tensor, count: int) -> torch.Tensor:
     if tokens.shape[0] == count:
-        return _fresh(tokens)
+        return fresh(tokens)
     padded = tokens.new_zeros((count, *tokens.shape[1:]))
     padded[: tokens.shape[0]] = tokens
     return padded

@@ -39,6 +39,7 @@ class Compression:
     max_tokens: int | None
     seed: int
     options: dict[str, Any]
+    exact_prompt: bool = True
 
     def spec(self, kv_heads: int, head_dim: int, prompt: int) -> tq.CacheSpec:
         """The spec of a layer whose first chunk has `prompt` tokens."""
@@ -225,6 +226,8 @@ class TurboQuantCache(Cache):
         value_bits: Bits a value coordinate.
         max_tokens: Tokens a row to have room for from the start; by default the prompt and some more. It grows.
         seed: Seed of the quantizers.
+        exact_prompt: Whether a prompt attends to itself as it is. If not, it attends to what the cache holds of it, as
+            later tokens do; without a window and centring it then does not matter how a prompt is cut into chunks.
         options: Further fields of `tq_jax.CacheSpec` (window, sink_tokens, dtype ..., or whole key and value specs).
 
     Raises:
@@ -243,6 +246,7 @@ class TurboQuantCache(Cache):
         value_bits: float = 4,
         max_tokens: int | None = None,
         seed: int = 0,
+        exact_prompt: bool = True,
         **options: Any,
     ) -> None:
         text = config.get_text_config(decoder=True)
@@ -251,7 +255,7 @@ class TurboQuantCache(Cache):
                 f"layers that share keys and values are not compressed, got num_kv_shared_layers="
                 f"{text.num_kv_shared_layers}"
             )
-        compression = Compression(key_bits, value_bits, max_tokens, seed, options)
+        compression = Compression(key_bits, value_bits, max_tokens, seed, options, exact_prompt)
         layers: list[Any] = list(DynamicCache(config=config).layers)
         full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:

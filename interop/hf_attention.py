@@ -103,8 +103,8 @@ def compressed_attention(
     if sliding_window is not None and sliding_window < seen:
         raise NotImplementedError(f"compressed layers see all tokens, got sliding_window={sliding_window}")
     real = real_tokens(attention_mask, query.shape[0], query.shape[2], seen)
-    layer, first = key.layer, key.layer.get_seq_length() == 0
-    if first:  # a prompt attends to itself as it is
+    layer = key.layer
+    if layer.get_seq_length() == 0 and layer.compression.exact_prompt:  # a prompt attends to itself as it is
         out = exact_attention(module, query, key.tokens, value.tokens, attention_mask, **options)
         layer.store(query, key.tokens, value.tokens, real)
         return out, None

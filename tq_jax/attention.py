@@ -10,13 +10,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.decode import LogitOptions, Partial, TileConfig, decode_attention, fused, merge
+from pallas_kernels.decode import LogitOptions, Partial, TileConfig, fused, merge
 from pallas_kernels.decode.basis import Basis, Segment
 from pallas_kernels.decode.reference import attend_tokens, nothing
 from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
-from pallas_kernels.prefill import prefill_attention
 from tq_jax.cache import Cache, from_storage, require_row_integers
-from tq_jax.quantizer import Quantizer, from_rotated, sketch_gain, sketch_query, to_rotated
+from tq_jax.paged import attend_packed, finish
+from tq_jax.quantizer import Quantizer, sketch_gain
 from tq_jax.rotation import mixing_factors
 
 EXACT_BLOCK = 512
@@ -175,13 +175,13 @@ def arrays_of(cache: Cache) -> fused.CacheArrays:
         overflow=cache.overflow,
         mean=None if statistics is None else statistics.mean,
         weight=None if statistics is None else statistics.weight,
-        key_basis=_basis(key),
-        value_basis=_basis(cache.value_quantizer),
+        key_basis=basis_of(key),
+        value_basis=basis_of(cache.value_quantizer),
         sketch=None if key is None else key.sketch,
     )
 
 
-def _basis(quantizer: Quantizer | None) -> Basis | None:
+def basis_of(quantizer: Quantizer | None) -> Basis | None:
     """What `to_rotated` does, as arrays; None for nothing."""
     if quantizer is None or not quantizer.rotations:
         return None
@@ -218,11 +218,7 @@ def _attend_parts(
         partial = _attend_exact(precise, cache, rows, positions, options)
     if cache.pages is not None:
         partial = merge(partial, _attend_compressed(precise, cache, rows, positions, options, implementation))
-    if sink_logits is not None:
-        logits = jnp.broadcast_to(sink_logits.astype(jnp.float32)[None, None], partial.peak.shape)
-        partial = merge(partial, Partial(jnp.zeros_like(partial.acc), logits, jnp.ones_like(partial.total)))
-    out = partial.acc / jnp.where(partial.total > 0, partial.total, 1.0)[..., None]
-    out = jnp.where((step < lengths[:, None])[:, :, None, None], out, 0.0)
+    out = finish(partial, sink_logits, step < lengths[:, None])
     return jnp.where(cache.overflow[rows][:, None, None, None], jnp.nan, out).astype(query.dtype)
 
 
@@ -291,31 +287,16 @@ def _attend_compressed(
     options: LogitOptions,
     implementation: Implementation,
 ) -> Partial:
-    spec, key_quantizer, value_quantizer = cache.spec, cache.key_quantizer, cache.value_quantizer
-    assert cache.pages is not None and spec.key is not None and spec.value is not None
-    assert key_quantizer is not None and value_quantizer is not None
-    bias = None
-    if cache.statistics is not None:
-        group = query.shape[2] // spec.num_kv_heads
-        mean, weight = (
-            jnp.repeat(x[rows], group, axis=1)[:, None] for x in (cache.statistics.mean, cache.statistics.weight)
-        )
-        bias = jnp.sum(query * mean, axis=-1) * options.scale
-        query = query / weight
-    rotated = to_rotated(key_quantizer, query)
-    sketch = sketch_query(key_quantizer, rotated) * sketch_gain(spec.head_dim) if spec.key.kind == "prod" else None
-    attend_pages = decode_attention if query.shape[1] <= MAX_QUERY_TOKENS else prefill_attention
-    partial = attend_pages(
-        rotated,
+    spec, statistics = cache.spec, cache.statistics
+    assert cache.pages is not None and cache.key_quantizer is not None and cache.value_quantizer is not None
+    return attend_packed(
+        query,
         cache.pages,
+        (cache.key_quantizer, cache.value_quantizer),
         rows[:, None] * spec.pages_per_row + jnp.arange(spec.pages_per_row, dtype=jnp.int32)[None],
         cache.compressed[rows],
         positions=positions - spec.sinks,
-        key_format=spec.key.format,
-        value_format=spec.value.format,
+        statistics=None if statistics is None else (statistics.mean[rows], statistics.weight[rows]),
         options=options,
-        logit_bias=bias,
-        sketch_query=sketch,
         implementation=implementation,
     )
-    return Partial(from_rotated(value_quantizer, partial.acc), partial.peak, partial.total)

@@ -269,3 +269,16 @@ def test_masks():
     assert real_tokens(additive, 2, 4, 6).tolist() == want
     padded[1, :, :, 2] = False
     assert real_tokens(padded, 2, 4, 6)[1].tolist() == [True, True, False, True, True, True]
+
+
+def test_prompts_that_read_their_codes(model, ids):
+    """Without exact prompts, window and centring, logits do not depend on how a prompt is cut into chunks."""
+
+    def logits(cuts, **options):
+        cache = compressed(model, window=0, center_keys=False, **options)
+        with torch.no_grad():
+            return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(cuts, dim=1)], 1)
+
+    whole = logits([60], exact_prompt=False)
+    torch.testing.assert_close(logits([7, 33, 20], exact_prompt=False), whole, rtol=0, atol=1e-4)
+    assert (logits([60]) - whole).abs().max() > 0.1

@@ -1,0 +1,63 @@
+"""Key statistics of a Hugging Face model, taken once and kept in a file, for caches that cannot take a prompt's own.
+
+A serving engine shares the pages of a prefix among requests, so what its keys are centred and weighted by has to be the
+same for all of them; see `tq_jax.statistics` and the option `statistics` of `interop.vllm`.
+"""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from interop.capture import capture
+from tq_jax.statistics import MIN_TOKENS, empty_statistics, fix_statistics, observe_queries
+
+FIRST_TOKENS = 4
+"""Tokens at the start of a text that are left out: their keys are unlike all others."""
+
+
+def calibrate(model: PreTrainedModel, ids: torch.Tensor, path: str | Path) -> None:
+    """Runs a model over some text and saves mean and channel weights of the keys of each layer.
+
+    Args:
+        model: Any model that `interop.capture` can record, whose layers have keys of one shape.
+        ids: [texts, tokens] without padding; a few thousand tokens of the kind that the model will see.
+        path: Where to write, a NumPy archive with "mean" and "weight", float32 [layers, h_kv, d].
+
+    Raises:
+        ValueError: For too few tokens, or layers of different shapes.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32,
+        ...                                      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     calibrate(model, torch.arange(64)[None] % 32, Path(folder) / "keys.npz")
+        ...     np.load(Path(folder) / "keys.npz")["mean"].shape
+        (2, 2, 8)
+    """
+    texts, tokens = ids.shape
+    if texts * (tokens - FIRST_TOKENS) < MIN_TOKENS:
+        raise ValueError(
+            f"expected at least {MIN_TOKENS} tokens behind the first {FIRST_TOKENS}, got {texts} x {tokens}"
+        )
+    with capture(model) as captured, torch.inference_mode():
+        model(ids)
+    shapes = sorted({tuple(x.shape[2:]) for x in captured.keys.values()})
+    if len(shapes) != 1 or sorted(captured.keys) != list(range(len(captured.keys))):
+        raise ValueError(f"expected layers with keys of one shape, got {shapes} in layers {sorted(captured.keys)}")
+    means, weights = [], []
+    for layer in range(len(captured.keys)):
+        query, key = (
+            jnp.asarray(x[layer][:, FIRST_TOKENS:].flatten(0, 1)[None].float().numpy())
+            for x in (captured.queries, captured.keys)
+        )
+        every, one = jnp.ones(key.shape[:2], bool), jnp.ones(1, bool)
+        found = observe_queries(empty_statistics(1, *shapes[0]), query, every)
+        found = fix_statistics(found, key, every, one, center=True, smooth=True)
+        means.append(np.asarray(found.mean[0]))
+        weights.append(np.asarray(found.weight[0]))
+    np.savez(path, allow_pickle=False, mean=np.stack(means), weight=np.stack(weights))

@@ -1,0 +1,174 @@
+"""Pages of a serving engine on a GPU: encoded into and attended to by kernels that torch launches."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+import tq_jax as tq
+from interop.torch_attend import AttendOptions
+from interop.torch_kernels import TorchProgram
+from pallas_kernels.decode import LogitOptions, Pages
+from pallas_kernels.decode.basis import Basis
+from pallas_kernels.decode.merge_triton import MergeInputs, merge_plan, merge_splits
+from pallas_kernels.decode.prepare_triton import PrepareInputs, prepare, prepare_plan
+from pallas_kernels.decode.triton import MAX_QUERY_TOKENS, decode, decode_plan
+from pallas_kernels.decode.triton_body import Inputs
+from pallas_kernels.encode import triton as encode
+from tq_jax.attention import basis_of
+from tq_jax.quantizer import encoder, sketch_gain
+
+
+class PagedKernels:
+    """The kernels of one layer.
+
+    Args:
+        pages: The pools, of tensors.
+        key: Quantizer of keys, of JAX arrays.
+        value: Quantizer of values.
+        dtype: Type of the model's keys and values.
+    """
+
+    def __init__(self, pages: Pages, key: tq.Quantizer, value: tq.Quantizer, dtype: torch.dtype) -> None:
+        self._specs, self._dtype = (key.spec, value.spec), dtype
+        device: Any = jax.tree.leaves(pages)[0].device
+
+        def tensor(leaf: Any) -> torch.Tensor:
+            return leaf if isinstance(leaf, torch.Tensor) else torch.from_numpy(np.array(leaf)).to(device)
+
+        self._arrays = jax.tree.map(tensor, PagedArrays(pages, basis_of(key), basis_of(value), key.sketch))
+        self._encode = PagedEncode(key, value)
+
+    def write(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        statistics: tuple[torch.Tensor, ...] | None,
+    ) -> None:
+        """Writes n tokens to their slots; arguments as of `PagedPool`."""
+        # Few sizes, so that few are compiled; tokens of slot -1 are not written.
+        size = 1 << (len(slots) - 1).bit_length()
+        more = size - len(slots)
+        slots = torch.nn.functional.pad(slots.int(), (0, more), value=-1)
+        tokens = [torch.nn.functional.pad(x.to(self._dtype), (0, 0, 0, 0, 0, more)) for x in (keys, values)]
+        given = None if statistics is None else [x.expand(size, *x.shape).contiguous() for x in statistics]
+        _launch(self._encode, *(x[:, None].contiguous() for x in tokens), self._arrays.pages, slots[:, None], given)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        table: torch.Tensor,
+        lengths: torch.Tensor,
+        counts: torch.Tensor,
+        options: AttendOptions,
+        statistics: tuple[torch.Tensor, ...] | None,
+        sink_logits: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Outputs of queries [b, t, h_q, d]; arguments as of `PagedPool`, the statistics' [b, h_kv, d]."""
+        function = PagedAttend(*self._specs, options)
+        return _launch(function, query, self._arrays, table, lengths, counts, statistics, sink_logits)[0]
+
+
+def _launch(function: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    leaves, structure = jax.tree.flatten(arguments)
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    return _program(function, shapes, structure, leaves[0].device).launch(leaves)
+
+
+@functools.lru_cache(maxsize=256)  # the layers of a model share their programs
+def _program(function: Any, shapes: tuple[Any, ...], structure: Any, device: torch.device) -> TorchProgram:
+    examples = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
+    return TorchProgram(function, *jax.tree.unflatten(structure, examples), device=device)
+
+
+class PagedEncode:
+    """The encode kernels with their quantizers bound; equal for equal ones."""
+
+    def __init__(self, key: tq.Quantizer, value: tq.Quantizer) -> None:
+        self._encoders = encoder(key), encoder(value)
+        leaves, structure = jax.tree.flatten(self._encoders)
+        self._identity = structure, tuple(np.asarray(leaf).tobytes() for leaf in leaves)
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PagedEncode) and other._identity == self._identity
+
+    def __call__(self, keys: Any, values: Any, pages: Pages, slots: Any, statistics: Any) -> Pages:
+        """The pages with tokens [n, 1, h_kv, d] in them."""
+        key, value = self._encoders
+        mean, weight = (None, None) if statistics is None else statistics
+        return encode.encode_pages(
+            keys, values, pages, slots, key=key, value=value, mean=mean, weight=weight, interpret=False
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedArrays:
+    """What the kernels read of a layer, the same in every call; fields as those of `fused.CacheArrays`."""
+
+    pages: Any
+    key_basis: Basis | None
+    value_basis: Basis | None
+    sketch: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedAttend:
+    """Prepare, decode and merge over the pages of a block table; what is static, as a function of arrays."""
+
+    key: tq.QuantizerSpec
+    value: tq.QuantizerSpec
+    options: AttendOptions
+
+    def __call__(
+        self,
+        query: Float[Any, "b t h_q d"],
+        arrays: PagedArrays,
+        table: Int[Any, "b n"],
+        lengths: Int[Any, "b"],
+        counts: Int[Any, "b"],
+        statistics: tuple[Any, Any] | None,
+        sink_logits: Any,
+    ) -> tuple[Any]:
+        """The outputs, see `PagedPool.attend`."""
+        batch, count, _, dim = query.shape
+        if count > MAX_QUERY_TOKENS:
+            raise NotImplementedError(f"the kernels take up to {MAX_QUERY_TOKENS} queries a sequence, got {count}")
+        heads, scale = arrays.pages.keys.packed.shape[1], self.options.scale or float(np.float32(dim**-0.5))
+        options = LogitOptions(scale, self.options.softcap, self.options.sliding_window)
+        mean, weight = (None, None) if statistics is None else statistics
+        prepared = prepare(
+            PrepareInputs(
+                query=query, rows=None, counts=counts, length=lengths, compressed=lengths, keys=None, values=None,
+                mean=mean, weight=weight, basis=arrays.key_basis, sketch=arrays.sketch,
+            ),
+            prepare_plan(
+                query.shape, (batch, heads, 0, dim), 4, options=options, sinks=0, pages_per_row=table.shape[1],
+                sketch_gain=sketch_gain(dim), interpret=False,
+            ),
+        )  # fmt: skip
+        plan, num_warps, num_stages = decode_plan(
+            query.shape, arrays.pages, table.shape[1], key_format=self.key.format, value_format=self.value.format,
+            options=options, config=None, precise=self.options.precise, interpret=False,
+        )  # fmt: skip
+        inputs = Inputs(
+            query=prepared.query, pages=arrays.pages, table=table, lengths=prepared.lengths,
+            positions=prepared.positions, bias=prepared.bias, sketch=prepared.sketch,
+        )  # fmt: skip
+        packed = decode(inputs, dim, plan, num_warps=num_warps, num_stages=num_stages)
+        merged = merge_splits(
+            MergeInputs(packed=packed, basis=arrays.value_basis, sink_logits=sink_logits, counts=counts),
+            merge_plan(
+                query.shape, splits=packed.acc.shape[2], dtype=np.dtype(query.dtype).name, partial=False,
+                interpret=False,
+            ),
+        )  # fmt: skip
+        return (merged[0],)

@@ -1,0 +1,183 @@
+"""What runs in a layer: new tokens are compressed into vLLM's pages, and queries attend to the pages."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from vllm.config import get_current_vllm_config, set_current_vllm_config
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
+
+import tq_jax as tq
+from interop.torch_attend import AttendOptions
+from interop.torch_paged import PagedPool
+from interop.vllm.backend import TurboQuantMetadata, for_options
+from interop.vllm.options import Options
+
+if current_platform.is_cuda() and jax.config.jax_platforms is None:  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_platforms", "cpu")  # torch launches the kernels, and JAX need not take memory of the GPU
+
+
+class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
+    """Attention of one layer; arguments are vLLM's.
+
+    Attributes:
+        layer_index: Which layer of the model it is; known once weights are loaded.
+        written: Tokens written so far.
+        attended: Queries attended with so far.
+
+    Raises:
+        NotImplementedError: For what it does not honour.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: Any = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        refused = {
+            "alibi_slopes": alibi_slopes,
+            "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
+            "kv_cache_dtype": None if kv_cache_dtype == "auto" else kv_cache_dtype,
+            "attn_type": None if attn_type == AttentionType.DECODER else attn_type,
+            **others,
+        }
+        for name, value in refused.items():
+            if value is not None and value is not False:
+                raise NotImplementedError(f"attention over compressed pages does not know {name}={value!r:.80}")
+        self._config = get_current_vllm_config()
+        self.options = Options.from_config(self._config.additional_config)
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.sliding_window, self.sinks = sliding_window, sinks
+        self.kv_cache_dtype = kv_cache_dtype
+        self._attend_options = AttendOptions(
+            sliding_window, logits_soft_cap or None, self.scale, precise=self.options.precise
+        )
+        # What another implementation of the same layer is made with.
+        self._arguments = (
+            num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap,
+            attn_type, kv_sharing_target_layer_name,
+        )  # fmt: skip
+        self.layer_index: int | None = None
+        self.written = self.attended = 0
+        self._pool: PagedPool | None = None
+        self._memory: tuple[int, torch.Size] | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Learns which layer this is, and gives a boundary layer to vLLM's own attention."""
+        layers = self._config.compilation_config.static_forward_context
+        name, layer = next((name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self)
+        index: Any = extract_layer_index(name)
+        self.layer_index = index
+        if self.options.compressed(index, self._config.model_config.hf_text_config.num_hidden_layers):
+            layer.attn_backend = for_options(self.options)
+            return
+        layer.attn_backend, layer.impl = self._full_precision()
+        layer.backend = AttentionBackendEnum[layer.attn_backend.get_name()]
+        layer.impl.process_weights_after_loading(act_dtype)
+
+    def _full_precision(self) -> tuple[Any, Any]:
+        """The backend that vLLM would choose for this layer, and an implementation of the layer."""
+        config = AttentionSelectorConfig(
+            head_size=self.head_size,
+            dtype=self._config.model_config.dtype,
+            kv_cache_dtype="auto",
+            block_size=None,
+            has_sink=self.sinks is not None,
+            has_sliding_window=self.sliding_window is not None,
+        )
+        unset: Any = None
+        with set_current_vllm_config(self._config):
+            backend = resolve_obj_by_qualname(current_platform.get_attn_backend_cls(unset, config))
+            sinks = {} if self.sinks is None else {"sinks": self.sinks}
+            return backend, backend.get_impl_cls()(*self._arguments, **sinks)
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Compresses a step's tokens into their slots."""
+        if kv_cache.numel() == 0:  # while vLLM measures memory
+            return
+        if self._memory != (kv_cache.data_ptr(), kv_cache.shape):
+            self._pool, self._memory = self._make_pool(kv_cache, key.dtype), (kv_cache.data_ptr(), kv_cache.shape)
+        assert self._pool is not None
+        count = slot_mapping.shape[0]
+        self._pool.write(key[:count], value[:count], slot_mapping)
+        self.written += count
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TurboQuantMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attends with a step's queries over the pages; outputs go to `output`."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("outputs are not quantized, got output_scale")
+        if attn_metadata is None:  # while vLLM measures memory
+            return output.zero_()
+        assert self._pool is not None
+        for call in attn_metadata.calls:
+            sinks = None if self.sinks is None else self.sinks.float()
+            out = self._pool.attend(call.take(query), call.rows, self._attend_options, sinks)
+            call.put(out, output)
+            self.attended += call.tokens.shape[0] if call.real is None else call.real.shape[0]
+        return output
+
+    def _make_pool(self, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedPool:
+        assert self.layer_index is not None
+        statistics = None
+        if self.options.statistics is not None:
+            statistics = layer_statistics(self.options.statistics, self.layer_index, self.num_kv_heads, self.head_size)
+        return PagedPool(kv_cache, *_quantizers(self.options, self.head_size), dtype, statistics)
+
+
+@functools.lru_cache(maxsize=8)
+def _quantizers(options: Options, head_size: int) -> tuple[tq.Quantizer, tq.Quantizer]:
+    """The quantizers of layers; the same ones for all."""
+    key, value = options.quantizers(head_size)
+    return tq.make_quantizer(key, seed=options.seed), tq.make_quantizer(value, seed=options.seed + 1)
+
+
+def layer_statistics(path: str, layer: int, heads: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and weight of the keys of a layer, of the heads that this process has.
+
+    Raises:
+        ValueError: For a file that does not fit the model.
+    """
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    with np.load(path) as file:
+        arrays = [torch.from_numpy(file[name]) for name in ("mean", "weight")]
+    layers, total, found = arrays[0].shape
+    if layer >= layers or found != dim or total < heads:
+        raise ValueError(
+            f"expected statistics of more than {layer} layers, at least {heads} heads and {dim} channels in {path}, "
+            f"got {tuple(arrays[0].shape)}"
+        )
+    start = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
+    mean, weight = (x[layer, start : start + heads] for x in arrays)
+    return mean, weight

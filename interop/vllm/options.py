@@ -1,0 +1,125 @@
+"""The options of the backend, from vLLM's `--additional-config`."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:  # the front end of vLLM reads options and needs no JAX
+    from tq_jax import QuantizerSpec
+
+SECTION = "tq_jax"
+"""Key of the options in the additional configuration."""
+
+KeyKind = Literal["mse", "prod"]
+ValueKind = Literal["mse", "group"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How layers are compressed; hashable.
+
+    Attributes:
+        key_bits: Bits a key coordinate, as in `tq_jax.QuantizerSpec`.
+        value_bits: Bits a value coordinate.
+        key_kind: Kind of the key quantizer.
+        value_kind: Kind of the value quantizer.
+        search: Whether the step of each vector is searched, where its kind allows it.
+        boundary_layers: How many layers at each end of the model stay in full precision.
+        statistics: File of key statistics, see `interop.calibrate`; None for keys that are stored as they are.
+        seed: Seed of the key quantizers; values use seed + 1.
+        precise: Two-byte arithmetic in the GPU kernels, see `tq_jax.attend`.
+
+    Example:
+        >>> Options.from_config({"tq_jax": {"key_bits": 3}}).label
+        'K3/V4'
+    """
+
+    key_bits: float = 4
+    value_bits: float = 4
+    key_kind: KeyKind = "mse"
+    value_kind: ValueKind = "mse"
+    search: bool = True
+    boundary_layers: int = 0
+    statistics: str | None = None
+    seed: int = 0
+    precise: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(field.name, getattr(self, field.name))
+
+    @classmethod
+    def from_config(cls, additional_config: Any) -> "Options":
+        """The options in an additional configuration; those not given have their defaults.
+
+        Raises:
+            ValueError: For unknown options or values outside their sets.
+        """
+        given = additional_config.get(SECTION, {}) if isinstance(additional_config, dict) else {}
+        if not isinstance(given, dict):
+            raise ValueError(f"expected {SECTION!r} in the additional config to be a table of options, got {given!r}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(f"expected {SECTION} options among {known}, got {unknown}")
+        return cls(**given)
+
+    @property
+    def label(self) -> str:
+        """Kinds and bits in short."""
+        kinds = (
+            f"{letter}{bits:g}{'' if kind == 'mse' else f' ({kind})'}"
+            for letter, bits, kind in (
+                ("K", self.key_bits, self.key_kind),
+                ("V", self.value_bits, self.value_kind),
+            )
+        )
+        return "/".join(kinds)
+
+    def quantizers(self, head_dim: int) -> "tuple[QuantizerSpec, QuantizerSpec]":
+        """Specs for keys and values.
+
+        Raises:
+            ValueError: As `tq_jax.QuantizerSpec` does.
+            NotImplementedError: Likewise.
+        """
+        from tq_jax import QuantizerSpec
+
+        unbiased = "unbiased" if self.key_kind == "mse" else None
+        return (
+            QuantizerSpec(
+                dim=head_dim, bits=self.key_bits, kind=self.key_kind, scale=unbiased,
+                search=self.search and self.key_kind == "mse",
+            ),
+            QuantizerSpec(
+                dim=head_dim, bits=self.value_bits, kind=self.value_kind,
+                search=self.search and self.value_kind == "mse",
+            ),
+        )  # fmt: skip
+
+    def compressed(self, layer: int, layers: int) -> bool:
+        """Whether a layer of a model is compressed."""
+        return self.boundary_layers <= layer < layers - self.boundary_layers
+
+    def content_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Bytes that vLLM keeps for a head and token: codes and scales, padded to the size of the model's type."""
+        stored = sum(spec.bytes_per_vector for spec in self.quantizers(head_dim))
+        return -(-stored // itemsize) * itemsize
+
+
+def _check(name: str, value: Any) -> None:
+    """Raises ValueError for a value of the wrong type, or outside its set."""
+    kinds = {"key_kind": KeyKind, "value_kind": ValueKind}
+    if name in kinds:
+        if value not in get_args(kinds[name]):
+            raise ValueError(f"expected {name} in {get_args(kinds[name])}, got {value!r}")
+    elif name == "statistics":
+        if not isinstance(value, str | None):
+            raise ValueError(f"expected statistics to be a path, got {value!r}")
+    elif name in ("search", "precise"):
+        if not isinstance(value, bool):
+            raise ValueError(f"expected {name} to be true or false, got {value!r}")
+    elif name in ("boundary_layers", "seed"):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"expected {name} to be an integer of at least 0, got {value!r}")
+    elif not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"expected {name} to be a number of bits, got {value!r}")

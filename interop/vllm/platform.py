@@ -1,0 +1,44 @@
+"""vLLM's CPU platform, but that it honours `--attention-backend CUSTOM`, as the CUDA platform does."""
+
+from typing import Any
+
+from vllm.platforms import cpu_platform_plugin
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from interop.vllm.options import SECTION, Options
+
+# The one that vLLM would take; there are several kinds.
+_Base: Any = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
+
+
+class TurboQuantCpuPlatform(_Base):
+    """The platform of the CPU at hand with our backend among the others."""
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: Any) -> None:
+        """Refuses options that do not exist, or that nothing would read."""
+        super().check_and_update_config(vllm_config)
+        Options.from_config(vllm_config.additional_config)
+        given = isinstance(vllm_config.additional_config, dict) and SECTION in vllm_config.additional_config
+        attention = vllm_config.attention_config
+        chosen = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
+        if given and AttentionBackendEnum.CUSTOM not in chosen:
+            raise ValueError(f"expected --attention-backend CUSTOM with {SECTION} options, got {attention.backend}")
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+    ) -> str:
+        """The path of the backend of a layer.
+
+        Raises:
+            ValueError: If it is ours and does not fit the layer.
+        """
+        if selected_backend != AttentionBackendEnum.CUSTOM:
+            return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
+        backend: Any = selected_backend.get_class()
+        reasons = backend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
+        if reasons:
+            raise ValueError(f"attention backend CUSTOM does not fit this model: {reasons}")
+        return selected_backend.get_path()

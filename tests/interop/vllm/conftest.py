@@ -1,0 +1,64 @@
+import logging
+import os
+import warnings
+
+import pytest
+from vllm_engines import PROMPTS, VOCABULARY, make_model, own_answers
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    OMP_NUM_THREADS="1",  # on few busy cores the threads of OpenMP wait for each other
+    TORCH_COMPILE_DISABLE="1",  # the first log-probabilities would have a helper of vLLM compiled
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_NO_USAGE_STATS="1",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported():
+    """vLLM, whose imports warn of what they deprecate themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import vllm.entrypoints.llm
+            import vllm.model_executor.models.utils
+            import vllm.v1.worker.cpu_worker  # noqa: F401
+        except ImportError:
+            return
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Token ids."""
+    import torch
+
+    ids = torch.randint(5, VOCABULARY, (len(PROMPTS), max(PROMPTS)), generator=torch.Generator().manual_seed(1))
+    return [row[:count].tolist() for row, count in zip(ids, PROMPTS, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def two_layers(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("two_layers"), 2)
+
+
+@pytest.fixture(scope="session")
+def four_layers(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("four_layers"), 4)
+
+
+@pytest.fixture(scope="session")
+def expected(two_layers, prompts):
+    """Greedy tokens of our own cache of 4 bits."""
+    return own_answers(two_layers, prompts)
+
+
+@pytest.fixture
+def said():
+    """What the backend logs, whatever vLLM makes of the loggers above it."""
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("vllm.tq_jax")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)

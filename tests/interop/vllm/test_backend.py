@@ -1,0 +1,210 @@
+"""The backend without an engine: what it honours, and what it refuses."""
+
+import dataclasses
+import types
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+
+import tq_jax as tq
+from interop.torch_cache import TorchCache
+from interop.vllm.batches import plan_calls
+
+D, PAGE = 32, 32
+OURS = {"tq_jax": {"search": False}}
+
+
+@pytest.fixture(scope="module")
+def config():
+    from vllm.config import AttentionConfig, VllmConfig
+
+    return VllmConfig(attention_config=AttentionConfig(backend="CUSTOM"), additional_config=OURS)
+
+
+@pytest.fixture
+def make_impl(config):
+    from vllm.config import set_current_vllm_config
+
+    from interop.vllm.impl import TurboQuantImpl
+
+    def make(**options):
+        with set_current_vllm_config(config):
+            return TurboQuantImpl(4, D, D**-0.5, 2, **options)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"alibi_slopes": [1.0]},
+        {"kv_sharing_target_layer_name": "model.layers.0"},
+        {"kv_cache_dtype": "fp8"},
+        {"attn_type": "encoder_decoder"},
+        {"use_alibi_sqrt": True},
+        {"something_new": 1},
+    ],
+)
+def test_arguments_that_mean_something_are_refused(make_impl, given):
+    with pytest.raises(NotImplementedError, match=f"does not know {next(iter(given))}="):
+        make_impl(**given)
+
+
+def test_windows_caps_and_sinks_are_honoured(make_impl):
+    """One sequence of 70 tokens in three blocks: as our own cache attends."""
+    from interop.vllm.backend import TurboQuantMetadata
+
+    random = torch.Generator().manual_seed(0)
+    sinks = torch.randn(4, generator=random)
+    impl = make_impl(sliding_window=40, logits_soft_cap=2.0, sinks=sinks.bfloat16(), something_new=None)
+    impl.layer_index = 0
+    memory = torch.zeros(5, 2, PAGE, 36, dtype=torch.uint8)
+    k, v = torch.randn(2, 70, 2, D, generator=random)
+    table = torch.tensor([[4, 2, 1]], dtype=torch.int32)
+    position = torch.arange(70)
+    impl.do_kv_cache_update(None, k, v, torch.zeros(0), position)  # while memory is measured
+    impl.do_kv_cache_update(None, k, v, memory, table[0, position // PAGE].long() * PAGE + position % PAGE)
+    query, output = torch.randn(20, 4, D, generator=random), torch.full((20, 4, D), torch.nan)
+    assert not impl.forward(None, query, k, v, memory, None, output.clone()).any()
+    metadata = TurboQuantMetadata(plan_calls([0, 20], torch.tensor([70], dtype=torch.int32), table))
+    impl.forward(None, query, k, v, memory, metadata, output)
+    quantizers = tq.QuantizerSpec(D, 4, scale="unbiased"), tq.QuantizerSpec(D, 4)
+    spec = tq.CacheSpec(
+        2, D, 96, *quantizers, window=0, sink_tokens=0, center_keys=False, smooth_keys=False, dtype="float32"
+    )
+    cache = TorchCache(spec, 1)
+    cache.append(k[None], v[None])
+    given = dict(sliding_window=40, softcap=2.0, sink_logits=sinks.bfloat16().float())
+    torch.testing.assert_close(output, cache.attend(query[None], **given)[0], rtol=0, atol=1e-6)
+    with pytest.raises(NotImplementedError, match="outputs are not quantized"):
+        impl.forward(None, query, k, v, memory, metadata, output, output_scale=torch.ones(1))
+
+
+def test_what_selection_refuses():
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    from interop.vllm.platform import TurboQuantCpuPlatform
+    from interop.vllm.plugin import register
+
+    register()
+    fits = AttentionSelectorConfig(64, torch.bfloat16, "auto", 32, has_sink=True, has_sliding_window=True)
+    select = TurboQuantCpuPlatform.get_attn_backend_cls
+    assert select(AttentionBackendEnum.CUSTOM, fits).endswith("TurboQuantBackend")
+    assert not select(AttentionBackendEnum.CPU_ATTN, fits).endswith("TurboQuantBackend")
+    for change, reason in (
+        ({"use_mla": True}, "MLA not supported"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
+        ({"head_size": 576}, "head_size not supported"),
+        ({"block_size": 16}, "block_size not supported"),
+        ({"attn_type": "encoder_decoder"}, "attention type encoder_decoder not supported"),
+        ({"use_kv_connector": True}, "KV connector not supported"),
+        ({"use_non_causal": True}, "non-causal attention not supported"),
+        ({"use_dcp": True}, "DCP not supported"),
+    ):
+        with pytest.raises(ValueError, match=f"does not fit this model: .*{reason}"):
+            select(AttentionBackendEnum.CUSTOM, fits._replace(**change))
+
+
+def test_options_are_checked_at_once():
+    from vllm.config import AttentionConfig, VllmConfig
+
+    with pytest.raises(ValueError, match="got \\['bits'\\]"):
+        VllmConfig(attention_config=AttentionConfig(backend="CUSTOM"), additional_config={"tq_jax": {"bits": 4}})
+    with pytest.raises(ValueError, match="expected --attention-backend CUSTOM with tq_jax options, got None"):
+        VllmConfig(additional_config=OURS)
+
+
+def test_bytes_of_a_token():
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from interop.vllm.backend import for_options
+    from interop.vllm.options import Options
+
+    backend = for_options(Options(key_bits=3))
+    plain = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+    spec = backend.customize_spec(plain)
+    assert spec.page_size_bytes == 2 * 32 * (24 + 2 + 32 + 2) and spec.dtype == plain.dtype
+    assert backend.customize_spec(spec) == spec and backend is for_options(Options(key_bits=3))
+    with pytest.raises(NotImplementedError, match="one size are compressed, got 64 and 32"):
+        backend.customize_spec(dataclasses.replace(plain, head_size_v=32))
+
+
+def test_what_the_builder_refuses(monkeypatch):
+    from interop.vllm import backend
+
+    monkeypatch.setattr(backend, "report", lambda config: None)
+
+    def build(spec_bytes=36, **changes):
+        model = types.SimpleNamespace(is_hybrid=changes.pop("is_hybrid", False))
+        config = types.SimpleNamespace(model_config=model, cache_config=types.SimpleNamespace(**changes))
+        spec = types.SimpleNamespace(state_content_bytes=spec_bytes, block_size=32)
+        return backend.TurboQuantBuilder(spec, ["layer"], config, torch.device("cpu"))
+
+    with pytest.raises(RuntimeError, match="does not say how many bytes"):
+        build(spec_bytes=None)
+    with pytest.raises(NotImplementedError, match="state-space layers"):
+        build(is_hybrid=True)
+    with pytest.raises(NotImplementedError, match="hash_block_size=16 of 32"):
+        build(hash_block_size=16)
+    with pytest.raises(NotImplementedError, match="causal=False"):
+        build().build(0, types.SimpleNamespace(causal=False))
+
+
+def test_biased_keys_are_warned_about(monkeypatch, said):
+    from interop.vllm import report
+
+    monkeypatch.setattr(report, "summary", lambda config: "summary")
+
+    def reported(model_type, **options):
+        said.clear()
+        text = types.SimpleNamespace(model_type=model_type)
+        config = types.SimpleNamespace(
+            additional_config={"tq_jax": options}, model_config=types.SimpleNamespace(hf_text_config=text)
+        )
+        report.report(config)
+        return " ".join(said)
+
+    assert "bias" not in reported("llama")
+    assert "bias" not in reported("qwen2", statistics="keys.npz")
+    assert "keys of this model have a bias" in reported("qwen2")
+
+
+def test_statistics_that_do_not_fit(tmp_path, monkeypatch):
+    import numpy as np
+    from vllm import distributed
+
+    from interop.vllm.impl import layer_statistics
+
+    path = str(tmp_path / "keys.npz")
+    arrays = np.arange(2 * 4 * 8, dtype=np.float32).reshape(2, 4, 8)
+    np.savez(path, mean=arrays, weight=arrays + 1)
+    monkeypatch.setattr(distributed, "get_tensor_model_parallel_rank", lambda: 1)
+    monkeypatch.setattr(distributed, "get_tensor_model_parallel_world_size", lambda: 2)
+    mean, weight = layer_statistics(path, 1, 2, 8)
+    assert mean.tolist() == arrays[1, 2:].tolist() and torch.equal(weight, mean + 1)
+    for wrong in ((2, 2, 8), (0, 5, 8), (0, 2, 16)):
+        with pytest.raises(ValueError, match="expected statistics of more than .* got \\(2, 4, 8\\)"):
+            layer_statistics(path, *wrong)
+
+
+def test_plugins(monkeypatch, said):
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from interop.vllm import plugin
+
+    custom = AttentionBackendEnum.CUSTOM
+    assert plugin.platform() == plugin.PLATFORM
+    plugin.register()
+    plugin.register()
+    assert custom.get_path() == plugin.BACKEND
+    register_backend(custom, "another.Backend")
+    plugin.register()
+    assert custom.get_path() == "another.Backend" and "CUSTOM is another.Backend already" in " ".join(said)
+    custom.clear_override()
+    monkeypatch.setattr(plugin, "PLATFORM", "another.platform.Platform")
+    plugin.register()
+    assert custom.get_path() == plugin.BACKEND and "ignores --attention-backend CUSTOM" in " ".join(said)

@@ -1,0 +1,56 @@
+"""Schedules and layers of other kinds, each in an engine of its own."""
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm_engines import NEW, PROMPTS, greedy, layers_of, own_answers, running
+
+import tq_jax as tq
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning")  # by vLLM
+
+POOL = 1 << 22
+
+
+def test_chunks_and_preemption_change_nothing(two_layers, prompts, expected):
+    """Prompts in chunks of 16 tokens between the tokens of others; and memory for hardly more than two requests."""
+    arguments = dict(max_model_len=96, max_num_batched_tokens=16, max_num_seqs=4, num_gpu_blocks_override=6)
+    with running(two_layers, {}, enable_prefix_caching=False, disable_log_stats=False, **arguments) as engine:
+        assert greedy(engine, prompts) == expected
+        preempted = [x.value for x in engine.get_metrics() if x.name == "vllm:num_preemptions"]
+        assert preempted[0] > 0
+        tokens = sum(PROMPTS) + len(PROMPTS) * (NEW - 1)
+        assert all(written > tokens for _, written, _, _ in layers_of(engine))  # those of the preempted, twice
+
+
+@pytest.fixture(scope="module")
+def statistics(four_layers, tmp_path_factory):
+    import torch
+    import transformers
+
+    from interop.calibrate import calibrate
+
+    path = str(tmp_path_factory.mktemp("statistics") / "keys.npz")
+    ids = torch.randint(5, 199, (2, 100), generator=torch.Generator().manual_seed(2))
+    calibrate(transformers.AutoModelForCausalLM.from_pretrained(four_layers, dtype=torch.float32), ids, path)
+    return path
+
+
+def test_boundary_layers_and_statistics(four_layers, statistics, prompts, said):
+    """First and last layer in vLLM's own attention; keys of the others centred and weighted by a file."""
+    options = {"key_bits": 3, "search": False, "boundary_layers": 1, "seed": 3, "statistics": statistics}
+    with running(four_layers, options) as engine:
+        own = dict(key=tq.QuantizerSpec(32, 3), value=tq.QuantizerSpec(32, 4), seed=3, exact_layers=(0, 3))
+        found = greedy(engine, prompts)
+        assert found == own_answers(four_layers, prompts, statistics=statistics, **own)
+        assert found[0] != own_answers(four_layers, prompts[:1], **own)[0]
+        names, written, _, shapes = zip(*layers_of(engine), strict=True)
+        assert names == ("CPUAttentionBackendImpl", "TurboQuantImpl", "TurboQuantImpl", "CPUAttentionBackendImpl")
+        assert written[1] == written[2] > 0 and [4 * shape[3] for shape in shapes] == [256, 32, 32, 256]
+        blocks = engine.llm_engine.vllm_config.cache_config.num_gpu_blocks
+        assert blocks == pytest.approx(POOL / (2 * 32 * (2 * 256 + 2 * 32)), rel=0.02)
+    assert (
+        "tq_jax compresses 2 of 4 layers [1, 2] to K3/V4 (32 instead of 256 bytes a head and token), keys centred and "
+        f"weighted by {statistics}; the others stay in full precision. The same memory holds 1.78 times as many tokens"
+    ) in said

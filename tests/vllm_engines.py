@@ -1,0 +1,114 @@
+"""A tiny random model with a tokenizer, vLLM engines over it, and what our own torch cache answers."""
+
+import contextlib
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+VOCABULARY, NEW = 199, 24
+PROMPTS = (60, 33, 1, 40)
+"""Tokens of the prompts: several blocks of 32 and a part, just over one, one token."""
+
+
+def make_model(folder, layers):
+    """Saves a random Llama whose next tokens depend on the whole context, and a tokenizer of words w0, w1, ..."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, initializer_range=0.08,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2")
+    tokenizer.chat_template = "{% for m in messages %}w3 {{ m['content'] }} {% endfor %}w4"
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@contextlib.contextmanager
+def running(folder, options, **arguments):
+    """An engine in this process, with our backend."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    engine = LLM(
+        model=folder, attention_backend="CUSTOM", additional_config={"tq_jax": options}, seed=0,
+        **(dict(dtype="float32", max_model_len=256, block_size=32, enforce_eager=True, kv_cache_memory_bytes=1 << 22)
+           | arguments),
+    )  # fmt: skip
+    try:
+        yield engine
+    finally:
+        engine.llm_engine.engine_core.shutdown()  # now, and not when the last name of it goes
+        cleanup_dist_env_and_memory()
+
+
+def answers(engine, prompts, **options):
+    """Greedy tokens of a batch, or others by options; and how many tokens of each prompt came from the prefix cache."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(**(dict(temperature=0, max_tokens=NEW, ignore_eos=True) | options))
+    found = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+    return [[list(x.token_ids) for x in one.outputs] for one in found], [one.num_cached_tokens for one in found]
+
+
+def greedy(engine, prompts):
+    return [one[0] for one in answers(engine, prompts)[0]]
+
+
+def layers_of(engine):
+    """Class, tokens written, queries attended with and memory of each layer."""
+
+    def look(worker):
+        layers = worker.vllm_config.compilation_config.static_forward_context
+        return [
+            (
+                type(x.impl).__name__,
+                getattr(x.impl, "written", None),
+                getattr(x.impl, "attended", None),
+                tuple(x.kv_cache.shape),
+            )
+            for x in layers.values()
+        ]
+
+    return engine.collective_rpc(look)[0]
+
+
+def own_answers(folder, prompts, *, exact_layers=(), statistics=None, **options):
+    """Greedy tokens of transformers with our torch cache, everything read from its codes."""
+    import torch
+    import transformers
+    from transformers.cache_utils import DynamicLayer
+
+    from interop.hf import ATTENTION, TurboQuantCache
+    from interop.torch_cache import TorchCache
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.set_attn_implementation(ATTENTION)
+    model.generation_config.eos_token_id = None
+    found = []
+    for ids in prompts:
+        cache = TurboQuantCache(
+            model.config, exact_prompt=False, window=0, sink_tokens=0, center_keys=False, smooth_keys=False,
+            page_size=32, dtype="float32", max_tokens=256, **options,
+        )  # fmt: skip
+        for index, layer in enumerate(cache.layers if statistics else ()):
+            spec = dataclasses.replace(layer.compression.spec(2, 32, 0), center_keys=True, smooth_keys=True)
+            given = tuple(jnp.asarray(np.load(statistics)[name][index]) for name in ("mean", "weight"))
+            layer.cache = TorchCache(spec, 1, seed=layer.compression.seed, statistics=given)
+        for layer in exact_layers:
+            cache.layers[layer] = DynamicLayer()
+        given = dict(attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=NEW, do_sample=False)
+        out = model.generate(torch.tensor([ids]), past_key_values=cache, pad_token_id=0, **given)
+        found.append(out[0, len(ids) :].tolist())
+    return found
