@@ -38,4 +38,6 @@ def default_config(tokens: int, encoder: Encoder) -> TileConfig:
     if encoder.hadamard and quads.tile_width(encoder):
         return TileConfig(tile=16, num_warps=2) if fmt.dim > 128 else TileConfig(tile=tile, num_warps=tile // 16)
     fractional = isinstance(fmt, CodebookFormat) and len(fmt.segments) > 1
-    return TileConfig(tile=16 if fractional or fmt.dim > 128 else tile, num_warps=8)
+    if fractional:
+        return TileConfig(tile=16, num_warps=8, chunk=128)
+    return TileConfig(tile=16 if fmt.dim > 128 else tile, num_warps=8)

@@ -225,4 +225,5 @@ def test_default_tiles():
     assert [config(tokens, 128, 4) for tokens in (1, 100)] == [TileConfig(16, 1), TileConfig(32, 2)]
     assert [config(4096, 256, 4, search=search) for search in (False, True)] == [TileConfig(16, 2), TileConfig(16, 8)]
     assert config(4096, 128, 4, rotation="haar") == config(4096, 128, 4, kind="prod") == TileConfig(32, 8)
-    assert config(4096, 128, 2.5) == config(4096, 192, 3) == TileConfig(16, 8)
+    assert config(4096, 128, 2.5) == TileConfig(16, 8, 128)
+    assert config(4096, 192, 3) == TileConfig(16, 8)
