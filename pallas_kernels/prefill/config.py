@@ -34,9 +34,9 @@ class PrefillConfig:
 
 
 def default_config(
-    page_size: int, *, query_rows: int, dim: int = 128, lean: bool = True, capability: int = 90
+    page_size: int, *, query_rows: int, dim: int = 128, lean: bool = True, heavy: bool = False, capability: int = 90
 ) -> PrefillConfig:
-    """The configuration for pages of a size: on an H100 as measured, elsewhere what spills no registers.
+    """The configuration for pages of a size: the largest tiles that spill no registers.
 
     Two stages, as with three Triton does not compile the kernel for compute capability 10.0.
 
@@ -44,18 +44,17 @@ def default_config(
         page_size: Tokens a page.
         query_rows: Query tokens times query heads of a KV head.
         dim: Head dim of keys or values, the larger one.
-        lean: Whether keys and values have one scale a token and codes of 2 or 4 bits; others take more registers.
+        lean: Whether keys and values have 4 bits and one scale a token; others take more registers.
+        heavy: Whether vectors have several segments of different bits, or codes that take as many registers.
         capability: Compute capability of the device, times ten.
     """
-    tile = 64 if lean and dim <= 128 else 32
-    while tile > 32 and page_size % tile and tile % page_size:
-        tile //= 2
-    if dim <= 128 and query_rows > 64 and capability == 90:
+    tile = 64 if lean and dim in (64, 128) and page_size % 64 == 0 else 32
+    if dim <= 128 and query_rows > 64 and capability == 90 and not heavy:
         return PrefillConfig(rows=256, tile=tile, num_warps=8, programs=132)
-    if dim <= 128 and query_rows > 64 and capability == 100:
+    if dim <= 128 and query_rows > 64 and capability == 100 and lean:
         return PrefillConfig(rows=128, tile=tile, num_warps=4, programs=132 * 2)
     # Elsewhere queries and sums are both in registers, of which 64 rows of 128 channels leave enough.
-    most = 64 if dim <= 128 else 32
+    most = 64 if dim <= 128 and (capability in (90, 100) or not heavy) else 32
     rows = next(r for r in ROWS if r >= min(query_rows, most))
     return PrefillConfig(rows=rows, tile=tile, num_warps=4, programs=132 * 4)
 

@@ -154,22 +154,27 @@ def config_for(
     """The tiles that `attend_pages` takes by default on this device, or on one of a compute capability times ten."""
     _, count, heads, dim = query_shape
     kv_heads, page_size = pages.keys.packed.shape[1:3]
+    capability = compute_capability() if capability is None else capability
+    # Codes of 8 bits take more registers where all operands of products are in registers.
+    bits = 0 if capability in (90, 100) else max(decode.widest(key_format), decode.widest(value_format))
     return default_config(
         page_size,
         query_rows=count * heads // kv_heads,
         dim=max(dim, value_format.dim),
         lean=_is_lean(key_format) and _is_lean(value_format),
-        capability=compute_capability() if capability is None else capability,
+        heavy=bits == 8 or _is_mixed(key_format) or _is_mixed(value_format),
+        capability=capability,
     )
 
 
 def _is_lean(fmt: VectorFormat) -> bool:
-    """Whether a format has one segment of codes that one plane holds."""
-    return (
-        isinstance(fmt, CodebookFormat)
-        and not fmt.residual
-        and [book.bits in (2, 4) for book in fmt.segments] == [True]
-    )
+    """Whether a format has 4 bits and one scale a token."""
+    return isinstance(fmt, CodebookFormat) and not fmt.residual and [book.bits for book in fmt.segments] == [4]
+
+
+def _is_mixed(fmt: VectorFormat) -> bool:
+    """Whether a format has several segments."""
+    return isinstance(fmt, CodebookFormat) and len(fmt.segments) > 1
 
 
 def check_supported(

@@ -174,7 +174,7 @@ def test_limits_and_errors():
 def test_configurations():
     """Tiles fit pages and the device: they are larger where products take operands from shared memory."""
     assert default_config(96, query_rows=1024).tile == 32
-    assert default_config(16, query_rows=1024).tile == 64
+    assert default_config(16, query_rows=1024).tile == 32
     assert default_config(128, query_rows=36) == PrefillConfig(64, 64, 4, 2, 528)
     rows = {
         capability: default_config(128, query_rows=1024, capability=capability).rows for capability in (80, 90, 100)
@@ -193,5 +193,5 @@ def test_tiles_of_formats():
 
     four = QuantizerSpec(128, 4)
     assert tile(four, four) == 64
-    for other in (QuantizerSpec(128, 3), QuantizerSpec(128, 2.5), QuantizerSpec(128, 2, kind="group")):
+    for other in (QuantizerSpec(128, 2), QuantizerSpec(128, 2.5), QuantizerSpec(128, 2, kind="group")):
         assert tile(four, other) == 32
