@@ -68,8 +68,7 @@ def attend(name: str, precise: bool) -> Row:
     run, query, cache = attend_cases.attend_case(case)
     got, again = (run(query, cache, implementation="triton", precise=precise) for _ in range(2))
     want = run(query, cache, implementation="reference")
-    # Outputs of 16 bits are rounded to 2**-8.
-    tolerance = (1e-3 if case.dtype == "float32" else 4e-3) if precise else case.tolerance
+    tolerance = case.tolerance(precise=precise)
     return verdict(attend_cases.relative_error(got, want), tolerance, same=bool(jnp.array_equal(got, again)))
 
 

@@ -19,6 +19,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
 
+from pallas_kernels._compat import multiprocessors
 from pallas_kernels.decode import TileConfig
 from pallas_kernels.prefill import PrefillConfig
 from tq_jax.bench import timing
@@ -30,7 +31,6 @@ from tq_jax.bench.prefill import PREFILL_ATTENTION
 from tq_jax.bench.shapes import DECODE, PREFILL
 from tq_jax.evaluate.report import environment, write_json
 
-MULTIPROCESSORS = 132
 TILES = {
     "decode": "64,1,3,12 64,1,2,12 64,1,3,10 64,1,4,12 64,1,3,24 128,2,3,6 128,2,2,6 128,1,2,8 128,1,3,8 32,1,4,16 "
     "64,2,3,8 256,4,2,3 256,4,3,3 256,2,2,4 128,4,3,4 128,4,2,4",
@@ -58,7 +58,7 @@ def main() -> None:
             if time.monotonic() > end:
                 break
             *sizes, programs = map(int, text.split(","))
-            case = Case(shape, MSE[bits], MSE[bits], config=config(*sizes, programs * MULTIPROCESSORS))
+            case = Case(shape, MSE[bits], MSE[bits], config=config(*sizes, programs * multiprocessors()))
             try:
                 [row] = run_case(operation, case, setting)
             except Exception as error:

@@ -20,6 +20,16 @@ ABSTRACT_DEVICE_KIND = "NVIDIA H100 80GB HBM3"
 """A device kind that JAX knows; the Triton IR of these kernels is the same for all of them."""
 
 
+H100_MULTIPROCESSORS = 132
+
+
+def multiprocessors() -> int:
+    """Of JAX's GPU; of an H100 where there is none."""
+    if jax.default_backend() != "gpu":
+        return H100_MULTIPROCESSORS
+    return int(getattr(jax.devices()[0], "core_count", H100_MULTIPROCESSORS))
+
+
 @dataclasses.dataclass(frozen=True)
 class TritonKernel:
     """A lowered Pallas kernel before compilation.
@@ -46,7 +56,7 @@ def _abstract_gpu() -> Iterator[None]:
     if jax.__version_info__ < (0, 11) or jax.default_backend() == "gpu":
         yield
         return
-    device = sharding.AbstractDevice(device_kind=ABSTRACT_DEVICE_KIND, num_cores=132, platform="gpu")
+    device = sharding.AbstractDevice(device_kind=ABSTRACT_DEVICE_KIND, num_cores=H100_MULTIPROCESSORS, platform="gpu")
     mesh = sharding.AbstractMesh((1,), ("gpu",), (sharding.AxisType.Auto,), abstract_device=device)
     with sharding.use_abstract_mesh(mesh):
         yield

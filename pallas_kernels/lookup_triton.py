@@ -119,11 +119,6 @@ def integer_ptx(width: int, field: int) -> str:
     )
 
 
-def round_to_int8(x: jax.Array) -> jax.Array:
-    """Nearest integers of floats between -128 and 127, by the mantissa of a large float."""
-    return lax.bitcast_convert_type(x + 12582912.0, jnp.int32).astype(jnp.int8)
-
-
 def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
     """2**x; one instruction, denormal results are zero."""
     return jnp.exp2(x) if interpret else _unary("ex2.approx.ftz.f32", x)

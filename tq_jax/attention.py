@@ -57,7 +57,8 @@ def attend(
         lengths: Queries of each row that exist, at most t, right-padded like the chunk they come from. Row i's are
             those of its last lengths[i] tokens; the outputs of padding are zero.
         rows: The cache rows of the queries. All rows in order by default.
-        precise: Two-byte queries and probabilities in the kernel, see `TileConfig`; the reference always is precise.
+        precise: Two-byte queries in the kernel however many rows there are, see `TileConfig`; the reference always is
+            precise.
         config: Tiles of the kernel instead of those for the page size, and its own `precise`; without influence on the
             reference, to which it cannot be given by name.
 

@@ -8,6 +8,9 @@ import jax
 from pallas_kernels.decode.layout import Part
 from pallas_kernels.decode.options import LogitOptions
 
+ONE_BYTE, TWO_BYTES = 127.0, 127.0 * 256
+"""Largest integers of quantized numbers."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -25,7 +28,7 @@ class Plan:
         page_size: Tokens a page.
         splits: Programs a sequence and KV head.
         num_warps: Warps a program.
-        precise: Whether queries and probabilities have two bytes.
+        precise: Whether queries have two bytes even if that takes two products.
         interpret: Whether the kernel runs as jnp.
     """
 
@@ -44,20 +47,20 @@ class Plan:
     interpret: bool
 
     @property
-    def twins(self) -> bool:
-        """Whether columns that would be padding repeat the others."""
-        return not self.precise and self.blocks == 1 and 2 * self.count * self.group <= self.columns
+    def pairs(self) -> bool:
+        """Whether columns come in pairs, the high and the low byte of a query and of its probabilities."""
+        return self.blocks == 1 and 2 * self.count * self.group <= self.columns
 
     @property
-    def top(self) -> float:
-        """Largest integer of a quantized query or probability."""
-        return 127.0 * 256 if self.precise else 127.0
+    def query_top(self) -> float:
+        """Largest integer of a quantized query."""
+        return TWO_BYTES if self.pairs or self.precise else ONE_BYTE
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Arrays of the kernel, or its references; see `decode_attention`. `counting` is 0 to 255, see `load_shifts`."""
+    """Arrays of the kernel, or its references; see `decode_attention`, and for shifts `shift_table`."""
 
     query: Any
     pages: Any
@@ -66,4 +69,4 @@ class Inputs:
     positions: Any
     bias: Any
     sketch: Any
-    counting: Any = None
+    shifts: Any = None

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -127,18 +128,32 @@ def _is_power(n: int) -> bool:
     return n & (n - 1) == 0
 
 
-def load_shifts(x: Inputs, plan: Plan) -> dict[tuple[int, int, int], jax.Array]:
-    """For tiles that cover several fields: how many fields to add for each channel, int8 [width].
+def shift_table(plan: Plan) -> np.ndarray | None:
+    """What `load_shifts` reads: the shifts of all tiles, one after the other; None if no tile has any.
 
-    They come from counting numbers in memory: Triton moves the layout of a product's operands up through arithmetic to
-    loads, but not to numbers that are made on the spot, and would send the whole tile through shared memory instead.
+    They come from memory: Triton moves the layout of a product's operands up through arithmetic to loads, but not to
+    numbers that are made on the spot, and would send the whole tile through shared memory instead.
     """
-    shifts: dict[tuple[int, int, int], jax.Array] = {}
+    runs = [(first + np.arange(width)) // size for first, size, width in _shift_keys(plan)]
+    return np.concatenate(runs).astype(np.int8) if runs else None
+
+
+def load_shifts(x: Inputs, plan: Plan) -> dict[tuple[int, int, int], jax.Array]:
+    """For tiles that cover several fields: how many fields to add for each channel, int8 [width]."""
+    shifts, start = {}, 0
+    for key in _shift_keys(plan):
+        shifts[key] = x.shifts[pl.ds(start, key[2])]
+        start += key[2]
+    return shifts
+
+
+def _shift_keys(plan: Plan) -> list[tuple[int, int, int]]:
+    """First channel, bytes of the plane and width of the tiles that cover several fields."""
+    keys = {}
     for part in plan.keys + plan.values:
         for tile in part.tiles:
             for _, _, size, _ in planes_of(part, tile):
                 first = tile.start % size
-                if first + tile.valid > size and (first, size, tile.width) not in shifts:
-                    number = x.counting[pl.ds(first, tile.width)].astype(jnp.int32)
-                    shifts[first, size, tile.width] = lax.div(number, jnp.full_like(number, size)).astype(jnp.int8)
-    return shifts
+                if first + tile.valid > size:
+                    keys[first, size, tile.width] = None
+    return list(keys)

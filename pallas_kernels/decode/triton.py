@@ -6,17 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode.config import TileConfig, column_block, default_config, num_splits
+from pallas_kernels._compat import multiprocessors
+from pallas_kernels.decode.config import TileConfig, column_block, default_config, num_splits, padded_columns
 from pallas_kernels.decode.layout import key_parts, value_parts
 from pallas_kernels.decode.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.decode.options import LogitOptions
 from pallas_kernels.decode.pages import Pages
 from pallas_kernels.decode.partial import Partial
+from pallas_kernels.decode.tiles_triton import shift_table
 from pallas_kernels.decode.triton_body import Inputs, Plan, attend
 from pallas_kernels.format import CodebookFormat, VectorFormat
 
@@ -116,7 +117,7 @@ def decode_plan(
     config = config_for(query_shape, pages, key_format, value_format, precise=precise) if config is None else config
     group = heads // kv_heads
     dim = max(query_shape[3], value_format.dim)
-    columns = padded_columns(count * group, dim=dim, precise=config.precise)
+    columns = padded_columns(count * group, dim=dim)
     block = column_block(columns, dim=dim)
     plan = Plan(
         keys=key_parts(key_format),
@@ -158,7 +159,7 @@ def decode(x: Inputs, value_dim: int, plan: Plan, *, num_warps: int, num_stages:
             compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
             interpret=plan.interpret,
             name="decode",
-        )(dataclasses.replace(x, pages=pages, counting=np.arange(256, dtype=np.uint8)))
+        )(dataclasses.replace(x, pages=pages, shifts=shift_table(plan)))
     )
 
 
@@ -176,24 +177,18 @@ def config_for(
     dim = max(query_shape[3], value_format.dim)
     return default_config(
         page_size,
-        columns=padded_columns(count * heads // kv_heads, dim=dim, precise=precise),
+        columns=padded_columns(count * heads // kv_heads, dim=dim),
         dim=dim,
         value_parts=len(value_parts(value_format)),
         precise=precise,
         bits=(widest(key_format), widest(value_format)),
+        multiprocessors=multiprocessors(),
     )
 
 
 def widest(fmt: VectorFormat) -> int:
     """Bits of a format's widest codes."""
     return max(book.bits for book in fmt.segments) if isinstance(fmt, CodebookFormat) else fmt.bits
-
-
-def padded_columns(rows: int, *, dim: int, precise: bool) -> int:
-    """Columns that a number of query rows pads to; one-byte rows get twins (see `Plan`) where a program has room."""
-    columns = max(8, 1 << (rows - 1).bit_length())
-    room = not precise and 2 * columns <= column_block(2 * columns, dim=dim)
-    return 2 * columns if 2 * rows > columns and room else columns
 
 
 def check_supported(
@@ -219,7 +214,7 @@ def check_supported(
     key_parts(key_format)
     config = config_for(query_shape, pages, key_format, value_format, precise=precise) if config is None else config
     dim = max(dim, value_format.dim)
-    columns = column_block(padded_columns(count * group, dim=dim, precise=config.precise), dim=dim)
+    columns = column_block(padded_columns(count * group, dim=dim), dim=dim)
     if config.num_warps > 2 and columns > 8:
         raise NotImplementedError(
             f"the Triton kernel has up to 2 warps for more than 8 query columns, got {config.num_warps} for {columns}"

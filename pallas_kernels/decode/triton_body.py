@@ -5,9 +5,11 @@ Tokens are the rows and queries the columns of every product, so that queries pa
     logits [tokens, queries] = keys [tokens, channels] @ q^T
     acc [channels, queries] += values [channels, tokens] @ p
 
-Both products take int8 half-integers m of centroids (m + 1/2) * step; q is int8 with one scale a row, and so is p times
-the value scale, with one scale a tile and row. The halves leave the tiles as sum(q) / 2 and sum(p) / 2. Value scales
-enter as logarithms: w = logit + log2(scale), p * scale = 2**(w - max w), and the largest int8 of a tile is exactly 127.
+Both products take int8 half-integers m of centroids (m + 1/2) * step; q is an integer of two bytes with one scale a
+row, and so is p times the value scale, with one scale a tile and row. The halves leave the tiles as sum(q) / 2 and
+sum(p) / 2. Value scales enter as logarithms: w = logit + log2(scale), p * scale = 2**(w - max w), and the largest
+integer of a tile is exactly the top. Where columns would be padding, high and low bytes are columns side by side, at no
+price; else p takes two products, and q has one byte unless it shall be precise.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.decode.layout import Part
-from pallas_kernels.decode.plan import Inputs, Plan
+from pallas_kernels.decode.plan import TWO_BYTES, Inputs, Plan
 from pallas_kernels.decode.tiles_triton import load_scale, load_shifts, load_tiles, page_of, slot_of
 from pallas_kernels.lookup_triton import (
     MAGIC,
@@ -29,7 +31,6 @@ from pallas_kernels.lookup_triton import (
     exp2,
     log2,
     mixed_index,
-    round_to_int8,
     tanh,
 )
 
@@ -52,17 +53,14 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
     column = block * plan.columns + lax.broadcasted_iota(jnp.int32, (plan.columns,), 0)
     token, head_column = _query_index(column, head, plan)
     begin, end = _tiles_of_split(x, row, split, plan)
-    queries = [_quantized_query(x, part, row, token, head_column, column, plan) for part in plan.keys]
+    queries = [_quantized_query(x, part, row, token, head_column, plan) for part in plan.keys]
     bias = None
     if x.bias is not None:
-        bias = plt.load(x.bias.at[jnp.full_like(token, row), token, head_column], mask=_exists(column, plan), other=0.0)
-        bias = bias * LOG2_E
+        bias = plt.load(x.bias.at[jnp.full_like(token, row), token, head_column]) * LOG2_E
     position = None
     if plan.count > 1:
-        position = plt.load(x.positions.at[jnp.full_like(token, row), token], mask=_exists(column, plan), other=0)
+        position = plt.load(x.positions.at[jnp.full_like(token, row), token])
     shifts = load_shifts(x, plan)
-    # Twins round a quarter up and a quarter down: their mean has half the error.
-    dither = jnp.where(_twin(column, plan), 0.25, -0.25) if plan.twins else None
 
     def step(index: jax.Array, state: tuple) -> tuple:
         page, parts, total = state
@@ -81,7 +79,7 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
             w = logits if alone else logits + exponents[i][:, None]
             if visible is not None:
                 w = jnp.where(visible, w, HIDDEN)
-            new, p, alpha, beta = _accumulate(x, part, where, w, inverses[i], seen, parts[i], dither, shifts, plan)
+            new, p, alpha, beta = _accumulate(x, part, where, w, inverses[i], seen, parts[i], shifts, plan)
             updated.append(new)
             if i == 0:
                 total = total * alpha[None, :] + _fold(p * inverses[i][:, None], plan) * beta[None, :]
@@ -91,30 +89,32 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
     state = page_of(x, row, begin, plan), parts, _folded_zeros(plan)
     _, parts, total = lax.fori_loop(begin, end, step, state)
     _store_acc(parts, acc_ref, (row, head, split), block * plan.columns, plan)
-    columns = pl.ds(block * plan.columns, plan.columns)
-    peak_ref[row, head, split, columns] = parts[0][1]
-    total_ref[row, head, split, columns] = jnp.sum(total, axis=0)
+    peak, total = parts[0][1], jnp.sum(total, axis=0)
+    if plan.pairs:
+        peak, total = (jnp.max(x.reshape(-1, 2), axis=1) for x in (peak, total))
+    columns = pl.ds(block * plan.columns, peak.shape[0])
+    peak_ref[row, head, split, columns] = peak
+    total_ref[row, head, split, columns] = total
 
 
 def _query_index(column: jax.Array, head: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
-    """Query token and query head of each column."""
-    if plan.twins:
-        column = jnp.where(_twin(column, plan), column - plan.columns // 2, column)
+    """Query token and query head of each column; columns behind the last query repeat it."""
+    column = jnp.minimum(column >> 1 if plan.pairs else column, plan.count * plan.group - 1)
     if plan.count == 1:
         return jnp.zeros_like(column), head * plan.group + column
     group = jnp.full_like(column, plan.group)
     return lax.div(column, group), head * plan.group + lax.rem(column, group)
 
 
-def _twin(column: jax.Array, plan: Plan) -> jax.Array:
-    return column >= plan.columns // 2
+def _weight_of_byte(plan: Plan) -> jax.Array:
+    """What the integers of each column count: 256 for high bytes and 1 for low ones."""
+    return jnp.where((lax.broadcasted_iota(jnp.int32, (plan.columns,), 0) & 1) == 0, 256.0, 1.0)
 
 
-def _exists(column: jax.Array, plan: Plan) -> jax.Array:
-    rows = plan.count * plan.group
-    if plan.twins:
-        return (column < rows) | (_twin(column, plan) & (column < rows + plan.columns // 2))
-    return column < rows
+def _pair_sums(x: jax.Array, plan: Plan) -> jax.Array:
+    """Sums of pairs of columns [n, columns], in both; a thread holds both."""
+    pairs = x.reshape(-1, plan.columns // 2, 2)
+    return jnp.broadcast_to(jnp.sum(pairs, axis=2, keepdims=True), pairs.shape).reshape(x.shape)
 
 
 def _tiles_of_split(x: Inputs, row: jax.Array, split: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -154,16 +154,14 @@ def _visible(tokens: jax.Array, position: jax.Array, plan: Plan) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Query:
-    """A quantized query: int8 tiles [width, columns] (high, then low bytes), half their sum, the factor of logits."""
+    """A quantized query: operands [width, columns] of each tile, half their sums, the factors of logits."""
 
     tiles: list[tuple[jax.Array, ...]]
     half: jax.Array
     factor: jax.Array
 
 
-def _quantized_query(
-    x: Inputs, part: Part, row: jax.Array, token: jax.Array, head: jax.Array, column: jax.Array, plan: Plan
-) -> _Query:
+def _quantized_query(x: Inputs, part: Part, row: jax.Array, token: jax.Array, head: jax.Array, plan: Plan) -> _Query:
     source = x.sketch if part.sketch else x.query
     tiles, largest = [], jnp.zeros((plan.columns,), jnp.float32)
     for tile in part.tiles:
@@ -174,21 +172,23 @@ def _quantized_query(
         if tile.partner is not None:
             partner, channel = mixed_index(channel)
             start, channel = jnp.where(partner, tile.partner, tile.start), channel + 2 * tile.half
-        mask = jnp.broadcast_to(_exists(column, plan)[None, :], shape)
-        if tile.valid < tile.width:
-            mask = mask & (channel < tile.valid)
         index = [jnp.broadcast_to(i[None, :], shape) for i in (jnp.full_like(token, row), token, head)]
         at = source.at[(*index, part.channel + start + channel)]
-        tiles.append(plt.load(at, mask=mask, other=0.0))
+        whole = tile.valid == tile.width
+        tiles.append(plt.load(at) if whole else plt.load(at, mask=channel < tile.valid, other=0.0))
         largest = jnp.maximum(largest, jnp.max(jnp.abs(tiles[-1]), axis=0))
     largest = jnp.maximum(largest, 1e-30)
     total = jnp.zeros((plan.columns,), jnp.int32)
     quantized = []
     for q in tiles:
-        integer = _integers(q * (plan.top / largest)[None, :])
+        integer = _integers(q * (plan.query_top / largest)[None, :])
+        if plan.pairs:
+            integer = _byte_of_column(integer, plan)
         total = total + jnp.sum(integer, axis=0)
-        quantized.append(_bytes_of(integer, plan))
-    factor = largest * (part.book.step * plan.options.scale * LOG2_E / plan.top)
+        quantized.append(_bytes_of(integer) if plan.precise and not plan.pairs else (integer.astype(jnp.int8),))
+    factor = largest * (part.book.step * plan.options.scale * LOG2_E / plan.query_top)
+    if plan.pairs:
+        factor = factor * _weight_of_byte(plan)
     # The half of a step that an odd sum loses is 1e-5 of a logit.
     return _Query(quantized, total // 2, factor)
 
@@ -198,12 +198,17 @@ def _integers(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x + 12582912.0, jnp.int32) - MAGIC
 
 
-def _bytes_of(integer: jax.Array, plan: Plan) -> tuple[jax.Array, ...]:
-    """An integer up to the plan's top as signed bytes, high byte first."""
-    if not plan.precise:
-        return (integer.astype(jnp.int8),)
+def _bytes_of(integer: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An integer of up to TWO_BYTES as signed bytes, the high one first."""
     high = (integer + 128) >> 8
     return high.astype(jnp.int8), (integer - (high << 8)).astype(jnp.int8)
+
+
+def _byte_of_column(integer: jax.Array, plan: Plan) -> jax.Array:
+    """The signed byte of integers [n, columns] that each column of pairs holds."""
+    high = (integer + 128) >> 8
+    odd = (lax.broadcasted_iota(jnp.int32, integer.shape, 1) & 1) == 1
+    return jnp.where(odd, integer - (high << 8), high)
 
 
 def _logits(
@@ -227,7 +232,7 @@ def _logits(
         scale = jnp.where(seen, load_scale(scales, part, where, plan), 0.0)
         source = keys.signs if part.sketch else keys.packed
         tiles = load_tiles(source, part, where, 1, shifts, plan)
-        if plan.precise:
+        if plan.precise and not plan.pairs:
             again = load_tiles(source, part, where, 1, shifts, plan, again=True)
             product = [
                 _products(t, [q[i] for q in query.tiles], jnp.zeros(shape, jnp.int32))
@@ -239,8 +244,10 @@ def _logits(
             # Accumulation starts at the bits of a large float, which makes the sum one without conversion.
             large = jnp.broadcast_to((query.half + MAGIC)[None, :], shape)
             raw = lax.bitcast_convert_type(_products(tiles, [q[0] for q in query.tiles], large), jnp.float32)
-            term = raw * scale[:, None] - (12582912.0 * scale)[:, None]
+            term = (raw - 12582912.0) * scale[:, None]
         term = term * query.factor[None, :]
+        if plan.pairs:
+            term = _pair_sums(term, plan)
         logits = term if logits is None else term + logits
     assert logits is not None
     cap = plan.options.softcap
@@ -286,28 +293,27 @@ def _accumulate(
     inverse: jax.Array,
     seen: jax.Array,
     state: tuple,
-    dither: jax.Array | None,
     shifts: dict,
     plan: Plan,
 ) -> tuple[tuple, jax.Array, jax.Array, jax.Array]:
     """Adds a tile to a value part; returns the part, p * scale, and the factors of what was and of what came."""
     acc, reference, offset = state
-    tile_reference = jnp.maximum(jnp.max(w, axis=0) - math.log2(plan.top), FLOOR)
+    tile_reference = jnp.maximum(jnp.max(w, axis=0) - math.log2(TWO_BYTES), FLOOR)
     p = exp2(w - tile_reference[None, :], interpret=plan.interpret)
     new_reference = jnp.maximum(reference, tile_reference)
     alpha = exp2(reference - new_reference, interpret=plan.interpret)
     beta = exp2(tile_reference - new_reference, interpret=plan.interpret)
     tiles = load_tiles(x.pages.values.packed, part, where, 0, shifts, plan)
-    if plan.precise:
-        high, low = _bytes_of(_integers(p), plan)
+    if plan.pairs:
+        byte = _byte_of_column(_integers(p), plan).astype(jnp.int8)
+        # As for logits, starting at the bits of a large float makes sums floats without conversion.
+        raw = [lax.bitcast_convert_type(_pv(v, byte) + MAGIC, jnp.float32) for v in tiles]
+        sums = [(r - 12582912.0) * beta[None, :] for r in raw]
+    else:
+        high, low = _bytes_of(_integers(p))
         again = load_tiles(x.pages.values.packed, part, where, 0, shifts, plan, again=True)
         whole = [(_pv(v, high) << 8) + _pv(u, low) for v, u in zip(tiles, again, strict=True)]
         sums = [s.astype(jnp.float32) * beta[None, :] for s in whole]
-    else:
-        integer, large = round_to_int8(p if dither is None else p + dither[None, :]), (12582912.0 * beta)[None, :]
-        # As for logits, starting at the bits of a large float makes sums floats without conversion.
-        raw = [lax.bitcast_convert_type(_pv(v, integer) + MAGIC, jnp.float32) for v in tiles]
-        sums = [r * beta[None, :] - large for r in raw]
     acc = tuple(a * alpha[None, :] + s for a, s in zip(acc, sums, strict=True))
     weights = p
     if part.unsigned:
@@ -328,15 +334,15 @@ def _store_acc(parts: tuple, ref: Any, lead: tuple, first: jax.Array, plan: Plan
     for part, (acc, reference, offset) in zip(plan.values, parts, strict=True):
         factor = exp2(reference - common, interpret=plan.interpret)
         offset = jnp.sum(offset, axis=0)
+        # What the halves of integers amount to, and the zeros of min-max values; both columns of a pair have all of it.
+        offset = offset * ((1.0 if part.unsigned else 0.5) * (0.5 if plan.pairs else 1.0))
+        factor = factor if part.unsigned else factor * part.book.step
         for tile, sums in zip(part.tiles, acc, strict=True):
-            if part.unsigned:
-                out = (sums + offset[None, :]) * factor[None, :]
-            else:
-                out = (sums + (0.5 * offset)[None, :]) * (factor * part.book.step)[None, :]
-            column = first + lax.broadcasted_iota(jnp.int32, (plan.columns,), 0)
-            if plan.twins:
-                column = lax.broadcasted_iota(jnp.int32, (plan.columns // 2,), 0)
-                out = 0.5 * jnp.sum(out.reshape(tile.width, 2, plan.columns // 2), axis=1)
+            out = sums * _weight_of_byte(plan)[None, :] if plan.pairs else sums
+            out = (out + offset[None, :]) * factor[None, :]
+            if plan.pairs:
+                out = jnp.sum(out.reshape(tile.width, -1, 2), axis=2)
+            column = first + lax.broadcasted_iota(jnp.int32, (out.shape[1],), 0)
             shape = out.shape
             channel = lax.broadcasted_iota(jnp.int32, shape, 0)
             mask = jnp.broadcast_to((column < plan.count * plan.group)[None, :], shape)

@@ -6,14 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.variants import VARIANTS, Variant, make_case, normalized, relative_error, tolerance
+from benchmarks.variants import VARIANTS, Variant, make_case, relative_error, tolerance
 from pallas_kernels.decode import LogitOptions, TileConfig, decode_attention
-from pallas_kernels.decode.config import default_config, num_splits
+from pallas_kernels.decode.config import num_splits
 from pallas_kernels.decode.pages import empty_pages
+from pallas_kernels.decode.triton import config_for
 from tq_jax import QuantizerSpec
 
-PRECISE = {"k4v4", "prod3 group2", "window"}
+PRECISE = {"group 16"}
 QUICK = PRECISE | {
+    "k4v4",
+    "prod3 group2",
+    "window",
     "k2v2",
     "k3v3",
     "k8v3",
@@ -23,7 +27,8 @@ QUICK = PRECISE | {
     "d64 low",
     "window 1",
     "softcap bias",
-    "group 16",
+    "group 16 k8",
+    "group 16 uniform",
     "d80 3",
     "pages 16 window",
 }
@@ -31,8 +36,9 @@ CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for
 
 
 def attend(case, implementation, **config):
-    base = dataclasses.replace(default_config(case.page_size), programs=64)
-    config = dataclasses.replace(base, **config)
+    query, pages, *_ = case.arrays
+    base = config_for(query.shape, pages, case.options["key_format"], case.options["value_format"])
+    config = dataclasses.replace(base, **({"programs": 64} | config))
     return decode_attention(*case.arrays, **case.options, implementation=implementation, config=config)
 
 
@@ -45,18 +51,10 @@ def test_parity_with_the_reference(name):
     np.testing.assert_array_equal(got.total > 0, want.total > 0)
     seen = np.asarray(want.total > 0)
     log_sum = np.asarray(want.peak + jnp.log(jnp.where(want.total > 0, want.total, 1.0)))
-    np.testing.assert_allclose(np.asarray(got.peak)[seen], log_sum[seen], atol=0.05)
+    np.testing.assert_allclose(np.asarray(got.peak)[seen], log_sum[seen], atol=0.02)
     np.testing.assert_array_equal(np.asarray(got.peak)[~seen], np.asarray(want.peak)[~seen])
     if name in PRECISE:
         assert relative_error(attend(case, "triton", precise=True), want) <= 1e-4
-
-
-def test_long_uniform_attention_rounds_to_a_tenth_of_quantization():
-    """Many keys that weigh about the same average the noise of codes as well as that of rounding."""
-    variant = dataclasses.replace(VARIANTS["k4v4"], page_size=128, lengths=(1000,), group=8)
-    assert tolerance(variant) < 0.015
-    case = make_case(variant)
-    assert relative_error(attend(case, "triton"), attend(case, "reference")) <= tolerance(variant)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +65,7 @@ def test_long_uniform_attention_rounds_to_a_tenth_of_quantization():
 def test_tiles_and_splits_do_not_matter(config):
     case = make_case(dataclasses.replace(VARIANTS["k4v4"], page_size=128, lengths=(257, 1, 0, 128)))
     want = attend(case, "reference")
-    assert relative_error(attend(case, "triton", precise=True, **config), want) <= 1e-4
+    assert relative_error(attend(case, "triton", **config), want) <= 1e-4
 
 
 def test_running_twice_gives_the_same_bits():
@@ -84,8 +82,7 @@ def test_vectors_of_zeros_count_in_the_softmax():
     scale = pages.values.scale.at[..., ::2].multiply(0)
     pages = dataclasses.replace(pages, values=dataclasses.replace(pages.values, scale=scale))
     case = dataclasses.replace(case, arrays=(query, pages, *rest))
-    want = attend(case, "reference")
-    assert relative_error(attend(case, "triton", precise=True), want) <= 1e-4
+    assert relative_error(attend(case, "triton"), attend(case, "reference")) <= 1e-4
 
 
 def test_large_logits_of_one_key():
@@ -94,9 +91,7 @@ def test_large_logits_of_one_key():
     query, *rest = case.arrays
     options = case.options | {"options": LogitOptions(scale=8.0)}
     case = dataclasses.replace(case, arrays=(query, *rest), options=options)
-    want = attend(case, "reference")
-    assert np.isfinite(normalized(attend(case, "triton"))).all()
-    assert relative_error(attend(case, "triton", precise=True), want) <= 1e-2
+    assert relative_error(attend(case, "triton"), attend(case, "reference")) <= 1e-2
 
 
 def test_limits_are_named():

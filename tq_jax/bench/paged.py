@@ -75,12 +75,12 @@ class Operation:
     Attributes:
         name: As in rows.
         function: `decode_attention`, or what has its arguments.
-        tolerance: Relative error that its kernel may have.
+        tolerance: Relative error that its kernel may have in a case.
     """
 
     name: str
     function: Callable[..., Partial]
-    tolerance: float
+    tolerance: Callable[[Case], float]
 
     def jobs(self, cases: Sequence[Case], setting: Setting) -> Iterator[Job]:
         """Measurements of cases; the peers of a shape come before its first case."""
@@ -145,7 +145,8 @@ def run_case(operation: Operation, case: Case, setting: Setting) -> Iterator[Row
     row |= {"config": dataclasses.asdict(case.config)} if case.config else {}
     row["memory"] = nbytes + kernel.memory_analysis().temp_size_in_bytes
     if setting.gpu:
-        row |= agreement(kernel(*inputs[0]), kernel(*inputs[0]), compiled("reference")(*inputs[0]), operation.tolerance)
+        want = compiled("reference")(*inputs[0])
+        row |= agreement(kernel(*inputs[0]), kernel(*inputs[0]), want, operation.tolerance(case))
     timing = time_jax(kernel, inputs)
     yield row | timing.as_dict() | setting.floor(timing.us, nbytes, shape.operations)
 
