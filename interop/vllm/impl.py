@@ -149,10 +149,30 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
 
     def _make_pool(self, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedPool:
         assert self.layer_index is not None
+        require_alike(kv_cache, self._config.compilation_config.static_forward_context)
         statistics = None
         if self.options.statistics is not None:
             statistics = layer_statistics(self.options.statistics, self.layer_index, self.num_kv_heads, self.head_size)
         return PagedPool(kv_cache, *_quantizers(self.options, self.head_size), dtype, statistics)
+
+
+def require_alike(memory: torch.Tensor, layers: dict[str, Any]) -> None:
+    """Raises NotImplementedError if another kind of layer uses the same memory.
+
+    vLLM lays cache groups over each other, and a block belongs to one of them at a time. That is a share of the pools
+    for layers of ours of one shape, and a run of bytes for others.
+    """
+    start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+    for name, layer in layers.items():
+        other = getattr(layer, "kv_cache", None)
+        if not isinstance(other, torch.Tensor) or other.data_ptr() >= end or other.data_ptr() + other.nbytes <= start:
+            continue
+        alike = isinstance(layer.impl, TurboQuantImpl) and other.shape == memory.shape and other.data_ptr() == start
+        if not alike:
+            raise NotImplementedError(
+                f"layers that share memory have to be compressed and of one shape, got {list(memory.shape)} and, in "
+                f"{name}, {list(other.shape)} ({type(layer.impl).__name__}): boundary_layers=0, or one --block-size"
+            )
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,31 +1,34 @@
+import importlib.util
 import logging
-import os
 import warnings
 
 import pytest
 from vllm_engines import PROMPTS, VOCABULARY, make_model, own_answers
 
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    OMP_NUM_THREADS="1",  # on few busy cores the threads of OpenMP wait for each other
-    TORCH_COMPILE_DISABLE="1",  # the first log-probabilities would have a helper of vLLM compiled
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_NO_USAGE_STATS="1",
-)
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",  # on few busy cores the threads of OpenMP wait for each other
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def imported():
     """vLLM, whose imports warn of what they deprecate themselves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
+    if importlib.util.find_spec("vllm") is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             import vllm.entrypoints.llm
             import vllm.model_executor.models.utils
             import vllm.v1.worker.cpu_worker  # noqa: F401
-        except ImportError:
-            return
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -83,6 +83,24 @@ def test_windows_caps_and_sinks_are_honoured(make_impl):
         impl.forward(None, query, k, v, memory, metadata, output, output_scale=torch.ones(1))
 
 
+def test_memory_is_shared_by_layers_of_one_shape_only(make_impl):
+    """Groups of sliding-window and full layers lie over each other."""
+    from interop.vllm.impl import require_alike
+
+    buffer = torch.zeros(2 * 5 * 2 * PAGE * 36, dtype=torch.uint8)
+    mine, next_one = buffer.view(2, 5, 2, PAGE, 36)
+
+    def layer(memory, impl=None):
+        return types.SimpleNamespace(kv_cache=memory, impl=impl or make_impl())
+
+    require_alike(mine, {"a": layer(mine), "b": layer(mine), "c": layer(next_one), "d": types.SimpleNamespace()})
+    for other in (layer(mine.view(10, 2, PAGE // 2, 36)), layer(mine, impl=object()), layer(buffer[64:-64])):
+        with pytest.raises(
+            NotImplementedError, match="layers that share memory have to be compressed and of one shape"
+        ):
+            require_alike(mine, {"a": layer(mine), "b": other})
+
+
 def test_what_selection_refuses():
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
