@@ -40,3 +40,8 @@ def _text(cell: Any) -> str:
 def recorded(name: str) -> dict[str, Any]:
     """Figures that a command measured and wrote with --json."""
     return json.loads((RESULTS / name).read_text("utf-8"))
+
+
+def recorded_like(pattern: str) -> list[dict[str, Any]]:
+    """The same of all files whose names match, in order."""
+    return [recorded(path.name) for path in sorted(RESULTS.glob(pattern))]
