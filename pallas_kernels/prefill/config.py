@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pallas_kernels._compat import H100_MULTIPROCESSORS
+
 TILES = (32, 64, 128)
 """Tokens a tile may have."""
 
@@ -25,7 +27,7 @@ class PrefillConfig:
     tile: int = 64
     num_warps: int = 8
     num_stages: int = 2
-    programs: int = 132
+    programs: int = H100_MULTIPROCESSORS
 
     def __post_init__(self) -> None:
         for name, choice in (("tile", TILES), ("rows", ROWS), ("num_warps", (4, 8))):
@@ -34,7 +36,14 @@ class PrefillConfig:
 
 
 def default_config(
-    page_size: int, *, query_rows: int, dim: int = 128, lean: bool = True, heavy: bool = False, capability: int = 90
+    page_size: int,
+    *,
+    query_rows: int,
+    dim: int = 128,
+    lean: bool = True,
+    heavy: bool = False,
+    capability: int = 90,
+    multiprocessors: int = H100_MULTIPROCESSORS,
 ) -> PrefillConfig:
     """The configuration for pages of a size: the largest tiles that spill no registers.
 
@@ -47,16 +56,17 @@ def default_config(
         lean: Whether keys and values have 4 bits and one scale a token; others take more registers.
         heavy: Whether vectors have several segments of different bits, or codes that take as many registers.
         capability: Compute capability of the device, times ten.
+        multiprocessors: Of the device.
     """
     tile = 64 if lean and dim in (64, 128) and page_size % 64 == 0 else 32
     if dim <= 128 and query_rows > 64 and capability == 90 and not heavy:
-        return PrefillConfig(rows=256, tile=tile, num_warps=8, programs=132)
+        return PrefillConfig(rows=256, tile=tile, num_warps=8, programs=multiprocessors)
     if dim <= 128 and query_rows > 64 and capability == 100 and lean:
-        return PrefillConfig(rows=128, tile=tile, num_warps=4, programs=132 * 2)
+        return PrefillConfig(rows=128, tile=tile, num_warps=4, programs=multiprocessors * 2)
     # Elsewhere queries and sums are both in registers, of which 64 rows of 128 channels leave enough.
     most = 64 if dim <= 128 and (capability in (90, 100) or not heavy) else 32
     rows = next(r for r in ROWS if r >= min(query_rows, most))
-    return PrefillConfig(rows=rows, tile=tile, num_warps=4, programs=132 * 4)
+    return PrefillConfig(rows=rows, tile=tile, num_warps=4, programs=multiprocessors * 4)
 
 
 def num_splits(config: PrefillConfig, *, blocks: int, capacity: int) -> int:

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._compat import compute_capability
+from pallas_kernels._compat import compute_capability, multiprocessors
 from pallas_kernels.decode import triton as decode
 from pallas_kernels.decode.layout import LEAST_VALUE_TILE, codebook_parts, value_parts
 from pallas_kernels.decode.options import LogitOptions
@@ -164,6 +164,7 @@ def config_for(
         lean=_is_lean(key_format) and _is_lean(value_format),
         heavy=bits == 8 or _is_mixed(key_format) or _is_mixed(value_format),
         capability=capability,
+        multiprocessors=multiprocessors(),
     )
 
 
