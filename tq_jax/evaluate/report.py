@@ -109,7 +109,11 @@ def write_json(payload: dict[str, Any], target: str | None) -> None:
     if target == "-":
         typer.echo(text)
     else:
-        Path(target).write_text(text + "\n", encoding="utf-8")
+        path = Path(target)
+        # Rows of hours shall survive an end in the middle of writing.
+        scratch = path.with_name(f".{path.name}.part") if path.is_file() else path
+        scratch.write_text(text + "\n", encoding="utf-8")
+        scratch.replace(path)
 
 
 def environment() -> dict[str, Any]:
