@@ -29,6 +29,7 @@ from benchmarks import attend_cases, encode_cases, variants
 from pallas_kernels.decode import decode_attention, triton
 from pallas_kernels.encode import encode_pages
 from pallas_kernels.prefill import prefill_attention
+from pallas_kernels.prefill.triton import config_for as prefill_config
 from tq_jax.bench.job import Row
 from tq_jax.evaluate.report import environment, write_json
 
@@ -50,7 +51,9 @@ def decode(name: str, precise: bool) -> Row:
 def prefill(name: str) -> Row:
     """A chunk of queries over pages."""
     case = variants.make_case(dataclasses.replace(variants.VARIANTS[name], count=PREFILL_COUNT))
-    run = jax.jit(functools.partial(prefill_attention, **case.options, implementation="triton"))
+    query, pages, *_ = case.arrays
+    config = prefill_config(query.shape, pages, case.options["key_format"], case.options["value_format"])
+    run = jax.jit(functools.partial(prefill_attention, **case.options, config=config, implementation="triton"))
     return attention(case, run, PREFILL_TOLERANCE)
 
 

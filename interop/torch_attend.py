@@ -13,6 +13,7 @@ from interop.torch_function import TorchFunction
 from interop.torch_kernels import BoundProgram
 from pallas_kernels.decode import LogitOptions, fused
 from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
+from pallas_kernels.prefill.triton import check_supported
 from tq_jax.attention import arrays_of
 from tq_jax.quantizer import sketch_gain
 
@@ -41,6 +42,7 @@ class KernelAttention:
         self._spec = cache.spec
         self._arrays = kernel_arrays(cache)
         self._programs: dict[Any, BoundProgram] = {}
+        self._longest = LONGEST if has_chunks(self._arrays, cache.spec) else MAX_QUERY_TOKENS
 
     def __call__(
         self,
@@ -60,9 +62,9 @@ class KernelAttention:
         # Queries are placed by how many there are from them to the end, so that a block of them says so.
         left = torch.full(query.shape[:1], whole, dtype=torch.int32, device=query.device) if counts is None else counts
         parts = []
-        for start in range(0, whole, LONGEST):
-            block = query[:, start : start + LONGEST]
-            size = padded_size(block.shape[1])
+        for start in range(0, whole, self._longest):
+            block = query[:, start : start + self._longest]
+            size = min(padded_size(block.shape[1]), self._longest)
             padded = torch.nn.functional.pad(block, (0, 0, 0, 0, 0, size - block.shape[1]))
             parts.append(self._launch(padded, options, sink_logits, left - start)[:, : block.shape[1]])
         return torch.cat(parts, dim=1)
@@ -75,6 +77,18 @@ class KernelAttention:
             kind = TorchFunction if chunk else None
             self._programs[options, chunk] = BoundProgram(_Static(self._spec, options), self._arrays, kind=kind)
         return self._programs[options, chunk](query.contiguous(), sink_logits, counts)[0]
+
+
+def has_chunks(arrays: fused.CacheArrays, spec: tq.CacheSpec) -> bool:
+    """Whether the kernel for long chunks takes a cache; if not, they go through that for few queries, in blocks."""
+    if arrays.pages is None or spec.key is None or spec.value is None:
+        return True
+    shape = (1, MAX_QUERY_TOKENS + 1, spec.num_kv_heads, spec.head_dim)
+    try:
+        check_supported(shape, arrays.pages, spec.key.format, spec.value.format, None)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def padded_size(count: int) -> int:

@@ -105,7 +105,7 @@ def test_no_expanded_copy_of_the_prefix():
 def test_chunks_of_a_cache():
     """A chunk, of which the window has let go of the first tokens, over what was there before it."""
     spec = tq.CacheSpec(
-        1, 64, 256, key=QuantizerSpec(64), value=QuantizerSpec(64), window=8, sink_tokens=2, page_size=32
+        1, 64, 256, key=QuantizerSpec(64), value=QuantizerSpec(64), window=8, sink_tokens=2, page_size=64
     )
     rng = np.random.default_rng(0)
     k, v, more_k, more_v = (jnp.asarray(rng.standard_normal((1, t, 1, 64)), jnp.float32) for t in (90, 90, 12, 12))
@@ -120,9 +120,11 @@ def test_chunks_of_a_cache():
 def test_lowers_for_cuda(name):
     """What runs where there is a GPU: the PTX that interpretation passes by, in operands that it can have."""
     case = chunk_case(dataclasses.replace(VARIANTS[name], lengths=(40,), page_size=64))
+    query, pages, *_ = case.arrays
+    config = config_for(query.shape, pages, case.options["key_format"], case.options["value_format"])
 
     def run(*arrays):
-        return attend_pages(*arrays, **case.options, interpret=False)
+        return attend_pages(*arrays, **case.options, config=config, interpret=False)
 
     [kernel] = triton_kernels(lower_for_cuda(run, *case.arrays))
     assert kernel.name == "prefill" and kernel.ir.count("tt.dot") >= 4
@@ -156,6 +158,9 @@ def test_limits_and_errors():
             "pages of a multiple of 16 tokens that divide 64 .*, got page_size=96",
             {"page": 96, "config": PrefillConfig()},
         ),
+        ("compared on a GPU for head dims .*, got 80 and 80", {"key": QuantizerSpec(80), "value": QuantizerSpec(80)}),
+        ("compared on a GPU for pages of a multiple of 64 tokens, got page_size=32", {"page": 32}),
+        ("compared on a GPU for mse codes of one width, got", {"key": QuantizerSpec(64, 3.5)}),
         ("keys of codebook formats, got GroupFormat", {"key": QuantizerSpec(64, 4, kind="group")}),
         ("values without a sketch", {"value": QuantizerSpec(64, 4, kind="prod")}),
         ("implementation='mosaic'; prefill_attention has: ", {"implementation": "mosaic"}),
