@@ -10,7 +10,7 @@ import torch
 import tq_jax as tq
 from interop.chunk import attend_chunk
 from interop.torch_function import TorchFunction
-from interop.torch_kernels import BoundProgram
+from interop.torch_kernels import BoundProgram, struct
 from pallas_kernels.decode import LogitOptions, fused
 from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
 from pallas_kernels.prefill.triton import check_supported
@@ -85,7 +85,7 @@ def has_chunks(arrays: fused.CacheArrays, spec: tq.CacheSpec) -> bool:
         return True
     shape = (1, MAX_QUERY_TOKENS + 1, spec.num_kv_heads, spec.head_dim)
     try:
-        check_supported(shape, arrays.pages, spec.key.format, spec.value.format, None)
+        check_supported(shape, jax.tree.map(struct, arrays.pages), spec.key.format, spec.value.format, None)
     except NotImplementedError:
         return False
     return True

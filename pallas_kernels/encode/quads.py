@@ -31,7 +31,7 @@ LEAST_WIDTH, LEAST_THRESHOLD, LARGEST_THRESHOLD = 16, 4.0, 127.0
 def tile_width(encoder: Encoder) -> int:
     """Channels of the tiles of consecutive channels that make quads; 0 if quads do not hold these vectors."""
     fmt = encoder.format
-    if not isinstance(fmt, CodebookFormat) or fmt.residual or len(fmt.segments) > 1:
+    if not isinstance(fmt, CodebookFormat) or fmt.residual or len(fmt.segments) != 1:
         return 0
     [book] = fmt.segments
     # A byte of a 1-bit plane holds eight channels, of two quads.

@@ -212,7 +212,7 @@ def check_supported(
 
 
 def _check_compared(dim: int, page_size: int, key_format: VectorFormat, value_format: VectorFormat) -> None:
-    """Raises NotImplementedError for what has not agreed with the reference on a GPU, right as it is when interpreted."""
+    """Raises NotImplementedError for what has not agreed with the reference on a GPU, though it does interpreted."""
     if dim not in COMPARED_DIMS or value_format.dim not in COMPARED_DIMS:
         raise NotImplementedError(
             f"long chunks were compared on a GPU for head dims {COMPARED_DIMS}, got {dim} and {value_format.dim}"

@@ -4,6 +4,7 @@ Where kernels have to run they are interpreted by JAX; that a GPU computes the s
 """
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -145,7 +146,7 @@ def test_long_prompts_are_appended_in_parts(interpreted, monkeypatch):
 def test_long_chunks_are_attended_to_as_by_jax(interpreted, monkeypatch):
     """Kernels, what torch computes between them, blocks of queries, padding and sinks, against the reference."""
     monkeypatch.setattr(torch_attend, "LONGEST", 16)
-    cache = TorchCache(SMALL, 2)
+    cache = TorchCache(dataclasses.replace(SMALL, page_size=64), 2)
     k, v, query = tokens(40, 0)
     cache.append(k, v, query=query, lengths=[40, 25])
     query, sinks, static = query[:, -19:].float(), torch.linspace(-1, 3, 6), {"sliding_window": 20, "softcap": 3.0}
@@ -156,6 +157,15 @@ def test_long_chunks_are_attended_to_as_by_jax(interpreted, monkeypatch):
         found = attention(query, AttendOptions(**static), sinks, counts)
         assert found.shape == want.shape
         assert float((found - want).norm() / want.norm()) < 2e-3
+
+
+def test_chunks_that_their_kernel_does_not_take_go_in_blocks(interpreted):
+    cache = TorchCache(SMALL, 1)
+    k, v, query = tokens(40, 0)
+    cache.append(k[:1], v[:1], query=query[:1])
+    query = query[:1, -19:].float()
+    want = cache.attend(query)
+    assert float((KernelAttention(cache.arrays)(query, AttendOptions(precise=True)) - want).norm() / want.norm()) < 1e-3
 
 
 def test_sizes_of_padded_chunks():
