@@ -95,7 +95,7 @@ def attend_pages(
         table=block_table.astype(jnp.int32),
         lengths=lengths.astype(jnp.int32),
         positions=rows,
-        bounds=jnp.stack([jnp.min(rows, axis=-1), jnp.max(rows, axis=-1)], axis=-1),
+        bounds=jnp.concatenate([f(rows, axis=-1, keepdims=True) for f in (jnp.min, jnp.max)], axis=-1),
         bias=logit_bias,
         shifts=shift_table(plan),
         marks=np.array(MARKS, np.uint8),
@@ -127,9 +127,11 @@ def _scaled_queries(
 
 def _rows(positions: Int[Array, "b t"], plan: Plan) -> Int[Array, "b n r"]:
     """Positions of the rows of each block, of which the last is filled up."""
-    blocks = -(-plan.count * plan.group // plan.rows)
-    token = np.minimum(np.arange(blocks * plan.rows) // plan.group, plan.count - 1)
-    return positions[:, token].reshape(-1, blocks, plan.rows)
+    blocks, batch = -(-plan.count * plan.group // plan.rows), positions.shape[0]
+    rows = jnp.broadcast_to(positions[:, :, None], (*positions.shape, plan.group)).reshape(batch, -1)
+    last = lax.slice_in_dim(positions, plan.count - 1, plan.count, axis=1)
+    filled = jnp.broadcast_to(last, (batch, blocks * plan.rows - plan.count * plan.group))
+    return jnp.concatenate([rows, filled], axis=1).reshape(batch, blocks, plan.rows)
 
 
 def _merge_splits(out: Float[Array, "s b t h_q d"], peak: Float[Array, "s b t h_q"]) -> Partial:
