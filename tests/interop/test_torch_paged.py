@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 import tq_jax as tq  # noqa: E402
 from interop.torch_attend import AttendOptions  # noqa: E402
 from interop.torch_cache import TorchCache  # noqa: E402
-from interop.torch_kernels import Place, _struct, plan_launches  # noqa: E402
+from interop.torch_kernels import Place, struct, plan_launches  # noqa: E402
 from interop.torch_paged import PagedPool, PagedRows, view_pages  # noqa: E402
 from interop.torch_paged_kernels import PagedAttend, PagedEncode  # noqa: E402
 
@@ -111,7 +111,7 @@ def test_launches_on_a_gpu(centred):
     query, table = torch.zeros(4, 2, 8, 64, dtype=torch.bfloat16), torch.zeros(4, 6, dtype=torch.int32)
     given = None if statistics is None else tuple(x.expand(4, 2, 64) for x in statistics)
     inputs = (query, pool._kernels._arrays, table, integers(0, 0, 0, 0), integers(0, 0, 0, 0), given, torch.zeros(8))
-    plan = plan_launches(PagedAttend(spec, spec, AttendOptions()), *jax.tree.map(_struct, inputs))
+    plan = plan_launches(PagedAttend(spec, spec, AttendOptions()), *jax.tree.map(struct, inputs))
     assert [launch.kernel.name for launch in plan.launches] == ["prepare", "decode", "merge"]
     assert plan.outputs == (Place("output", 0),) and plan.made == (((4, 2, 8, 64), "bfloat16"),)
     read = [{place.index for place in launch.arguments if place.kind == "input"} for launch in plan.launches]
@@ -122,7 +122,7 @@ def test_launches_on_a_gpu(centred):
     tokens, slots = torch.zeros(8, 1, 2, 64, dtype=torch.bfloat16), torch.zeros(8, 1, dtype=torch.int32)
     given = None if statistics is None else [x.expand(8, 2, 64) for x in statistics]
     encode = PagedEncode(*quantizers)
-    plan = plan_launches(encode, *jax.tree.map(_struct, (tokens, tokens, pool.pages, slots, given)))
+    plan = plan_launches(encode, *jax.tree.map(struct, (tokens, tokens, pool.pages, slots, given)))
     assert [launch.kernel.name for launch in plan.launches] == ["encode", "encode"] and plan.made == ()
     assert plan.outputs == tuple(Place("input", 2 + i) for i in range(len(jax.tree.leaves(pool.pages))))
     assert encode == PagedEncode(*quantizers) and hash(encode) == hash(PagedEncode(*quantizers))
