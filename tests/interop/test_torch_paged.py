@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 import tq_jax as tq  # noqa: E402
 from interop.torch_attend import AttendOptions  # noqa: E402
 from interop.torch_cache import TorchCache  # noqa: E402
-from interop.torch_kernels import Place, struct, plan_launches  # noqa: E402
+from interop.torch_kernels import Place, plan_launches, struct  # noqa: E402
 from interop.torch_paged import PagedPool, PagedRows, view_pages  # noqa: E402
 from interop.torch_paged_kernels import PagedAttend, PagedEncode  # noqa: E402
 
