@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from pallas_kernels.decode import fused
 from pallas_kernels.decode.exact_triton import LOG2_E
 from pallas_kernels.decode.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
-from pallas_kernels.decode.prepare_triton import Prepared, PrepareInputs, prepare, prepare_plan
 from pallas_kernels.decode.triton import check_addressable
 from pallas_kernels.prefill import triton
 
@@ -25,7 +24,7 @@ def attend_chunk(
         return fused.attend_cache(query, cache, plan, sink_logits=sink_logits, counts=counts)
     assert plan.key_format is not None and plan.value_format is not None
     check_addressable((cache.exact_keys, cache.exact_values))
-    prepared = _prepare(query, cache, plan, counts)
+    prepared = fused.prepare_cache(query, cache, plan, None, counts)
     pages = triton.attend_pages(
         prepared.query,
         cache.pages,
@@ -54,24 +53,3 @@ def _one_split(x: jax.Array, kv_heads: int) -> jax.Array:
     batch, count, heads, *rest = x.shape
     x = x.reshape(batch, count, kv_heads, heads // kv_heads, *rest).swapaxes(1, 2)
     return x.reshape(batch, kv_heads, 1, count * heads // kv_heads, *rest)
-
-
-def _prepare(query: jax.Array, cache: fused.CacheArrays, plan: fused.AttendPlan, counts: Any) -> Prepared:
-    assert cache.pages is not None
-    exact = cache.exact_keys
-    keys, values = (cache.exact_keys, cache.exact_values) if exact.size else (None, None)
-    inputs = PrepareInputs(
-        query, None, counts, cache.length, cache.compressed, keys, values, cache.mean, cache.weight, cache.key_basis,
-        cache.sketch,
-    )  # fmt: skip
-    preparing = prepare_plan(
-        query.shape,
-        exact.shape,
-        exact.dtype.itemsize,
-        options=plan.options,
-        sinks=plan.sinks,
-        pages_per_row=cache.pages.keys.packed.shape[0] // cache.length.shape[0],
-        sketch_gain=plan.sketch_gain,
-        interpret=plan.interpret,
-    )
-    return prepare(inputs, preparing)

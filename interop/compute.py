@@ -81,6 +81,16 @@ def attend(query: Float[torch.Tensor, "b t h_q d"], cache: tq.Cache, **options: 
     return to_torch(tq.attend(cache=cache, **(options | arrays)))
 
 
+def write_codes(pool: tq.Code, code: tq.Code, page: torch.Tensor, place: torch.Tensor, *, channel_major: bool) -> None:
+    """Writes codes [n, h_kv, ...] to their places; layouts as in `pallas_kernels.decode.pages`."""
+    for name, tensor in vars(pool).items():
+        if tensor is None:
+            continue
+        token_major = name == "signs" or (name == "packed" and not channel_major)
+        where = (page, slice(None), place) if token_major else (page, ..., place)
+        tensor[where] = getattr(code, name)
+
+
 def fresh(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy of it if its memory is not laid out as JAX wants it."""
     tensor = tensor.contiguous()

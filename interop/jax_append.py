@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import torch
 
-import tq_jax as tq
 from interop import compute
 from interop.moves import Moves
 
@@ -80,8 +79,8 @@ def _compress(arrays: Any, view: Any, k: torch.Tensor, v: torch.Tensor, moves: M
         if arrays.statistics is not None:
             keys = (keys - arrays.statistics.mean[rows]) * arrays.statistics.weight[rows]
         codes = compute.encode_tokens(view.key_quantizer, view.value_quantizer, keys, values)
-        _write(arrays.pages.keys, codes[0], page, place, channel_major=False)
-        _write(arrays.pages.values, codes[1], page, place, channel_major=True)
+        compute.write_codes(arrays.pages.keys, codes[0], page, place, channel_major=False)
+        compute.write_codes(arrays.pages.values, codes[1], page, place, channel_major=True)
 
 
 def _leaving(exact: torch.Tensor, chunk: torch.Tensor, moves: Moves, part: slice) -> torch.Tensor:
@@ -90,13 +89,3 @@ def _leaving(exact: torch.Tensor, chunk: torch.Tensor, moves: Moves, part: slice
     old, new = slice(part.start, min(part.stop, split)), slice(max(part.start - split, 0), max(part.stop - split, 0))
     ring = exact[moves.ring_row[old], :, moves.ring_slot[old]]
     return torch.cat([ring, chunk[moves.chunk_row[new], moves.chunk_step[new]]])
-
-
-def _write(pool: tq.Code, code: tq.Code, page: torch.Tensor, place: torch.Tensor, *, channel_major: bool) -> None:
-    """Writes codes [n, h_kv, ...] to their places; layouts as in `pallas_kernels.decode.pages`."""
-    for name, tensor in vars(pool).items():
-        if tensor is None:
-            continue
-        token_major = name == "signs" or (name == "packed" and not channel_major)
-        where = (page, slice(None), place) if token_major else (page, ..., place)
-        tensor[where] = getattr(code, name)

@@ -165,8 +165,8 @@ class PagedPool:
         page_size = self.pages.values.packed.shape[-1]
         slots = slots.long()
         page, place = slots // page_size, slots % page_size
-        write_codes(self.pages.keys, codes[0], page, place, channel_major=False)
-        write_codes(self.pages.values, codes[1], page, place, channel_major=True)
+        compute.write_codes(self.pages.keys, codes[0], page, place, channel_major=False)
+        compute.write_codes(self.pages.values, codes[1], page, place, channel_major=True)
 
     def attend(
         self,
@@ -216,13 +216,3 @@ class PagedPool:
         if count not in self._expanded:
             self._expanded[count] = tuple(x.expand(count, *x.shape).contiguous() for x in self.statistics)
         return self._expanded[count]
-
-
-def write_codes(pool: tq.Code, code: tq.Code, page: torch.Tensor, place: torch.Tensor, *, channel_major: bool) -> None:
-    """Writes codes [n, h_kv, ...] to their places; layouts as in `pallas_kernels.decode.pages`."""
-    for name, tensor in vars(pool).items():
-        if tensor is None:
-            continue
-        token_major = name == "signs" or (name == "packed" and not channel_major)
-        where = (page, slice(None), place) if token_major else (page, ..., place)
-        tensor[where] = getattr(code, name)

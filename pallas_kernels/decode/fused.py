@@ -119,7 +119,7 @@ def attend_cache(
         NotImplementedError: For shapes or formats outside the kernels' limits.
     """
     check_attend(query.shape, cache, plan)
-    prepared = _prepare(query, cache, plan, rows, counts)
+    prepared = prepare_cache(query, cache, plan, rows, counts)
     exact = None if prepared.acc is None else Splits(prepared.acc, prepared.peak, prepared.total)
     packed = _decode(prepared, cache, plan)
     merged = merge_splits(
@@ -143,7 +143,8 @@ def attend_cache(
     return Partial(*merged) if plan.partial else merged[0]
 
 
-def _prepare(query: Any, cache: CacheArrays, plan: AttendPlan, rows: Any, counts: Any) -> Prepared:
+def prepare_cache(query: Any, cache: CacheArrays, plan: AttendPlan, rows: Any, counts: Any) -> Prepared:
+    """Launches the first kernel: queries for the pages, and attention over full-precision slots."""
     return prepare(
         PrepareInputs(
             query=query,

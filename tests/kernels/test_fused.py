@@ -108,7 +108,7 @@ def test_prepared_queries(bits):
     cache, query = filled_cache(spec, (300, 90), group=2)
     rows, query = jnp.array([1, 0]), query[:, :3].astype(jnp.bfloat16)
     plan = attention._plan(cache, LogitOptions(0.3), precise=False, config=None)
-    got = fused._prepare(query, attention.arrays_of(cache), plan, rows, jnp.array([2, 3]))
+    got = fused.prepare_cache(query, attention.arrays_of(cache), plan, rows, jnp.array([2, 3]))
     mean, weight = (jnp.repeat(x[rows], 2, axis=1)[:, None] for x in (cache.statistics.mean, cache.statistics.weight))
     query = query.astype(jnp.float32)
     want = to_rotated(cache.key_quantizer, query / weight)
