@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.variants import VARIANTS, Variant, make_case, relative_error, tolerance
 from pallas_kernels.decode import LogitOptions, TileConfig, decode_attention
-from pallas_kernels.decode.config import num_splits
+from pallas_kernels.decode.config import has_pairs, num_splits
 from pallas_kernels.decode.pages import empty_pages
 from pallas_kernels.decode.triton import config_for
 from tq_jax import QuantizerSpec
@@ -42,6 +42,14 @@ def attend(case, implementation, **config):
     return decode_attention(*case.arrays, **case.options, implementation=implementation, config=config)
 
 
+def log_sum_tolerance(variant, case):
+    """What rounding a query moves the logit of one key of norm sqrt(dim): 4 standard deviations where it has one byte."""
+    query = case.arrays[0]
+    if has_pairs(variant.count * variant.group, dim=variant.dim) or variant.key["bits"] == 8:
+        return np.full(query.shape[:3], 5e-3 if variant.key.get("kind") == "prod" else 1e-3)
+    return 4 * np.abs(np.asarray(query)).max(axis=3) / 127 / np.sqrt(12)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_parity_with_the_reference(name):
     case = make_case(VARIANTS[name])
@@ -51,7 +59,8 @@ def test_parity_with_the_reference(name):
     np.testing.assert_array_equal(got.total > 0, want.total > 0)
     seen = np.asarray(want.total > 0)
     log_sum = np.asarray(want.peak + jnp.log(jnp.where(want.total > 0, want.total, 1.0)))
-    np.testing.assert_allclose(np.asarray(got.peak)[seen], log_sum[seen], atol=0.02)
+    error = np.abs(np.asarray(got.peak) - log_sum)
+    assert np.all(error[seen] <= log_sum_tolerance(VARIANTS[name], case)[seen])
     np.testing.assert_array_equal(np.asarray(got.peak)[~seen], np.asarray(want.peak)[~seen])
     if name in PRECISE:
         assert relative_error(attend(case, "triton", precise=True), want) <= 1e-4
