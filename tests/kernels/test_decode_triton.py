@@ -43,7 +43,7 @@ def attend(case, implementation, **config):
 
 
 def log_sum_tolerance(variant, case):
-    """What rounding a query moves the logit of one key of norm sqrt(dim): 4 standard deviations where it has one byte."""
+    """What rounding a query moves the logit of a key of norm sqrt(dim): 4 standard deviations where it has one byte."""
     query = case.arrays[0]
     if has_pairs(variant.count * variant.group, dim=variant.dim) or variant.key["bits"] == 8:
         return np.full(query.shape[:3], 5e-3 if variant.key.get("kind") == "prod" else 1e-3)
