@@ -2,7 +2,7 @@
 #   make demo                              the demonstration, in .venv-demo
 #   make test                              all tests, in .venv (with torch and transformers)
 #   make test-jax PYTHON=python3.12        the tests that need no torch, in .venv-jax, on the JAX release below
-#   make test-vllm                         the tests of the vLLM backend, in .venv-vllm (3.5 GB, Python 3.11)
+#   make test-vllm                         the tests of the vLLM backend, in .venv-vllm (4.5 GB, Python 3.11)
 #   make gate                              the GPU kernels of each class compiled for six GPU generations, in .venv
 #   make gate-xla PYTHON=python3.12        whole operations compiled by XLA for an H100, in .venv-xla
 #   make test PYTEST="-x tests/evaluate"   a part of them
@@ -71,7 +71,7 @@ test-jax: .venv-jax/.ready ## the tests that need no torch
 	.venv-jax/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations=15 $(PYTEST)
 
 test-vllm: .venv-vllm/.ready ## the tests of the vLLM backend
-	.venv-vllm/bin/python -m pytest --durations=15 interop/vllm tests/interop/vllm tests/interop/test_torch_paged.py $(PYTEST)
+	.venv-vllm/bin/python -m pytest --durations=15 interop/vllm tests/interop/vllm $(PYTEST)
 
 gate: .venv/.ready ## compile the GPU kernels of each class for six GPU generations, without a GPU
 	.venv/bin/tq-jax gate $(GATE)
