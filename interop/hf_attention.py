@@ -4,6 +4,7 @@ transformers hands an attention function the queries, what the cache's `update` 
 model has: nothing of it may be ignored. Masks are understood as causal with padding; the padding is never stored.
 """
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,7 +103,7 @@ def compressed_attention(
     seen = key.shape[2]
     if sliding_window is not None and sliding_window < seen:
         raise NotImplementedError(f"compressed layers see all tokens, got sliding_window={sliding_window}")
-    real = real_tokens(attention_mask, query.shape[0], query.shape[2], seen)
+    real = real_tokens(attention_mask, query.shape[0], query.shape[2], seen, asked_by=module)
     layer = key.layer
     if layer.get_seq_length() == 0 and layer.compression.exact_prompt:  # a prompt attends to itself as it is
         out = exact_attention(module, query, key.tokens, value.tokens, attention_mask, **options)
@@ -145,7 +146,9 @@ def exact_attention(
     return out.reshape(batch, count, heads, value.shape[-1])
 
 
-def real_tokens(mask: torch.Tensor | None, batch: int, queries: int, keys: int) -> torch.Tensor | None:
+def real_tokens(
+    mask: torch.Tensor | None, batch: int, queries: int, keys: int, *, asked_by: object = None
+) -> torch.Tensor | None:
     """Which tokens a causal mask with padding lets be seen.
 
     Args:
@@ -153,6 +156,8 @@ def real_tokens(mask: torch.Tensor | None, batch: int, queries: int, keys: int) 
         batch: Rows.
         queries: New tokens.
         keys: Tokens seen so far, the new ones included.
+        asked_by: A layer of the model. Layers of one pass share what is found; one that asks again has it looked at
+            anew. None shares nothing.
 
     Returns:
         bool [b, keys] on the CPU, False for padding; None if there is none.
@@ -162,9 +167,12 @@ def real_tokens(mask: torch.Tensor | None, batch: int, queries: int, keys: int) 
     """
     if mask is None:
         return None
-    known = getattr(mask, "_tq_real", None)  # the layers of a model share their mask
-    if known is not None and known[0] == mask._version:
-        return known[1]
+    version = None if mask.is_inference() else mask._version  # writes to inference tensors are not counted
+    known = getattr(mask, "_tq_real", None)
+    shared = known is not None and known.version == version and id(asked_by) not in known.askers
+    if shared and asked_by is not None:
+        known.askers.add(id(asked_by))
+        return known.real
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != queries or mask.shape[3] < keys:
         raise NotImplementedError(f"expected a mask [{batch}, 1, {queries}, {keys}], got {list(mask.shape)}")
     seen = mask[:, 0, :, :keys]
@@ -182,8 +190,18 @@ def real_tokens(mask: torch.Tensor | None, batch: int, queries: int, keys: int) 
         if not torch.equal(rows, (position <= last[:, None]) & real[:, None]):
             raise NotImplementedError("expected a causal mask with padding, got another pattern")
     found = None if bool(real.all()) else real.expand(batch, keys).cpu()
-    mask._tq_real = (mask._version, found)  # pyright: ignore[reportAttributeAccessIssue]
+    if asked_by is not None:
+        mask._tq_real = _Known(found, version, {id(asked_by)})  # pyright: ignore[reportAttributeAccessIssue]
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What was found in a mask, at which version of it, and the layers that asked."""
+
+    real: torch.Tensor | None
+    version: int | None
+    askers: set[int]
 
 
 def _short(value: Any) -> str:

@@ -271,6 +271,25 @@ def test_masks():
     assert real_tokens(padded, 2, 4, 6)[1].tolist() == [True, True, False, True, True, True]
 
 
+def test_masks_in_inference_mode(model, ids):
+    """Such tensors do not count what is written to them: the layers of a pass share what was found, a pass does not."""
+    mask, layers = torch.ones_like(ids), (object(), object())
+    mask[0, :5] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask, past_key_values=compressed(model)).logits
+    with torch.inference_mode():
+        found = model(ids, attention_mask=mask.clone(), past_key_values=compressed(model)).logits
+        given = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+        given[..., 0] = False
+        first = real_tokens(given, 1, 3, 3, asked_by=layers[0])
+        assert first.tolist() == [[False, True, True]]
+        assert real_tokens(given, 1, 3, 3, asked_by=layers[1]) is first
+        given[:, :, 1:, 1] = False
+        assert real_tokens(given, 1, 3, 3, asked_by=layers[0]).tolist() == [[False, False, True]]
+        assert real_tokens(given, 1, 3, 3).tolist() == [[False, False, True]]
+    assert torch.equal(found, expected)
+
+
 def test_prompts_that_read_their_codes(model, ids):
     """Without exact prompts, window and centring, logits do not depend on how a prompt is cut into chunks."""
 
