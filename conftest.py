@@ -6,7 +6,7 @@ from pathlib import Path
 OPTIONAL = {"interop": "torch", "tests/fake_quant_hf.py": "transformers"}
 """Where modules need a framework that may be missing; the tests that use them skip by name."""
 
-NEVER = tuple(f"interop/vllm/{name}.py" for name in ("backend", "impl", "platform", "report"))
+NEVER = tuple(f"interop/vllm/{name}.py" for name in ("backend", "biased", "impl", "platform", "report"))
 """Modules without doctests that import vLLM, which warns of what it deprecates itself."""
 
 

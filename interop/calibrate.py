@@ -2,17 +2,21 @@
 
 A serving engine shares the pages of a prefix among requests, so what its keys are centred and weighted by has to be the
 same for all of them; see `tq_jax.statistics` and the option `statistics` of `interop.vllm`.
+
+    python -m interop.calibrate MODEL keys.npz [--text FILE] [--tokens 2048]
 """
 
+import argparse
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from interop.capture import capture
-from tq_jax.statistics import MIN_TOKENS, empty_statistics, fix_statistics, observe_queries
+from interop.key_statistics import key_statistics
+from tq_jax.data import persuasion
+from tq_jax.statistics import MIN_TOKENS
 
 FIRST_TOKENS = 4
 """Tokens at the start of a text that are left out: their keys are unlike all others."""
@@ -49,15 +53,27 @@ def calibrate(model: PreTrainedModel, ids: torch.Tensor, path: str | Path) -> No
     shapes = sorted({tuple(x.shape[2:]) for x in captured.keys.values()})
     if len(shapes) != 1 or sorted(captured.keys) != list(range(len(captured.keys))):
         raise ValueError(f"expected layers with keys of one shape, got {shapes} in layers {sorted(captured.keys)}")
-    means, weights = [], []
-    for layer in range(len(captured.keys)):
-        query, key = (
-            jnp.asarray(x[layer][:, FIRST_TOKENS:].flatten(0, 1)[None].float().numpy())
-            for x in (captured.queries, captured.keys)
-        )
-        every, one = jnp.ones(key.shape[:2], bool), jnp.ones(1, bool)
-        found = observe_queries(empty_statistics(1, *shapes[0]), query, every)
-        found = fix_statistics(found, key, every, one, center=True, smooth=True)
-        means.append(np.asarray(found.mean[0]))
-        weights.append(np.asarray(found.weight[0]))
-    np.savez(path, allow_pickle=False, mean=np.stack(means), weight=np.stack(weights))
+    found = [
+        key_statistics(*(x[layer][:, FIRST_TOKENS:].flatten(0, 1) for x in (captured.queries, captured.keys)))
+        for layer in range(len(captured.keys))
+    ]
+    mean, weight = (np.stack(arrays) for arrays in zip(*found, strict=True))
+    np.savez(path, allow_pickle=False, mean=mean, weight=weight)
+
+
+def main() -> None:
+    """The command: reads a model and some text, writes the file."""
+    parser = argparse.ArgumentParser(prog="python -m interop.calibrate", description=__doc__)
+    parser.add_argument("model", help="a directory or name, as transformers takes it")
+    parser.add_argument("path", help="the file to write, *.npz")
+    parser.add_argument("--text", help="a file of text like what the model will see; Persuasion by default")
+    parser.add_argument("--tokens", type=int, default=2048)
+    given = parser.parse_args()
+    text = persuasion() if given.text is None else Path(given.text).read_text()
+    ids = AutoTokenizer.from_pretrained(given.model)(text[: 20 * given.tokens], return_tensors="pt")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype="auto").eval()
+    calibrate(model, ids[:, : given.tokens], given.path)
+
+
+if __name__ == "__main__":
+    main()

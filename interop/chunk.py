@@ -5,10 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode import fused
+from pallas_kernels.decode import LogitOptions, Pages, fused
 from pallas_kernels.decode.exact_triton import LOG2_E
 from pallas_kernels.decode.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
-from pallas_kernels.decode.triton import check_addressable
+from pallas_kernels.decode.prepare_triton import Prepared
+from pallas_kernels.decode.triton import MAX_QUERY_TOKENS, check_addressable
+from pallas_kernels.format import VectorFormat
 from pallas_kernels.prefill import triton
 
 
@@ -25,27 +27,70 @@ def attend_chunk(
     assert plan.key_format is not None and plan.value_format is not None
     check_addressable((cache.exact_keys, cache.exact_values))
     prepared = fused.prepare_cache(query, cache, plan, None, counts)
-    pages = triton.attend_pages(
-        prepared.query,
-        cache.pages,
-        prepared.table,
-        prepared.lengths,
-        positions=prepared.positions,
-        key_format=plan.key_format,
-        value_format=plan.value_format,
-        options=plan.options,
-        logit_bias=prepared.bias,
-        sketch_query=prepared.sketch,
-        interpret=plan.interpret,
+    packed = packed_splits(
+        prepared, cache.pages, plan.key_format, plan.value_format, options=plan.options, interpret=plan.interpret
     )
-    heads = cache.exact_keys.shape[1]
-    packed = Splits(*(_one_split(x, heads) for x in (pages.acc, pages.peak * LOG2_E, pages.total)))
     exact = None if prepared.acc is None else Splits(prepared.acc, prepared.peak, prepared.total)
     merging = merge_plan(
         query.shape, splits=1, dtype=jnp.dtype(query.dtype).name, partial=False, interpret=plan.interpret
     )
     inputs = MergeInputs(packed, exact, cache.value_basis, sink_logits, None, counts, cache.overflow)
     return merge_splits(inputs, merging)[0]
+
+
+def packed_splits(
+    prepared: Prepared,
+    pages: Pages,
+    key_format: VectorFormat,
+    value_format: VectorFormat,
+    *,
+    options: LogitOptions,
+    interpret: bool,
+) -> Splits:
+    """Attention of prepared queries, of any number, over the pages of a block table, as one split.
+
+    Args:
+        prepared: What `prepare` wrote.
+        pages: The pools.
+        key_format: Of keys.
+        value_format: Of values.
+        options: Logit options.
+        interpret: Whether the kernel runs as jnp.
+
+    Raises:
+        NotImplementedError: For shapes or formats outside the kernel's limits.
+    """
+    found = triton.attend_pages(
+        prepared.query,
+        pages,
+        prepared.table,
+        prepared.lengths,
+        positions=prepared.positions,
+        key_format=key_format,
+        value_format=value_format,
+        options=options,
+        logit_bias=prepared.bias,
+        sketch_query=prepared.sketch,
+        interpret=interpret,
+    )
+    heads = pages.keys.packed.shape[1]
+    return Splits(*(_one_split(x, heads) for x in (found.acc, found.peak * LOG2_E, found.total)))
+
+
+def takes_chunks(pages: Pages, key_format: VectorFormat, value_format: VectorFormat) -> bool:
+    """Whether the kernel for long chunks takes pages; if not, chunks go through that for few queries, in blocks.
+
+    Args:
+        pages: The pools, or their shapes and types as JAX has them.
+        key_format: Of keys.
+        value_format: Of values.
+    """
+    shape = (1, MAX_QUERY_TOKENS + 1, pages.keys.packed.shape[1], key_format.dim)
+    try:
+        triton.check_supported(shape, pages, key_format, value_format, None)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _one_split(x: jax.Array, kv_heads: int) -> jax.Array:

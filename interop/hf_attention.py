@@ -168,9 +168,8 @@ def real_tokens(
     if mask is None:
         return None
     version = None if mask.is_inference() else mask._version  # writes to inference tensors are not counted
-    known = getattr(mask, "_tq_real", None)
-    shared = known is not None and known.version == version and id(asked_by) not in known.askers
-    if shared and asked_by is not None:
+    known: _Known | None = getattr(mask, "_tq_real", None) if asked_by is not None else None
+    if known is not None and known.version == version and id(asked_by) not in known.askers:
         known.askers.add(id(asked_by))
         return known.real
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != queries or mask.shape[3] < keys:

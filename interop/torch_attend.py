@@ -8,12 +8,11 @@ import numpy as np
 import torch
 
 import tq_jax as tq
-from interop.chunk import attend_chunk
+from interop.chunk import attend_chunk, takes_chunks
 from interop.torch_function import TorchFunction
 from interop.torch_kernels import BoundProgram, struct
 from pallas_kernels.decode import LogitOptions, fused
 from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
-from pallas_kernels.prefill.triton import check_supported
 from tq_jax.attention import arrays_of
 from tq_jax.quantizer import sketch_gain
 
@@ -42,7 +41,7 @@ class KernelAttention:
         self._spec = cache.spec
         self._arrays = kernel_arrays(cache)
         self._programs: dict[Any, BoundProgram] = {}
-        self._longest = LONGEST if has_chunks(self._arrays, cache.spec) else MAX_QUERY_TOKENS
+        self._longest = LONGEST if _takes_chunks(self._arrays, cache.spec) else MAX_QUERY_TOKENS
 
     def __call__(
         self,
@@ -79,16 +78,10 @@ class KernelAttention:
         return self._programs[options, chunk](query.contiguous(), sink_logits, counts)[0]
 
 
-def has_chunks(arrays: fused.CacheArrays, spec: tq.CacheSpec) -> bool:
-    """Whether the kernel for long chunks takes a cache; if not, they go through that for few queries, in blocks."""
+def _takes_chunks(arrays: fused.CacheArrays, spec: tq.CacheSpec) -> bool:
     if arrays.pages is None or spec.key is None or spec.value is None:
         return True
-    shape = (1, MAX_QUERY_TOKENS + 1, spec.num_kv_heads, spec.head_dim)
-    try:
-        check_supported(shape, jax.tree.map(struct, arrays.pages), spec.key.format, spec.value.format, None)
-    except NotImplementedError:
-        return False
-    return True
+    return takes_chunks(jax.tree.map(struct, arrays.pages), spec.key.format, spec.value.format)
 
 
 def padded_size(count: int) -> int:

@@ -1,7 +1,6 @@
 """Pages of a serving engine on a GPU: encoded into and attended to by kernels that torch launches."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -10,12 +9,14 @@ import torch
 from jaxtyping import Float, Int
 
 import tq_jax as tq
+from interop.chunk import packed_splits
 from interop.torch_attend import AttendOptions
-from interop.torch_kernels import TorchProgram
+from interop.torch_function import TorchFunction
+from interop.torch_kernels import BoundProgram
 from pallas_kernels.decode import LogitOptions, Pages
 from pallas_kernels.decode.basis import Basis
-from pallas_kernels.decode.merge_triton import MergeInputs, merge_plan, merge_splits
-from pallas_kernels.decode.prepare_triton import PrepareInputs, prepare, prepare_plan
+from pallas_kernels.decode.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
+from pallas_kernels.decode.prepare_triton import Prepared, PrepareInputs, prepare, prepare_plan
 from pallas_kernels.decode.triton import MAX_QUERY_TOKENS, decode, decode_plan
 from pallas_kernels.decode.triton_body import Inputs
 from pallas_kernels.encode import triton as encode
@@ -41,7 +42,8 @@ class PagedKernels:
             return leaf if isinstance(leaf, torch.Tensor) else torch.from_numpy(np.array(leaf)).to(device)
 
         self._arrays = jax.tree.map(tensor, PagedArrays(pages, basis_of(key), basis_of(value), key.sketch))
-        self._encode = PagedEncode(key, value)
+        self._encode = BoundProgram(PagedEncode(key, value), pages)
+        self._attend: dict[Any, BoundProgram] = {}
 
     def write(
         self,
@@ -56,8 +58,8 @@ class PagedKernels:
         more = size - len(slots)
         slots = torch.nn.functional.pad(slots.int(), (0, more), value=-1)
         tokens = [torch.nn.functional.pad(x.to(self._dtype), (0, 0, 0, 0, 0, more)) for x in (keys, values)]
-        given = None if statistics is None else [x.expand(size, *x.shape).contiguous() for x in statistics]
-        _launch(self._encode, *(x[:, None].contiguous() for x in tokens), self._arrays.pages, slots[:, None], given)
+        given = (None, None) if statistics is None else [x.expand(size, *x.shape).contiguous() for x in statistics]
+        self._encode(*(x[:, None].contiguous() for x in tokens), slots[:, None], *given)
 
     def attend(
         self,
@@ -70,20 +72,12 @@ class PagedKernels:
         sink_logits: torch.Tensor | None,
     ) -> torch.Tensor:
         """Outputs of queries [b, t, h_q, d]; arguments as of `PagedPool`, the statistics' [b, h_kv, d]."""
-        function = PagedAttend(*self._specs, options)
-        return _launch(function, query, self._arrays, table, lengths, counts, statistics, sink_logits)[0]
-
-
-def _launch(function: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
-    leaves, structure = jax.tree.flatten(arguments)
-    shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-    return _program(function, shapes, structure, leaves[0].device).launch(leaves)
-
-
-@functools.lru_cache(maxsize=256)  # the layers of a model share their programs
-def _program(function: Any, shapes: tuple[Any, ...], structure: Any, device: torch.device) -> TorchProgram:
-    examples = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
-    return TorchProgram(function, *jax.tree.unflatten(structure, examples), device=device)
+        chunk = query.shape[1] > MAX_QUERY_TOKENS
+        if (options, chunk) not in self._attend:
+            kind = TorchFunction if chunk else None
+            self._attend[options, chunk] = BoundProgram(PagedAttend(*self._specs, options), self._arrays, kind=kind)
+        given = (None, None) if statistics is None else statistics
+        return self._attend[options, chunk](query.contiguous(), table, lengths, counts, *given, sink_logits)[0]
 
 
 class PagedEncode:
@@ -100,10 +94,9 @@ class PagedEncode:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PagedEncode) and other._identity == self._identity
 
-    def __call__(self, keys: Any, values: Any, pages: Pages, slots: Any, statistics: Any) -> Pages:
+    def __call__(self, pages: Pages, keys: Any, values: Any, slots: Any, mean: Any, weight: Any) -> Pages:
         """The pages with tokens [n, 1, h_kv, d] in them."""
         key, value = self._encoders
-        mean, weight = (None, None) if statistics is None else statistics
         return encode.encode_pages(
             keys, values, pages, slots, key=key, value=value, mean=mean, weight=weight, interpret=False
         )
@@ -122,29 +115,31 @@ class PagedArrays:
 
 @dataclasses.dataclass(frozen=True)
 class PagedAttend:
-    """Prepare, decode and merge over the pages of a block table; what is static, as a function of arrays."""
+    """Attention over the pages of a block table; what is static, as a function of arrays.
+
+    Few queries take three kernels: prepare, decode and merge. More take that for long chunks between the other two.
+    """
 
     key: tq.QuantizerSpec
     value: tq.QuantizerSpec
     options: AttendOptions
+    interpret: bool = False
 
     def __call__(
         self,
-        query: Float[Any, "b t h_q d"],
         arrays: PagedArrays,
+        query: Float[Any, "b t h_q d"],
         table: Int[Any, "b n"],
         lengths: Int[Any, "b"],
         counts: Int[Any, "b"],
-        statistics: tuple[Any, Any] | None,
+        mean: Float[Any, "b h_kv d"] | None,
+        weight: Float[Any, "b h_kv d"] | None,
         sink_logits: Any,
     ) -> tuple[Any]:
         """The outputs, see `PagedPool.attend`."""
         batch, count, _, dim = query.shape
-        if count > MAX_QUERY_TOKENS:
-            raise NotImplementedError(f"the kernels take up to {MAX_QUERY_TOKENS} queries a sequence, got {count}")
         heads, scale = arrays.pages.keys.packed.shape[1], self.options.scale or float(np.float32(dim**-0.5))
         options = LogitOptions(scale, self.options.softcap, self.options.sliding_window)
-        mean, weight = (None, None) if statistics is None else statistics
         prepared = prepare(
             PrepareInputs(
                 query=query, rows=None, counts=counts, length=lengths, compressed=lengths, keys=None, values=None,
@@ -152,23 +147,33 @@ class PagedAttend:
             ),
             prepare_plan(
                 query.shape, (batch, heads, 0, dim), 4, options=options, sinks=0, pages_per_row=table.shape[1],
-                sketch_gain=sketch_gain(dim), interpret=False,
+                sketch_gain=sketch_gain(dim), interpret=self.interpret,
             ),
         )  # fmt: skip
-        plan, num_warps, num_stages = decode_plan(
-            query.shape, arrays.pages, table.shape[1], key_format=self.key.format, value_format=self.value.format,
-            options=options, config=None, precise=self.options.precise, interpret=False,
-        )  # fmt: skip
-        inputs = Inputs(
-            query=prepared.query, pages=arrays.pages, table=table, lengths=prepared.lengths,
-            positions=prepared.positions, bias=prepared.bias, sketch=prepared.sketch,
-        )  # fmt: skip
-        packed = decode(inputs, dim, plan, num_warps=num_warps, num_stages=num_stages)
+        prepared = dataclasses.replace(prepared, table=table)  # it knows rows of pages only
+        attend = self._attend_few if count <= MAX_QUERY_TOKENS else self._attend_many
+        packed = attend(prepared, arrays.pages, options)
         merged = merge_splits(
             MergeInputs(packed=packed, basis=arrays.value_basis, sink_logits=sink_logits, counts=counts),
             merge_plan(
                 query.shape, splits=packed.acc.shape[2], dtype=np.dtype(query.dtype).name, partial=False,
-                interpret=False,
+                interpret=self.interpret,
             ),
         )  # fmt: skip
         return (merged[0],)
+
+    def _attend_few(self, prepared: Prepared, pages: Pages, options: LogitOptions) -> Splits:
+        plan, num_warps, num_stages = decode_plan(
+            prepared.query.shape, pages, prepared.table.shape[1], key_format=self.key.format,
+            value_format=self.value.format, options=options, config=None, precise=self.options.precise,
+            interpret=self.interpret,
+        )  # fmt: skip
+        inputs = Inputs(
+            query=prepared.query, pages=pages, table=prepared.table, lengths=prepared.lengths,
+            positions=prepared.positions, bias=prepared.bias, sketch=prepared.sketch,
+        )  # fmt: skip
+        return decode(inputs, prepared.query.shape[-1], plan, num_warps=num_warps, num_stages=num_stages)
+
+    def _attend_many(self, prepared: Prepared, pages: Pages, options: LogitOptions) -> Splits:
+        formats = self.key.format, self.value.format
+        return packed_splits(prepared, pages, *formats, options=options, interpret=self.interpret)

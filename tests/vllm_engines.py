@@ -11,21 +11,28 @@ PROMPTS = (60, 33, 1, 40)
 """Tokens of the prompts: several blocks of 32 and a part, just over one, one token."""
 
 
-def make_model(folder, layers):
-    """Saves a random Llama whose next tokens depend on the whole context, and a tokenizer of words w0, w1, ..."""
+def make_model(folder, layers, kind="Llama", bias=0.0):
+    """Saves a random model whose next tokens depend on the whole context, and a tokenizer of words w0, w1, ...
+
+    A bias, of Qwen2, has that size in most channels of the slowest rotation.
+    """
     import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=512, initializer_range=0.08,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    given = {"head_dim": 32, "hidden_size": 64} if kind == "Llama" else {"hidden_size": 128}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=VOCABULARY, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.08,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, **given,
     )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(4)
+        if bias:
+            for layer in model.model.layers:
+                layer.self_attn.k_proj.bias.view(2, 2, 16)[..., 10:] = bias * torch.tensor([1.0, -1.0])[:, None, None]
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -16,11 +16,13 @@ What is computed. A token is compressed when it is written, and attention reads 
 its own chunk too. So chunked prefill, prefix-cache hits and preemption do not change what a request is answered. The
 price is that there is no window of recent tokens in full precision and no centring by the statistics of a prompt:
 `boundary_layers` keeps the first and last layers in full precision, in vLLM's own attention, and `statistics` names a
-file of means and channel weights of a model (see `interop.calibrate`), which models with biased keys (Qwen2) need.
+file of means and channel weights of a model (see `interop.calibrate`). Without one, keys that have a bias (Qwen2) are
+centred by what the model's weights say (see `interop.vllm.biased`), and others are stored as they are.
 
 Where. On a CPU JAX computes and torch writes, for which the plugin replaces vLLM's CPU platform by one that honours
-`--attention-backend CUSTOM` (the stock one ignores it). On an NVIDIA GPU torch launches the Pallas kernels; chunks of
-a prompt go through the decode kernel, eight queries at a time. vLLM's CUDA graphs leave attention out.
+`--attention-backend CUSTOM` (the stock one ignores it). On an NVIDIA GPU torch launches the Pallas kernels: decodes
+take that for few queries, chunks of a prompt that for many where it takes the pages, or else the former, eight queries
+at a time. vLLM's CUDA graphs leave attention out.
 
 Supported: grouped queries, sliding windows, soft-caps, learned sinks, sampling n, beams, tensor parallelism.
 Refused: MLA, alibi, encoders and cross-attention, layers that share keys and values, non-causal attention, KV-cache

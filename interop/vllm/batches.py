@@ -12,6 +12,9 @@ from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
 SIZES = {"cpu": (1, 8, 64, 256), "cuda": (1, 2, 4, MAX_QUERY_TOKENS)}
 """Queries that the sequences of a call have, padding included; longer chunks are cut into pieces of the last."""
 
+CHUNKS = (16, 32, 64, 128, 256, 384, 512, 768, 1024)
+"""More of them on a GPU, where the kernel for long chunks takes the pages."""
+
 QUERIES = 256
 """Queries of a call at most."""
 
@@ -60,21 +63,37 @@ class Piece:
     behind: int
 
 
-def plan_calls(starts: Sequence[int], seq_lens: torch.Tensor, block_table: torch.Tensor) -> list[Call]:
-    """The calls of a step.
+def call_sizes(device: str, *, chunks: bool) -> tuple[int, ...]:
+    """Sizes of calls.
+
+    Args:
+        device: Type of the device.
+        chunks: Whether the kernel for long chunks takes the pages, see `interop.torch_paged.takes_chunks`.
+
+    Example:
+        >>> call_sizes("cuda", chunks=False)
+        (1, 2, 4, 8)
+    """
+    return SIZES[device] + (CHUNKS if chunks and device == "cuda" else ())
+
+
+def plan_calls(
+    starts: Sequence[int], seq_lens: torch.Tensor, block_table: torch.Tensor, sizes: Sequence[int]
+) -> list[Call]:
+    """The calls of a step. Nothing is read back from the device.
 
     Args:
         starts: First token of each request, and the end of the last.
         seq_lens: Integers [requests], tokens of each request with those of the step, on the device.
         block_table: int32 [requests, blocks], likewise.
+        sizes: Of calls, ascending.
 
     Example:
         >>> lengths, table = torch.tensor([5, 300], dtype=torch.int32), torch.zeros(2, 8, dtype=torch.int32)
-        >>> calls = plan_calls([0, 1, 301], lengths, table)
+        >>> calls = plan_calls([0, 1, 301], lengths, table, SIZES["cpu"])
         >>> [(call.rows.counts.tolist(), call.rows.lengths.tolist()) for call in calls]
         [([1], [5]), ([44], [300]), ([256], [256])]
     """
-    sizes = SIZES[seq_lens.device.type]
     pieces: dict[int, list[Piece]] = {size: [] for size in sizes}
     for request, (start, end) in enumerate(itertools.pairwise(starts)):
         for first in range(start, end, sizes[-1]):

@@ -18,6 +18,7 @@ import tq_jax as tq
 from interop.torch_attend import AttendOptions
 from interop.torch_paged import PagedPool
 from interop.vllm.backend import TurboQuantMetadata, for_options
+from interop.vllm.biased import Owner, bias_statistics
 from interop.vllm.options import Options
 
 if current_platform.is_cuda() and jax.config.jax_platforms is None:  # pyright: ignore[reportAttributeAccessIssue]
@@ -31,6 +32,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         layer_index: Which layer of the model it is; known once weights are loaded.
         written: Tokens written so far.
         attended: Queries attended with so far.
+        statistics: Mean and weight of its keys; None for keys stored as they are, and until weights are loaded.
 
     Raises:
         NotImplementedError: For what it does not honour.
@@ -77,6 +79,8 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         )  # fmt: skip
         self.layer_index: int | None = None
         self.written = self.attended = 0
+        self.statistics: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._owner = Owner(self)
         self._pool: PagedPool | None = None
         self._memory: tuple[int, torch.Size] | None = None
 
@@ -85,13 +89,20 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         layers = self._config.compilation_config.static_forward_context
         name, layer = next((name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self)
         index: Any = extract_layer_index(name)
-        self.layer_index = index
+        self.layer_index, self._memory = index, None
         if self.options.compressed(index, self._config.model_config.hf_text_config.num_hidden_layers):
             layer.attn_backend = for_options(self.options)
+            self.statistics = self._key_statistics(index)
             return
         layer.attn_backend, layer.impl = self._full_precision()
         layer.backend = AttentionBackendEnum[layer.attn_backend.get_name()]
         layer.impl.process_weights_after_loading(act_dtype)
+
+    def _key_statistics(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self.options.statistics is not None:
+            return layer_statistics(self.options.statistics, layer, self.num_kv_heads, self.head_size)
+        model = self._config.model_config
+        return bias_statistics(self._owner(), model.hf_text_config, positions=model.max_model_len)
 
     def _full_precision(self) -> tuple[Any, Any]:
         """The backend that vLLM would choose for this layer, and an implementation of the layer."""
@@ -148,12 +159,8 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         return output
 
     def _make_pool(self, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedPool:
-        assert self.layer_index is not None
         require_alike(kv_cache, self._config.compilation_config.static_forward_context)
-        statistics = None
-        if self.options.statistics is not None:
-            statistics = layer_statistics(self.options.statistics, self.layer_index, self.num_kv_heads, self.head_size)
-        return PagedPool(kv_cache, *_quantizers(self.options, self.head_size), dtype, statistics)
+        return PagedPool(kv_cache, *_quantizers(self.options, self.head_size), dtype, self.statistics)
 
 
 def require_alike(memory: torch.Tensor, layers: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ PACKED = tq.CacheSpec(
     H, D, 160, tq.QuantizerSpec(D, 3, kind="prod"), tq.QuantizerSpec(D, 2, kind="group"), window=16, page_size=16
 )  # fmt: skip
 PLAIN = dataclasses.replace(
-    PACKED, key=tq.QuantizerSpec(D, 2.5), value=tq.QuantizerSpec(D, 4),
+    PACKED, key=tq.QuantizerSpec(D, 2.5), value=tq.QuantizerSpec(D, 3.5),
     window=0, sink_tokens=0, center_keys=False, smooth_keys=False, dtype="float32",
 )  # fmt: skip
 SPECS = {"packed": PACKED, "plain": PLAIN}

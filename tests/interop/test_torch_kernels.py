@@ -14,9 +14,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from interpreted import Interpreted  # noqa: E402
+
 import tq_jax as tq  # noqa: E402
 from interop import torch_append, torch_attend, torch_kernels  # noqa: E402
-from interop.dlpack import to_jax, to_torch  # noqa: E402
+from interop.dlpack import to_torch  # noqa: E402
 from interop.split import split_constants  # noqa: E402
 from interop.torch_append import KernelAppend  # noqa: E402
 from interop.torch_attend import AttendOptions, KernelAttention, kernel_arrays, padded_size  # noqa: E402
@@ -29,31 +31,6 @@ from pallas_kernels.encode import triton as encode_triton  # noqa: E402
 
 SPEC = tq.CacheSpec(2, 64, 512, tq.QuantizerSpec(64, 3, kind="prod"), tq.QuantizerSpec(64, 4))
 SMALL = tq.CacheSpec(2, 64, 64, tq.QuantizerSpec(64, 4), tq.QuantizerSpec(64, 4), window=10, page_size=32)
-
-
-class Interpreted:
-    """In place of `TorchProgram`: JAX runs the function; what it gives for its first argument is written there."""
-
-    made = 0
-
-    def __init__(self, function, *examples, device):
-        Interpreted.made += 1
-        self._function, self._shapes = jax.jit(function), jax.tree.map(struct, examples)
-
-    def check(self, tensors):
-        inputs = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(self._shapes))
-        torch_kernels.require_alike(tensors, inputs, tensors[0].device)
-
-    def bind(self, fixed):
-        return lambda given: self.launch([*fixed, *given])
-
-    def launch(self, tensors):
-        arrays = jax.tree.unflatten(jax.tree.structure(self._shapes), to_jax([tensor.clone() for tensor in tensors]))
-        results = self._function(*arrays)
-        if jax.tree.structure(results) == jax.tree.structure(arrays[0]) and len(tensors) > 1:
-            for old, new in zip(tensors, jax.tree.leaves(results), strict=False):
-                old.copy_(to_torch(new))
-        return tuple(to_torch(jax.tree.leaves(results)))
 
 
 @pytest.fixture

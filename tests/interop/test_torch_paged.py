@@ -1,16 +1,22 @@
 """Pages in memory of a serving engine: the codes and outputs of a torch cache, in any order of blocks and chunks."""
 
+import functools
+
 import jax
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from interpreted import Interpreted  # noqa: E402
+
 import tq_jax as tq  # noqa: E402
+from interop import torch_kernels, torch_paged_kernels  # noqa: E402
 from interop.torch_attend import AttendOptions  # noqa: E402
 from interop.torch_cache import TorchCache  # noqa: E402
 from interop.torch_kernels import Place, plan_launches, struct  # noqa: E402
-from interop.torch_paged import PagedPool, PagedRows, view_pages  # noqa: E402
+from interop.torch_paged import PagedPool, PagedRows, takes_chunks, view_pages  # noqa: E402
 from interop.torch_paged_kernels import PagedAttend, PagedEncode  # noqa: E402
+from interop.vllm.batches import call_sizes, plan_calls  # noqa: E402
 
 D, PAGE = 32, 32
 MSE, PROD = tq.QuantizerSpec(D, 4, scale="unbiased", search=True), tq.QuantizerSpec(D, 3, kind="prod")
@@ -106,11 +112,10 @@ def test_launches_on_a_gpu(centred):
     measured on a GPU."""
     spec = tq.QuantizerSpec(64, 4)
     quantizers = tq.make_quantizer(spec), tq.make_quantizer(spec, seed=1)
-    statistics = (torch.zeros(2, 64), torch.ones(2, 64)) if centred else None
-    pool = PagedPool(torch.zeros(9, 2, PAGE, 68, dtype=torch.uint8), *quantizers, torch.bfloat16, statistics)
+    pool = PagedPool(torch.zeros(9, 2, PAGE, 68, dtype=torch.uint8), *quantizers, torch.bfloat16)
     query, table = torch.zeros(4, 2, 8, 64, dtype=torch.bfloat16), torch.zeros(4, 6, dtype=torch.int32)
-    given = None if statistics is None else tuple(x.expand(4, 2, 64) for x in statistics)
-    inputs = (query, pool._kernels._arrays, table, integers(0, 0, 0, 0), integers(0, 0, 0, 0), given, torch.zeros(8))
+    given = [torch.ones(4, 2, 64) if centred else None] * 2
+    inputs = (pool._kernels._arrays, query, table, integers(0, 0, 0, 0), integers(0, 0, 0, 0), *given, torch.zeros(8))
     plan = plan_launches(PagedAttend(spec, spec, AttendOptions()), *jax.tree.map(struct, inputs))
     assert [launch.kernel.name for launch in plan.launches] == ["prepare", "decode", "merge"]
     assert plan.outputs == (Place("output", 0),) and plan.made == (((4, 2, 8, 64), "bfloat16"),)
@@ -120,15 +125,39 @@ def test_launches_on_a_gpu(centred):
     assert own_table in read[1] and own_table not in read[0]
 
     tokens, slots = torch.zeros(8, 1, 2, 64, dtype=torch.bfloat16), torch.zeros(8, 1, dtype=torch.int32)
-    given = None if statistics is None else [x.expand(8, 2, 64) for x in statistics]
+    given = [torch.ones(8, 2, 64) if centred else None] * 2
     encode = PagedEncode(*quantizers)
-    plan = plan_launches(encode, *jax.tree.map(struct, (tokens, tokens, pool.pages, slots, given)))
+    plan = plan_launches(encode, *jax.tree.map(struct, (pool.pages, tokens, tokens, slots, *given)))
     assert [launch.kernel.name for launch in plan.launches] == ["encode", "encode"] and plan.made == ()
-    assert plan.outputs == tuple(Place("input", 2 + i) for i in range(len(jax.tree.leaves(pool.pages))))
+    assert plan.outputs == tuple(Place("input", i) for i in range(len(jax.tree.leaves(pool.pages))))
     assert encode == PagedEncode(*quantizers) and hash(encode) == hash(PagedEncode(*quantizers))
     assert encode != PagedEncode(quantizers[1], quantizers[0])
 
 
-def test_long_blocks_of_queries_are_refused_on_a_gpu():
-    with pytest.raises(NotImplementedError, match="up to 8 queries a sequence, got 9"):
-        PagedAttend(MSE, MSE, AttendOptions())(torch.zeros(1, 9, 2, D), None, None, None, None, None, None)
+def test_kernels_compute_what_the_cpu_does(monkeypatch):
+    """Interpreted: a mixed batch of short and long chunks, ragged, centred, with sinks, over pages that hold NaN."""
+    monkeypatch.setattr(torch_kernels, "TorchProgram", Interpreted)
+    monkeypatch.setattr(torch_paged_kernels, "PagedAttend", functools.partial(PagedAttend, interpret=True))
+    key, value = tq.QuantizerSpec(64, 4, scale="unbiased"), tq.QuantizerSpec(64, 4)
+    quantizers, random = (tq.make_quantizer(key), tq.make_quantizer(value, seed=1)), torch.Generator().manual_seed(0)
+    statistics = torch.randn(2, 64, generator=random), 0.5 + torch.rand(2, 64, generator=random)
+    memory = torch.full((7, 2, 64, 68), 255, dtype=torch.uint8)
+    pool = PagedPool(memory, *quantizers, torch.float32, statistics)
+    table, lengths, counts = torch.tensor([[3, 1, 6], [2, 5, 0], [4, 0, 0]]), [150, 70, 9], [61, 1, 9]
+    for row, length in zip(table, lengths, strict=True):
+        k, v = torch.randn(2, length, 2, 64, generator=random)
+        pool.write(k, v, row[torch.arange(length) // 64] * 64 + torch.arange(length) % 64)
+    query, sinks = torch.randn(sum(counts), 4, 64, generator=random), torch.randn(4, generator=random)
+    options = AttendOptions(sliding_window=90, softcap=5.0, precise=True)
+    sizes = call_sizes("cuda", chunks=takes_chunks(key, value, 2, 64))
+    calls = plan_calls([0, 61, 62, 71], integers(*lengths), table.int(), sizes)
+    assert [tuple(call.rows.counts.tolist()) for call in calls] == [(1,), (9,), (61,)]
+    want, found = torch.zeros_like(query), torch.zeros_like(query)
+    for call in calls:
+        asked, rows = call.take(query), call.rows
+        call.put(pool.attend(asked, rows, options, sinks), want)
+        given = pool._statistics(len(asked))
+        arguments = rows.table, rows.lengths, rows.counts, options, given, sinks
+        call.put(pool._kernels.attend(asked, *arguments), found)
+    assert float((found - want).norm() / want.norm()) < 1e-3
+    assert float((found - want).abs().amax((1, 2)).max()) < 5e-3

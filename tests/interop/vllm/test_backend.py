@@ -11,7 +11,7 @@ import torch
 
 import tq_jax as tq
 from interop.torch_cache import TorchCache
-from interop.vllm.batches import plan_calls
+from interop.vllm.batches import SIZES, plan_calls
 
 D, PAGE = 32, 32
 OURS = {"tq_jax": {"search": False}}
@@ -69,7 +69,7 @@ def test_windows_caps_and_sinks_are_honoured(make_impl):
     impl.do_kv_cache_update(None, k, v, memory, table[0, position // PAGE].long() * PAGE + position % PAGE)
     query, output = torch.randn(20, 4, D, generator=random), torch.full((20, 4, D), torch.nan)
     assert not impl.forward(None, query, k, v, memory, None, output.clone()).any()
-    metadata = TurboQuantMetadata(plan_calls([0, 20], torch.tensor([70], dtype=torch.int32), table))
+    metadata = TurboQuantMetadata(plan_calls([0, 20], torch.tensor([70], dtype=torch.int32), table, SIZES["cpu"]))
     impl.forward(None, query, k, v, memory, metadata, output)
     quantizers = tq.QuantizerSpec(D, 4, scale="unbiased"), tq.QuantizerSpec(D, 4)
     spec = tq.CacheSpec(
@@ -170,25 +170,6 @@ def test_what_the_builder_refuses(monkeypatch):
         build(hash_block_size=16)
     with pytest.raises(NotImplementedError, match="causal=False"):
         build().build(0, types.SimpleNamespace(causal=False))
-
-
-def test_biased_keys_are_warned_about(monkeypatch, said):
-    from interop.vllm import report
-
-    monkeypatch.setattr(report, "summary", lambda config: "summary")
-
-    def reported(model_type, **options):
-        said.clear()
-        text = types.SimpleNamespace(model_type=model_type)
-        config = types.SimpleNamespace(
-            additional_config={"tq_jax": options}, model_config=types.SimpleNamespace(hf_text_config=text)
-        )
-        report.report(config)
-        return " ".join(said)
-
-    assert "bias" not in reported("llama")
-    assert "bias" not in reported("qwen2", statistics="keys.npz")
-    assert "keys of this model have a bias" in reported("qwen2")
 
 
 def test_statistics_that_do_not_fit(tmp_path, monkeypatch):

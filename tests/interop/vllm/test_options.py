@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from interop.vllm.batches import SIZES, plan_calls  # noqa: E402
+from interop.vllm.batches import SIZES, call_sizes, plan_calls  # noqa: E402
 from interop.vllm.options import Options  # noqa: E402
 
 
@@ -53,7 +53,8 @@ def test_wrong_options_are_refused(given, message):
         Options.from_config({"tq_jax": given})
 
 
-def test_calls_cover_every_query_once():
+@pytest.mark.parametrize("sizes", [SIZES["cpu"], call_sizes("cuda", chunks=False), call_sizes("cuda", chunks=True)])
+def test_calls_cover_every_query_once(sizes):
     """Decodes, short and long chunks mixed: each query is asked once, at its position, with its request's blocks."""
     counts, lengths = [1, 300, 1, 8, 70, 1, 3], [50, 300, 1, 9, 600, 7, 3]
     starts = [0, *itertools.accumulate(counts)]
@@ -61,10 +62,10 @@ def test_calls_cover_every_query_once():
     positions = torch.cat([torch.arange(n - c, n) for c, n in zip(counts, lengths, strict=True)])
     request = torch.repeat_interleave(torch.arange(7), torch.tensor(counts))
     asked, output = torch.zeros(starts[-1], dtype=torch.int64), torch.full((starts[-1], 2), -1)
-    for call in plan_calls(starts, torch.tensor(lengths, dtype=torch.int32), table):
+    for call in plan_calls(starts, torch.tensor(lengths, dtype=torch.int32), table, sizes):
         query = call.take(torch.stack([positions, request], 1))
         batch, size = query.shape[:2]
-        assert size in SIZES["cpu"] and batch & (batch - 1) == 0
+        assert size in sizes and batch & (batch - 1) == 0
         rows = call.rows
         step = torch.arange(size)
         real = step < rows.counts[:, None]
