@@ -1,5 +1,6 @@
 """Pages in memory of a serving engine: the codes and outputs of a torch cache, in any order of blocks and chunks."""
 
+import contextlib
 import functools
 
 import jax
@@ -134,8 +135,33 @@ def test_launches_on_a_gpu(centred):
     assert encode != PagedEncode(quantizers[1], quantizers[0])
 
 
+def test_long_chunks_take_their_kernel(monkeypatch):
+    """Lowered for a GPU, and launched by torch without one."""
+    launched = []
+
+    class Kernel:
+        function, packed_metadata = "function", "metadata"
+
+        def __init__(self, kernel):
+            self.name = kernel.name
+
+        def run(self, *given):
+            launched.append(self.name)
+
+    monkeypatch.setattr(torch_kernels, "compile_kernel", Kernel)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    spec = tq.QuantizerSpec(64, 4)
+    quantizers = tq.make_quantizer(spec), tq.make_quantizer(spec, seed=1)
+    pool = PagedPool(torch.zeros(3, 2, 64, 68, dtype=torch.uint8), *quantizers, torch.bfloat16)
+    query, lengths = torch.zeros(1, 16, 4, 64, dtype=torch.bfloat16), integers(0)
+    out = pool._kernels.attend(query, TABLE[:1], lengths, lengths, AttendOptions(), None, None)
+    assert launched == ["prepare", "prefill", "merge"]
+    assert out.shape == query.shape and out.dtype == query.dtype
+
+
 def test_kernels_compute_what_the_cpu_does(monkeypatch):
-    """Interpreted: a mixed batch of short and long chunks, ragged, centred, with sinks, over pages that hold NaN."""
+    """Interpreted: a decode and two ragged chunks in one step, centred, with sinks, over pages that hold NaN."""
     monkeypatch.setattr(torch_kernels, "TorchProgram", Interpreted)
     monkeypatch.setattr(torch_paged_kernels, "PagedAttend", functools.partial(PagedAttend, interpret=True))
     key, value = tq.QuantizerSpec(64, 4, scale="unbiased"), tq.QuantizerSpec(64, 4)
@@ -143,15 +169,15 @@ def test_kernels_compute_what_the_cpu_does(monkeypatch):
     statistics = torch.randn(2, 64, generator=random), 0.5 + torch.rand(2, 64, generator=random)
     memory = torch.full((7, 2, 64, 68), 255, dtype=torch.uint8)
     pool = PagedPool(memory, *quantizers, torch.float32, statistics)
-    table, lengths, counts = torch.tensor([[3, 1, 6], [2, 5, 0], [4, 0, 0]]), [150, 70, 9], [61, 1, 9]
+    table, lengths, counts = torch.tensor([[3, 1, 6], [2, 5, 0], [4, 0, 0]]), [150, 70, 40], [24, 1, 30]
     for row, length in zip(table, lengths, strict=True):
         k, v = torch.randn(2, length, 2, 64, generator=random)
         pool.write(k, v, row[torch.arange(length) // 64] * 64 + torch.arange(length) % 64)
     query, sinks = torch.randn(sum(counts), 4, 64, generator=random), torch.randn(4, generator=random)
     options = AttendOptions(sliding_window=90, softcap=5.0, precise=True)
     sizes = call_sizes("cuda", chunks=takes_chunks(key, value, 2, 64))
-    calls = plan_calls([0, 61, 62, 71], integers(*lengths), table.int(), sizes)
-    assert [tuple(call.rows.counts.tolist()) for call in calls] == [(1,), (9,), (61,)]
+    calls = plan_calls([0, 24, 25, 55], integers(*lengths), table.int(), sizes)
+    assert [tuple(call.rows.counts.tolist()) for call in calls] == [(1,), (24, 30)]
     want, found = torch.zeros_like(query), torch.zeros_like(query)
     for call in calls:
         asked, rows = call.take(query), call.rows

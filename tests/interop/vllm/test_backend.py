@@ -158,8 +158,9 @@ def test_what_the_builder_refuses(monkeypatch):
 
     def build(spec_bytes=36, **changes):
         model = types.SimpleNamespace(is_hybrid=changes.pop("is_hybrid", False))
-        config = types.SimpleNamespace(model_config=model, cache_config=types.SimpleNamespace(**changes))
-        spec = types.SimpleNamespace(state_content_bytes=spec_bytes, block_size=32)
+        cache = types.SimpleNamespace(**changes)
+        config = types.SimpleNamespace(model_config=model, cache_config=cache, additional_config={})
+        spec = types.SimpleNamespace(state_content_bytes=spec_bytes, block_size=32, head_size=D, num_kv_heads=2)
         return backend.TurboQuantBuilder(spec, ["layer"], config, torch.device("cpu"))
 
     with pytest.raises(RuntimeError, match="does not say how many bytes"):

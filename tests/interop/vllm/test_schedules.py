@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+import numpy as np
 from vllm_engines import NEW, PROMPTS, greedy, layers_of, own_answers, running
 
 import tq_jax as tq
@@ -26,15 +27,17 @@ def test_chunks_and_preemption_change_nothing(two_layers, prompts, expected):
 
 @pytest.fixture(scope="module")
 def statistics(four_layers, tmp_path_factory):
-    import torch
-    import transformers
+    """A file by the command, of a text of random words."""
+    from interop.calibrate import main
 
-    from interop.calibrate import calibrate
-
-    path = str(tmp_path_factory.mktemp("statistics") / "keys.npz")
-    ids = torch.randint(5, 199, (2, 100), generator=torch.Generator().manual_seed(2))
-    calibrate(transformers.AutoModelForCausalLM.from_pretrained(four_layers, dtype=torch.float32), ids, path)
-    return path
+    folder = tmp_path_factory.mktemp("statistics")
+    words = np.random.default_rng(2).integers(5, 199, 200)
+    (folder / "text").write_text(" ".join(f"w{i}" for i in words))
+    command = ["calibrate", four_layers, f"{folder}/keys.npz", "--text", f"{folder}/text", "--tokens", "200"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", command)
+        main()
+    return f"{folder}/keys.npz"
 
 
 def test_boundary_layers_and_statistics(four_layers, statistics, prompts, said):
