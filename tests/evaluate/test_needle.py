@@ -58,12 +58,15 @@ def row(label, exact, log_prob, depth=0.5):
 
 
 def test_claims_can_fail():
-    full = [row("bfloat16", True, -0.7), row("bfloat16", False, -7.0, 0.9)]
-    good = room.judge([*full, row("K4/V4", True, -0.75), row("K4/V4", True, -6.9, 0.9)])
+    full = [row("bfloat16", True, -0.6), row("bfloat16", True, -3.0, 0.7), row("bfloat16", False, -7.0, 0.9)]
+    good = room.judge([*full, row("K4/V4", True, -0.65), row("K4/V4", False, -3.2, 0.7), row("K4/V4", True, -6.9, 0.9)])
+    assert [claim.figure for claim in good] == [1.0, pytest.approx(-0.15 / 3 / DIGITS)]
     assert all(claim.ok for claim in good)
-    bad = room.judge([*full, row("K4/V4", False, -2.0), row("K4/V4", False, -7.0, 0.9)])
+    assert good[0].note == "1 of 1 known, 2 and 2 found in all"
+    lost = [row("K4/V4", False, log_prob, depth) for log_prob, depth in ((-3.0, 0.5), (-6.0, 0.7), (-8.0, 0.9))]
+    bad = room.judge([*full, *lost, row("K3/V3", False, -1.0)])
+    assert len(bad) == 3
     assert not any(claim.ok for claim in bad)
-    assert bad[1].figure == pytest.approx(-1.3 / 2 / DIGITS)
     assert room.judge(full) == []
 
 
@@ -104,5 +107,6 @@ def test_needle_on_the_real_model(tmp_path):
     rows = json.loads(figures.read_text())["rows"]
     by_label = {label: [r["log_prob"] for r in rows if r["label"] == label] for label in ("bfloat16", "K4/V4")}
     assert all(len(found) == 2 for found in by_label.values())
+    assert {row["depth"] for row in rows} == {0.2, 0.8}
     assert np.mean(by_label["K4/V4"]) == pytest.approx(np.mean(by_label["bfloat16"]), abs=0.5)
     assert picture.read_bytes().startswith(b"\x89PNG")
