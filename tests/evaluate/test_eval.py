@@ -15,20 +15,13 @@ from tq_jax import cli
 from tq_jax.evaluate import eval as room
 from tq_jax.evaluate import eval_ablation, eval_attention, eval_claims, eval_picture
 from tq_jax.evaluate.eval_schemes import Packed, Rounded, attention_quality, candidates
-from tq_jax.evaluate.language import CHUNK, make_reference, published_scheme, tq_scheme
+from tq_jax.evaluate.eval_statistics import Turned
+from tq_jax.evaluate.language import CHUNK, make_reference, measure, published_scheme, tq_scheme
 from tq_jax.evaluate.report import parse_numbers
 from tq_jax.evaluate.rivals import Float8, Rival
 from tq_jax.evaluate.texts import load_text
 from tq_jax.models import Decoder, DecoderConfig, LanguageModel
 from tq_jax.models.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    config = DecoderConfig(
-        vocab_size=97, dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, ffn_dim=96, max_context=1024
-    )
-    return Decoder(config, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +54,7 @@ def test_keys_with_a_sketch_are_not_read_back(decoder):
 def test_attention_of_exact_and_of_coarse_caches(decoder, reference):
     none = Rival("none", "none", Float8(), Float8(), exact_layers=1)
     exact = attention_quality(decoder, reference, Rounded(none, 300, 64, 4), window=64, sinks=4)
-    assert exact.error.shape == (2, 4)
+    assert exact.error.shape == (3, 4)
     assert exact.error.max() < 0.01
     assert exact.correlation.min() > 0.9999
     errors = []
@@ -174,7 +167,7 @@ def test_variants_change_what_they_say(decoder):
     assert found["K4/V4, no sink tokens"].scheme.cache.sinks == 0
     assert found["K5/V3"].scheme.stored_bits == found["K4/V4"].scheme.stored_bits
     assert found["K4/V4, float32 scales"].scheme.stored_bits == 5
-    assert len({c.scheme.cache for c in found.values()}) == len(found) - len(eval_ablation.POWERS)
+    assert len({c.scheme.cache for c in found.values()}) == len(found) - len(eval_ablation.POWERS) - 1
 
 
 def test_weights_by_powers_are_those_of_the_cache(decoder, reference):
@@ -187,6 +180,26 @@ def test_weights_by_powers_are_those_of_the_cache(decoder, reference):
     np.testing.assert_allclose(same.statistics.mean, cache.statistics.mean, atol=0.01)
     other = eval_ablation.Smoothed(ours.scheme, powers=(0.5, 0.5)).start(decoder, reference)
     assert not np.allclose(other.statistics.weight, cache.statistics.weight, rtol=0.05)
+
+
+def test_a_mean_that_turns_takes_a_bias_away():
+    sizes = {"dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "ffn_dim": 96}
+    biased = Decoder(DecoderConfig(vocab_size=97, architecture="qwen2", **sizes), rngs=nnx.Rngs(0))
+    bias = biased.blocks.attention.key.bias
+    bias[...] = 10 * jax.random.normal(jax.random.key(0), bias.shape)
+    ids = np.random.default_rng(0).integers(0, 97, CHUNK + 301).tolist()
+    reference = make_reference(biased, ids, positions=CHUNK)
+    scheme = tq_scheme(biased, 400, key_bits=3, value_bits=3)
+    errors = []
+    for candidate in (Turned(scheme), Packed(scheme)):
+        found = candidate.read(biased, reference)
+        for tokens, exact in zip(found, reference.projections[1:], strict=True):
+            np.testing.assert_allclose(tokens[:, -100:], exact[:, -100:], rtol=0.01, atol=1e-3)
+        errors.append([float(np.linalg.norm(x - y)) for x, y in zip(found, reference.projections[1:], strict=True)])
+    assert errors[0][0] < 0.5 * errors[1][0]
+    assert errors[0][1] == pytest.approx(errors[1][1], rel=0.01)
+    quality = [measure(biased, reference, candidate).kl_mean for candidate in (Turned(scheme), Packed(scheme))]
+    assert quality[0] < quality[1]
 
 
 @pytest.mark.weights

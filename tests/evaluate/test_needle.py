@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from typer.testing import CliRunner
 
 from tq_jax import cli
@@ -12,15 +11,7 @@ from tq_jax.evaluate import needle as room
 from tq_jax.evaluate.eval_schemes import Rounded, candidates
 from tq_jax.evaluate.needle_haystack import DIGITS, Haystack, Question, make_haystack
 from tq_jax.evaluate.rivals import Float8, Rival
-from tq_jax.models import Decoder, DecoderConfig, load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    config = DecoderConfig(
-        vocab_size=97, dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, ffn_dim=96, max_context=1024
-    )
-    return Decoder(config, rngs=nnx.Rngs(0))
+from tq_jax.models import load_tokenizer
 
 
 def test_answers_are_graded_as_the_model_predicts_them(decoder):
