@@ -17,7 +17,15 @@ from tq_jax.evaluate.eval_schemes import Candidate, Packed, candidates
 from tq_jax.evaluate.language import Reference, run_prompt
 from tq_jax.evaluate.needle_haystack import DIGITS, Haystack, make_haystack
 from tq_jax.evaluate.needle_picture import draw
-from tq_jax.evaluate.report import JsonTarget, environment, open_console, parse_numbers, progress_bar, write_json
+from tq_jax.evaluate.report import (
+    JsonTarget,
+    environment,
+    known_rows,
+    open_console,
+    parse_numbers,
+    progress_bar,
+    write_json,
+)
 from tq_jax.models import Decoder, cache_dir, load_model
 
 ASKED = 64
@@ -45,6 +53,7 @@ def needle(
     repeats: Annotated[int, typer.Option(help="Texts of each length and of the same depths.", min=1)] = 2,
     window: Annotated[int, typer.Option(help="Latest tokens in full precision.", min=0)] = 128,
     plot: Annotated[Path, typer.Option(help="Where to draw.")] = Path("tq-jax-needle.png"),
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that the JSON file has already.")] = False,
     json: JsonTarget = None,
 ) -> None:
     """Hide seven-digit numbers in a novel and ask for each in a chat, from compressed caches.
@@ -57,20 +66,29 @@ def needle(
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     console = open_console(json)
     sizes, places = parse_numbers(lengths, int), tuple(parse_numbers(depths, float))
+    kind = {"model": model or DEFAULT_MODEL, "window": window, "facts": facts, "depths": places}
+    rows = known_rows(json, kind) if resume else []
     groups = [places[i : i + facts] for i in range(0, len(places), facts)]
     language_model = load_model(model)
-    decoder, rows = language_model.decoder, []
+    decoder = language_model.decoder
     every = candidates(decoder, max(sizes) + 2 * ASKED, bits=parse_bits(bits), window=window)
     chosen = [c for c in every if isinstance(c, Packed) or c.describe(decoder)["label"] in RIVALS]
+    payload = kind | environment()
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(sizes) * repeats * len(groups) * len(chosen))
         for size, seed, (index, group) in itertools.product(sizes, range(repeats), enumerate(groups)):
+            labels = [{"length": size, "seed": seed} | candidate.describe(decoder) for candidate in chosen]
+            done = [any(row.items() >= (label | {"depth": group[0]}).items() for row in rows) for label in labels]
+            progress.advance(task, sum(done))
+            if all(done):
+                continue
             haystack = make_haystack(language_model.tokenizer, size, group, seed=seed * len(groups) + index)
             prompt = read_prompt(decoder, haystack, size)
-            for candidate in chosen:
-                label = {"length": size, "seed": seed} | candidate.describe(decoder)
+            for label, candidate in itertools.compress(zip(labels, chosen, strict=True), (not x for x in done)):
                 progress.update(task, description=f"{size} tokens, {label['label']}", advance=1)
                 rows += [label | found for found in ask(decoder, prompt, haystack, candidate)]
+                if json not in (None, "-"):
+                    write_json(payload | {"rows": rows, "complete": False}, json)
     claims = judge(rows)
     console.print(make_table(rows))
     for claim in claims:
@@ -78,8 +96,7 @@ def needle(
     texts = f"{facts} in a text" if facts > 1 else "each in its own text"
     draw(rows, plot, title=f"{model or DEFAULT_MODEL}: numbers found, {texts}, window {window}")
     console.print(f"Picture: {plot}")
-    payload = {"model": model or DEFAULT_MODEL, "window": window, "facts": facts} | environment()
-    write_json(payload | {"rows": rows, "claims": [claim.as_dict() for claim in claims]}, json)
+    write_json(payload | {"rows": rows, "complete": True, "claims": [claim.as_dict() for claim in claims]}, json)
     if not all(claim.ok for claim in claims):
         raise typer.Exit(1)
 
