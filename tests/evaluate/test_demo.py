@@ -41,7 +41,7 @@ def test_bits():
 
 
 def row(scheme, kl, ppl=10.0):
-    return room.Row(scheme, Quality(64, kl, kl, 1.0, ppl, 10.0), 1.0, 1.0, 1)
+    return room.Row(scheme, Quality(64, kl, kl, 1.0, 64, ppl, 10.0), 1.0, 1.0, 1)
 
 
 def test_claims_can_fail():

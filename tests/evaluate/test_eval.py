@@ -15,20 +15,13 @@ from tq_jax import cli
 from tq_jax.evaluate import eval as room
 from tq_jax.evaluate import eval_ablation, eval_attention, eval_claims, eval_picture
 from tq_jax.evaluate.eval_schemes import Packed, Rounded, attention_quality, candidates
-from tq_jax.evaluate.language import CHUNK, make_reference, published_scheme, tq_scheme
-from tq_jax.evaluate.report import parse_numbers
+from tq_jax.evaluate.eval_statistics import Turned
+from tq_jax.evaluate.language import CHUNK, full_scheme, make_reference, measure, published_scheme, tq_scheme
+from tq_jax.evaluate.report import known_rows, parse_numbers
 from tq_jax.evaluate.rivals import Float8, Rival
 from tq_jax.evaluate.texts import load_text
 from tq_jax.models import Decoder, DecoderConfig, LanguageModel
 from tq_jax.models.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    config = DecoderConfig(
-        vocab_size=97, dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, ffn_dim=96, max_context=1024
-    )
-    return Decoder(config, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +52,9 @@ def test_keys_with_a_sketch_are_not_read_back(decoder):
 
 
 def test_attention_of_exact_and_of_coarse_caches(decoder, reference):
-    none = Rival("none", "none", Float8(), Float8(), exact_layers=1)
+    none = Rival("none", "none", Float8(), Float8(), exact_layers=2)
     exact = attention_quality(decoder, reference, Rounded(none, 300, 64, 4), window=64, sinks=4)
-    assert exact.error.shape == (2, 4)
+    assert exact.error.shape == (3, 4)
     assert exact.error.max() < 0.01
     assert exact.correlation.min() > 0.9999
     errors = []
@@ -121,18 +114,16 @@ def test_front():
     assert [(r["stored_bits_per_element"], r["kl_mean"]) for r in eval_picture.front(rows)] == [(3, 0.1), (5, 0.05)]
 
 
-def test_rows_of_another_model_are_not_resumed(tmp_path):
-    settings = room.Settings("small", 512, 128, ((4, 4),), (128,))
+def test_rows_of_another_run_are_not_resumed(tmp_path):
     path = tmp_path / "rows.json"
-    assert room.known_rows(str(path), settings) == []
-    path.write_text(
-        json.dumps({"model": "small", "positions": 128, "prompt": 512, "ablation": False, "rows": [{"kl": 1}]})
-    )
-    assert room.known_rows(str(path), settings) == [{"kl": 1}]
-    with pytest.raises(typer.BadParameter, match="expected rows of positions=64 in .* got 128"):
-        room.known_rows(str(path), dataclasses.replace(settings, positions=64))
-    with pytest.raises(typer.BadParameter, match="expected --json PATH with --resume, got -"):
-        room.known_rows("-", settings)
+    kind = {"model": "small", "positions": 128, "depths": (0.5, 1.0)}
+    assert known_rows(str(path), kind) == []
+    path.write_text(json.dumps(kind | {"commit": "abc", "rows": [{"kl": 1}]}))
+    assert known_rows(str(path), kind) == [{"kl": 1}]
+    with pytest.raises(typer.BadParameter, match="expected .* to be of {'positions': 64}, got {'positions': 128}"):
+        known_rows(str(path), kind | {"positions": 64})
+    with pytest.raises(typer.BadParameter, match="expected --resume with --json PATH, got --json -"):
+        known_rows("-", kind)
 
 
 def test_numbers_and_texts_that_do_not_fit_are_refused(decoder, tmp_path):
@@ -164,6 +155,19 @@ def test_measured_rows_are_not_measured_again(decoder):
     assert list(room.measure_text(decoder, ids, settings, "novel", known + found)) == []
 
 
+def test_the_models_own_text_is_its_most_likely_one(decoder):
+    ids = np.random.default_rng(2).integers(0, 97, 200).tolist()
+    tokens = room.continued(LanguageModel(decoder, None), ids, CHUNK + 1)  # type: ignore[arg-type]
+    assert tokens[:200] == ids
+    reference = make_reference(decoder, tokens, positions=CHUNK)
+    (log_probs,) = reference.log_probs
+    assert np.argmax(log_probs, axis=1).tolist() == tokens[201:]
+    full, coarse = full_scheme(decoder, 300), tq_scheme(decoder, 300, key_bits=1, value_bits=1)
+    assert measure(decoder, reference, full).same > measure(decoder, reference, coarse).same
+    whole = measure(decoder, reference, full_scheme(decoder, 300, dtype="float32"))
+    assert whole.same == whole.positions
+
+
 def test_variants_change_what_they_say(decoder):
     found = {c.describe(decoder)["label"]: c for c in eval_ablation.variants(decoder, 400, bits=[(4, 4)], window=128)}
     ours = found["K4/V4"].scheme.cache
@@ -174,7 +178,7 @@ def test_variants_change_what_they_say(decoder):
     assert found["K4/V4, no sink tokens"].scheme.cache.sinks == 0
     assert found["K5/V3"].scheme.stored_bits == found["K4/V4"].scheme.stored_bits
     assert found["K4/V4, float32 scales"].scheme.stored_bits == 5
-    assert len({c.scheme.cache for c in found.values()}) == len(found) - len(eval_ablation.POWERS)
+    assert len({c.scheme.cache for c in found.values()}) == len(found) - len(eval_ablation.POWERS) - 1
 
 
 def test_weights_by_powers_are_those_of_the_cache(decoder, reference):
@@ -187,6 +191,26 @@ def test_weights_by_powers_are_those_of_the_cache(decoder, reference):
     np.testing.assert_allclose(same.statistics.mean, cache.statistics.mean, atol=0.01)
     other = eval_ablation.Smoothed(ours.scheme, powers=(0.5, 0.5)).start(decoder, reference)
     assert not np.allclose(other.statistics.weight, cache.statistics.weight, rtol=0.05)
+
+
+def test_a_mean_that_turns_takes_a_bias_away():
+    sizes = {"dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "ffn_dim": 96}
+    biased = Decoder(DecoderConfig(vocab_size=97, architecture="qwen2", **sizes), rngs=nnx.Rngs(0))
+    bias = biased.blocks.attention.key.bias
+    bias[...] = 10 * jax.random.normal(jax.random.key(0), bias.shape)
+    ids = np.random.default_rng(0).integers(0, 97, CHUNK + 301).tolist()
+    reference = make_reference(biased, ids, positions=CHUNK)
+    scheme = tq_scheme(biased, 400, key_bits=3, value_bits=3)
+    errors = []
+    for candidate in (Turned(scheme), Packed(scheme)):
+        found = candidate.read(biased, reference)
+        for tokens, exact in zip(found, reference.projections[1:], strict=True):
+            np.testing.assert_allclose(tokens[:, -100:], exact[:, -100:], rtol=0.01, atol=1e-3)
+        errors.append([float(np.linalg.norm(x - y)) for x, y in zip(found, reference.projections[1:], strict=True)])
+    assert errors[0][0] < 0.5 * errors[1][0]
+    assert errors[0][1] == pytest.approx(errors[1][1], rel=0.01)
+    quality = [measure(biased, reference, candidate).kl_mean for candidate in (Turned(scheme), Packed(scheme))]
+    assert quality[0] < quality[1]
 
 
 @pytest.mark.weights

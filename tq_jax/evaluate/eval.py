@@ -1,12 +1,12 @@
 """`tq-jax eval`: what caches and their rivals do to a language model, per stored bit, on several real texts."""
 
 import dataclasses
-import json as json_format
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import typer
 
 from tq_jax.evaluate.demo import DEFAULT_MODEL, parse_bits
@@ -15,10 +15,18 @@ from tq_jax.evaluate.eval_claims import judge
 from tq_jax.evaluate.eval_picture import draw
 from tq_jax.evaluate.eval_schemes import SINKS, Candidate, attention_quality, candidates
 from tq_jax.evaluate.eval_table import make_table, one_line
-from tq_jax.evaluate.language import CHUNK, make_reference, measure
-from tq_jax.evaluate.report import JsonTarget, environment, open_console, parse_numbers, progress_bar, write_json
+from tq_jax.evaluate.language import CHUNK, full_scheme, make_reference, measure
+from tq_jax.evaluate.report import (
+    JsonTarget,
+    environment,
+    known_rows,
+    open_console,
+    parse_numbers,
+    progress_bar,
+    write_json,
+)
 from tq_jax.evaluate.texts import load_text
-from tq_jax.models import Decoder, LanguageModel, cache_dir, load_model
+from tq_jax.models import Decoder, LanguageModel, cache_dir, generate, load_model
 
 CHARACTERS_A_TOKEN = 12
 
@@ -62,6 +70,9 @@ def evaluate(
     positions: Annotated[int, typer.Option(help="Predictions compared, of each text.", min=CHUNK)] = 512,
     windows: Annotated[str, typer.Option(help="Latest tokens in full precision, comma-separated.")] = "128,0",
     plot: Annotated[Path, typer.Option(help="Where to draw divergence against stored bits.")] = Path("tq-jax-eval.png"),
+    generated: Annotated[
+        bool, typer.Option("--generated", help="Predict what the model itself writes after each prompt.")
+    ] = False,
     ablation: Annotated[bool, typer.Option("--ablation", help="Compare parts of this package's caches.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that the JSON file has already.")] = False,
     json: JsonTarget = None,
@@ -71,22 +82,28 @@ def evaluate(
     Every text is teacher-forced in chunks that read the cache. This package's caches are real, packed ones; TurboQuant
     as published, KIVI, vLLM's presets, int4 and fp8 are rounded as they store numbers, with the same tokens in full
     precision. Stored bits count scales, zeros and layers left alone. Rows are written to the JSON file as they come.
+    With --generated the text after each prompt is the greedy one of full precision, and the predictions before the
+    first that differs are the text that a cache would share with it.
     Exits 0 only if no rival reaches a lower divergence at equal bits; an ablation claims nothing.
     """
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     console = open_console(json)
     widths, sizes = tuple(parse_bits(bits)), tuple(parse_numbers(windows, int))
     settings = Settings(model or DEFAULT_MODEL, prompt, positions - positions % CHUNK, widths, sizes, ablation)
-    rows = known_rows(json, settings) if resume else []
+    kind = {"model": settings.model, "positions": settings.positions, "prompt": prompt, "ablation": ablation}
+    rows = known_rows(json, kind) if resume else []
     contents = {Path(name).stem: load_text(name) for name in texts.split(",")}
     language_model = load_model(model)
-    payload = {"model": settings.model, "positions": settings.positions, "prompt": prompt, "ablation": ablation}
-    payload |= environment()
+    payload = kind | environment()
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(contents) * len(settings.plan(language_model.decoder)))
-        for name, content in contents.items():
-            progress.update(task, description=name, completed=sum(row["text"] in contents for row in rows))
-            tokens = first_tokens(language_model, name, content, prompt + settings.positions + 1)
+        for stem, content in contents.items():
+            name = f"{stem}, generated" if generated else stem
+            progress.update(task, description=name)
+            tokens = first_tokens(language_model, stem, content, prompt + settings.positions + 1)
+            if generated:
+                tokens = continued(language_model, tokens[:prompt], settings.positions + 1)
+            progress.advance(task, sum(row["text"] == name for row in rows))
             for row in measure_text(language_model.decoder, tokens, settings, name, rows):
                 rows.append(row)
                 progress.advance(task)
@@ -124,28 +141,19 @@ def first_tokens(model: LanguageModel, name: str, content: str, count: int) -> l
     return tokens
 
 
-def known_rows(target: str | None, settings: Settings) -> list[dict[str, Any]]:
-    """Rows of an earlier run that was interrupted.
+def continued(model: LanguageModel, tokens: list[int], count: int) -> list[int]:
+    """A text and what the model adds to it in full precision, the most likely token at a time.
 
     Args:
-        target: Its JSON file; one that does not exist holds none.
-        settings: What is measured now.
-
-    Raises:
-        typer.BadParameter: If there can be no file, or it is of another model or length.
+        model: The model.
+        tokens: The text.
+        count: Tokens to add.
     """
-    if target in (None, "-"):
-        raise typer.BadParameter(f"expected --json PATH with --resume, got {target}")
-    path = Path(str(target))
-    if not path.is_file():
-        return []
-    found = json_format.loads(path.read_text("utf-8"))
-    for name in ("model", "positions", "prompt", "ablation"):
-        if found.get(name) != getattr(settings, name):
-            raise typer.BadParameter(
-                f"expected rows of {name}={getattr(settings, name)!r} in {path}, got {found.get(name)!r}"
-            )
-    return found["rows"]
+    spec = full_scheme(model.decoder, len(tokens) + count, dtype="float32").cache
+    ids = jnp.asarray([tokens], jnp.int32)
+    lengths = jnp.asarray([len(tokens)], jnp.int32)
+    found = generate(model.decoder, ids, lengths, cache_spec=spec, max_new_tokens=count)
+    return tokens + found.sequences()[0]
 
 
 def measure_text(

@@ -1,19 +1,13 @@
 """What each part of this package's caches is worth: from the published algorithm to the defaults, and beside them."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
-import tq_jax as tq
 from tq_jax.evaluate.eval_schemes import SINKS, Packed
-from tq_jax.evaluate.language import Reference, Scheme, fill_cache, published_scheme, tq_scheme
+from tq_jax.evaluate.eval_statistics import Smoothed, Turned
+from tq_jax.evaluate.language import Scheme, published_scheme, tq_scheme
 from tq_jax.models import Decoder
-from tq_jax.statistics import BALANCE
 
 Changes = dict[str, Any]
 """Fields of a cache spec; "key" and "value" are themselves fields to change in their quantizers."""
@@ -50,43 +44,6 @@ SPLITS = (1, -1)
 """Bits given from values to keys."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Smoothed(Packed):
-    """A cache with other weights of channels, of the statistics of the same tokens.
-
-    Attributes:
-        powers: Of the queries' and of the keys' spread.
-    """
-
-    powers: tuple[float, float] = (BALANCE, BALANCE)
-
-    def start(self, decoder: Decoder, reference: Reference) -> tq.Cache:
-        """See `Runner`."""
-        query, key, _ = reference.projections
-        statistics = channel_statistics(query, key[:, self.scheme.cache.sinks :], self.powers)
-        cache = tq.init_cache(self.scheme.cache, batch=decoder.config.num_layers, statistics=statistics)
-        return fill_cache(cache, *reference.projections, jnp.int32(reference.prefix))
-
-
-@functools.partial(jax.jit, static_argnames="powers")
-def channel_statistics(
-    query: Float[Array, "rows n h_q d"], key: Float[Array, "rows m h_kv d"], powers: tuple[float, float]
-) -> tuple[Float[Array, "rows h_kv d"], Float[Array, "rows h_kv d"]]:
-    """Mean of the keys, and the queries' root mean square over the keys' deviation, each to its power.
-
-    Args:
-        query: Queries.
-        key: Keys.
-        powers: Of the queries' spread and of the keys'.
-    """
-    mean = jnp.mean(key, axis=1)
-    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
-    spread = jnp.sqrt(jnp.mean(jnp.square(key - mean[:, None]), axis=1))
-    wanted = jnp.sqrt(jnp.mean(jnp.square(grouped), axis=(1, 3)))
-    floored = [jnp.maximum(x, 1e-2 * jnp.mean(x, axis=-1, keepdims=True)) for x in (wanted, spread)]
-    return mean, floored[0] ** powers[0] / floored[1] ** powers[1]
-
-
 def variants(decoder: Decoder, max_tokens: int, *, bits: Sequence[tuple[float, float]], window: int) -> list[Packed]:
     """This package's caches, the published algorithm, and what lies between and beside them.
 
@@ -106,6 +63,7 @@ def variants(decoder: Decoder, max_tokens: int, *, bits: Sequence[tuple[float, f
         found += [_named(ours, name, changes) for name, changes in OTHERS.items() if window or name != "no sink tokens"]
         for name, powers in POWERS.items():
             found.append(Smoothed(ours, f"{ours.label}, {name}", "ablation", powers))
+        found.append(Turned(ours, f"{ours.label}, mean that turns", "ablation"))
         for moved in SPLITS:
             split = tq_scheme(decoder, max_tokens, key_bits=key_bits + moved, value_bits=value_bits - moved)
             found.append(Packed(_changed(split, exact), name="ablation"))

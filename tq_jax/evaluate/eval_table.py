@@ -13,7 +13,18 @@ def make_table(rows: list[dict[str, Any]], title: str) -> Table:
         title: Name of the text.
     """
     table = Table(title=title, title_justify="left")
-    columns = ("window", "cache", "bits", "KL", "KL 99.9 %", "same top-1", "perplexity", "logits r", "output error")
+    columns = (
+        "window",
+        "cache",
+        "bits",
+        "KL",
+        "KL 99.9 %",
+        "same top-1",
+        "equal tokens",
+        "perplexity",
+        "logits r",
+        "output error",
+    )
     for name in columns:
         table.add_column(name, justify="left" if name == "cache" else "right", no_wrap=True)
     for row in sorted(rows, key=lambda r: (-r["window"], -r["stored_bits_per_element"], r["kl_mean"])):
@@ -23,7 +34,7 @@ def make_table(rows: list[dict[str, Any]], title: str) -> Table:
 
 def one_line(row: dict[str, Any]) -> str:
     """A row as it comes."""
-    names = ("window", "", "bits", "KL", "99.9 %", "top-1", "perplexity", "logits r", "error")
+    names = ("window", "", "bits", "KL", "99.9 %", "top-1", "equal tokens", "perplexity", "logits r", "error")
     cells = (f"{name} {cell}".strip() for name, cell in zip(names, _cells(row), strict=True))
     return f"{row['text']}: " + ", ".join(cells)
 
@@ -36,6 +47,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['kl_mean']:.5f}",
         f"{row['kl_p999']:.4f}",
         f"{row['top1']:.1%}",
+        str(row["same"]),
         f"{row['ppl'] / row['ppl_fp'] - 1:+.2%}",
         f"{row['logit_correlation_worst']:.4f}",
         f"{row['attention_error']:.4f}",

@@ -106,6 +106,7 @@ class Quality:
         kl_mean: Mean of KL(full || scheme), nats.
         kl_p999: 99.9 % quantile of the same.
         top1: Share of positions with the same most likely token.
+        same: Positions before the first whose most likely token differs.
         ppl: Perplexity of the text.
         ppl_fp: Perplexity in full precision.
     """
@@ -114,6 +115,7 @@ class Quality:
     kl_mean: float
     kl_p999: float
     top1: float
+    same: int
     ppl: float
     ppl_fp: float
 
@@ -193,6 +195,7 @@ def measure(decoder: Decoder, reference: Reference, scheme: Runner, *, advance: 
         kl_mean=float(kl.mean()),
         kl_p999=float(np.quantile(kl, 0.999)),
         top1=float(agree.mean()),
+        same=int(np.argmin(agree)) if agree.min() < 1 else agree.size,
         ppl=float(np.exp(nll.mean())),
         ppl_fp=float(np.exp(nll_full.mean())),
     )

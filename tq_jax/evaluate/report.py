@@ -116,6 +116,29 @@ def write_json(payload: dict[str, Any], target: str | None) -> None:
         scratch.replace(path)
 
 
+def known_rows(target: str | None, expected: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a run that was cut off, for `--resume`.
+
+    Args:
+        target: Its JSON file; one that does not exist holds none.
+        expected: What the file must say besides its rows, for them to be of the same kind.
+
+    Raises:
+        typer.BadParameter: If there can be no file, or it is of another run.
+    """
+    if target in (None, "-"):
+        raise typer.BadParameter(f"expected --resume with --json PATH, got --json {target}")
+    path = Path(str(target))
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text("utf-8"))
+    plain = _plain(expected)
+    other = {name: found.get(name) for name in plain if found.get(name) != plain[name]}
+    if other:
+        raise typer.BadParameter(f"expected {target} to be of { ({name: plain[name] for name in other}) }, got {other}")
+    return found["rows"]
+
+
 def environment() -> dict[str, Any]:
     """Where figures come from: device, versions of what is installed, and the commit that the code is of.
 

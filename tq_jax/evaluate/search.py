@@ -1,6 +1,5 @@
 """`tq-jax search`: nearest neighbours found on codes, against the quantizers of faiss at equal bytes."""
 
-import json as files
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import typer
 from rich.table import Table
 
 from tq_jax.evaluate.claims import Claim
-from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, versions, write_json
+from tq_jax.evaluate.report import JsonTarget, environment, known_rows, open_console, progress_bar, versions, write_json
 from tq_jax.evaluate.search_data import SOURCES, DataSet, load
 from tq_jax.evaluate.search_methods import (
     OBLIVIOUS,
@@ -67,7 +66,7 @@ def search(
     source = environment()
     source["versions"] |= versions(["faiss-cpu"])
     source["threads"] = {name: os.environ[name] for name in THREADS if name in os.environ}
-    rows = _recorded(json, source) if resume else []
+    rows = known_rows(json, source) if resume else []
     sets = [load(name) for name in data.split(",")]
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(sets) * len(BITS) * (len(ABLATION) + 3 + len(SCALAR)) + len(sets))
@@ -90,21 +89,6 @@ def search(
         draw(rows, plot)
     if not all(claim.ok for claim in claims):
         raise typer.Exit(1)
-
-
-def _recorded(target: str | None, source: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of a run that was cut off; only those of this machine, these versions and this commit."""
-    if target in (None, "-"):
-        raise typer.BadParameter(f"expected --resume with --json PATH, got --json {target}")
-    path = Path(str(target))
-    if not path.is_file():
-        return []
-    found = files.loads(path.read_text("utf-8"))
-    other = {name: found.get(name) for name in source if found.get(name) != source[name]}
-    if other:
-        wanted = {name: source[name] for name in other}
-        raise typer.BadParameter(f"expected {target} to be of {wanted}, got {other}")
-    return found["rows"]
 
 
 Work = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
