@@ -210,7 +210,7 @@ def _shift_together(plane: Field, out: str, data: str, shift: str) -> str:
 
 
 def shift_ptx(plane: Field, out: str, data: str, shift: str) -> str:
-    """PTX that shifts each of four bytes down by its own number of fields; its highest fields become the neighbour's."""
+    """PTX that shifts each of four bytes down by its own number of fields; its top bits become the neighbour's."""
     text = f"mov.b32 {out}, {data};\n"
     for bit in range(plane.last.bit_length()):
         # Triton also chooses layouts whose four elements of a thread are no neighbours.
