@@ -41,16 +41,24 @@ class Field:
         width: Bits of a field.
         field: Static number of the field.
         shift: int8 tile of fields to add for each element; None for zero.
+        last: Largest shift.
     """
 
     data: jax.Array
     width: int
     field: int
     shift: jax.Array | None
+    last: int = 0
 
 
 def codebook_tile(
-    planes: Sequence[Field], book: Codebook, *, interpret: bool, mixed: int | None = None, again: bool = False
+    planes: Sequence[Field],
+    book: Codebook,
+    *,
+    interpret: bool,
+    mixed: int | None = None,
+    again: bool = False,
+    apart: bool = False,
 ) -> jax.Array:
     """The int8 integers m of a tile of codebook codes; the centroid is (m + 1/2) * book.step.
 
@@ -63,6 +71,7 @@ def codebook_tile(
         interpret: Whether to compute in jnp.
         mixed: None for this tile; 0 or 1 for a half of it and of its partner, mixed as `mixed_index` says.
         again: Whether the compiler shall not see that this tile was looked up before.
+        apart: Whether the four elements of a register may be of different fields.
 
     Returns:
         int8, in the shape of the planes' tiles.
@@ -76,7 +85,7 @@ def codebook_tile(
         return integers(_codes(planes), book) if mixed is None else _mixed_twin(planes, book, mixed)
     if book.bits == 8:
         return lax.bitcast_convert_type(planes[0].data, jnp.int8) if not again else _inline(planes, "mov.b32 $0, p0;")
-    return _inline(planes, lookup_ptx(book, [plane.field for plane in planes], mixed), again=again)
+    return _inline(planes, lookup_ptx(book, [plane.field for plane in planes], mixed), again=again, apart=apart)
 
 
 def lookup_ptx(book: Codebook, fields: Sequence[int], mixed: int | None = None) -> str:
@@ -102,11 +111,11 @@ def _mixed_twin(planes: Sequence[Field], book: Codebook, half: int) -> jax.Array
     return jnp.where(partner[None, :], second, first)
 
 
-def integer_tile(plane: Field, *, interpret: bool, again: bool = False) -> jax.Array:
-    """Unsigned codes less 2**(width - 1) as an int8 tile (for min-max groups)."""
+def integer_tile(plane: Field, *, interpret: bool, again: bool = False, apart: bool = False) -> jax.Array:
+    """Unsigned codes less 2**(width - 1) as an int8 tile (for min-max groups); see `codebook_tile`."""
     if interpret:
         return lax.bitcast_convert_type(_codes([plane]), jnp.int8) - jnp.int8(1 << (plane.width - 1))
-    return _inline([plane], integer_ptx(plane.width, plane.field), again=again)
+    return _inline([plane], integer_ptx(plane.width, plane.field), again=again, apart=apart)
 
 
 def integer_ptx(width: int, field: int) -> str:
@@ -170,7 +179,7 @@ def _codes(planes: Sequence[Field]) -> jax.Array:
     return codes
 
 
-def _inline(planes: Sequence[Field], body: str, *, again: bool = False) -> jax.Array:
+def _inline(planes: Sequence[Field], body: str, *, again: bool = False, apart: bool = False) -> jax.Array:
     """Runs PTX over registers of four elements; it reads p0, p1 (planes), writes $0 and may use a, b, c, d, t, u."""
     arguments, prologue = [], ""
     shape = planes[0].data.shape
@@ -179,12 +188,9 @@ def _inline(planes: Sequence[Field], body: str, *, again: bool = False) -> jax.A
         if plane.shift is None:
             prologue += f"mov.b32 p{i}, ${len(arguments)};\n"
             continue
-        # Four neighbours of a register lie in one run of fields, so the first one's shift is everyone's.
         arguments.append(plane.shift)
-        prologue += f"and.b32 t, ${len(arguments)}, 31;\n"
-        if plane.width > 1:
-            prologue += f"mul.lo.u32 t, t, {plane.width};\n"
-        prologue += f"shr.b32 p{i}, ${len(arguments) - 1}, t;\n"
+        data, shift = f"${len(arguments) - 1}", f"${len(arguments)}"
+        prologue += shift_ptx(plane, f"p{i}", data, shift) if apart else _shift_together(plane, f"p{i}", data, shift)
     body += "\n// again" if again else ""
     text = "{\n.reg .b32 p0, p1, a, b, c, d, t, u;\n" + prologue + body + "\n}"
     [out] = plt.elementwise_inline_asm(
@@ -195,6 +201,21 @@ def _inline(planes: Sequence[Field], body: str, *, again: bool = False) -> jax.A
         result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.int8)],
     )
     return out
+
+
+def _shift_together(plane: Field, out: str, data: str, shift: str) -> str:
+    """PTX that shifts four neighbours, which lie in one run of fields, by what the first one shall be."""
+    times = f"mul.lo.u32 t, t, {plane.width};\n" if plane.width > 1 else ""
+    return f"and.b32 t, {shift}, 31;\n{times}shr.b32 {out}, {data}, t;\n"
+
+
+def shift_ptx(plane: Field, out: str, data: str, shift: str) -> str:
+    """PTX that shifts each of four bytes down by its own number of fields; its top bits become the neighbour's."""
+    text = f"mov.b32 {out}, {data};\n"
+    for bit in range(plane.last.bit_length()):
+        # Triton also chooses layouts whose four elements of a thread are no neighbours.
+        text += _spread(shift, bit) + f"shr.b32 u, {out}, {plane.width << bit};\nlop3.b32 {out}, t, u, {out}, 0xca;\n"
+    return text
 
 
 def _repeat(byte: int) -> str:

@@ -76,7 +76,8 @@ def load_fields(ref: Any, part: Part, where: tuple, axis: int, shifts: dict, pla
             key = (start, tile.start % size, tile.width, tile.valid)
             if key not in loaded:
                 loaded[key] = _load_bytes(ref, where, part, (width, start, size), tile, axis, shifts, plan)
-            fields.append(Field(loaded[key][0], width, field, loaded[key][1]))
+            last = (tile.start % size + tile.width - 1) // size
+            fields.append(Field(loaded[key][0], width, field, loaded[key][1], last))
         out.append(fields)
     return out
 

@@ -28,7 +28,7 @@ def centroid_tile(planes: Sequence[Field], book: Codebook, scale: jax.Array, *, 
         scale: float16, of a shape that broadcasts to the tile's.
         interpret: Whether to compute in jnp.
     """
-    m = codebook_tile(planes, book, interpret=interpret)
+    m = codebook_tile(planes, book, interpret=interpret, apart=True)
     return _affine(m, scale, scale * (0.5 / UNIT), unit=UNIT, interpret=interpret)
 
 
@@ -37,7 +37,11 @@ def min_max_tile(planes: Sequence[Field], scale: jax.Array, zero: jax.Array, *, 
     [plane] = planes
     middle = float(1 << (plane.width - 1))
     return _affine(
-        integer_tile(plane, interpret=interpret), scale, zero + scale * middle, unit=1.0, interpret=interpret
+        integer_tile(plane, interpret=interpret, apart=True),
+        scale,
+        zero + scale * middle,
+        unit=1.0,
+        interpret=interpret,
     )
 
 

@@ -23,9 +23,6 @@ from pallas_kernels.prefill.config import PrefillConfig, default_config, num_spl
 from pallas_kernels.prefill.half import UNIT
 from pallas_kernels.prefill.triton_body import FLOOR, LOG2_E, MARKS, Inputs, Plan, attend
 
-COMPARED_DIMS, COMPARED_PAGES = (64, 128), 64
-"""Head dims, and a divisor of page sizes, that agreed with the reference on an H100."""
-
 LARGEST = 65504.0
 """Largest float16; queries beyond it, times what logits are multiplied by, are taken for it."""
 
@@ -190,10 +187,7 @@ def check_supported(
     value_format: VectorFormat,
     config: PrefillConfig | None,
 ) -> None:
-    """Raises NotImplementedError, naming value and limit, for what the kernel does not do.
-
-    With a configuration the caller answers for what has not been compared on a GPU.
-    """
+    """Raises NotImplementedError, naming value and limit, for what the kernel does not do."""
     batch, _, heads, dim = query_shape
     kv_heads, page_size = pages.keys.packed.shape[1:3]
     if heads // kv_heads > decode.MAX_GROUP:
@@ -202,27 +196,9 @@ def check_supported(
         )
     # Formats, dims and pools have the limits of the decode kernel, whatever the number of query rows.
     decode.check_supported((batch, 1, kv_heads, dim), pages, key_format, value_format, None)
-    given = config
     config = config_for(query_shape, pages, key_format, value_format) if config is None else config
     if page_size % config.tile and config.tile % page_size:
         raise NotImplementedError(
             f"the Triton kernel reads pages of a multiple of 16 tokens that divide {config.tile} or are a multiple of "
             f"it, got {page_size=}"
         )
-    if given is None:
-        _check_compared(dim, page_size, key_format, value_format)
-
-
-def _check_compared(dim: int, page_size: int, key_format: VectorFormat, value_format: VectorFormat) -> None:
-    """Raises NotImplementedError for what has not agreed with the reference on a GPU, though it does interpreted."""
-    if dim not in COMPARED_DIMS or value_format.dim not in COMPARED_DIMS:
-        raise NotImplementedError(
-            f"long chunks were compared on a GPU for head dims {COMPARED_DIMS}, got {dim} and {value_format.dim}"
-        )
-    if page_size % COMPARED_PAGES:
-        raise NotImplementedError(
-            f"long chunks were compared on a GPU for pages of a multiple of {COMPARED_PAGES} tokens, got {page_size=}"
-        )
-    for fmt in (key_format, value_format):
-        if not isinstance(fmt, CodebookFormat) or fmt.residual or len(fmt.segments) > 1:
-            raise NotImplementedError(f"long chunks were compared on a GPU for mse codes of one width, got {fmt}")

@@ -38,6 +38,7 @@ OPERATIONS = {
     "sub.u32": lambda a, b: a - b,
     "mul.lo.u32": lambda a, b: a * b,
     "prmt.b32": prmt,
+    "lop3.b32": lambda a, b, c, table: {0xCA: a & b | ~a & c}[table],
 }
 
 
@@ -91,6 +92,19 @@ def test_ptx_of_plain_and_mixed_tiles(bits, dim):
                 registers[f"p{p}"] = words(data[i : i + 4])[0] >> int(shift[i]) * width
             np.testing.assert_array_equal(int8s(emulate(ptx, **registers)), wanted[i : i + 4])
     assert mixed == (0 if bits == 1 or not part.words else len(part.tiles))
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_ptx_of_four_elements_of_different_fields(width):
+    """Triton lays tiles out as it likes: a thread's four elements need not be neighbours."""
+    rng = np.random.default_rng(width)
+    for last in range(1, 8 // width):
+        plane = lt.Field(data=None, width=width, field=0, shift=None, last=last)
+        data, shift = rng.integers(0, 256, 4).astype(np.uint8), rng.integers(0, last + 1, 4)
+        ptx = lt.shift_ptx(plane, "$0", "$1", "$2")
+        got = np.array(emulate(ptx, **{"$1": words(data)[0], "$2": words(shift)[0]}), "<u4").reshape(1).view(np.uint8)
+        kept = 8 - last * width
+        np.testing.assert_array_equal(got % 2**kept, (data >> (shift * width)) % 2**kept)
 
 
 @pytest.mark.parametrize("width", [2, 4])
