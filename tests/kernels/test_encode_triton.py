@@ -201,11 +201,14 @@ def test_limits_are_named():
         encoder(make_quantizer(spec))
         for spec in (QuantizerSpec(64, 4), QuantizerSpec(64, 4, kind="prod"), QuantizerSpec(48, 4))
     )
+    seven = encoder(make_quantizer(QuantizerSpec(64, 8, kind="prod")))
     groups = Encoder(None, None, GroupFormat(96, 4, 48))
 
     def pages(value, count=1):
         return jax.eval_shape(lambda: empty_pages(count, 8, 64, four.format, value.format))
 
+    with pytest.raises(NotImplementedError, match=r"codes of \(0, 1, .* bits, got \[7\]"):
+        check_supported(pages(four), seven, four)
     for match, value, count in [
         ("groups of a power of two, got group=48", groups, 1),
         ("values without a sketch, got a residual", prod, 1),
@@ -224,6 +227,8 @@ def test_default_tiles():
 
     assert [config(tokens, 128, 4) for tokens in (1, 100)] == [TileConfig(16, 1), TileConfig(32, 2)]
     assert [config(4096, 256, 4, search=search) for search in (False, True)] == [TileConfig(16, 2), TileConfig(16, 8)]
-    assert config(4096, 128, 4, rotation="haar") == config(4096, 128, 4, kind="prod") == TileConfig(32, 8)
+    assert config(4096, 128, 4, kind="prod") == TileConfig(32, 2)
+    assert config(4096, 128, 4, rotation="haar") == TileConfig(32, 8)
+    assert config(4096, 256, 4, kind="prod") == config(4096, 80, 4, kind="prod") == TileConfig(16, 8)
     assert config(4096, 128, 2.5) == TileConfig(16, 8, 128)
     assert config(4096, 192, 3) == TileConfig(16, 8)

@@ -18,7 +18,7 @@ from pallas_kernels.gate import ARCHITECTURES, Compiled, compile_for, missing
 from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
 
 MOST_REGISTERS = 255
-SOURCES = {name: f"tq_jax.evaluate.gate_{name}" for name in ("decode", "prefill", "encode", "attend")}
+SOURCES = {name: f"tq_jax.evaluate.gate_{name}" for name in ("decode", "prefill", "encode", "append", "attend")}
 """Modules whose `cases()` are compiled, by operation."""
 
 

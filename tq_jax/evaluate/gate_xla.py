@@ -23,11 +23,14 @@ from pallas_kernels._compat import lower_for_cuda, triton_kernels
 from tq_jax.evaluate.gate import Case, all_cases
 
 ARCHITECTURE = "sm_90a"
-PACKAGES = "jax-cuda13-pjrt", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm"
+PACKAGES = "jax-cuda13-pjrt", "jax-cuda13-plugin", "nvidia-cuda-nvcc"
 CASES = {
     "attend dim 128",
-    "encode V4",
+    "append dim 128",
+    "append one token",
     "encode K4 haar",
+    "encode prod 3",
+    "encode V4 search, 32 rows",
     "decode K4/V4",
     *(f"prefill K{b}/V{b}, sm_90" for b in (2, 3, 4)),
 }
