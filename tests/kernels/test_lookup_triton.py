@@ -62,6 +62,19 @@ def int8s(word):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_ptx_of_levels_of_codes(bits):
+    """What encoding subtracts from vectors: levels by the codes, signs by the vectors."""
+    book, rng = codebook(128, bits), np.random.default_rng(bits)
+    for codes in rng.integers(0, 2**bits, (20, 4)).astype(np.uint8):
+        negative = codes >> (bits - 1) == 1
+        y = np.where(negative, -1, 1) * rng.uniform(0.1, 9, 4).astype(np.float32)
+        registers = {f"${4 + i}": int(w) for i, w in enumerate(y.astype(np.float32).view(np.uint32))}
+        found = [emulate(level_ptx(book), f"${i}", **registers, **{"$8": words(codes)[0]}) for i in range(4)]
+        want = np.asarray(integers(jnp.asarray(codes), book)) + np.float32(0.5)
+        np.testing.assert_array_equal(np.array(found, np.uint32).view(np.float32), want)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("dim", [64, 80, 128])
 def test_ptx_of_plain_and_mixed_tiles(bits, dim):
     book = codebook(dim, bits)
@@ -112,16 +125,3 @@ def test_tiles_cover_every_channel_once(dim, bits):
         assert channels == list(range(dim))
     parts = value_parts(GroupFormat(dim, 4, 16))
     assert [c for p in parts for t in p.tiles for c in range(t.start, t.start + t.valid)] == list(range(dim))
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_ptx_of_levels_of_codes(bits):
-    """What encoding subtracts from vectors: levels by the codes, signs by the vectors."""
-    book, rng = codebook(128, bits), np.random.default_rng(bits)
-    for codes in rng.integers(0, 2**bits, (20, 4)).astype(np.uint8):
-        negative = codes >> (bits - 1) == 1
-        y = np.where(negative, -1, 1) * rng.uniform(0.1, 9, 4).astype(np.float32)
-        registers = {f"${4 + i}": int(w) for i, w in enumerate(y.astype(np.float32).view(np.uint32))}
-        found = [emulate(level_ptx(book), f"${i}", **registers, **{"$8": words(codes)[0]}) for i in range(4)]
-        want = np.asarray(integers(jnp.asarray(codes), book)) + np.float32(0.5)
-        np.testing.assert_array_equal(np.array(found, np.uint32).view(np.float32), want)
