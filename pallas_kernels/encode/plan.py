@@ -59,8 +59,8 @@ class Inputs:
         weight: Likewise.
         matrices: Planes [padded dim, padded channels] of each segment's rotation; empty without one.
         packers: fp16 [padded channels, padded bytes] of each plane of each segment.
-        sketch: fp16 planes [padded dim, padded dim] of the transposed sketch; empty without one.
-        signs: fp16 packer of the sketch's signs, or None.
+        sketch: fp16 planes [padded dim, 8 * padded bytes] of the transposed sketch, columns in the order of the bits of
+            their signs: bit 0 of every byte first; empty without one.
         inverse: 1 / the multiples of a search, or None.
     """
 
@@ -71,5 +71,4 @@ class Inputs:
     matrices: tuple
     packers: tuple
     sketch: tuple
-    signs: Any
     inverse: Any

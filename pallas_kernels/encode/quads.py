@@ -22,8 +22,11 @@ Quad = Sequence[jax.Array]
 GAIN = 512.0
 """What differences of half-precision numbers from thresholds are multiplied by: one at the least, if not zero."""
 
-LARGEST_SEARCHED = 128
-"""Channels of vectors that fit into registers, with what a search needs beside them."""
+LARGEST_HELD = 128
+"""Channels of vectors that fit into registers with what a search, or a residual, needs beside them."""
+
+LARGEST_TABLE = 8
+"""Levels that one instruction finds."""
 
 LEAST_WIDTH, LEAST_THRESHOLD, LARGEST_THRESHOLD = 16, 4.0, 127.0
 
@@ -31,16 +34,18 @@ LEAST_WIDTH, LEAST_THRESHOLD, LARGEST_THRESHOLD = 16, 4.0, 127.0
 def tile_width(encoder: Encoder) -> int:
     """Channels of the tiles of consecutive channels that make quads; 0 if quads do not hold these vectors."""
     fmt = encoder.format
-    if not isinstance(fmt, CodebookFormat) or fmt.residual or len(fmt.segments) != 1:
+    if not isinstance(fmt, CodebookFormat) or len(fmt.segments) != 1:
         return 0
     [book] = fmt.segments
+    if fmt.residual and (len(book.levels) > LARGEST_TABLE or not encoder.hadamard):
+        return 0
     # A byte of a 1-bit plane holds eight channels, of two quads.
     least = 8 if 1 in plane_widths(book.bits) else 4
-    if book.bits < 2 or book.dim & (book.dim - 1) or book.dim // least < LEAST_WIDTH:
+    if book.dim & (book.dim - 1) or book.dim // least < LEAST_WIDTH:
         return 0
-    if book.bits < 8 and not LEAST_THRESHOLD <= book.thresholds[0] <= book.thresholds[-1] <= LARGEST_THRESHOLD:
+    if book.bits < 8 and not all(LEAST_THRESHOLD <= t <= LARGEST_THRESHOLD for t in book.thresholds):
         return 0
-    if book.dim > LARGEST_SEARCHED and encoder.search:
+    if book.dim > LARGEST_HELD and (encoder.search or fmt.residual):
         return 0
     return LEAST_WIDTH if encoder.hadamard else book.dim // least
 
@@ -49,6 +54,11 @@ def quads(tiles: Sequence[jax.Array]) -> list[Quad]:
     """The quads of the tiles of consecutive runs of channels."""
     apart = len(tiles) // 4
     return [tiles[i::apart] for i in range(apart)]
+
+
+def tiles(parts: Sequence[Quad]) -> list[jax.Array]:
+    """The tiles that `quads` took."""
+    return [part[i] for i in range(4) for part in parts]
 
 
 def squares(parts: Sequence[Quad], *, interpret: bool) -> jax.Array:
@@ -89,8 +99,63 @@ def _encoded(
     return [x[2] for x in found if codes], jnp.sum(along, axis=1), jnp.sum(squared, axis=1)
 
 
+def residuals(
+    parts: Sequence[Quad],
+    factor: jax.Array,
+    found: Sequence[jax.Array],
+    gain: jax.Array,
+    book: Codebook,
+    interpret: bool,
+) -> list[Quad]:
+    """Rows y times their factors less the levels of their codes times their gains."""
+    if not found:
+        return scaled(parts, factor)
+    levels = _interpreted_levels if interpret else _compiled_levels
+    out = []
+    for quad, code in zip(scaled(parts, factor), found, strict=True):
+        out.append([y - level * gain[:, None] for y, level in zip(quad, levels(quad, code, book), strict=True)])
+    return out
+
+
+def _compiled_levels(quad: Quad, code: jax.Array, book: Codebook) -> list[jax.Array]:
+    text = "{\n.reg .b32 a, b, c, h, l;\n" + level_ptx(book) + "\n}"
+    constraints = ",".join(["=&f"] * 4 + ["f"] * 4 + ["r"])
+    return elementwise_assembly(text, constraints, [*quad, code], (jnp.float32,) * 4)
+
+
+def level_ptx(book: Codebook) -> str:
+    """PTX for the levels $0 to $3 of the codes in the bytes of $8, with the signs of $4 to $7."""
+    # Tables of the upper and of the next byte of a float; the others are zero.
+    levels = np.zeros(LARGEST_TABLE, np.float32)
+    levels[: len(book.levels)] = np.asarray(book.levels) + 0.5
+    tables = levels.view(np.uint8).reshape(LARGEST_TABLE, 4)
+    lines = [f"and.b32 a, $8, 0x{0x01010101 * (len(book.levels) - 1):08X};", "shr.u32 b, a, 4;", "or.b32 a, a, b;"]
+    lines.append("prmt.b32 a, a, a, 0x0020;")
+    for name, byte in (("h", 3), ("l", 2)):
+        low, high = np.ascontiguousarray(tables[:, byte]).view(np.uint32)
+        lines.append(f"mov.b32 b, 0x{low:08X};\nmov.b32 c, 0x{high:08X};\nprmt.b32 {name}, b, c, a;")
+    for i in range(4):
+        # Zeros are the sign of the upper byte.
+        lines.append(f"prmt.b32 b, h, l, 0x{i:X}{4 + i:X}{8 + i:X}{8 + i:X};\nmov.b32 c, ${4 + i};")
+        lines.append(f"and.b32 c, c, 0x80000000;\nor.b32 b, b, c;\nmov.b32 ${i}, b;")
+    return "\n".join(lines)
+
+
+def _interpreted_levels(quad: Quad, code: jax.Array, book: Codebook) -> list[jax.Array]:
+    """What `level_ptx` gives."""
+    out = []
+    for i, y in enumerate(quad):
+        index, level = (code >> (8 * i)) & (len(book.levels) - 1), jnp.full(y.shape, book.levels[0] + 0.5, jnp.float32)
+        for k, gap in enumerate(np.diff(book.levels)):
+            level = level + jnp.where(index > k, np.float32(gap), np.float32(0))
+        out.append(jnp.where(y < 0, -level, level))
+    return out
+
+
 def packed(found: Sequence[jax.Array], bits: int) -> list[tuple[int, jax.Array]]:
     """Bytes, in the low bits of int32, of runs of consecutive bytes of a vector, and the first byte of each run."""
+    if not found:
+        return []
     out, first, shift, size = [], 0, 0, found[0].shape[1]
     for width in plane_widths(bits):
         fields = [(code >> shift) & (((1 << width) - 1) * 0x01010101) if width < bits else code for code in found]

@@ -56,11 +56,11 @@ def cut(x: jax.Array, planes: int) -> list[jax.Array]:
     return [high] if planes == 1 else [high, (x - high.astype(jnp.float32)).astype(jnp.float16)]
 
 
-def product(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> jax.Array:
-    """The product of two matrices in planes; that of both low ones is below rounding."""
+def product(left: Sequence[jax.Array], right: Sequence[jax.Array], start: jax.Array | None = None) -> jax.Array:
+    """The product of two matrices in planes, plus a start; that of both low ones is below rounding."""
     pairs = [(a, b) for i, b in enumerate(right) for j, a in enumerate(left) if i + j < 2]
     dot = [lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32) for a, b in pairs]
-    return sum(dot[1:], dot[0])
+    return sum(dot[1:], dot[0]) if start is None else sum(dot, start)
 
 
 def rotated(x: Inputs, rows: list[list[jax.Array]], at: Place, segment: int, channel: int, plan: Plan) -> jax.Array:
@@ -69,15 +69,14 @@ def rotated(x: Inputs, rows: list[list[jax.Array]], at: Place, segment: int, cha
         dim = plan.fmt.segments[segment].dim  # pyright: ignore[reportAttributeAccessIssue]
         tile = load(x, at, channel, padded_size(dim), plan)
         return mask_channels(tile, dim)
-    return times_columns(rows, x.matrices[segment], 0, x.matrices[segment][0].shape[1], plan)
+    return times_columns(rows, x.matrices[segment], slice(None))
 
 
-def times_columns(rows: list[list[jax.Array]], matrix: Sequence[Any], start: int, width: int, plan: Plan) -> jax.Array:
-    """Vectors times columns start to start + width of a matrix."""
-    y = None
+def times_columns(rows: list[list[jax.Array]], matrix: Sequence[Any], columns: Any) -> jax.Array:
+    """Vectors, planes of runs of channels of one width, times columns of a matrix in planes."""
+    y, width = None, rows[0][0].shape[1]
     for i, planes in enumerate(rows):
-        columns = slice(start, start + width)
-        part = product(planes, [ref[i * plan.chunk : (i + 1) * plan.chunk, columns] for ref in matrix])
+        part = product(planes, [ref[i * width : (i + 1) * width, columns] for ref in matrix])
         y = part if y is None else y + part
     assert y is not None
     return y

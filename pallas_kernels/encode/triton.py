@@ -25,6 +25,12 @@ from pallas_kernels.packing import pack, packed_bytes, plane_widths
 DIMS = (64, 80, 96, 128, 192, 256)
 """Head dims that are tested."""
 
+BITS = (0, 1, 2, 3, 4, 5, 8)
+"""Widths of codes; those of 7 bits, of Prod with 8, would not fit into registers."""
+
+LEAST_COLUMNS = 64
+"""Bytes of a packing product, eight a warp: one without would do over all that leads to the codes."""
+
 LEAST_ROW = 16
 """Rows of fewer tokens share their tiles."""
 
@@ -96,14 +102,15 @@ def encode_pool(
         interpret: Whether to run the kernel as jnp.
     """
     rows, tokens, heads, dim = x.shape
+    fmt = encoder.format
     if 0 in (rows, tokens, heads) or not pool.scale.size:
         return pool
     flat = tokens < LEAST_ROW
     config = config or default_config(rows * tokens if flat else tokens, encoder)
     plan = Plan(
-        fmt=encoder.format,
+        fmt=fmt,
         scale=encoder.scale,
-        search=encoder.search,
+        search=encoder.search and any(book.bits > 1 for book in getattr(fmt, "segments", ())),
         factor=float(np.float32(dim**-0.5)) if encoder.hadamard else 1 / MATRIX_GAIN,
         channel_major=channel_major,
         page_size=pool.scale.shape[-1],
@@ -141,12 +148,12 @@ def _vector_planes(x: Array, encoder: Encoder, *, centred: bool) -> int:
 
 
 def _inputs(x: Array, slots: Array, encoder: Encoder, mean: Array | None, weight: Array | None, plan: Plan) -> Inputs:
-    fmt = encoder.format
+    fmt = plan.fmt
     matrices: list[tuple[Array, ...]] = []
     if isinstance(fmt, GroupFormat):
         packers = [_packers(fmt.dim, fmt.bits)]
     else:
-        packers = [_packers(book.dim, book.bits) for book in fmt.segments]
+        packers = [_packers(book.dim, book.bits, LEAST_COLUMNS) for book in fmt.segments]
         start = 0
         matrix = encoder.matrix
         for book in fmt.segments if matrix is not None else ():
@@ -155,7 +162,6 @@ def _inputs(x: Array, slots: Array, encoder: Encoder, mean: Array | None, weight
                 part = part[:, : plan.width]
             matrices.append(_planes(part, encoder.hadamard, bfloat16=plan.planes == 0))
             start += book.dim
-    sketch = None if encoder.sketch is None else encoder.sketch.T
     inverse = np.pad(INVERSE_MULTIPLES, (0, 64 - len(INVERSE_MULTIPLES)))
     return Inputs(
         x=x,
@@ -164,10 +170,16 @@ def _inputs(x: Array, slots: Array, encoder: Encoder, mean: Array | None, weight
         weight=None if weight is None else weight.astype(jnp.float32),
         matrices=tuple(matrices),
         packers=tuple(packers),
-        sketch=() if sketch is None else _planes(sketch, False, bfloat16=False),
-        signs=None if sketch is None else _packers(fmt.dim, 1)[0],
-        inverse=jnp.asarray(inverse) if encoder.search else None,
+        sketch=() if encoder.sketch is None else _planes(_by_bits(encoder.sketch.T), False, bfloat16=False),
+        inverse=jnp.asarray(inverse) if plan.search else None,
     )
+
+
+def _by_bits(columns: Float[Array, "m n"]) -> Float[Array, "m padded"]:
+    """Columns by the bit that they are in a packed plane of single bits, padded to whole tiles of bytes."""
+    size = columns.shape[1] // 8
+    split = columns.reshape(-1, 8, size)
+    return jnp.pad(split, ((0, 0), (0, 0), (0, padded_size(8 * size) // 8 - size))).reshape(columns.shape[0], -1)
 
 
 def _planes(matrix: Float[Array, "m n"], signs: bool, *, bfloat16: bool) -> tuple[Array, ...]:
@@ -181,7 +193,7 @@ def _planes(matrix: Float[Array, "m n"], signs: bool, *, bfloat16: bool) -> tupl
 
 
 @functools.lru_cache(maxsize=64)
-def _packer_tables(dim: int, bits: int) -> tuple[np.ndarray, ...]:
+def _packer_tables(dim: int, bits: int, least: int) -> tuple[np.ndarray, ...]:
     """Of each plane, what `pack` makes of a 1 in each channel, padded: the matrix that packs."""
     tables, start = [], 0
     with jax.ensure_compile_time_eval():
@@ -190,13 +202,15 @@ def _packer_tables(dim: int, bits: int) -> tuple[np.ndarray, ...]:
             first = packed_bytes(dim, bits & -(2 * width)) if width < 8 else 0
             table = np.asarray(units)[:, first : first + packed_bytes(dim, width)]
             rows, columns = table.shape
-            tables.append(np.pad(table, ((0, padded_size(rows) - rows), (0, padded_size(columns) - columns))))
+            tables.append(
+                np.pad(table, ((0, padded_size(rows) - rows), (0, max(least, padded_size(columns)) - columns)))
+            )
             start += width
     return tuple(table.astype(np.float16) for table in tables)
 
 
-def _packers(dim: int, bits: int) -> tuple[Array, ...]:
-    return () if bits in (0, 8) else tuple(jnp.asarray(table) for table in _packer_tables(dim, bits))
+def _packers(dim: int, bits: int, least: int = 0) -> tuple[Array, ...]:
+    return () if bits in (0, 8) else tuple(jnp.asarray(table) for table in _packer_tables(dim, bits, least))
 
 
 def check_supported(pages: Pages, key: Encoder, value: Encoder) -> None:
@@ -204,6 +218,10 @@ def check_supported(pages: Pages, key: Encoder, value: Encoder) -> None:
     for fmt in (key.format, value.format):
         if fmt.dim not in DIMS:
             raise NotImplementedError(f"the Triton kernel encodes head dims {DIMS}, got {fmt.dim}")
+        if isinstance(fmt, CodebookFormat) and any(book.bits not in BITS for book in fmt.segments):
+            raise NotImplementedError(
+                f"the Triton kernel encodes codes of {BITS} bits, got {[book.bits for book in fmt.segments]}"
+            )
         if isinstance(fmt, GroupFormat) and fmt.group & (fmt.group - 1):
             raise NotImplementedError(f"the Triton kernel encodes groups of a power of two, got group={fmt.group}")
     if isinstance(value.format, CodebookFormat) and value.format.residual:

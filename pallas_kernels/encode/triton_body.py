@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.encode import cells, quads
 from pallas_kernels.encode.assembly import MAGIC, MAGIC_BITS, above, floor, perform
 from pallas_kernels.encode.plan import Inputs, Plan
 from pallas_kernels.encode.reference import COARSE, FINE, LEAST_GROUP_SCALE, OWN_STEP, scale_of
-from pallas_kernels.encode.rotation import cut, hadamard_tiles, product, rotated, row_scale, times_columns, vectors
+from pallas_kernels.encode.residual import store_residual
+from pallas_kernels.encode.rotation import hadamard_tiles, rotated, row_scale, times_columns, vectors
 from pallas_kernels.encode.tiles import Place, find_place, load, mask_channels, padded_size, store_bytes, store_scalar
 from pallas_kernels.format import Codebook, CodebookFormat, GroupFormat
 from pallas_kernels.packing import packed_bytes, plane_widths
@@ -60,7 +60,8 @@ def _encode_segments(x: Inputs, pool: Any, at: Place, fmt: CodebookFormat, plan:
         if book.bits:
             _store_code(pool.packed, code, x.packers[i], book.bits, book.dim, byte, at, plan)
         if residual is not None:
-            _store_residual(x, pool, residual, at, fmt, plan)
+            up, down = row_scale([jnp.max(jnp.abs(residual), axis=1)])
+            store_residual(x, pool, [residual * up[:, None]], down, at, fmt, plan)
         byte, channel = byte + packed_bytes(book.dim, book.bits), channel + book.dim
 
 
@@ -94,17 +95,30 @@ def _quantize(
 
 def _encode_quads(x: Inputs, pool: Any, at: Place, plan: Plan) -> None:
     """Encodes vectors that quads hold."""
-    book, interpret = plan.fmt.segments[0], plan.interpret  # pyright: ignore[reportAttributeAccessIssue]
+    fmt, interpret = plan.fmt, plan.interpret
+    assert isinstance(fmt, CodebookFormat)
+    [book] = fmt.segments
     parts, factor, norm = _rotated_quads(x, at, plan)
     if norm is None:
         norm = perform("sqrt.approx.f32", quads.squares(parts, interpret=interpret), interpret=interpret) * factor
-    inverse = perform("rcp.approx.f32", jnp.where(norm > 0, norm, 1.0) * book.step, interpret=interpret)
-    encode = _in_bytes if cells.offset(book) is not None and not interpret else _in_floats
-    codes, along, squared = encode(x, parts, factor * inverse, book, plan)
-    scale = _scale_of(norm, along, squared, book, plan)
-    store_scalar(pool.scale, scale.astype(plan.fmt.scale_dtype), at, None)
+    codes, scale = [], norm
+    in_bytes = cells.offset(book) is not None and not interpret
+    if book.bits:
+        inverse = perform("rcp.approx.f32", jnp.where(norm > 0, norm, 1.0) * book.step, interpret=interpret)
+        encode = _in_bytes if in_bytes else _in_floats
+        parts, codes, along, squared = encode(x, parts, factor * inverse, book, plan)
+        scale = _scale_of(norm, along, squared, book, plan)
+    scale = scale.astype(fmt.scale_dtype)
+    store_scalar(pool.scale, scale, at, None)
     for byte, data in quads.packed(codes, book.bits):
         store_bytes(pool.packed, data.astype(jnp.uint8), plan.width, byte, at, channel_major=plan.channel_major)
+    if fmt.residual:
+        # Residuals are shorter than their vectors, but not by so much that planes would lose bits.
+        up, down = row_scale([norm])
+        steps = book.step / (cells.SMALL if in_bytes else 1.0)
+        gain = scale.astype(jnp.float32) * (book.step * up)
+        rest = quads.residuals(parts, norm * up * steps if plan.search else factor * up, codes, gain, book, interpret)
+        store_residual(x, pool, quads.tiles(rest), down, at, fmt, plan)
 
 
 def _rotated_quads(x: Inputs, at: Place, plan: Plan) -> tuple[list[quads.Quad], jax.Array, jax.Array | None]:
@@ -116,26 +130,26 @@ def _rotated_quads(x: Inputs, at: Place, plan: Plan) -> tuple[list[quads.Quad], 
     width = plan.width
     starts = range(0, plan.fmt.dim, width)
     if x.matrices:
-        tiles = [times_columns(rows, x.matrices[0], start, width, plan) for start in starts]
+        tiles = [times_columns(rows, x.matrices[0], slice(start, start + width)) for start in starts]
     else:
         # Adding zero leaves no negative zero.
         tiles = [load(x, at, start, width, plan).astype(jnp.float32) + 0.0 for start in starts]
     return quads.quads(tiles), factor, None
 
 
-Encoded = tuple[list[jax.Array], jax.Array, jax.Array]
-"""Codes of quads; <s, q> and <q, q> of magnitudes s in steps and their levels q."""
+Encoded = tuple[list[quads.Quad], list[jax.Array], jax.Array, jax.Array]
+"""Quads, as steps where steps are searched; their codes; <s, q> and <q, q> of magnitudes s in steps and levels q."""
 
 
 def _in_bytes(x: Inputs, parts: list[quads.Quad], unit: jax.Array, book: Codebook, plan: Plan) -> Encoded:
-    """Encodes quads at unit steps per unit, by tables."""
+    """Encodes quads at unit steps per unit, by tables; searched, they become steps times SMALL."""
     # Constants would be moved to a register before every use; so the compiler must not know that this is zero.
     zero = lax.bitcast_convert_type(unit, jnp.int32) >> 31
     words = [zero | int(word) for word in cells.tables(book)]
     small = unit * cells.SMALL
     if not plan.search:
         codes, along, squared = cells.codes(parts, small, words, book)
-        return codes, along * unit, squared
+        return parts, codes, along * unit, squared
     parts = quads.scaled(parts, small)
     bytes_of = [cells.cut(quad, book) for quad in parts]
 
@@ -143,11 +157,11 @@ def _in_bytes(x: Inputs, parts: list[quads.Quad], unit: jax.Array, book: Codeboo
         return cells.sums(parts, bytes_of, inverse, words, book)
 
     codes, along, squared = cells.codes(parts, _best_inverse_multiple(x, sums, plan), words, book)
-    return codes, along * (1 / cells.SMALL), squared
+    return parts, codes, along * (1 / cells.SMALL), squared
 
 
 def _in_floats(x: Inputs, parts: list[quads.Quad], unit: jax.Array, book: Codebook, plan: Plan) -> Encoded:
-    """Encodes quads at unit steps per unit, by comparisons."""
+    """Encodes quads at unit steps per unit, by comparisons; searched, they become steps."""
     if plan.search:
         parts = quads.scaled(parts, unit)
 
@@ -155,7 +169,7 @@ def _in_floats(x: Inputs, parts: list[quads.Quad], unit: jax.Array, book: Codebo
             return quads.sums(parts, inverse, book, searching=True, interpret=plan.interpret)
 
         unit = _best_inverse_multiple(x, sums, plan)
-    return quads.codes(parts, unit, book, searching=plan.search, interpret=plan.interpret)
+    return parts, *quads.codes(parts, unit, book, searching=plan.search, interpret=plan.interpret)
 
 
 def _inverse_unit(scaled: jax.Array, book: Codebook, plan: Plan) -> jax.Array:
@@ -232,28 +246,6 @@ def _packed(plane: jax.Array, packer: jax.Array) -> jax.Array:
     half = lax.bitcast_convert_type((plane | HALF_BITS).astype(jnp.int16), jnp.float16)
     total = lax.dot_general(half, packer, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     return lax.bitcast_convert_type(total + MAGIC, jnp.int32).astype(jnp.uint8)
-
-
-def _store_residual(x: Inputs, pool: Any, residual: jax.Array, at: Place, fmt: CodebookFormat, plan: Plan) -> None:
-    """Stores the signs of S r and |r| of a tile of residuals r."""
-    norm = perform("sqrt.rn.f32", jnp.sum(residual * residual, axis=1), interpret=plan.interpret)
-    store_scalar(pool.residual, norm.astype(fmt.scale_dtype), at, None)
-    up, _ = row_scale([jnp.max(jnp.abs(residual), axis=1)])
-    planes, width = cut(residual * up[:, None], 2), x.sketch[0].shape[1]
-    step = min(width, plan.chunk)
-
-    def sign_bits(i: jax.Array, data: jax.Array) -> jax.Array:
-        columns = pl.ds(i * step, step)
-        projected = product(planes, [ref[:, columns] for ref in x.sketch])
-        bits = jnp.where(projected < 0, HALF_BITS + 1, HALF_BITS).astype(jnp.int16)
-        half = lax.bitcast_convert_type(bits, jnp.float16)
-        packer = x.signs[columns, :]
-        return data + lax.dot_general(half, packer, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-
-    # A loop, for the compiler would load all of the sketch at once.
-    data = lax.fori_loop(0, width // step, sign_bits, jnp.zeros((plan.tile, x.signs.shape[1]), jnp.float32))
-    data = lax.bitcast_convert_type(data + MAGIC, jnp.int32).astype(jnp.uint8)
-    store_bytes(pool.signs, data, packed_bytes(fmt.dim, 1), 0, at, channel_major=False)
 
 
 def _encode_groups(x: Inputs, pool: Any, at: Place, fmt: GroupFormat, plan: Plan) -> None:

@@ -159,6 +159,22 @@ def test_poison_zeros_and_extremes():
     assert (np.asarray(got.keys.scale).ravel()[~written] == 0).all()
 
 
+@pytest.mark.parametrize("bits", [1, 3])
+def test_residuals_of_zero_tiny_and_huge_vectors(bits):
+    case = Case({"bits": bits, "kind": "prod", "scale_dtype": "float32"}, {"bits": 2}, dim=64, lead=(1, 16))
+    arrays = make_arrays(dataclasses.replace(case, dtype="float32", statistics=False, skip=0.0), heads=1)
+    keys = arrays.keys.at[0, 0].set(0.0).at[0, 1].multiply(1e-15).at[0, 2].multiply(1e15)
+    arrays = dataclasses.replace(arrays, keys=keys)
+    got, want = (run(arrays, implementation).keys for implementation in ("triton", "reference"))
+    page, place = np.asarray(arrays.slots[0]) // 16, np.asarray(arrays.slots[0]) % 16
+    for field, tolerance in (("scale", 1e-6), ("residual", 4e-6)):
+        found, wanted = (np.asarray(getattr(pool, field))[page, 0, place] for pool in (got, want))
+        np.testing.assert_allclose(found, wanted, rtol=tolerance)
+        assert found[0] == 0
+    np.testing.assert_array_equal(got.packed[page, 0, place], want.packed[page, 0, place])
+    np.testing.assert_array_equal(got.signs[page, 0, place], want.signs[page, 0, place])
+
+
 def test_no_tokens():
     arrays = make_arrays(SMALL, heads=1)
     for shape in ((0, 40), (1, 0)):
@@ -201,11 +217,14 @@ def test_limits_are_named():
         encoder(make_quantizer(spec))
         for spec in (QuantizerSpec(64, 4), QuantizerSpec(64, 4, kind="prod"), QuantizerSpec(48, 4))
     )
+    seven = encoder(make_quantizer(QuantizerSpec(64, 8, kind="prod")))
     groups = Encoder(None, None, GroupFormat(96, 4, 48))
 
     def pages(value, count=1):
         return jax.eval_shape(lambda: empty_pages(count, 8, 64, four.format, value.format))
 
+    with pytest.raises(NotImplementedError, match=r"codes of \(0, 1, .* bits, got \[7\]"):
+        check_supported(pages(four), seven, four)
     for match, value, count in [
         ("groups of a power of two, got group=48", groups, 1),
         ("values without a sketch, got a residual", prod, 1),
@@ -224,6 +243,8 @@ def test_default_tiles():
 
     assert [config(tokens, 128, 4) for tokens in (1, 100)] == [TileConfig(16, 1), TileConfig(32, 2)]
     assert [config(4096, 256, 4, search=search) for search in (False, True)] == [TileConfig(16, 2), TileConfig(16, 8)]
-    assert config(4096, 128, 4, rotation="haar") == config(4096, 128, 4, kind="prod") == TileConfig(32, 8)
+    assert config(4096, 128, 4, kind="prod") == TileConfig(32, 2)
+    assert config(4096, 128, 4, rotation="haar") == TileConfig(32, 8)
+    assert config(4096, 256, 4, kind="prod") == config(4096, 80, 4, kind="prod") == TileConfig(16, 8)
     assert config(4096, 128, 2.5) == TileConfig(16, 8, 128)
     assert config(4096, 192, 3) == TileConfig(16, 8)

@@ -29,7 +29,15 @@ def test_lowering(name):
 def test_names_are_unique_and_prefill_covers_all_devices():
     assert len(CASES) == len(list(all_cases()))
     assert sorted(name for names in DEVICES.values() for name in names) == sorted(ARCHITECTURES)
-    assert set(CASES) >= gate_xla.CASES
+    assert set(CASES) >= gate_xla.CASES >= set(gate_xla.KNOWN_SPILLS)
+    assert {name.split()[0] for name in gate_xla.CASES} == {"append", "attend", "decode", "encode", "prefill"}
+
+
+def test_known_spills_may_not_grow():
+    for name, known in gate_xla.KNOWN_SPILLS.items():
+        assert gate_xla.passes(name, [], known)
+        assert not gate_xla.passes(name, [], known + 4)
+        assert not gate_xla.passes(name, ["u8[2048,1024]"], 0)
 
 
 def done(compiled: Compiled) -> Future:

@@ -8,6 +8,7 @@ import pytest
 
 from pallas_kernels import lookup_triton as lt
 from pallas_kernels.decode.layout import cut, key_parts, planes_of, value_parts
+from pallas_kernels.encode.quads import level_ptx
 from pallas_kernels.format import GroupFormat
 from pallas_kernels.lookup import integers
 from pallas_kernels.packing import pack
@@ -42,15 +43,15 @@ OPERATIONS = {
 }
 
 
-def emulate(ptx, **registers):
-    """Runs straight-line PTX on 32-bit registers, as lane 31 would, and returns $0."""
+def emulate(ptx, result="$0", **registers):
+    """Runs straight-line PTX on 32-bit registers, as lane 31 would, and returns one of them."""
     registers["%lanemask_lt"] = MASK >> 1
     for line in filter(None, (part.strip() for part in ptx.replace("\n", " ").split(";"))):
         operation, rest = line.split(" ", 1)
         target, *sources = re.split(r",\s*", rest)
         values = [int(s, 0) if re.match(r"(0x)?\d", s) else registers[s] for s in sources]
         registers[target] = OPERATIONS[operation](*values) & MASK
-    return registers["$0"]
+    return registers[result]
 
 
 def words(array):
@@ -59,6 +60,19 @@ def words(array):
 
 def int8s(word):
     return np.array([word], "<u4").view(np.int8)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_ptx_of_levels_of_codes(bits):
+    """What encoding subtracts from vectors: levels by the codes, signs by the vectors."""
+    book, rng = codebook(128, bits), np.random.default_rng(bits)
+    for codes in rng.integers(0, 2**bits, (20, 4)).astype(np.uint8):
+        negative = codes >> (bits - 1) == 1
+        y = np.where(negative, -1, 1) * rng.uniform(0.1, 9, 4).astype(np.float32)
+        registers = {f"${4 + i}": int(w) for i, w in enumerate(y.astype(np.float32).view(np.uint32))}
+        found = [emulate(level_ptx(book), f"${i}", **registers, **{"$8": words(codes)[0]}) for i in range(4)]
+        want = np.asarray(integers(jnp.asarray(codes), book)) + np.float32(0.5)
+        np.testing.assert_array_equal(np.array(found, np.uint32).view(np.float32), want)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

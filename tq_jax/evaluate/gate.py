@@ -18,7 +18,7 @@ from pallas_kernels.gate import ARCHITECTURES, Compiled, compile_for, missing
 from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
 
 MOST_REGISTERS = 255
-SOURCES = {name: f"tq_jax.evaluate.gate_{name}" for name in ("decode", "prefill", "encode", "attend")}
+SOURCES = {name: f"tq_jax.evaluate.gate_{name}" for name in ("decode", "prefill", "encode", "append", "attend")}
 """Modules whose `cases()` are compiled, by operation."""
 
 
@@ -95,8 +95,8 @@ def gate(
     """Compile the GPU kernels for six GPU generations, without a GPU.
 
     Exits 0 only if each compiles without spilling registers and with the tensor-core, lookup and asynchronous-copy
-    instructions it is made of; with --xla, if no operation copies the cache. Needs the triton package, or with --xla
-    the wheels of JAX for CUDA.
+    instructions it is made of; with --xla, if none spills and no operation copies the cache. Needs the triton package,
+    or with --xla the wheels of JAX for CUDA.
     """
     architectures = arch.split(",")
     unknown = [name for name in architectures if name not in ARCHITECTURES]
@@ -105,7 +105,7 @@ def gate(
     console = open_console(json)
     if xla:
         rows = compile_by_xla()
-        verdict = "copy nothing of the cache"
+        verdict = "spill no more than is known and copy nothing of the cache"
     else:
         if importlib.util.find_spec("triton") is None:
             raise typer.BadParameter('the gate needs the triton package: pip install "tq-jax[gate]"')

@@ -28,9 +28,12 @@ def cases() -> Iterator[Case]:
         yield case(f"V3 dim {dim}", spec(dim, 3))
     for bits in (2.5, 3.5):
         yield case(f"V{bits} search", spec(128, bits, search=True))
-    for bits in (1, 4):
-        yield case(f"prod {bits}", spec(128, bits, kind="prod"), keys=True)
-    yield case("prod 3 dim 256", spec(256, 3, kind="prod"), keys=True)
+    for bits in (1, 2, 3, 4, 5):
+        yield case(f"prod {bits}", spec(128, bits, kind="prod"), keys=True, quick=bits == 3)
+    for dim in (64, 80, 96, 192, 256):
+        yield case(f"prod 3 dim {dim}", spec(dim, 3, kind="prod"), keys=True)
+    yield case("prod 4 search", spec(128, 4, kind="prod", scale="unbiased", search=True), keys=True)
+    yield case("prod 4 haar", spec(128, 4, kind="prod", rotation="haar"), keys=True)
     yield case("min-max 2", spec(128, 2, kind="group"), quick=True)
     yield case("K4 haar", spec(128, 4, rotation="haar"), keys=True)
     yield case("V4 search, 32 rows", spec(128, 4, search=True), rows=32, tokens=1, quick=True)

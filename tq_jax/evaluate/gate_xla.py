@@ -23,15 +23,21 @@ from pallas_kernels._compat import lower_for_cuda, triton_kernels
 from tq_jax.evaluate.gate import Case, all_cases
 
 ARCHITECTURE = "sm_90a"
-PACKAGES = "jax-cuda13-pjrt", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm"
+PACKAGES = "jax-cuda13-pjrt", "jax-cuda13-plugin", "nvidia-cuda-nvcc"
 CASES = {
     "attend dim 128",
-    "encode V4",
+    "append dim 128",
+    "append one token",
     "encode K4 haar",
+    "encode prod 3",
+    "encode V4 search, 32 rows",
     "decode K4/V4",
     *(f"prefill K{b}/V{b}, sm_90" for b in (2, 3, 4)),
 }
 """Cases of the gate that are compiled; others have the same kinds of arrays."""
+
+KNOWN_SPILLS = {"prefill K4/V4, sm_90": 8}
+"""Bytes of what is known to spill: here a register outside of the loops, which the triton package's compiler keeps."""
 
 TARGET = Path(__file__).with_name("h100.txtpb")
 """What XLA has to know of the device."""
@@ -77,7 +83,7 @@ def rows(folder: Path) -> Iterator[dict[str, Any]]:
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     for op, case in all_cases():
         if f"{op} {case.name}" in CASES:
-            yield from case_rows(f"xla: {op} {case.name}", case, sharding, folder)
+            yield from case_rows(f"{op} {case.name}", case, sharding, folder)
 
 
 def case_rows(name: str, case: Case, sharding: Any, folder: Path) -> Iterator[dict[str, Any]]:
@@ -89,17 +95,27 @@ def case_rows(name: str, case: Case, sharding: Any, folder: Path) -> Iterator[di
     copies = copies_of(lowered.compile().as_text(), jax.tree.leaves(case.arguments))
     usage = "".join(assemble(path) for path in folder.glob("*.ptx"))
     thunks = "".join(path.read_text() for path in folder.glob("*thunk_sequence.txt"))
-    for kernel in {kernel.name for kernel in triton_kernels(lowered)}:
-        yield {
-            "kernel": f"{name}: {kernel}",
+    for kernel in sorted({kernel.name for kernel in triton_kernels(lowered)}):
+        taken = resources(usage, kernel)
+        yield taken | {
+            "kernel": f"xla: {name}: {kernel}",
             "config": case.config,
             "arch": ARCHITECTURE,
             "shared_bytes": max(map(int, re.findall(rf"{kernel} grid: .*?shared_memory: (\d+)", thunks)), default=0),
             "missing": [],
             "copies": copies,
-            "ok": not copies,
-            **resources(usage, kernel),
+            "ok": passes(name, copies, taken["spill_bytes"]),
         }
+
+
+def passes(name: str, copies: list[str], spill_bytes: int) -> bool:
+    """Whether a case neither copies the cache nor spills more than is known.
+
+    Example:
+        >>> passes("encode prod 3", [], 0), passes("encode prod 3", [], 8), passes("prefill K4/V4, sm_90", [], 8)
+        (True, False, True)
+    """
+    return not copies and spill_bytes <= KNOWN_SPILLS.get(name, 0)
 
 
 def copies_of(hlo: str, arguments: list[Any]) -> list[str]:
