@@ -22,8 +22,8 @@ import torch
 
 import tq_jax as tq
 from interop.torch_attend import AttendOptions
-from interop.torch_paged import PagedPool, takes_chunks
-from interop.vllm.batches import call_sizes, plan_calls
+from interop.torch_paged import PagedPool
+from interop.vllm.batches import SIZES, plan_calls
 from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
 
 LENGTHS, COUNTS = [700, 33, 1, 257, 5], [300, 1, 1, 8, 3]
@@ -42,7 +42,6 @@ def unbiased(dim, bits):
 PRECISE = AttendOptions(precise=True)
 CASES = {  # KV heads, group, page size, keys, values, type, statistics and sinks, options, largest error
     "K4V4": (2, 4, 32, unbiased(128, 4), mse(128, 4), torch.bfloat16, False, PRECISE, 2e-3),
-    "K4V4, long chunks": (2, 4, 64, unbiased(128, 4), mse(128, 4), torch.bfloat16, False, PRECISE, 2e-3),
     "K4V4, one byte": (2, 4, 32, unbiased(128, 4), mse(128, 4), torch.bfloat16, False, AttendOptions(), 2e-2),
     "K4V4, statistics, sinks": (3, 3, 64, unbiased(64, 4), mse(64, 4), torch.bfloat16, True, PRECISE, 2e-3),
     "K3V3, window, cap": (
@@ -88,20 +87,17 @@ def parity(name):
     query = torch.randn(sum(COUNTS), heads * group, dim, generator=random).to(dtype)
     lengths, starts = torch.tensor(LENGTHS, dtype=torch.int32), [0, *accumulate(COUNTS)]
 
-    chunks = takes_chunks(key, value, heads, page)
-
     def attend(device):
-        sizes = call_sizes(device, chunks=chunks)
         output = torch.zeros_like(query, device=device)
         given = None if sinks is None else sinks.to(device)
-        for call in plan_calls(starts, lengths.to(device), table.to(device), sizes):
+        for call in plan_calls(starts, lengths.to(device), table.to(device), SIZES[device]):
             call.put(pools[device].attend(call.take(query.to(device)), call.rows, options, given), output)
         return output.cpu()
 
     expected, found, again = attend("cpu").float(), attend(DEVICE), attend(DEVICE)
     error = float((found.float() - expected).norm() / expected.norm())
     good = error < limit and torch.equal(found, again) and min(same) > 0.98
-    row = {"case": name, "chunk kernel": chunks, "error": error, "equal bytes": same, "good": good}
+    row = {"case": name, "error": error, "equal bytes": same, "good": good}
     print(json.dumps(row), flush=True)
     return good
 
@@ -121,8 +117,8 @@ def time_calls(context, batch, chunk):
     starts, output = list(range(0, batch * chunk + 1, chunk)), torch.empty_like(query)
     new, slots = tokens[: batch * chunk], torch.arange(batch * chunk, device=DEVICE)
 
-    def plan(chunks):
-        return plan_calls(starts, lengths, table, call_sizes(DEVICE, chunks=chunks))
+    def plan(sizes=SIZES[DEVICE]):
+        return plan_calls(starts, lengths, table, sizes)
 
     def attend(calls):
         for call in calls:
@@ -139,14 +135,15 @@ def time_calls(context, batch, chunk):
             times.append(start.elapsed_time(end))
         return float(np.median(times[3:]))
 
-    calls = {chunks: plan(chunks) for chunks in (True, False)}
+    calls = plan()
     measured = {
-        "attend": milliseconds(lambda: attend(calls[True])),
+        "attend": milliseconds(lambda: attend(calls)),
         "write": milliseconds(lambda: pool.write(new, new, slots)),
-        "plan a step": milliseconds(lambda: plan(True)),
+        "plan a step": milliseconds(plan),
     }
     if chunk > MAX_QUERY_TOKENS:
-        measured["attend in blocks of few"] = milliseconds(lambda: attend(calls[False]))
+        blocks = plan([size for size in SIZES[DEVICE] if size <= MAX_QUERY_TOKENS])
+        measured["attend in blocks of few"] = milliseconds(lambda: attend(blocks))
     print(json.dumps({"context": context, "batch": batch, "chunk": chunk, "ms": measured}), flush=True)
 
 

@@ -9,7 +9,7 @@ from pallas_kernels.decode import LogitOptions, Pages, fused
 from pallas_kernels.decode.exact_triton import LOG2_E
 from pallas_kernels.decode.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.decode.prepare_triton import Prepared
-from pallas_kernels.decode.triton import MAX_QUERY_TOKENS, check_addressable
+from pallas_kernels.decode.triton import check_addressable
 from pallas_kernels.format import VectorFormat
 from pallas_kernels.prefill import triton
 
@@ -75,22 +75,6 @@ def packed_splits(
     )
     heads = pages.keys.packed.shape[1]
     return Splits(*(_one_split(x, heads) for x in (found.acc, found.peak * LOG2_E, found.total)))
-
-
-def takes_chunks(pages: Pages, key_format: VectorFormat, value_format: VectorFormat) -> bool:
-    """Whether the kernel for long chunks takes pages; if not, chunks go through that for few queries, in blocks.
-
-    Args:
-        pages: The pools, or their shapes and types as JAX has them.
-        key_format: Of keys.
-        value_format: Of values.
-    """
-    shape = (1, MAX_QUERY_TOKENS + 1, pages.keys.packed.shape[1], key_format.dim)
-    try:
-        triton.check_supported(shape, pages, key_format, value_format, None)
-    except NotImplementedError:
-        return False
-    return True
 
 
 def _one_split(x: jax.Array, kv_heads: int) -> jax.Array:

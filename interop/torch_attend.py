@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 import tq_jax as tq
-from interop.chunk import attend_chunk, takes_chunks
+from interop.chunk import attend_chunk
 from interop.torch_function import TorchFunction
-from interop.torch_kernels import BoundProgram, struct
+from interop.torch_kernels import BoundProgram
 from pallas_kernels.decode import LogitOptions, fused
 from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
 from tq_jax.attention import arrays_of
@@ -41,7 +41,6 @@ class KernelAttention:
         self._spec = cache.spec
         self._arrays = kernel_arrays(cache)
         self._programs: dict[Any, BoundProgram] = {}
-        self._longest = LONGEST if _takes_chunks(self._arrays, cache.spec) else MAX_QUERY_TOKENS
 
     def __call__(
         self,
@@ -61,9 +60,9 @@ class KernelAttention:
         # Queries are placed by how many there are from them to the end, so that a block of them says so.
         left = torch.full(query.shape[:1], whole, dtype=torch.int32, device=query.device) if counts is None else counts
         parts = []
-        for start in range(0, whole, self._longest):
-            block = query[:, start : start + self._longest]
-            size = min(padded_size(block.shape[1]), self._longest)
+        for start in range(0, whole, LONGEST):
+            block = query[:, start : start + LONGEST]
+            size = min(padded_size(block.shape[1]), LONGEST)
             padded = torch.nn.functional.pad(block, (0, 0, 0, 0, 0, size - block.shape[1]))
             parts.append(self._launch(padded, options, sink_logits, left - start)[:, : block.shape[1]])
         return torch.cat(parts, dim=1)
@@ -76,12 +75,6 @@ class KernelAttention:
             kind = TorchFunction if chunk else None
             self._programs[options, chunk] = BoundProgram(_Static(self._spec, options), self._arrays, kind=kind)
         return self._programs[options, chunk](query.contiguous(), sink_logits, counts)[0]
-
-
-def _takes_chunks(arrays: fused.CacheArrays, spec: tq.CacheSpec) -> bool:
-    if arrays.pages is None or spec.key is None or spec.value is None:
-        return True
-    return takes_chunks(jax.tree.map(struct, arrays.pages), spec.key.format, spec.value.format)
 
 
 def padded_size(count: int) -> int:

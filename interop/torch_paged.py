@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 
 import tq_jax as tq
-from interop import chunk, compute
+from interop import compute
 from interop.dlpack import CPU_ALIGNMENT, to_jax, to_torch
 from interop.torch_attend import AttendOptions
 from interop.torch_kernels import POINTER_ALIGNMENT
@@ -68,24 +68,6 @@ def view_pages(memory: torch.Tensor, key: tq.QuantizerSpec, value: tq.QuantizerS
         return part.view(getattr(torch, str(leaf.dtype))).view(leaf.shape)
 
     return jax.tree.map(take, shapes)
-
-
-def takes_chunks(key: tq.QuantizerSpec, value: tq.QuantizerSpec, kv_heads: int, page_size: int) -> bool:
-    """Whether on a GPU more than `MAX_QUERY_TOKENS` queries a sequence are attended with at once.
-
-    Args:
-        key: What keys are stored as.
-        value: What values are stored as.
-        kv_heads: KV heads.
-        page_size: Tokens of a page.
-
-    Example:
-        >>> four = tq.QuantizerSpec(dim=64, bits=4)
-        >>> takes_chunks(four, four, 2, 64), takes_chunks(four, four, 2, 32)
-        (True, False)
-    """
-    make = functools.partial(empty_pages, 1, kv_heads, page_size, key.format, value.format)
-    return chunk.takes_chunks(jax.eval_shape(make), key.format, value.format)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +178,7 @@ class PagedPool:
         """Causal attention of the last tokens of sequences, which `write` has written, over their pages.
 
         Args:
-            query: After rotary embedding; on a GPU at most `MAX_QUERY_TOKENS` a sequence, unless `takes_chunks`.
+            query: After rotary embedding.
             rows: The sequences.
             options: Of the logits; `precise` is of the kernels for few queries, that for more always is.
             sink_logits: float32, a learned logit a head that takes part in the softmax and has no value.

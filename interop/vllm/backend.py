@@ -14,8 +14,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout  # pyright: ignore[reportPrivateImportUsage]
 
-from interop.torch_paged import takes_chunks
-from interop.vllm.batches import Call, call_sizes, plan_calls
+from interop.vllm.batches import SIZES, Call, plan_calls
 from interop.vllm.options import Options
 from interop.vllm.report import report
 from tq_jax.quantizer import MAX_DIM, MIN_DIM
@@ -52,7 +51,7 @@ class TurboQuantBackend(AttentionBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """Multiples of 64, which on a GPU the kernel for long chunks takes too."""
+        """Multiples of 64: on a GPU a tile of a long chunk is then of one block."""
         return default_block_size if default_block_size % 64 == 0 else 64
 
     @classmethod
@@ -129,7 +128,7 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
                 f"this vLLM does not say how many bytes a token takes in {layer_names}: got {kv_cache_spec}"
             )
         _require_whole_blocks(vllm_config, kv_cache_spec)
-        self._sizes = call_sizes(device.type, chunks=_takes_chunks(vllm_config, kv_cache_spec))
+        self._sizes = SIZES[device.type]
         report(vllm_config)
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> TurboQuantMetadata:
@@ -141,11 +140,6 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         starts = common.query_start_loc_cpu[: count + 1].tolist()
         table = common.block_table_tensor[:count]
         return TurboQuantMetadata(plan_calls(starts, common.seq_lens[:count], table, self._sizes))
-
-
-def _takes_chunks(vllm_config: Any, spec: Any) -> bool:
-    options = Options.from_config(vllm_config.additional_config)
-    return takes_chunks(*options.quantizers(spec.head_size), spec.num_kv_heads, spec.block_size)
 
 
 def _require_whole_blocks(vllm_config: Any, spec: Any) -> None:

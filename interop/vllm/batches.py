@@ -9,11 +9,11 @@ import torch
 from interop.torch_paged import PagedRows
 from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
 
-SIZES = {"cpu": (1, 8, 64, 256), "cuda": (1, 2, 4, MAX_QUERY_TOKENS)}
+SIZES = {
+    "cpu": (1, 8, 64, 256),
+    "cuda": (1, 2, 4, MAX_QUERY_TOKENS, 16, 32, 64, 128, 256, 384, 512, 768, 1024),
+}
 """Queries that the sequences of a call have, padding included; longer chunks are cut into pieces of the last."""
-
-CHUNKS = (16, 32, 64, 128, 256, 384, 512, 768, 1024)
-"""More of them on a GPU, where the kernel for long chunks takes the pages."""
 
 QUERIES = 256
 """Queries of a call at most."""
@@ -61,20 +61,6 @@ class Piece:
     first: int
     count: int
     behind: int
-
-
-def call_sizes(device: str, *, chunks: bool) -> tuple[int, ...]:
-    """Sizes of calls.
-
-    Args:
-        device: Type of the device.
-        chunks: Whether the kernel for long chunks takes the pages, see `interop.torch_paged.takes_chunks`.
-
-    Example:
-        >>> call_sizes("cuda", chunks=False)
-        (1, 2, 4, 8)
-    """
-    return SIZES[device] + (CHUNKS if chunks and device == "cuda" else ())
 
 
 def plan_calls(

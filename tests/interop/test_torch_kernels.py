@@ -136,15 +136,6 @@ def test_long_chunks_are_attended_to_as_by_jax(interpreted, monkeypatch):
         assert float((found - want).norm() / want.norm()) < 2e-3
 
 
-def test_chunks_that_their_kernel_does_not_take_go_in_blocks(interpreted):
-    cache = TorchCache(SMALL, 1)
-    k, v, query = tokens(40, 0)
-    cache.append(k[:1], v[:1], query=query[:1])
-    query = query[:1, -19:].float()
-    want = cache.attend(query)
-    assert float((KernelAttention(cache.arrays)(query, AttendOptions(precise=True)) - want).norm() / want.norm()) < 1e-3
-
-
 def test_sizes_of_padded_chunks():
     assert [padded_size(n) for n in (9, 16, 33, 65, 100, 700, 1000, 1024)] == [16, 16, 48, 80, 112, 768, 1024, 1024]
 

@@ -15,9 +15,9 @@ from interop import torch_kernels, torch_paged_kernels  # noqa: E402
 from interop.torch_attend import AttendOptions  # noqa: E402
 from interop.torch_cache import TorchCache  # noqa: E402
 from interop.torch_kernels import Place, plan_launches, struct  # noqa: E402
-from interop.torch_paged import PagedPool, PagedRows, takes_chunks, view_pages  # noqa: E402
+from interop.torch_paged import PagedPool, PagedRows, view_pages  # noqa: E402
 from interop.torch_paged_kernels import PagedAttend, PagedEncode  # noqa: E402
-from interop.vllm.batches import call_sizes, plan_calls  # noqa: E402
+from interop.vllm.batches import SIZES, plan_calls  # noqa: E402
 
 D, PAGE = 32, 32
 MSE, PROD = tq.QuantizerSpec(D, 4, scale="unbiased", search=True), tq.QuantizerSpec(D, 3, kind="prod")
@@ -175,7 +175,7 @@ def test_kernels_compute_what_the_cpu_does(monkeypatch):
         pool.write(k, v, row[torch.arange(length) // 64] * 64 + torch.arange(length) % 64)
     query, sinks = torch.randn(sum(counts), 4, 64, generator=random), torch.randn(4, generator=random)
     options = AttendOptions(sliding_window=90, softcap=5.0, precise=True)
-    sizes = call_sizes("cuda", chunks=takes_chunks(key, value, 2, 64))
+    sizes = SIZES["cuda"]
     calls = plan_calls([0, 24, 25, 55], integers(*lengths), table.int(), sizes)
     assert [tuple(call.rows.counts.tolist()) for call in calls] == [(1,), (24, 30)]
     want, found = torch.zeros_like(query), torch.zeros_like(query)

@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from interop.vllm.batches import SIZES, call_sizes, plan_calls  # noqa: E402
+from interop.vllm.batches import SIZES, plan_calls  # noqa: E402
 from interop.vllm.options import Options  # noqa: E402
 
 
@@ -53,7 +53,7 @@ def test_wrong_options_are_refused(given, message):
         Options.from_config({"tq_jax": given})
 
 
-@pytest.mark.parametrize("sizes", [SIZES["cpu"], call_sizes("cuda", chunks=False), call_sizes("cuda", chunks=True)])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_calls_cover_every_query_once(sizes):
     """Decodes, short and long chunks mixed: each query is asked once, at its position, with its request's blocks."""
     counts, lengths = [1, 300, 1, 8, 70, 1, 3], [50, 300, 1, 9, 600, 7, 3]
