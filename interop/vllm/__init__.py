@@ -21,8 +21,7 @@ centred by what the model's weights say (see `interop.vllm.biased`), and others 
 
 Where. On a CPU JAX computes and torch writes, for which the plugin replaces vLLM's CPU platform by one that honours
 `--attention-backend CUSTOM` (the stock one ignores it). On an NVIDIA GPU torch launches the Pallas kernels: decodes
-take that for few queries, chunks of a prompt that for many where it takes the pages, or else the former, eight queries
-at a time. vLLM's CUDA graphs leave attention out.
+take that for few queries, chunks of a prompt that for many. vLLM's CUDA graphs leave attention out.
 
 Supported: grouped queries, sliding windows, soft-caps, learned sinks, sampling n, beams, tensor parallelism.
 Refused: MLA, alibi, encoders and cross-attention, layers that share keys and values, non-causal attention, KV-cache

@@ -50,6 +50,20 @@ def test_without_a_gpu_small_shapes_run_and_nothing_is_claimed(tmp_path, monkeyp
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_search_finds_what_exact_products_of_its_codes_find(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "ITERATIONS", 1)
+    monkeypatch.setitem(command.COPY_BYTES, False, 2**20)
+    monkeypatch.setitem(command.MATRIX, False, 64)
+    path = tmp_path / "bench.json"
+    result = run("search", "--json", str(path), "--png", str(tmp_path / "bench.png"))
+    assert result.exit_code == 0, result.output
+    two, four, exact = json.loads(path.read_text())["rows"]
+    assert [row["bytes"] for row in (two, four, exact)] == [4096 * 20, 4096 * 36, 4096 * 128]
+    assert two["ok"] and four["ok"]
+    assert four["faster_than"].keys() == {"float16"}
+    assert four["queries_per_second"] == pytest.approx(64e6 / four["us"], rel=1e-3)
+
+
 def test_unknown_operations_and_peers_are_refused():
     result = run("decoding")
     assert result.exit_code == 2

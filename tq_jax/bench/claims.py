@@ -12,7 +12,7 @@ CUDNN = ("cudnn_bf16", "jax_cudnn_bf16")
 """cuDNN by either route; the faster one counts."""
 
 FP8 = ("flashinfer_fp8",)
-OURS = ("triton", "mosaic")
+OURS = ("triton", "mosaic", "tq")
 SAME = ("batch", "seq", "q_len", "q_heads", "kv_heads", "head_dim")
 """What rows agree in that can be compared."""
 

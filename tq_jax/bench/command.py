@@ -18,10 +18,10 @@ from tq_jax.bench import claims, peers, timing
 from tq_jax.bench.job import Job, Row, Setting
 from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
 
-OPS = {name: f"tq_jax.bench.{name}" for name in ("decode", "attend", "encode", "prefill", "model")}
+OPS = {name: f"tq_jax.bench.{name}" for name in ("decode", "attend", "encode", "prefill", "model", "search")}
 """Where the jobs of each operation are."""
 
-BY_DEFAULT = [name for name in OPS if name != "model"]  # whose weights have to be downloaded
+BY_DEFAULT = ["decode", "attend", "encode", "prefill"]
 
 COPY_BYTES, MATRIX = {True: 2**30, False: 2**26}, {True: 8192, False: 512}
 """Sizes of the copy and of the matrix product that set the floor, with and without a GPU."""
@@ -29,7 +29,7 @@ COPY_BYTES, MATRIX = {True: 2**30, False: 2**26}, {True: 8192, False: 512}
 
 def bench(
     ops: Annotated[
-        list[str] | None, typer.Argument(help=f"Operations: {', '.join(OPS)}; all but model by default.")
+        list[str] | None, typer.Argument(help=f"Operations: {', '.join(OPS)}; by default {', '.join(BY_DEFAULT)}.")
     ] = None,
     limit: Annotated[float, typer.Option(help="Start nothing new after so many seconds.", min=0)] = 1e9,
     only: Annotated[str, typer.Option(help="Measure only what has this in its label.")] = "",
@@ -156,7 +156,7 @@ def make_table(rows: Sequence[Row]) -> Table:
             row["op"],
             row["impl"],
             shape,
-            f"{row.get('key', '')}/{row.get('value', '')}" + ("" if row.get("paged", True) else ", in order"),
+            "/".join(row[x] for x in ("key", "value") if row.get(x)) + ("" if row.get("paged", True) else ", in order"),
             f"{row['us']:.1f}",
             f"{row['end_to_end_us']:.1f}" if "end_to_end_us" in row else "",
             f"{row['floor_us']:.1f}" if "floor_us" in row else "",

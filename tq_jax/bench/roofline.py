@@ -12,6 +12,7 @@ COLORS = {
     "cudnn_bf16": "#444444",
     "jax_cudnn_bf16": "#777777",
     "flash_bf16": "#aaaaaa",
+    "float16": "#444444",
     "flashinfer_bf16": "#e0a458",
     "flashinfer_fp8": "#c8553d",
 }
@@ -74,7 +75,7 @@ def _codes(row: Row) -> str:
     """
     key, value = row["key"], row["value"]
     both = key.startswith("mse") and value.startswith("mse")
-    return f"K{key[3:]}/V{value[3:]}" if both else f"{key}/{value}"
+    return f"K{key[3:]}/V{value[3:]}" if both else "/".join(filter(None, (key, value)))
 
 
 def _curve(axes: Any, rows: Sequence[Row]) -> None:
