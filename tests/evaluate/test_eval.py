@@ -114,6 +114,19 @@ def test_front():
     assert [(r["stored_bits_per_element"], r["kl_mean"]) for r in eval_picture.front(rows)] == [(3, 0.1), (5, 0.05)]
 
 
+def test_picture_of_an_ablation(tmp_path):
+    rows = [
+        row("tq", "K4/V4", 4.25, 0.01),
+        row("ablation", "K4/V4, less", 4.25, 0.02),
+        row("tq", "K3/V3", 3.25, 0.1, 3),
+    ]
+    rows += [row("ablation", "K4/V4, less", 4.25, 0.04, text="manual")]
+    eval_picture.draw_ablation(rows, tmp_path / "ablation.svg", title="parts")
+    drawn = (tmp_path / "ablation.svg").read_text()
+    for expected in ("4 bits, 128 latest tokens exact", "3 bits, 128", "K4/V4, less", "0.028"):
+        assert f"<!-- {expected}" in drawn
+
+
 def test_rows_of_another_run_are_not_resumed(tmp_path):
     path = tmp_path / "rows.json"
     kind = {"model": "small", "positions": 128, "depths": (0.5, 1.0)}

@@ -12,7 +12,7 @@ import typer
 from tq_jax.evaluate.demo import DEFAULT_MODEL, parse_bits
 from tq_jax.evaluate.eval_ablation import variants
 from tq_jax.evaluate.eval_claims import judge
-from tq_jax.evaluate.eval_picture import draw
+from tq_jax.evaluate.eval_picture import draw, draw_ablation
 from tq_jax.evaluate.eval_schemes import SINKS, Candidate, attention_quality, candidates
 from tq_jax.evaluate.eval_table import make_table, one_line
 from tq_jax.evaluate.language import CHUNK, full_scheme, make_reference, measure
@@ -115,7 +115,8 @@ def evaluate(
         console.print(make_table([row for row in rows if row["text"] == name], name))
     for claim in claims:
         console.print(f"{'holds' if claim.ok else 'FAILS'}  {claim.name}: {claim.note}", highlight=False)
-    draw(rows, plot, title=f"{settings.model}, {settings.positions} positions a text after {prompt} tokens")
+    picture = draw_ablation if ablation else draw
+    picture(rows, plot, title=f"{settings.model}, {settings.positions} positions a text after {prompt} tokens")
     console.print(f"Picture: {plot}")
     write_json(payload | {"rows": rows, "complete": True, "claims": [claim.as_dict() for claim in claims]}, json)
     if not all(claim.ok for claim in claims):

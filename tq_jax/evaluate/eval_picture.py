@@ -1,9 +1,11 @@
-"""The picture of `tq-jax eval`: divergence against stored bits, and the front that nothing beats."""
+"""Pictures of `tq-jax eval`: divergence against stored bits, and what each part of this package's caches is worth."""
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 MARKS = {
     "tq": ("o", "#1b6ca8", "tq-jax"),
@@ -39,6 +41,37 @@ def draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
         axes.set_xlabel("stored bits per element, all counted")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def draw_ablation(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Draws rows of `tq-jax eval --ablation` into an image file: bars of divergence, one panel a width and window.
+
+    Args:
+        rows: What the command writes as "rows"; bars are geometric means over their texts.
+        path: Where to; the suffix says which format.
+        title: Heading.
+    """
+    panels: dict[tuple[float, int], dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        panel = panels.setdefault(((row["key_bits"] + row["value_bits"]) / 2, row["window"]), {})
+        panel.setdefault(row["label"], []).append(row)
+    figure = Figure(figsize=(max(6.4 * len(panels), 8.6), 6.0), layout="constrained")
+    figure.suptitle(title)
+    columns = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, ((bits, window), labels) in zip(columns, panels.items(), strict=True):
+        means = [float(np.exp(np.mean(np.log([row["kl_mean"] for row in same])))) for same in labels.values()]
+        own = [same[0]["scheme"] == "tq" for same in labels.values()]
+        bars = axes.barh(list(labels), means, color=[MARKS["tq"][1] if mine else "#b9c7d6" for mine in own])
+        axes.bar_label(bars, [f"{mean:.2g}" for mean in means], padding=3, fontsize=8)
+        for mean in (mean for mean, mine in zip(means, own, strict=True) if mine):
+            axes.axvline(mean, color=MARKS["tq"][1], linewidth=1, linestyle=":")
+        axes.set(xscale="log", xlabel="KL to full precision (nats), geometric mean over texts")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(f"{bits:g} bits, {_window_name(window)}", fontsize=10)
+        axes.margins(x=0.15)
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", labelsize=8)
     figure.savefig(path, dpi=130)
 
 
