@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 import tq_jax as tq
 from tq_jax.evaluate.eval_schemes import Packed
 from tq_jax.evaluate.language import Reference, fill_cache
-from tq_jax.evaluate.rivals_cache import attend_dense
+from tq_jax.evaluate.rivals_cache import attend_dense, with_tokens
 from tq_jax.models import Decoder
 from tq_jax.models.rope import rotary_frequencies, rotate
 from tq_jax.quantizer import Quantizer
@@ -132,11 +132,7 @@ def _extend(
     start = cache.length
 
     def store(query: Array, key: Array, value: Array, carried: TurnedCache, rows: Array) -> TurnedCache:
-        pools = [
-            lax.dynamic_update_slice(pool, new.astype(pool.dtype), (rows[0], start, 0, 0))
-            for pool, new in ((carried.keys, key), (carried.values, value))
-        ]
-        return dataclasses.replace(carried, keys=pools[0], values=pools[1])
+        return with_tokens(carried, key, value, rows[0], start)
 
     def attend(query: Array, key: Array, value: Array, stored: TurnedCache, rows: Array, *, window, scale) -> Array:
         keys, values = _seen(stored, rows)

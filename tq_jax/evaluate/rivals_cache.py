@@ -7,6 +7,7 @@ given to the quantizer, the same chunks. Only what is in between differs.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from tq_jax.evaluate.rivals import RIVALS, Rival, Rounding
 from tq_jax.models import Decoder
+
+Kept = TypeVar("Kept", bound=Any)
+"""A dataclass with pools of keys and of values, [rows, tokens, h_kv, d]."""
 
 ROUND_TO = 128
 """Tokens that the length of a cache is a multiple of."""
@@ -74,11 +78,22 @@ def fill(
     length: Int[Array, ""],
 ) -> RivalCache:
     """Appends the first `length` tokens of a prompt to every row; the cache is donated."""
+    return dataclasses.replace(with_tokens(cache, key, value, 0, 0), length=length)
+
+
+def with_tokens(
+    cache: Kept,
+    key: Float[Array, "rows t h_kv d"],
+    value: Float[Array, "rows t h_kv d"],
+    row: Int[Array, ""] | int,
+    start: Int[Array, ""] | int,
+) -> Kept:
+    """A cache with new tokens from a place of some rows on."""
     pools = [
-        lax.dynamic_update_slice(pool, new.astype(pool.dtype), (0, 0, 0, 0))
+        lax.dynamic_update_slice(pool, new.astype(pool.dtype), (row, start, 0, 0))
         for pool, new in ((cache.keys, key), (cache.values, value))
     ]
-    return dataclasses.replace(cache, keys=pools[0], values=pools[1], length=length)
+    return dataclasses.replace(cache, keys=pools[0], values=pools[1])
 
 
 @functools.partial(jax.jit, donate_argnums=2)
@@ -89,11 +104,7 @@ def extend(
     start = cache.length
 
     def store(query: Array, key: Array, value: Array, carried: RivalCache, rows: Array) -> RivalCache:
-        pools = [
-            lax.dynamic_update_slice(pool, new.astype(pool.dtype), (rows[0], start, 0, 0))
-            for pool, new in ((carried.keys, key), (carried.values, value))
-        ]
-        return dataclasses.replace(carried, keys=pools[0], values=pools[1])
+        return with_tokens(carried, key, value, rows[0], start)
 
     def attend(query: Array, key: Array, value: Array, stored: RivalCache, rows: Array, *, window, scale) -> Array:
         layer = rows[0] // (stored.keys.shape[0] // stored.layers)
