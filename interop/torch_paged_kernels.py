@@ -146,7 +146,7 @@ class PagedAttend:
                 mean=mean, weight=weight, basis=arrays.key_basis, sketch=arrays.sketch,
             ),
             prepare_plan(
-                query.shape, (batch, heads, 0, dim), 4, options=options, sinks=0, pages_per_row=table.shape[1],
+                query.shape, (batch, heads, 0, dim), np.float32, options=options, sinks=0, pages_per_row=table.shape[1],
                 sketch_gain=sketch_gain(dim), interpret=self.interpret,
             ),
         )  # fmt: skip

@@ -64,6 +64,7 @@ def default_config(
     value_parts: int = 1,
     precise: bool = False,
     bits: tuple[int, int] = (4, 4),
+    capability: int = 90,
     multiprocessors: int = H100_MULTIPROCESSORS,
 ) -> TileConfig:
     """The configuration for pages of a size.
@@ -82,14 +83,15 @@ def default_config(
         value_parts: Value scales a token.
         precise: See `TileConfig`.
         bits: Bits of the widest codes of keys and of values.
+        capability: Compute capability of the device, times ten.
         multiprocessors: Of the device.
     """
     # One byte of a query is no better than 8-bit keys.
     precise = precise or bits[0] == 8
     if columns == 8 and dim == 128 and value_parts == 1 and min(bits) >= 4 and page_size % 256 == 0:
         return TileConfig(tile=256, num_warps=4, num_stages=3, programs=multiprocessors * 2, precise=precise)
-    # Two products of 3-bit codes for 16 columns: two registers too many.
-    wide = precise and columns > 8 and min(bits) < 4
+    # Two products of 3-bit codes for 16 columns: two registers too many; one too many on 10.0 at any width.
+    wide = columns > 8 and ((capability == 100 and dim == 128) or (precise and min(bits) < 4))
     tile = 128 if dim in (64, 128) and value_parts in (1, 4) and not wide else 64
     while tile > 32 and page_size % tile and tile % page_size:
         tile //= 2

@@ -162,7 +162,7 @@ def prepare_cache(query: Any, cache: CacheArrays, plan: AttendPlan, rows: Any, c
         prepare_plan(
             query.shape,
             cache.exact_keys.shape,
-            cache.exact_keys.dtype.itemsize,
+            cache.exact_keys.dtype,
             options=plan.options,
             sinks=plan.sinks,
             pages_per_row=0 if cache.pages is None else cache.pages.keys.packed.shape[0] // cache.length.shape[0],

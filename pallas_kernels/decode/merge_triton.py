@@ -29,8 +29,8 @@ from pallas_kernels.decode.exact_triton import FLOOR, HIDDEN, LOG2_E
 from pallas_kernels.decode.partial import NO_KEY
 from pallas_kernels.lookup_triton import exp2
 
-LOADED = 2048
-"""Elements of acc a warp has in flight."""
+LOADED, LOADED_MASKED = 2048, 1024
+"""Elements of acc a warp has in flight; dims that are no powers of two have masks, which take registers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +230,9 @@ def _of_splits(ref: Any, query: _Query, split: jax.Array, other: float) -> jax.A
 def _combined(splits: Splits, query: _Query, place: jax.Array, valid: jax.Array, plan: MergePlan) -> jax.Array:
     """Sum over splits of 2**(peak - top) * acc at places [n, k]."""
     number = splits.acc.shape[2]
-    step = max(1, min(power_of_two(number), LOADED * plan.num_warps // place.size))
+    dim = plan.shape[3]
+    loaded = LOADED if dim == power_of_two(dim) else LOADED_MASKED
+    step = max(1, min(power_of_two(number), loaded * plan.num_warps // place.size))
     shape = (step, *place.shape)
 
     def add(index: jax.Array | int, sums: jax.Array) -> jax.Array:

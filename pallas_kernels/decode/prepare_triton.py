@@ -125,7 +125,7 @@ class Prepared:
 def prepare_plan(
     query_shape: tuple[int, ...],
     slots_shape: tuple[int, ...],
-    itemsize: int,
+    dtype: Any,
     *,
     options: LogitOptions,
     sinks: int,
@@ -133,13 +133,15 @@ def prepare_plan(
     sketch_gain: float,
     interpret: bool,
 ) -> PreparePlan:
-    """The plan for queries [b, t, h_q, d] and slots [rows, h_kv, slots, d] of a size an element."""
+    """The plan for queries [b, t, h_q, d] and slots [rows, h_kv, slots, d] of a type, uint16 for bfloat16."""
     batch, count, heads, dim = query_shape
     kv_heads, slots = slots_shape[1:3]
+    itemsize, bfloat16 = jnp.dtype(dtype).itemsize, jnp.dtype(dtype) == jnp.uint16
     # What a tile and its products take of registers and shared memory.
     largest = 64 * 128 * 2 // (power_of_two(dim) * itemsize)
     tile = max(16, min(64, largest, power_of_two(slots))) if slots else 16
-    queries = query_block(count, heads // kv_heads, 64 * 256 // (power_of_two(dim) * itemsize))
+    # Products of float32 cut all operands in registers in two: no more rows than one instruction has.
+    queries = query_block(count, heads // kv_heads, 64 * 128 // power_of_two(dim) if bfloat16 else 16)
     blocks = -(-count * heads // kv_heads // queries)
     most = max(SHORT, SLOT_PROGRAMS // (batch * kv_heads * blocks))
     return PreparePlan(
@@ -152,7 +154,7 @@ def prepare_plan(
         slot_queries=queries,
         slot_splits=min(-(-slots // tile), most),
         rows=min(4, power_of_two(max(1, batch * count * heads // ROTATE_PROGRAMS))),
-        num_warps=4 if dim * itemsize <= 256 else 8,
+        num_warps=4 if dim * (2 if bfloat16 else 4) <= 256 else 8,
         interpret=interpret,
     )
 

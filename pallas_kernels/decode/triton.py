@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels._compat import multiprocessors
+from pallas_kernels._compat import compute_capability, multiprocessors
 from pallas_kernels.decode.config import TileConfig, column_block, default_config, num_splits, padded_columns
 from pallas_kernels.decode.layout import key_parts, value_parts
 from pallas_kernels.decode.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
@@ -170,8 +170,9 @@ def config_for(
     value_format: VectorFormat,
     *,
     precise: bool = False,
+    capability: int | None = None,
 ) -> TileConfig:
-    """The tiles that `attend_pages` takes by default."""
+    """The tiles that `attend_pages` takes by default on this device, or on one of a compute capability times ten."""
     _, count, heads, _ = query_shape
     kv_heads, page_size = pages.keys.packed.shape[1:3]
     dim = max(query_shape[3], value_format.dim)
@@ -182,6 +183,7 @@ def config_for(
         value_parts=len(value_parts(value_format)),
         precise=precise,
         bits=(widest(key_format), widest(value_format)),
+        capability=compute_capability() if capability is None else capability,
         multiprocessors=multiprocessors(),
     )
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.variants import VARIANTS, Variant, make_case, relative_error, tolerance
 from pallas_kernels.decode import LogitOptions, TileConfig, decode_attention
-from pallas_kernels.decode.config import has_pairs, num_splits
+from pallas_kernels.decode.config import default_config, has_pairs, num_splits
 from pallas_kernels.decode.pages import empty_pages
 from pallas_kernels.decode.triton import config_for
 from tq_jax import QuantizerSpec
@@ -133,3 +133,12 @@ def test_limits_are_named():
         TileConfig(tile=48)
     assert num_splits(TileConfig(programs=1584), batch=8, kv_heads=8, capacity=32768) == 24
     assert num_splits(TileConfig(), batch=1, kv_heads=8, capacity=64) == 1
+
+
+def test_tiles_of_devices():
+    """16 columns take half a tile where registers spilled; those of 8 are the same for all devices."""
+    shapes = (8, 128), (16, 128), (16, 64)
+    tiles = {
+        c: [default_config(128, columns=n, dim=d, capability=c).tile for n, d in shapes] for c in (80, 90, 100, 120)
+    }
+    assert tiles == {80: [128, 128, 128], 90: [128, 128, 128], 100: [128, 64, 128], 120: [128, 128, 128]}

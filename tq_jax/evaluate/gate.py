@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from typing import Annotated, Any
 
@@ -53,6 +53,19 @@ class Case:
         """Its kernels as Triton IR."""
         kernels = triton_kernels(lower_for_cuda(self.function, *self.arguments))
         return [kernel for kernel in kernels if not self.only or kernel.name in self.only]
+
+
+def by_tiles(tiles: Callable[[int], Hashable]) -> dict[Any, list[str]]:
+    """Architectures by what a function of compute capabilities, times ten, chooses for them; that of an H100 first.
+
+    Example:
+        >>> by_tiles(lambda capability: 64 if capability == 100 else 128)
+        {128: ['sm_80', 'sm_86', 'sm_89', 'sm_90', 'sm_120'], 64: ['sm_100']}
+    """
+    found: dict[Any, list[str]] = {tiles(90): []}
+    for name in ARCHITECTURES:
+        found.setdefault(tiles(int(name.removeprefix("sm_"))), []).append(name)
+    return found
 
 
 def all_cases() -> Iterator[tuple[str, Case]]:

@@ -21,6 +21,8 @@ def cases() -> Iterator[Case]:
         yield case(f"dim {dim}", spec(dim, 4), spec(dim, 4), quick=dim in (80, 128, 256))
     four = spec(128, 4)
     yield case("float32", four, four, query=jnp.float32, dtype="float32", quick=True)
+    for dtype in ("float16", "float32"):
+        yield case(f"{dtype}, 8 queries", four, four, query=jnp.dtype(dtype), dtype=dtype, count=8)
     yield case("haar", *[spec(128, 4, rotation="haar")] * 2, query=jnp.float16, dtype="float16")
     yield case("K2.5/V3.5", spec(128, 2.5), spec(128, 3.5), quick=True)
     yield case("prod 3, min-max 2", spec(128, 3, kind="prod"), spec(128, 2, kind="group"), quick=True)

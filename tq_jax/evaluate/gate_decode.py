@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode import LogitOptions
+from pallas_kernels.decode import LogitOptions, TileConfig
 from pallas_kernels.decode.pages import empty_pages
 from pallas_kernels.decode.triton import attend_pages, config_for, stages_for
-from tq_jax.evaluate.gate import Case
+from tq_jax.evaluate.gate import Case, by_tiles
 from tq_jax.quantizer import QuantizerSpec
 
 BATCH, PAGES, KV_HEADS, PAGE_SIZE = 2, 64, 2, 128
@@ -21,29 +21,29 @@ def cases() -> Iterator[Case]:
     """The cases, of which the quick ones stand for the classes of tiles and of code that nothing spills from."""
     spec = QuantizerSpec
     for bits in (1, 2, 3, 4, 8):
-        yield case(f"K{bits}/V{bits}", spec(128, bits), spec(128, bits), quick=bits > 1)
+        yield from cases_of(f"K{bits}/V{bits}", spec(128, bits), spec(128, bits), quick=bits > 1)
         # Keys of 8 bits have two-byte queries anyway.
         name = f"K{bits}/V{bits}, group 16, precise"
-        yield case(name, spec(128, bits), spec(128, bits), group=16, precise=True, quick=bits == 3)
+        yield from cases_of(name, spec(128, bits), spec(128, bits), group=16, precise=True, quick=bits == 3)
     for dim in (64, 80, 96, 192, 256):
-        yield case(f"K4/V4 dim {dim}", spec(dim, 4), spec(dim, 4), quick=dim in (64, 256))
+        yield from cases_of(f"K4/V4 dim {dim}", spec(dim, 4), spec(dim, 4), quick=dim in (64, 256))
         low = 2 if dim == 80 else 3
-        yield case(f"K{low}/V2 dim {dim}", spec(dim, low), spec(dim, 2), quick=dim in (80, 96, 192))
+        yield from cases_of(f"K{low}/V2 dim {dim}", spec(dim, low), spec(dim, 2), quick=dim in (80, 96, 192))
     four, two = spec(128, 4), spec(128, 2, kind="group")
     for bits in (2.5, 3.5):
-        yield case(f"K{bits}/V{bits}", spec(128, bits), spec(128, bits), quick=bits == 3.5)
+        yield from cases_of(f"K{bits}/V{bits}", spec(128, bits), spec(128, bits), quick=bits == 3.5)
     for bits in (1, 2, 3, 4):
-        yield case(f"prod {bits}, min-max 2", spec(128, bits, kind="prod"), two, quick=bits == 3)
-    yield case("min-max 4", four, spec(128, 4, kind="group"))
+        yield from cases_of(f"prod {bits}, min-max 2", spec(128, bits, kind="prod"), two, quick=bits == 3)
+    yield from cases_of("min-max 4", four, spec(128, 4, kind="group"))
     for group, count in ((1, 1), (8, 1), (16, 1), (4, 2), (4, 5), (4, 8)):
         quick = (group, count) in ((16, 1), (4, 2))
-        yield case(f"group {group}, {count} queries", four, four, group=group, count=count, quick=quick)
+        yield from cases_of(f"group {group}, {count} queries", four, four, group=group, count=count, quick=quick)
     name = "window, soft-cap, bias"
-    yield case(name, four, four, options=EVERYTHING, bias=True, quick=True)
-    yield case(f"{name}, 5 queries", four, four, options=EVERYTHING, bias=True, count=5)
+    yield from cases_of(name, four, four, options=EVERYTHING, bias=True, quick=True)
+    yield from cases_of(f"{name}, 5 queries", four, four, options=EVERYTHING, bias=True, count=5)
 
 
-def case(
+def cases_of(
     name: str,
     key: QuantizerSpec,
     value: QuantizerSpec,
@@ -54,8 +54,8 @@ def case(
     bias: bool = False,
     precise: bool = False,
     quick: bool = False,
-) -> Case:
-    """Attention of some query tokens over pages of two quantizers.
+) -> Iterator[Case]:
+    """Attention of some query tokens over pages of two quantizers, for each choice of tiles.
 
     Args:
         name: What is special about it.
@@ -69,19 +69,25 @@ def case(
         quick: Whether it is compiled by default.
     """
     arguments = paged_arguments(key, value, group=group, count=count, bias=bias)
-    config = config_for(arguments[0].shape, arguments[1], key.format, value.format, precise=precise)
-    stages = stages_for(key.format, config)
-    # Bytes need no lookup, and one stage no copies ahead.
-    found = ["mma", *(() if key.bits == value.bits == 8 else ("prmt",)), *(("async",) if stages > 1 else ())]
-    return Case(
-        name,
-        paged_function(attend_pages, key, value, options=options, config=config),
-        arguments,
-        config=f"{config.tile} tokens, {config.num_warps} warps, {stages} stages",
-        expected={"decode": found},
-        only=("decode",),
-        quick=quick,
-    )
+
+    def tiles(capability: int) -> TileConfig:
+        formats = key.format, value.format
+        return config_for(arguments[0].shape, arguments[1], *formats, precise=precise, capability=capability)
+
+    for config, architectures in by_tiles(tiles).items():
+        stages = stages_for(key.format, config)
+        # Bytes need no lookup, and one stage no copies ahead.
+        found = ["mma", *(() if key.bits == value.bits == 8 else ("prmt",)), *(("async",) if stages > 1 else ())]
+        yield Case(
+            name if "sm_90" in architectures else f"{name}, {', '.join(architectures)}",
+            paged_function(attend_pages, key, value, options=options, config=config),
+            arguments,
+            config=f"{config.tile} tokens, {config.num_warps} warps, {stages} stages",
+            expected={"decode": found},
+            only=("decode",),
+            architectures=architectures,
+            quick=quick,
+        )
 
 
 def paged_arguments(
