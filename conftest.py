@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-OPTIONAL = {"interop": "torch", "tests/fake_quant_hf.py": "transformers"}
+OPTIONAL = {"interop": "torch", "tests/interpreted.py": "torch", "tests/fake_quant_hf.py": "transformers"}
 """Where modules need a framework that may be missing; the tests that use them skip by name."""
 
 NEVER = tuple(f"interop/vllm/{name}.py" for name in ("backend", "biased", "impl", "platform", "report"))
