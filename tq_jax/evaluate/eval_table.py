@@ -13,18 +13,7 @@ def make_table(rows: list[dict[str, Any]], title: str) -> Table:
         title: Name of the text.
     """
     table = Table(title=title, title_justify="left")
-    columns = (
-        "window",
-        "cache",
-        "bits",
-        "KL",
-        "KL 99.9 %",
-        "same top-1",
-        "equal tokens",
-        "perplexity",
-        "logits r",
-        "output error",
-    )
+    columns = ("window", "cache", "bits", "KL", "KL 99.9 %", "top-1", "equal", "perplexity", "logits r", "error")
     for name in columns:
         table.add_column(name, justify="left" if name == "cache" else "right", no_wrap=True)
     for row in sorted(rows, key=lambda r: (-r["window"], -r["stored_bits_per_element"], r["kl_mean"])):
@@ -34,7 +23,7 @@ def make_table(rows: list[dict[str, Any]], title: str) -> Table:
 
 def one_line(row: dict[str, Any]) -> str:
     """A row as it comes."""
-    names = ("window", "", "bits", "KL", "99.9 %", "top-1", "equal tokens", "perplexity", "logits r", "error")
+    names = ("window", "", "bits", "KL", "99.9 %", "top-1", "equal", "perplexity", "logits r", "error")
     cells = (f"{name} {cell}".strip() for name, cell in zip(names, _cells(row), strict=True))
     return f"{row['text']}: " + ", ".join(cells)
 
