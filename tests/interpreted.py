@@ -1,6 +1,9 @@
-"""Kernels that torch would launch on a GPU, run by JAX."""
+"""Kernels that torch would launch on a GPU, run by JAX or only recorded."""
+
+import contextlib
 
 import jax
+import torch
 
 from interop import torch_kernels
 from interop.dlpack import to_jax, to_torch
@@ -29,3 +32,22 @@ class Interpreted:
             for old, new in zip(tensors, jax.tree.leaves(results), strict=False):
                 old.copy_(to_torch(new))
         return tuple(to_torch(jax.tree.leaves(results)))
+
+
+def record_launches(monkeypatch):
+    """A list that gets the name and the arguments of each kernel that torch would launch."""
+    launched = []
+
+    class Kernel:
+        function, packed_metadata = "function", "metadata"
+
+        def __init__(self, kernel):
+            self.name = kernel.name
+
+        def run(self, *given):
+            launched.append((self.name, *given))
+
+    monkeypatch.setattr(torch_kernels, "compile_kernel", Kernel)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    return launched

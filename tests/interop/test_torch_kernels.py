@@ -3,7 +3,6 @@
 Where kernels have to run they are interpreted by JAX; that a GPU computes the same is measured on one.
 """
 
-import contextlib
 import dataclasses
 import functools
 
@@ -14,7 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from interpreted import Interpreted  # noqa: E402
+from interpreted import Interpreted, record_launches  # noqa: E402
 
 import tq_jax as tq  # noqa: E402
 from interop import torch_append, torch_attend, torch_kernels  # noqa: E402
@@ -169,20 +168,7 @@ def test_operations_between_kernels():
 
 def test_launches_get_the_addresses_of_tensors(cache, monkeypatch):
     """What a kernel is launched with: grid, stream, then operands and results where the plan has them."""
-    launched = []
-
-    class Kernel:
-        function, packed_metadata = "function", "metadata"
-
-        def __init__(self, kernel):
-            self.name = kernel.name
-
-        def run(self, *given):
-            launched.append((self.name, *given))
-
-    monkeypatch.setattr(torch_kernels, "compile_kernel", Kernel)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+    launched = record_launches(monkeypatch)
     k, v, _ = tokens(1, 0)
     KernelAppend(cache.arrays)(k, v)
     assert [call[0] for call in launched] == ["leave", "encode", "encode", "enter"]
