@@ -3,7 +3,7 @@
 A serving engine shares the pages of a prefix among requests, so what its keys are centred and weighted by has to be the
 same for all of them; see `tq_jax.statistics` and the option `statistics` of `interop.vllm`.
 
-    python -m interop.calibrate MODEL keys.npz [--text FILE] [--tokens 2048]
+    python -m interop.calibrate MODEL keys.safetensors [--text FILE] [--tokens 2048]
 """
 
 import argparse
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import tq_jax as tq
 from interop.capture import capture
 from interop.key_statistics import key_statistics
 from tq_jax.data import persuasion
@@ -28,7 +29,7 @@ def calibrate(model: PreTrainedModel, ids: torch.Tensor, path: str | Path) -> No
     Args:
         model: Any model that `interop.capture` can record, whose layers have keys of one shape.
         ids: [texts, tokens] without padding; a few thousand tokens of the kind that the model will see.
-        path: Where to write, a NumPy archive with "mean" and "weight", float32 [layers, h_kv, d].
+        path: Where to write, see `tq_jax.save_statistics`.
 
     Raises:
         ValueError: For too few tokens, or layers of different shapes.
@@ -39,8 +40,8 @@ def calibrate(model: PreTrainedModel, ids: torch.Tensor, path: str | Path) -> No
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32,
         ...                                      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     calibrate(model, torch.arange(64)[None] % 32, Path(folder) / "keys.npz")
-        ...     np.load(Path(folder) / "keys.npz")["mean"].shape
+        ...     calibrate(model, torch.arange(64)[None] % 32, Path(folder) / "keys.safetensors")
+        ...     tq.load_statistics(Path(folder) / "keys.safetensors")[0].shape
         (2, 2, 8)
     """
     texts, tokens = ids.shape
@@ -58,14 +59,14 @@ def calibrate(model: PreTrainedModel, ids: torch.Tensor, path: str | Path) -> No
         for layer in range(len(captured.keys))
     ]
     mean, weight = (np.stack(arrays) for arrays in zip(*found, strict=True))
-    np.savez(path, allow_pickle=False, mean=mean, weight=weight)
+    tq.save_statistics(mean, weight, path)
 
 
 def main() -> None:
     """The command: reads a model and some text, writes the file."""
     parser = argparse.ArgumentParser(prog="python -m interop.calibrate", description=__doc__)
     parser.add_argument("model", help="a directory or name, as transformers takes it")
-    parser.add_argument("path", help="the file to write, *.npz")
+    parser.add_argument("path", help="the file to write, *.safetensors")
     parser.add_argument("--text", help="a file of text like what the model will see; Persuasion by default")
     parser.add_argument("--tokens", type=int, default=2048)
     given = parser.parse_args()

@@ -144,10 +144,10 @@ def _require_shareable(tensor: Any) -> None:
 
 def _is_compact(tensor: torch.Tensor) -> bool:
     """Whether the strides are those of a dense tensor with its axes in some order."""
+    if tensor.numel() == 0:
+        return True
     expected = 1
     for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda axis: (axis[1], axis[0])):
-        if size == 0:
-            return True
         if size == 1:
             continue
         if stride != expected:

@@ -11,6 +11,8 @@ import torch
 
 import tq_jax as tq
 from interop.dlpack import to_torch
+from tq_jax.cache import require_counters
+from tq_jax.store import named_leaves
 
 SHARED = ("key_quantizer", "value_quantizer", "spec")
 """Fields of a cache that all rows share and no append changes."""
@@ -55,9 +57,7 @@ def map_rows(arrays: tq.Cache, function: Callable[[torch.Tensor, bool], torch.Te
 
 def named_tensors(arrays: tq.Cache) -> dict[str, Any]:
     """The tensors by dotted name, and the spec as JSON under "spec"."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(arrays)
-    names = {".".join(str(getattr(key, "name", getattr(key, "idx", key))) for key in path): x for path, x in leaves}
-    return {"spec": json.dumps(dataclasses.asdict(arrays.spec), sort_keys=True), **names}
+    return {"spec": json.dumps(dataclasses.asdict(arrays.spec), sort_keys=True), **named_leaves(arrays)}
 
 
 def load_tensors(arrays: tq.Cache, state: dict[str, Any]) -> None:
@@ -80,16 +80,6 @@ def load_tensors(arrays: tq.Cache, state: dict[str, Any]) -> None:
         if not isinstance(new, torch.Tensor) or new.shape != mine.shape or new.dtype != mine.dtype:
             got = f"{new.dtype}{list(new.shape)}" if isinstance(new, torch.Tensor) else type(new).__name__
             raise ValueError(f"expected {name} of {mine.dtype}{list(mine.shape)}, got {got}")
-    _check_counters(arrays.spec, state["length"].tolist(), state["compressed"].tolist())
+    require_counters(arrays.spec, state["length"].tolist(), state["compressed"].tolist())
     for name in names:
         own[name].copy_(state[name])
-
-
-def _check_counters(spec: tq.CacheSpec, length: list[int], compressed: list[int]) -> None:
-    for total, packed in zip(length, compressed, strict=True):
-        exact = total - min(total, spec.sinks) - packed
-        if not 0 <= total <= spec.max_tokens or packed < 0 or not 0 <= exact <= spec.ring:
-            raise ValueError(
-                f"expected at most {spec.max_tokens} tokens a row, all but {spec.sinks} first and at most {spec.ring} "
-                f"latest ones compressed; got length={length}, compressed={compressed}"
-            )

@@ -6,6 +6,7 @@ rows, each a sequence.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -330,6 +331,17 @@ class TorchCache:
     def state_dict(self) -> dict[str, Any]:
         """Every tensor by name, and the spec as text; tensors are the cache's own, not copies."""
         return named_tensors(self.arrays)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the file that `tq_jax.save_cache` writes, and raises as that does."""
+        tq.save_cache(to_jax(jax.tree.map(lambda tensor: tensor.cpu(), self.arrays)), path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, *, max_tokens: int | None = None, device: str | torch.device = "cpu"
+    ) -> "TorchCache":
+        """Reads what `save` or `tq_jax.save_cache` wrote; arguments and errors as in `tq_jax.load_cache`."""
+        return cls.from_jax(tq.load_cache(path, max_tokens=max_tokens), device=device)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copies a state into this cache.

@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 
 import jax.numpy as jnp
-import numpy as np
+
+import tq_jax as tq
 
 VOCABULARY, NEW = 199, 24
 PROMPTS = (60, 33, 1, 40)
@@ -111,7 +112,7 @@ def own_answers(folder, prompts, *, exact_layers=(), statistics=None, **options)
         )  # fmt: skip
         for index, layer in enumerate(cache.layers if statistics else ()):
             spec = dataclasses.replace(layer.compression.spec(2, 32, 0), center_keys=True, smooth_keys=True)
-            given = tuple(jnp.asarray(np.load(statistics)[name][index]) for name in ("mean", "weight"))
+            given = tuple(jnp.asarray(array[index]) for array in tq.load_statistics(statistics))
             layer.cache = TorchCache(spec, 1, seed=layer.compression.seed, statistics=given)
         for layer in exact_layers:
             cache.layers[layer] = DynamicLayer()

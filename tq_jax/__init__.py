@@ -4,7 +4,7 @@ from pallas_kernels.format import Code
 from tq_jax import codebook
 from tq_jax.append import append
 from tq_jax.attention import attend
-from tq_jax.cache import Cache, CacheDtype, CacheSpec, init_cache
+from tq_jax.cache import Cache, CacheDtype, CacheSpec, init_cache, resize
 from tq_jax.quantizer import (
     Quantizer,
     QuantizerSpec,
@@ -14,6 +14,7 @@ from tq_jax.quantizer import (
     outlier_channels,
     quantize,
 )
+from tq_jax.store import load_cache, load_statistics, save_cache, save_statistics
 
 __all__ = [
     "Cache",
@@ -28,7 +29,12 @@ __all__ = [
     "dequantize",
     "init_cache",
     "inner_product",
+    "load_cache",
+    "load_statistics",
     "make_quantizer",
     "outlier_channels",
     "quantize",
+    "resize",
+    "save_cache",
+    "save_statistics",
 ]

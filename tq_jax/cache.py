@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.decode import Pages
 from pallas_kernels.decode.pages import empty_pages
-from tq_jax.quantizer import Quantizer, QuantizerSpec, make_quantizer
+from tq_jax.quantizer import Quantizer, QuantizerSpec, is_traced, make_quantizer
 from tq_jax.statistics import KeyStatistics, empty_statistics, given_statistics
 
 CacheDtype = Literal["bfloat16", "float16", "float32"]
@@ -208,15 +208,9 @@ def init_cache(
         _quantizer(spec.key, key_quantizer, seed, "key"),
         _quantizer(spec.value, value_quantizer, seed + 1, "value"),
     ]
-    pages = None
-    if spec.pages_per_row:
-        assert spec.key is not None and spec.value is not None
-        pages = empty_pages(
-            batch * spec.pages_per_row, spec.num_kv_heads, spec.page_size, spec.key.format, spec.value.format
-        )
     exact = to_storage(spec, jnp.zeros((batch, spec.num_kv_heads, spec.sinks + spec.ring, spec.head_dim), spec.dtype))
     return Cache(
-        pages=pages,
+        pages=_empty_pages(spec, batch),
         exact_keys=exact,
         exact_values=jnp.zeros_like(exact),
         length=jnp.zeros(batch, jnp.int32),
@@ -227,6 +221,55 @@ def init_cache(
         value_quantizer=quantizers[1],
         spec=spec,
     )
+
+
+def resize(cache: Cache, max_tokens: int) -> Cache:
+    """The cache with room for another number of tokens a row; what it holds stays as it is.
+
+    Args:
+        cache: The cache.
+        max_tokens: Tokens that a row shall have room for.
+
+    Returns:
+        A new cache; pages are copied. Under jit it can only grow.
+
+    Raises:
+        ValueError: If a row holds more tokens than that, or if sinks and window would change: a compressed cache has
+            at least as many tokens as they take, before and after.
+
+    Example:
+        >>> spec = CacheSpec(num_kv_heads=2, head_dim=64, max_tokens=512,
+        ...                  key=QuantizerSpec(dim=64, bits=4), value=QuantizerSpec(dim=64, bits=4))
+        >>> resize(init_cache(spec, batch=1), 1024).spec.pages_per_row
+        7
+    """
+    old = cache.spec
+    new = dataclasses.replace(old, max_tokens=max_tokens, window=old.window if old.compressed else max_tokens)
+    if old.compressed and (new.sinks, new.ring) != (old.sinks, old.ring):
+        raise ValueError(
+            f"expected at least {old.sink_tokens + old.window} tokens a row (sinks and window) before and after, "
+            f"got {old.max_tokens} and {max_tokens}"
+        )
+    if max_tokens < old.max_tokens and is_traced(cache.length):
+        raise ValueError(f"expected at least max_tokens={old.max_tokens} under jit, got {max_tokens}")
+    if max_tokens < old.max_tokens and (longest := int(jnp.max(cache.length, initial=0))) > max_tokens:
+        raise ValueError(f"expected at least max_tokens={longest}, the longest row, got {max_tokens}")
+
+    def paged(pool: Array, empty: Array) -> Array:
+        pages = pool.reshape(cache.rows, old.pages_per_row, *pool.shape[1:])
+        return _cut(pages, 1, new.pages_per_row).reshape(empty.shape)
+
+    pages = _empty_pages(new, cache.rows)
+    if pages is not None and cache.pages is not None:
+        pages = jax.tree.map(paged, cache.pages, pages)
+    exact = {name: _cut(getattr(cache, name), 2, new.sinks + new.ring) for name in ("exact_keys", "exact_values")}
+    return dataclasses.replace(cache, pages=pages, spec=new, **exact)
+
+
+def _cut(array: Array, axis: int, size: int) -> Array:
+    """The first entries along an axis, with zeros behind them if there are not as many."""
+    padding = [(0, max(size - n, 0) if i == axis else 0) for i, n in enumerate(array.shape)]
+    return lax.slice_in_dim(jnp.pad(array, padding), 0, size, axis=axis)
 
 
 def to_storage(spec: CacheSpec, tokens: Float[Array, "..."]) -> Shaped[Array, "..."]:
@@ -249,6 +292,25 @@ def require_row_integers(batch: int, **arrays: Array | None) -> None:
     for name, array in arrays.items():
         if array is not None and (array.shape != (batch,) or not jnp.issubdtype(array.dtype, jnp.integer)):
             raise ValueError(f"expected {name} to be integers of shape ({batch},), got {array.dtype} {array.shape}")
+
+
+def require_counters(spec: CacheSpec, length: list[int], compressed: list[int]) -> None:
+    """Raises ValueError unless each row can have so many tokens, of them so many in its pages."""
+    for total, packed in zip(length, compressed, strict=True):
+        exact = total - min(total, spec.sinks) - packed
+        if not 0 <= total <= spec.max_tokens or packed < 0 or not 0 <= exact <= spec.ring:
+            raise ValueError(
+                f"expected at most {spec.max_tokens} tokens a row, all but {spec.sinks} first and at most {spec.ring} "
+                f"latest ones compressed; got length={length}, compressed={compressed}"
+            )
+
+
+def _empty_pages(spec: CacheSpec, rows: int) -> Pages | None:
+    """Zeroed pages of all rows; None if no token is ever compressed."""
+    if not spec.pages_per_row:
+        return None
+    assert spec.key is not None and spec.value is not None
+    return empty_pages(rows * spec.pages_per_row, spec.num_kv_heads, spec.page_size, spec.key.format, spec.value.format)
 
 
 def _quantizer(spec: QuantizerSpec | None, given: Quantizer | None, seed: int, name: str) -> Quantizer | None:

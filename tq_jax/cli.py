@@ -20,6 +20,7 @@ COMMANDS = {
     "bench": "tq_jax.bench.command:bench",
     "gate": "tq_jax.evaluate.gate:gate",
     "search": "tq_jax.evaluate.search:search",
+    "inspect": "tq_jax.inspection:inspect_file",
     "hf": "interop.hf_report:hf",
     "doctor": "tq_jax.doctor:doctor",
 }

@@ -23,7 +23,7 @@ PROBES = 1024
 BIASED = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl")
 """Model types whose keys have biases without saying so in their configuration."""
 
-HOW = "python -m interop.calibrate MODEL keys.npz"
+HOW = "python -m interop.calibrate MODEL keys.safetensors"
 """What makes a file of statistics."""
 
 

@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import numpy as np
 import torch
 from vllm.config import get_current_vllm_config, set_current_vllm_config
 from vllm.model_executor.models.utils import extract_layer_index
@@ -197,8 +196,7 @@ def layer_statistics(path: str, layer: int, heads: int, dim: int) -> tuple[torch
     """
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
-    with np.load(path) as file:
-        arrays = [torch.from_numpy(file[name]) for name in ("mean", "weight")]
+    arrays = [torch.from_numpy(array) for array in tq.load_statistics(path)]
     layers, total, found = arrays[0].shape
     if layer >= layers or found != dim or total < heads:
         raise ValueError(

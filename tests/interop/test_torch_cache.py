@@ -269,3 +269,23 @@ def test_errors():
         with pytest.raises(ValueError, match=message):
             call()
         assert cache.lengths == (50, 50)
+
+
+def test_one_file_for_jax_and_torch(spec, tmp_path):
+    pytest.importorskip("safetensors")
+    k, v, q = chunk(40)
+    cache = TorchCache(spec, 2)
+    cache.append(k, v, query=q, lengths=[40, 30])
+    cache.crop([35, 30])
+    cache.save(tmp_path / "torch")
+    tq.save_cache(cache.as_jax(), tmp_path / "jax")
+    assert (tmp_path / "torch").read_bytes() == (tmp_path / "jax").read_bytes()
+    again = TorchCache.load(tmp_path / "torch", max_tokens=200)
+    cache.reserve(200)
+    assert (again.lengths, again.compressed) == (cache.lengths, cache.compressed)
+    for both in (lambda c: None, lambda c: c.append(k, v)):
+        both(again), both(cache)
+        expected = cache.state_dict()
+        assert expected.pop("spec") == again.state_dict()["spec"]
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, again.state_dict()[name]), name

@@ -173,3 +173,38 @@ def test_padding_shares_shapes():
         pad_prompts([[1, 2], []])
     with pytest.raises(ValueError, match=r"got lengths \[\]"):
         pad_prompts([])
+
+
+def test_goes_on_behind_a_cache(tiny, exact_spec, prompts, greedy):
+    """Two calls give what one does, and the cache between them stays as it is."""
+    tokens, lengths = prompts
+    first = generate(tiny, tokens, lengths, cache_spec=exact_spec, max_new_tokens=3)
+    last, one = first.tokens[:, -1:], jnp.ones(3, jnp.int32)
+    for _ in range(2):
+        second = generate(tiny, last, one, cache=first.cache, max_new_tokens=NEW - 3)
+        assert [a + b for a, b in zip(first.sequences(), second.sequences(), strict=True)] == greedy.sequences()
+    assert second.cache.length.tolist() == greedy.cache.length.tolist()
+
+
+def test_goes_on_behind_a_saved_cache(tiny, packed_spec, prompts, tmp_path):
+    first = generate(tiny, *prompts, cache_spec=packed_spec, max_new_tokens=3)
+    tq.save_cache(first.cache, tmp_path / "cache")
+    loaded = tq.load_cache(tmp_path / "cache", max_tokens=256)
+    turn, lengths = pad_prompts([[7, 8, 9], [4], [1, 2]])
+    from_disk, kept = (
+        generate(tiny, turn, lengths, cache=cache, max_new_tokens=4).sequences() for cache in (loaded, first.cache)
+    )
+    assert from_disk == kept
+
+
+def test_refuses_to_go_on(tiny, exact_spec, prompts, greedy):
+    tokens, lengths = prompts
+    for given, word in (({}, "neither"), ({"cache_spec": exact_spec, "cache": greedy.cache}, "both")):
+        with pytest.raises(ValueError, match=f"expected one of cache_spec and cache, got {word}"):
+            generate(tiny, tokens, lengths, max_new_tokens=1, **given)
+    with pytest.raises(ValueError, match=r"expected 3 rows \(3 layers x 1 sequences\), got 9"):
+        generate(tiny, tokens[:1], lengths[:1], cache=greedy.cache, max_new_tokens=1)
+    with pytest.raises(
+        ValueError, match=r"cache.spec.max_tokens: expected room for 150 tokens \(28 in the cache \+ prompt 23 \+ 100"
+    ):
+        generate(tiny, tokens, lengths, cache=greedy.cache, max_new_tokens=100)

@@ -139,7 +139,7 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: the cache has not ``num_layers * b`` rows.
         """
-        self._check(tokens, cache)
+        self.require_rows(cache, batch=tokens.shape[0])
 
         start = jnp.zeros(tokens.shape[:1], jnp.int32)
         return self.run(tokens, cache, start, partial(_append, lengths=lengths), _attend_chunk)
@@ -168,7 +168,7 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: the cache has not ``num_layers * b`` rows.
         """
-        self._check(tokens, cache)
+        self.require_rows(cache, batch=tokens.shape[0])
 
         attend = partial(_attend_cache, lengths=lengths, implementation=implementation, precise=precise)
         return self.run(tokens, cache, cache.length[: tokens.shape[0]], partial(_append, lengths=lengths), attend)
@@ -233,11 +233,12 @@ class Decoder(nnx.Module):
         base, scaling = self.config.rope(window)
         return rotary_angles(positions, head_dim=self.config.head_dim, base=base, scaling=scaling)
 
-    def _check(self, tokens: jax.Array, cache: tq.Cache) -> None:
-        expected = self.config.num_layers * tokens.shape[0]
+    def require_rows(self, cache: tq.Cache, *, batch: int) -> None:
+        """Raises ValueError unless the cache has a row for each layer of each of ``batch`` sequences."""
+        expected = self.config.num_layers * batch
         if cache.length.shape != (expected,):
             raise ValueError(
-                f"cache: expected {expected} rows ({self.config.num_layers} layers x {tokens.shape[0]} sequences), "
+                f"cache: expected {expected} rows ({self.config.num_layers} layers x {batch} sequences), "
                 f"got {cache.length.shape[0]}"
             )
 

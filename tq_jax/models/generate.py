@@ -76,7 +76,8 @@ def generate(
     tokens: jax.Array,
     lengths: jax.Array,
     *,
-    cache_spec: tq.CacheSpec,
+    cache_spec: tq.CacheSpec | None = None,
+    cache: tq.Cache | None = None,
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stop_tokens: Sequence[int] = (),
@@ -84,15 +85,19 @@ def generate(
     implementation: Implementation = "auto",
     precise: bool = False,
 ) -> Generation:
-    """Continue a batch of prompts.
+    """Continue a batch of prompts, from the start or from what a cache holds.
 
-    The prompt runs with exact attention; its keys and values go to the cache, over which every new token attends.
+    From the start the prompt runs with exact attention; its keys and values go to the cache, over which every new token
+    attends. Behind an earlier text the tokens of the prompt attend over the cache too.
 
     Args:
         decoder: from `load_model` or `Decoder`.
         tokens: int32 [b, t], right-padded prompts; see `pad_prompts`.
         lengths: int32 [b], tokens of each prompt, 1 to t.
-        cache_spec: what one layer of one sequence keeps.
+        cache_spec: what one layer of one sequence keeps; this or ``cache``.
+        cache: what came before the prompts: that of an earlier `Generation` (whose last tokens, which it does not hold,
+            then begin these prompts) or of `tq_jax.load_cache`. It is left as it is, and so copied once;
+            `tq_jax.resize` makes room for more tokens.
         max_new_tokens: most tokens to add to each row.
         sampling: how tokens are drawn; default greedy.
         stop_tokens: ids that end a row; ``decoder.config.stop_tokens`` for a chat.
@@ -105,7 +110,7 @@ def generate(
 
     Raises:
         ValueError: an empty batch or prompt, ids outside the vocabulary, a prompt with its continuation beyond the
-            cache or the model's context, or sampling without a key.
+            cache or the model's context, sampling without a key, or not one of ``cache_spec`` and ``cache``.
 
     Example:
         >>> from flax import nnx
@@ -119,7 +124,12 @@ def generate(
         (2, 5)
     """
     sampling = Sampling() if sampling is None else sampling
-    _check(decoder, tokens, lengths, cache_spec, max_new_tokens, stop_tokens)
+    if (cache_spec is None) == (cache is None):
+        raise ValueError(f"expected one of cache_spec and cache, got {'neither' if cache is None else 'both'}")
+    spec = cache.spec if cache is not None else cache_spec
+    assert spec is not None
+    _check(decoder, tokens, lengths, max_new_tokens, stop_tokens)
+    _check_room(decoder, lengths, spec.max_tokens, cache, max_new_tokens)
     if key is None:
         if sampling.temperature:
             raise ValueError(f"key: expected a random key to sample at temperature {sampling.temperature}, got None")
@@ -127,22 +137,17 @@ def generate(
     batch = tokens.shape[0]
     stop = jnp.asarray(np.array(stop_tokens, np.int32))
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
-    cache = decoder.init_cache(cache_spec, batch=batch)
-    first, cache = prefill_step(
-        decoder, jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32), cache, keys, sampling=sampling
+    prompts = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
+    how = {"implementation": implementation, "precise": precise}
+    if cache is None:
+        start = decoder.init_cache(spec, batch=batch)
+        first, filled = prefill_step(decoder, *prompts, start, keys, sampling=sampling)
+    else:
+        first, filled = extend_step(decoder, *prompts, cache, keys, sampling=sampling, **how)
+    out, count, filled = decode_loop(
+        decoder, first, filled, keys, stop, sampling=sampling, max_new_tokens=max_new_tokens, **how
     )
-    out, count, cache = decode_loop(
-        decoder,
-        first,
-        cache,
-        keys,
-        stop,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        implementation=implementation,
-        precise=precise,
-    )
-    return Generation(tokens=out, lengths=count, cache=cache)
+    return Generation(tokens=out, lengths=count, cache=filled)
 
 
 @partial(jax.jit, static_argnames=("sampling",), donate_argnames=("cache",))
@@ -151,8 +156,24 @@ def prefill_step(
 ) -> tuple[jax.Array, tq.Cache]:
     """Run the prompts and draw the first new token of each row, int32 [b]; ``cache`` is donated."""
     hidden, cache = decoder.prefill(tokens, cache, lengths=lengths)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    return sample(decoder.logits(last)[:, 0], _at(keys, jnp.int32(0)), sampling), cache
+    return _first(decoder, hidden, lengths, keys, sampling), cache
+
+
+@partial(jax.jit, static_argnames=("sampling", "implementation", "precise"))
+def extend_step(
+    decoder: Decoder,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    cache: tq.Cache,
+    keys: jax.Array,
+    *,
+    sampling: Sampling,
+    implementation: Implementation,
+    precise: bool,
+) -> tuple[jax.Array, tq.Cache]:
+    """The same behind what a cache holds, which is left as it is."""
+    hidden, cache = decoder.extend(tokens, cache, lengths=lengths, implementation=implementation, precise=precise)
+    return _first(decoder, hidden, lengths, keys, sampling), cache
 
 
 @partial(
@@ -256,6 +277,12 @@ class _State:
     cache: tq.Cache
 
 
+def _first(decoder: Decoder, hidden: jax.Array, lengths: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """The first new token of each row, int32 [b], from the hidden state of its last one."""
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    return sample(decoder.logits(last)[:, 0], _at(keys, jnp.int32(0)), sampling)
+
+
 def _at(keys: jax.Array, step: jax.Array) -> jax.Array:
     return jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
 
@@ -264,7 +291,6 @@ def _check(
     decoder: Decoder,
     tokens: Any,
     lengths: Any,
-    spec: tq.CacheSpec,
     max_new_tokens: int,
     stop_tokens: Sequence[int],
 ) -> None:
@@ -281,10 +307,19 @@ def _check(
             raise ValueError(f"{name}: expected ids in [0, {config.vocab_size}), got {ids.min()} to {ids.max()}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    needed = int(lengths.max()) + max_new_tokens - 1
-    for name, room in (("cache_spec.max_tokens", spec.max_tokens), ("the model's context", config.max_context)):
+
+
+def _check_room(decoder: Decoder, lengths: Any, max_tokens: int, cache: tq.Cache | None, max_new_tokens: int) -> None:
+    prompt = np.asarray(lengths)
+    if cache is not None:
+        decoder.require_rows(cache, batch=prompt.size)
+    before = np.zeros_like(prompt) if cache is None else np.asarray(cache.length)[: prompt.size]
+    longest = int(np.argmax(before + prompt))
+    needed = int((before + prompt)[longest]) + max_new_tokens - 1
+    parts = f"prompt {prompt[longest]} + {max_new_tokens} new - 1"
+    if cache is not None:
+        parts = f"{before[longest]} in the cache + {parts}"
+    limit = "cache_spec.max_tokens" if cache is None else "cache.spec.max_tokens"
+    for name, room in ((limit, max_tokens), ("the model's context", decoder.config.max_context)):
         if needed > room:
-            raise ValueError(
-                f"{name}: expected room for {needed} tokens (prompt {lengths.max()} + {max_new_tokens} new - 1), "
-                f"got {room}"
-            )
+            raise ValueError(f"{name}: expected room for {needed} tokens ({parts}), got {room}")

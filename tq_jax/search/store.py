@@ -1,10 +1,7 @@
-"""Indexes on disk: one safetensors file, checked as a whole before anything is returned."""
+"""Indexes on disk: one file, checked as a whole before anything is returned."""
 
 import dataclasses
-import json
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,11 +10,12 @@ import numpy as np
 
 from pallas_kernels.format import Code
 from pallas_kernels.packing import packed_bytes
+from tq_jax.files import Shapes, read_arrays, require_format, write_arrays
 from tq_jax.search.basis import LearnedBasis
 from tq_jax.search.index import Index, round_up
 from tq_jax.search.spec import IndexSpec, widths_bytes
 
-FORMAT = "tq-jax index 1"
+FORMAT = "tq-jax index 2"
 
 
 def save(index: Index, path: str | os.PathLike) -> None:
@@ -26,9 +24,10 @@ def save(index: Index, path: str | os.PathLike) -> None:
     Args:
         index: The index.
         path: Where to; an existing file is replaced only once the new one is complete.
-    """
-    from safetensors.numpy import save_file
 
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+    """
     count = int(index.count)
     rows = {"packed": index.code.packed, "scale": index.code.scale, "signs": index.code.signs}
     rows |= {"residual": index.code.residual, "offset": index.offset}
@@ -36,14 +35,8 @@ def save(index: Index, path: str | os.PathLike) -> None:
     shared |= {"unit": index.basis.unit, "sketch": index.basis.sketch}
     arrays = {name: np.asarray(array)[:count] for name, array in rows.items() if array is not None}
     arrays |= {name: np.asarray(array) for name, array in shared.items() if array is not None}
-    header = {"format": FORMAT, "spec": dataclasses.asdict(index.spec), "widths": index.widths}
-    target = Path(path)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=target.parent) as folder:
-        written = Path(folder) / target.name
-        save_file(
-            {name: np.asarray(a, order="C") for name, a in arrays.items()}, written, {"tq_jax": json.dumps(header)}
-        )
-        written.replace(target)
+    spec = dataclasses.asdict(index.spec)
+    write_arrays(path, {"format": FORMAT, "spec": spec, "widths": index.widths, "count": count}, arrays)
 
 
 def load(path: str | os.PathLike) -> Index:
@@ -57,36 +50,10 @@ def load(path: str | os.PathLike) -> Index:
 
     Raises:
         FileNotFoundError: If there is no file.
-        ValueError: If the file is damaged or is no index: header, names, types, shapes and finiteness are checked.
+        ValueError: If the file is damaged or is no index: header, names, types, shapes and every byte are checked.
     """
-    from safetensors import SafetensorError, safe_open
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path.name}: expected a safetensors file, got a damaged one: {error}") from error
-    try:
-        return _checked(header, arrays)
-    except (ValueError, NotImplementedError) as error:
-        raise ValueError(f"{path.name}: {error}") from error
-
-
-def _checked(header: dict[str, str], arrays: dict[str, np.ndarray]) -> Index:
-    spec, widths = _parsed(header.get("tq_jax"))
-    count = len(arrays["packed"]) if "packed" in arrays and arrays["packed"].ndim else 0
-    expected = _expected(spec, count, widths_bytes(widths))
-    found = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
-    if found != expected:
-        wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        lines = (f"{name}: expected {expected.get(name)}, got {found.get(name)}" for name in wrong)
-        raise ValueError("; ".join(lines))
-    for name, array in arrays.items():
-        if array.dtype != np.uint8 and not np.isfinite(array).all():
-            raise ValueError(f"expected finite numbers in {name}, got NaN or infinity")
+    header, arrays = read_arrays(path, expected_arrays)
+    spec, widths, count = _parsed(header)
     padding = round_up(max(count, 1)) - count
 
     def rows(name: str) -> Any:
@@ -100,28 +67,11 @@ def _checked(header: dict[str, str], arrays: dict[str, np.ndarray]) -> Index:
     return Index(code, rows("offset"), jnp.asarray(count, jnp.int32), basis, spec, widths)
 
 
-def _padded(array: np.ndarray, rows: int) -> jax.Array:
-    return jnp.asarray(np.pad(array, [(0, rows)] + [(0, 0)] * (array.ndim - 1)))
-
-
-def _parsed(text: str | None) -> tuple[IndexSpec, Any]:
-    """The spec and the widths of a header."""
-    try:
-        header = json.loads(text or "null")
-        if header["format"] != FORMAT:
-            raise ValueError(f"expected format {FORMAT!r}, got {header['format']!r}")
-        spec = IndexSpec(**header["spec"])
-        widths = tuple((int(count), int(bits)) for count, bits in header["widths"])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"expected the header of an index ({FORMAT!r}), got {text!r}") from error
-    if sum(count for count, _ in widths) != spec.dim or any(n < 1 or not 0 <= bits <= 8 for n, bits in widths):
-        raise ValueError(f"expected runs of 0 to 8 bits that cover {spec.dim} channels, got {widths}")
-    return spec, widths
-
-
-def _expected(spec: IndexSpec, count: int, code_bytes: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+def expected_arrays(header: dict[str, Any]) -> Shapes:
+    """What arrays an index with this header has; raises ValueError, KeyError or TypeError if it is none."""
+    spec, widths, count = _parsed(header)
     dim = spec.dim
-    arrays = {"packed": ("uint8", (count, code_bytes)), "scale": ("float16", (count,))}
+    arrays = {"packed": ("uint8", (count, widths_bytes(widths))), "scale": ("float16", (count,))}
     arrays |= {"mean": ("float32", (dim,)), "rotation": ("float32", (dim, dim)), "gain": ("float32", (dim,))}
     arrays |= {"unit": ("float32", ())}
     if spec.has_offset:
@@ -130,3 +80,16 @@ def _expected(spec: IndexSpec, count: int, code_bytes: int) -> dict[str, tuple[s
         arrays |= {"signs": ("uint8", (count, packed_bytes(dim, 1))), "residual": ("float16", (count,))}
         arrays["sketch"] = ("float32", (dim, dim))
     return arrays
+
+
+def _parsed(header: dict[str, Any]) -> tuple[IndexSpec, Any, int]:
+    require_format(header, FORMAT)
+    spec, count = IndexSpec(**header["spec"]), int(header["count"])
+    widths = tuple((int(channels), int(bits)) for channels, bits in header["widths"])
+    if sum(channels for channels, _ in widths) != spec.dim or any(n < 1 or not 0 <= bits <= 8 for n, bits in widths):
+        raise ValueError(f"expected runs of 0 to 8 bits that cover {spec.dim} channels, got {widths}")
+    return spec, widths, count
+
+
+def _padded(array: np.ndarray, rows: int) -> jax.Array:
+    return jnp.asarray(np.pad(array, [(0, rows)] + [(0, 0)] * (array.ndim - 1)))

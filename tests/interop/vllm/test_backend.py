@@ -179,9 +179,9 @@ def test_statistics_that_do_not_fit(tmp_path, monkeypatch):
 
     from interop.vllm.impl import layer_statistics
 
-    path = str(tmp_path / "keys.npz")
+    path = str(tmp_path / "keys.safetensors")
     arrays = np.arange(2 * 4 * 8, dtype=np.float32).reshape(2, 4, 8)
-    np.savez(path, mean=arrays, weight=arrays + 1)
+    tq.save_statistics(arrays, arrays + 1, path)
     monkeypatch.setattr(distributed, "get_tensor_model_parallel_rank", lambda: 1)
     monkeypatch.setattr(distributed, "get_tensor_model_parallel_world_size", lambda: 2)
     mean, weight = layer_statistics(path, 1, 2, 8)

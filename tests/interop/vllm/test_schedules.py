@@ -33,11 +33,11 @@ def statistics(four_layers, tmp_path_factory):
     folder = tmp_path_factory.mktemp("statistics")
     words = np.random.default_rng(2).integers(5, 199, 200)
     (folder / "text").write_text(" ".join(f"w{i}" for i in words))
-    command = ["calibrate", four_layers, f"{folder}/keys.npz", "--text", f"{folder}/text", "--tokens", "200"]
+    command = ["calibrate", four_layers, f"{folder}/keys.safetensors", "--text", f"{folder}/text", "--tokens", "200"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", command)
         main()
-    return f"{folder}/keys.npz"
+    return f"{folder}/keys.safetensors"
 
 
 def test_boundary_layers_and_statistics(four_layers, statistics, prompts, said):

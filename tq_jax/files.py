@@ -1,0 +1,125 @@
+"""Files of arrays: safetensors with a JSON header of ours, replaced whole and checked whole."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Type and shape of each array by name."""
+
+HEADER, DIGEST = "tq_jax", "sha256"
+"""Name of the JSON header in the metadata of a file, and in it of the digest of everything else."""
+
+
+def write_arrays(path: str | os.PathLike, header: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a file; needs the `safetensors` package.
+
+    Args:
+        path: Where to; an existing file is replaced only once the new one is complete.
+        header: Plain data, its "format" among them.
+        arrays: By name.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+    """
+    from safetensors.numpy import save_file
+
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no folder {target.parent}")
+    dense = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=target.parent) as folder:
+        written = Path(folder) / target.name
+        save_file(dense, written, {HEADER: json.dumps({**header, DIGEST: _digest(header, dense)})})
+        written.replace(target)
+
+
+def read_arrays(
+    path: str | os.PathLike, expected: Callable[[dict[str, Any]], Shapes]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Reads a file that `write_arrays` wrote; needs the `safetensors` package.
+
+    Args:
+        path: The file.
+        expected: Finds in the header what arrays there are; may raise ValueError, KeyError or TypeError.
+
+    Returns:
+        The header and the arrays.
+
+    Raises:
+        FileNotFoundError: If there is no file.
+        ValueError: If it is damaged or another kind of file: header, names, types, shapes and every byte are checked.
+    """
+    text, arrays = _load(Path(path), with_arrays=True)
+    try:
+        header = _parsed(text)
+        digest = header.pop(DIGEST, None)
+        _require_shapes(arrays, expected(header))
+        found = _digest(header, arrays)
+        if found != digest:
+            raise ValueError(f"expected contents of {DIGEST} {digest}, got {found}: the file is damaged")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{Path(path).name}: expected a complete header, got {text}") from error
+    except (ValueError, NotImplementedError) as error:
+        raise ValueError(f"{Path(path).name}: {error}") from error
+    return header, arrays
+
+
+def read_header(path: str | os.PathLike) -> dict[str, Any]:
+    """The header alone, its "format" among it; raises as `read_arrays`, and does not look at the arrays."""
+    text, _ = _load(Path(path), with_arrays=False)
+    try:
+        return _parsed(text)
+    except ValueError as error:
+        raise ValueError(f"{Path(path).name}: {error}") from error
+
+
+def require_format(header: dict[str, Any], wanted: str) -> None:
+    """Raises ValueError for the header of another kind or version of file."""
+    if header["format"] != wanted:
+        raise ValueError(f"expected format {wanted!r}, got {header['format']!r}")
+
+
+def _load(path: Path, *, with_arrays: bool) -> tuple[str, dict[str, np.ndarray]]:
+    """The text of the header, "" without one, and the arrays if wanted."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = file.keys() if with_arrays else ()
+            return (file.metadata() or {}).get(HEADER, ""), {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: expected a safetensors file, got a damaged one: {error}") from error
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except json.JSONDecodeError:
+        header = None
+    if not isinstance(header, dict) or "format" not in header:
+        raise ValueError(f"expected the header of a tq-jax file, got {text!r}")
+    return header
+
+
+def _require_shapes(arrays: Mapping[str, np.ndarray], expected: Shapes) -> None:
+    found = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
+    wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    if wrong:
+        raise ValueError("; ".join(f"{name}: expected {expected.get(name)}, got {found.get(name)}" for name in wrong))
+
+
+def _digest(header: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    state = hashlib.sha256(json.dumps(header).encode())
+    for name in sorted(arrays):
+        state.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        state.update(arrays[name].data)
+    return state.hexdigest()
