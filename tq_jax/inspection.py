@@ -53,7 +53,7 @@ def inspect_file(
     write_json(report, target)
     console.print(_table(report))
     for name, value in report["facts"].items():
-        console.print(f"{name}: {value}", highlight=False)
+        console.print(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}", highlight=False)
     console.print(f"[green]sound[/]: {report['verdict']}", highlight=False)
 
 
