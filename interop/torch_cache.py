@@ -194,13 +194,14 @@ class TorchCache:
     ) -> Float[torch.Tensor, "b t h_q d"]:
         """Attention of the latest tokens over everything in the cache, causal; arguments as in `tq_jax.attend`.
 
-        On the CPU JAX computes it; on a GPU torch launches the kernels, and `precise` chooses their arithmetic.
+        On the CPU JAX computes it; on a GPU torch launches the kernels, and `precise` chooses their arithmetic. There
+        is no gradient: a backward pass that reaches the output raises NotImplementedError.
         """
         if torch.compiler.is_compiling():
             return ops.attend(
                 query, self._version, self._number, sliding_window, softcap, sink_logits, scale, lengths, precise
             )
-        return self.attend_now(
+        out = self.attend_now(
             query,
             sliding_window=sliding_window,
             softcap=softcap,
@@ -209,6 +210,7 @@ class TorchCache:
             lengths=lengths,
             precise=precise,
         )
+        return ops.refuse_gradient(out, query, sink_logits)
 
     def attend_now(
         self,
@@ -263,8 +265,18 @@ class TorchCache:
         copy._adopt(map_rows(self.arrays, lambda tensor, _: tensor.clone()))
         return copy
 
+    def __copy__(self) -> "TorchCache":
+        return self.fork()
+
     def __deepcopy__(self, memo: Any) -> "TorchCache":
         return self.fork()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"arrays": self.arrays}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.device = state["arrays"].length.device
+        self._adopt(state["arrays"])
 
     def reorder(self, index: Sequence[int] | torch.Tensor) -> None:
         """Makes row i what row index[i] was; with another number of indices the number of rows changes.

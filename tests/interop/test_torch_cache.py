@@ -1,4 +1,6 @@
+import copy
 import dataclasses
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +130,27 @@ def test_a_fork_is_independent():
     assert_attends_alike(cache, before)
     cache.append(*chunk(30, 5)[:2])
     assert_attends_alike(cache, fork)
+
+
+def test_copies_and_pickles_are_forks():
+    """None shares bytes with the original, or the number by which compiled graphs find it."""
+    cache = filled()
+    for other in (copy.copy(cache), pickle.loads(pickle.dumps(cache))):
+        before = cache.fork()
+        assert_attends_alike(other, cache)
+        other.append(*chunk(30, 5)[:2])
+        assert_attends_alike(cache, before)
+        before.append(*chunk(30, 5)[:2])
+        assert_attends_alike(other, before)
+        assert other._number != cache._number
+
+
+def test_a_gradient_is_refused():
+    cache, query = filled(), chunk(1)[2].requires_grad_()
+    with torch.no_grad():
+        assert not cache.attend(query).requires_grad
+    with pytest.raises(NotImplementedError, match="for inference, got a gradient to pass back through it"):
+        (cache.attend(query) + query).sum().backward()
 
 
 def test_reordering_rows():
