@@ -14,6 +14,7 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 JAX ?= 0.11.2
 TRITON ?= 3.6.0
+TRANSFORMERS ?= 5.24.0
 NVCC ?= 13.5.37
 VLLM ?= 0.32.0
 PYTEST ?=
@@ -22,7 +23,8 @@ GATE ?=
 NOTEBOOKS ?=
 DEMO ?=
 
-# What CUDA builds of torch would add is several GB, so the tests name a release that has a CPU build.
+# What CUDA builds of torch would add is several GB, so the tests name a release that has a CPU build; transformers
+# deprecates something in most releases, which the tests take for an error.
 TEST_EXTRAS := models,hf,gate,notebooks,dev
 JAX_EXTRAS := models,dev
 # vLLM's own wheels are for GPUs; this is the same tree built for CPUs. It names torch, whose companions are CUDA builds
@@ -46,7 +48,8 @@ $(1)/bin/python -m pip install --disable-pip-version-check $(2)
 endef
 
 .venv/.ready: pyproject.toml
-	$(call environment,.venv,"torch==$(TORCH)" "triton==$(TRITON)" -e ".[$(TEST_EXTRAS)]")
+	$(call environment,.venv,"torch==$(TORCH)" "triton==$(TRITON)" \
+		"transformers==$(TRANSFORMERS)" -e ".[$(TEST_EXTRAS)]")
 
 .venv-jax/.ready: pyproject.toml
 	$(call environment,.venv-jax,"jax==$(JAX)" "jaxlib==$(JAX)" -e ".[$(JAX_EXTRAS)]")

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tq_jax as tq
 from interop import compute
-from interop.hf import ATTENTION, TurboQuantCache
+from interop.hf import ATTENTION, CACHE_ARGUMENT, TurboQuantCache
 from interop.torch_attend import AttendOptions, KernelAttention
 from interop.torch_cache import TorchCache
 
@@ -205,14 +205,14 @@ def model(batch: int, context: int, layers: int = 8, steps: int = 24, prefills: 
                 cache: Any = TurboQuantCache(config, max_tokens=context + 512) if ours else transformers.DynamicCache()
                 torch.cuda.synchronize()
                 start = time.perf_counter()
-                out = net(ids, past_key_values=cache, logits_to_keep=1).logits
+                out = net(ids, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits
                 torch.cuda.synchronize()
                 row[f"{name}, prefill s"] = time.perf_counter() - start
             times = []
             for step in range(steps):
                 torch.cuda.synchronize()
                 start = time.perf_counter()
-                out = net(ids[:, step : step + 1], past_key_values=cache).logits
+                out = net(ids[:, step : step + 1], **{CACHE_ARGUMENT: cache}).logits
                 torch.cuda.synchronize()
                 times.append((time.perf_counter() - start) * 1e3)
         row[f"{name}, ms a token"] = statistics.median(times[8:])

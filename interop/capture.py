@@ -53,7 +53,10 @@ def capture(
         The capture, filled as the model runs.
 
     Raises:
-        NotImplementedError: For an attention implementation that is not known to transformers.
+        NotImplementedError: For a model without AttentionInterface, an attention implementation that transformers does
+            not know, or several in one model; while it runs, for attentions that share a layer's number or have none
+            (encoders, cross-attention: capture the part of the model that has one a layer), and for keys of which the
+            newest are not the last, as those of a static cache.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -65,17 +68,17 @@ def capture(
         >>> captured.keys[1].shape, captured.queries[1].shape
         (torch.Size([1, 5, 2, 8]), torch.Size([1, 5, 4, 8]))
     """
-    original = model.config._attn_implementation or "eager"
-    if original != "eager" and original not in ALL_ATTENTION_FUNCTIONS:
-        raise NotImplementedError(f"attention implementations of transformers are recorded, got {original!r}")
+    original = _implementation(model)
     captured, name = Capture(), f"tq_jax_capture_{next(_NUMBERS)}"
+    owners: dict[int, torch.nn.Module] = {}
 
     def record(
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        layer = int(getattr(module, "layer_idx", 0) or 0)
+        layer = _layer(module, owners)
         if layers is None or layer in layers:
             new = query.shape[2]
+            _require_newest_last(query, key, args[0] if args else kwargs.get("attention_mask"))
             given = (
                 (captured.queries, query),
                 (captured.keys, key[:, :, -new:]),
@@ -87,13 +90,53 @@ def capture(
 
     AttentionInterface.register(name, record)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
-    model.set_attn_implementation(name)
     try:
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            raise NotImplementedError(
+                f"expected a model whose attention goes through AttentionInterface, got {type(model).__name__}"
+            )
         yield captured
     finally:
         model.set_attn_implementation(original)
         for registry in (AttentionInterface, AttentionMaskInterface):
             registry._global_mapping.pop(name, None)
+
+
+def _implementation(model: PreTrainedModel) -> str:
+    """The attention implementation of all parts of a model, or raises NotImplementedError."""
+    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)]
+    found = sorted({config._attn_implementation or "eager" for config in configs})
+    if len(found) > 1:
+        raise NotImplementedError(f"expected one attention implementation in all of the model, got {found}")
+    if found[0] != "eager" and found[0] not in ALL_ATTENTION_FUNCTIONS:
+        raise NotImplementedError(f"attention implementations of transformers are recorded, got {found[0]!r}")
+    return found[0]
+
+
+def _layer(module: torch.nn.Module, owners: dict[int, torch.nn.Module]) -> int:
+    """The layer of an attention, or raises NotImplementedError if it has no number or another one has the same."""
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise NotImplementedError(f"expected attentions that know their layer_idx, got a {type(module).__name__}")
+    owner = owners.setdefault(int(layer), module)
+    if owner is not module:
+        raise NotImplementedError(
+            f"expected one attention a layer, got a {type(owner).__name__} and a {type(module).__name__} "
+            f"of layer {layer}"
+        )
+    return int(layer)
+
+
+def _require_newest_last(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> None:
+    """Raises NotImplementedError if the newest query sees the last key in no row."""
+    if mask is None:  # causal; several queries without a mask are the first ones
+        sees = query.shape[2] in (1, key.shape[2])
+    else:
+        last = mask[..., -1, -1]
+        sees = bool((last if mask.dtype == torch.bool else last == 0).any())
+    if not sees:
+        raise NotImplementedError("expected the newest keys to be the last, got later ones (a static cache's?)")
 
 
 def _attention(module: torch.nn.Module, name: str) -> Any:

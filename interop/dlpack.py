@@ -100,6 +100,8 @@ def _export(array: Any) -> torch.Tensor:
         raise ValueError(f"expected a live array, got a deleted (donated?) one of shape {array.shape}")
     if len(array.devices()) != 1:
         raise ValueError(f"expected arrays on one device, got one on {len(array.devices())}: gather it first")
+    if jnp.issubdtype(array.dtype, jax.dtypes.extended):
+        raise NotImplementedError(f"DLPack carries numbers, got {array.dtype}")
     if jnp.issubdtype(array.dtype, jnp.integer) and jnp.iinfo(array.dtype).bits < 8:
         raise NotImplementedError(f"DLPack carries integers of at least 8 bits, got {array.dtype}: pack them in uint8")
     tensor = torch.from_dlpack(array)

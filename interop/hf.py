@@ -1,7 +1,7 @@
-"""A compressed cache for Hugging Face transformers 4.57 and 5, passed to `generate` as past_key_values.
+"""A compressed cache for Hugging Face transformers 4.57 and 5, passed to `generate` as its cache.
 
     model.set_attn_implementation("tq_jax")
-    model.generate(**inputs, past_key_values=TurboQuantCache(model.config))
+    model.generate(**inputs, cache=TurboQuantCache(model.config))  # past_key_values= before transformers 5.24
 
 Full-attention layers are compressed and attention reads their packed pages directly; sliding-window and other layers
 stay as transformers has them. A prompt attends to itself exactly, later tokens to what the cache holds. Padding is not
@@ -12,6 +12,7 @@ import dataclasses
 import warnings
 from typing import Any, cast
 
+import jax
 import torch
 import transformers
 from transformers import DynamicCache, PretrainedConfig
@@ -21,12 +22,20 @@ import tq_jax as tq
 from interop.hf_attention import ATTENTION, Handle
 from interop.torch_cache import TorchCache
 
-__all__ = ["ATTENTION", "CompressedLayer", "TurboQuantCache"]
+__all__ = ["ATTENTION", "CACHE_ARGUMENT", "CompressedLayer", "TurboQuantCache"]
 
 HEADROOM = 256
 """Tokens that a layer has room for beyond its prompt before it grows the first time; it grows by a quarter then."""
 
-CROP_COUNTS_REMOVED = int(transformers.__version__.split(".")[0]) >= 5
+SOME_DIM = 128
+"""Head dimension to look at options with, before a layer has told its own."""
+
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+CACHE_ARGUMENT = "cache" if VERSION >= (5, 24) else "past_key_values"
+"""What models and `generate` call the cache that they take."""
+
+CROP_COUNTS_REMOVED = VERSION >= (5, 0)
 """Whether `crop(n)` of transformers' own layers removes -n tokens, as from 5.0; before, n was the final length."""
 
 
@@ -53,6 +62,16 @@ class Compression:
             return dataclasses.replace(spec, max_tokens=max(self.max_tokens, least))
         pages = -(-max(prompt + HEADROOM - least, 0) // spec.page_size)
         return dataclasses.replace(spec, max_tokens=least + pages * spec.page_size)
+
+    def describe(self) -> str:
+        """Bits of keys and values; raises for options that no layer can have."""
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"expected max_tokens of at least 1, got {self.max_tokens}")
+        given = [self.options.get(name) for name in ("key", "value")]
+        spec = self.spec(1, next((one.dim for one in given if one is not None), SOME_DIM), 1)
+        if spec.key is None or spec.value is None:
+            return "full precision"
+        return f"K{spec.key.bits:g}/V{spec.value.bits:g}"
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -228,10 +247,11 @@ class TurboQuantCache(Cache):
         seed: Seed of the quantizers.
         exact_prompt: Whether a prompt attends to itself as it is. If not, it attends to what the cache holds of it, as
             later tokens do; without a window and centring it then does not matter how a prompt is cut into chunks.
-        options: Further fields of `tq_jax.CacheSpec` (window, sink_tokens, dtype ..., or whole key and value specs).
+        options: Further fields of `tq_jax.CacheSpec` (window, sink_tokens, dtype ..., or whole key and value specs, in
+            place of the bits).
 
     Raises:
-        ValueError: If the model has no full-attention layer.
+        ValueError: If the model has no full-attention layer, or for options that no `tq_jax.CacheSpec` has.
         NotImplementedError: For models whose layers share keys and values.
 
     Warns:
@@ -256,6 +276,7 @@ class TurboQuantCache(Cache):
                 f"{text.num_kv_shared_layers}"
             )
         compression = Compression(key_bits, value_bits, max_tokens, seed, options, exact_prompt)
+        compression.describe()
         layers: list[Any] = list(DynamicCache(config=config).layers)
         full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not full:
@@ -281,7 +302,7 @@ class TurboQuantCache(Cache):
             if isinstance(layer, CompressedLayer):
                 total += 0 if layer.cache is None else layer.cache.nbytes
             else:
-                total += sum(x.nbytes for x in vars(layer).values() if isinstance(x, torch.Tensor))
+                total += layer_bytes(layer)
         return total
 
     def summary(self) -> str:
@@ -291,9 +312,13 @@ class TurboQuantCache(Cache):
         others = sorted({type(layer).__name__ for layer in self.layers if not isinstance(layer, CompressedLayer)})
         rest = f"; the others are kept as {', '.join(others)}" if others else ""
         return (
-            f"TurboQuantCache compresses {len(chosen)} of {len(self.layers)} layers {chosen} "
-            f"to K{how.key_bits:g}/V{how.value_bits:g}{rest}"
+            f"TurboQuantCache compresses {len(chosen)} of {len(self.layers)} layers {chosen} to {how.describe()}{rest}"
         )
+
+
+def layer_bytes(layer: Any) -> int:
+    """Bytes of all tensors of one of transformers' own layers, those in its dicts included."""
+    return sum(x.nbytes for x in jax.tree.leaves(vars(layer)) if isinstance(x, torch.Tensor))
 
 
 def _take(tokens: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from interop.ops import refuse_gradient
+
 if TYPE_CHECKING:
     from interop.hf import CompressedLayer
 
@@ -50,7 +52,10 @@ class Handle:
         raise TypeError(_MISUSE)
 
 
-_MISUSE = f"expected attn_implementation={ATTENTION!r} with a TurboQuantCache, got another attention function"
+_MISUSE = (
+    f"expected attn_implementation={ATTENTION!r} with a TurboQuantCache, got another attention function "
+    "(or a model that does not use transformers' AttentionInterface)"
+)
 
 
 def compressed_attention(
@@ -98,18 +103,31 @@ def compressed_attention(
     if isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor):
         return exact_attention(module, query, key, value, attention_mask, **options), None
     assert isinstance(key, Handle) and isinstance(value, Handle)
-    if key.layer.cache is not None and key.layer.cache.is_capturing:
-        raise NotImplementedError("a CUDA graph of a model over a TurboQuantCache: masks are read on the host")
-    seen = key.shape[2]
-    if sliding_window is not None and sliding_window < seen:
+    if sliding_window is not None and sliding_window < key.shape[2]:
         raise NotImplementedError(f"compressed layers see all tokens, got sliding_window={sliding_window}")
-    real = real_tokens(attention_mask, query.shape[0], query.shape[2], seen, asked_by=module)
+    out = _attend_packed(module, query, key, value, attention_mask, **options)  # pyright: ignore[reportCallIssue]
+    return out, None
+
+
+@torch.compiler.disable  # what the host keeps of a cache is no part of a graph
+def _attend_packed(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: Handle,
+    value: Handle,
+    mask: torch.Tensor | None,
+    **options: Any,
+) -> torch.Tensor:
+    """Attention over a compressed layer, which stores the new tokens."""
     layer = key.layer
+    if layer.cache is not None and layer.cache.is_capturing:
+        raise NotImplementedError("a CUDA graph of a model over a TurboQuantCache: masks are read on the host")
+    real = real_tokens(mask, query.shape[0], query.shape[2], key.shape[2], asked_by=module)
     if layer.get_seq_length() == 0 and layer.compression.exact_prompt:  # a prompt attends to itself as it is
-        out = exact_attention(module, query, key.tokens, value.tokens, attention_mask, **options)
+        out = exact_attention(module, query, key.tokens, value.tokens, mask, **options)
         layer.store(query, key.tokens, value.tokens, real)
-        return out, None
-    return layer.attend(query, key.tokens, value.tokens, real, **options), None
+        return out
+    return refuse_gradient(layer.attend(query, key.tokens, value.tokens, real, **options), key.tokens, value.tokens)
 
 
 def exact_attention(
@@ -132,9 +150,8 @@ def exact_attention(
     logits = torch.einsum("bhgtd,bhsd->bhgts", grouped, key).float() * (dim**-0.5 if scaling is None else scaling)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if mask is None and count > 1:
-        mask = torch.ones(count, key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - count)
-        mask = mask[None, None]
+    if mask is None and count > 1:  # more keys than queries: those of a static cache that are yet to come
+        mask = torch.ones(count, key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
     if mask is not None:
         mask = mask[:, :, None, :, : key.shape[2]]
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
@@ -176,6 +193,8 @@ def real_tokens(
         raise NotImplementedError(f"expected a mask [{batch}, 1, {queries}, {keys}], got {list(mask.shape)}")
     seen = mask[:, 0, :, :keys]
     if mask.dtype != torch.bool:
+        if not mask.is_floating_point():
+            raise NotImplementedError(f"expected a mask of bool or floating point, got {mask.dtype}")
         if not bool(((seen == 0) | (seen <= torch.finfo(mask.dtype).min / 2)).all()):
             raise NotImplementedError(
                 "attention over a TurboQuantCache does not know biases, got a mask of other values"

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import transformers
+import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-from interop.hf import ATTENTION, TurboQuantCache
+from interop.hf import ATTENTION, CACHE_ARGUMENT, TurboQuantCache, layer_bytes
 
 CHUNK = 16
 """Positions compared at a time; few, so that little leaves the window before its time."""
@@ -57,6 +58,7 @@ class Task:
         asked: [1, t] of the prompt.
         context: Tokens of the text before the positions compared.
         new_tokens: Tokens to generate.
+        attention: The model's own attention implementation, that of the baseline.
     """
 
     network: Any
@@ -65,18 +67,28 @@ class Task:
     asked: torch.Tensor
     context: int
     new_tokens: int
+    attention: str
 
 
 def load_task(
     model: Path, content: str, prompt: str | None, *, context: int, positions: int, new_tokens: int, device: str
 ) -> Task:
-    """Loads a model directory; the prompt is the text's beginning by default."""
+    """Loads a model directory; the prompt is the text's beginning by default.
+
+    Raises:
+        typer.BadParameter: For a text without tokens to compare, or an empty prompt.
+    """
     network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(model)
     text = content[: 12 * (context + positions)]
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : context + positions].to(device)
     asked = ids[:, :context] if prompt is None else tokenizer(prompt, return_tensors="pt").input_ids.to(device)
-    return Task(network.to(device).eval(), tokenizer, ids, asked, context, new_tokens)
+    if ids.shape[1] <= context:
+        raise typer.BadParameter(f"expected a text of more than context={context} tokens, got {ids.shape[1]}")
+    if not asked.shape[1]:
+        raise typer.BadParameter(f"expected a prompt of at least one token, got {prompt!r}")
+    attention = network.config._attn_implementation
+    return Task(network.to(device).eval(), tokenizer, ids, asked, context, new_tokens, attention)
 
 
 def versions() -> dict[str, str]:
@@ -96,11 +108,12 @@ def measure(task: Task, widths: tuple[float, ...] | None, reference: Any = None)
         Log-probabilities of the positions, those of the baseline if there were some, and the row.
     """
     network, ids = task.network, task.ids
-    network.set_attn_implementation("sdpa" if widths is None else ATTENTION)
+    network.set_attn_implementation(task.attention if widths is None else ATTENTION)
     cache = make_cache(network, widths)
+    given = {CACHE_ARGUMENT: cache}
     with torch.no_grad():
-        logits = [network(ids[:, : task.context], past_key_values=cache, logits_to_keep=1).logits]
-        logits += [network(part, past_key_values=cache).logits for part in ids[:, task.context :].split(CHUNK, dim=1)]
+        logits = [network(ids[:, : task.context], **given, logits_to_keep=1).logits]
+        logits += [network(part, **given).logits for part in ids[:, task.context :].split(CHUNK, dim=1)]
     found = torch.cat(logits, 1)[0, :-1].float().log_softmax(-1)
     exact = found if reference is None else reference
     kl = (exact.exp() * (exact - found)).sum(-1)
@@ -133,7 +146,7 @@ def cache_bytes(cache: DynamicCache | TurboQuantCache) -> int:
     """Bytes of all tensors of a cache."""
     if isinstance(cache, TurboQuantCache):
         return cache.nbytes
-    return sum(x.nbytes for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor))
+    return sum(layer_bytes(layer) for layer in cache.layers)
 
 
 def generate(network: PreTrainedModel, asked: torch.Tensor, cache: Any, count: int) -> tuple[list[int], float]:
@@ -144,7 +157,7 @@ def generate(network: PreTrainedModel, asked: torch.Tensor, cache: Any, count: i
         for _ in range(count):
             _wait(asked.device)
             start = time.perf_counter()
-            step = network(step, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            step = network(step, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
             tokens.append(int(step))
             times.append(time.perf_counter() - start)
     return tokens, statistics.median(times[1:] or times)

@@ -6,12 +6,13 @@ Importing this needs neither torch nor transformers, as the list of commands doe
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from tq_jax.data import persuasion
+from tq_jax.evaluate.demo import parse_bits
 from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
 
 if TYPE_CHECKING:
@@ -33,13 +34,13 @@ def hf(
 ) -> None:
     """Compare a Hugging Face model's usual cache with compressed ones: text, KL, bytes, time.
 
-    Runs the model in transformers with DynamicCache and SDPA, then with TurboQuantCache, on the same text and prompt.
-    Exits 0 only if every compressed cache is smaller than the usual one and every divergence is a number.
+    Runs the model in transformers with DynamicCache and its own attention, then with TurboQuantCache, on the same text
+    and prompt. Exits 0 only if every compressed cache is smaller than the usual one and every divergence is a number.
     """
     from interop import hf_measure
 
     console = open_console(json)
-    widths = [tuple(float(width) for width in pair.split("/")) for pair in bits.split(",")]
+    widths = parse_bits(bits)
     content = text.read_text("utf-8") if text else persuasion()
     job = hf_measure.load_task(
         model, content, prompt, context=context, positions=positions, new_tokens=new_tokens, device=device
@@ -54,18 +55,19 @@ def hf(
             progress.advance(task)
     holds = all(row.nbytes < rows[0].nbytes and math.isfinite(row.kl_mean) for row in rows[1:])
     dtype = str(job.network.dtype).removeprefix("torch.")
-    console.print(make_table(rows, dtype))
+    console.print(make_table(rows, f"{dtype} with {job.attention}"))
     for row in rows:
         console.print(f"[bold]{row.cache:>8}[/bold]  {row.text!r}")
-    payload = {"model": str(model), "dtype": dtype, "positions": job.ids.shape[1] - context, "holds": holds}
+    payload: dict[str, Any] = {"model": str(model), "dtype": dtype, "attention": job.attention}
+    payload |= {"positions": job.ids.shape[1] - context, "holds": holds}
     payload |= {"rows": [dataclasses.asdict(row) for row in rows], "environment": environment()}
     write_json(payload | {"peers": hf_measure.versions()}, json)
     raise typer.Exit(0 if holds else 1)
 
 
-def make_table(rows: list["Row"], dtype: str) -> Table:
+def make_table(rows: list["Row"], baseline: str) -> Table:
     """The figures for a reader."""
-    table = Table(title=f"DynamicCache in {dtype} with SDPA against TurboQuantCache")
+    table = Table(title=f"DynamicCache in {baseline} against TurboQuantCache")
     for name in ("cache", "layers", "MiB", "ratio", "KL", "KL max", "same top-1", "ms a token"):
         table.add_column(name, justify="left" if name == "cache" else "right")
     for row in rows:

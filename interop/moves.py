@@ -6,6 +6,8 @@ of the chunk itself, leave for the pages.
 
 import dataclasses
 import functools
+import operator
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -107,6 +109,19 @@ def plan_append(
 def exact_slots(spec: CacheSpec, position: np.ndarray) -> np.ndarray:
     """Exact slot of each position: its own for sinks, a place in the ring for the others."""
     return np.where(position < spec.sinks, position, spec.sinks + (position - spec.sinks) % max(spec.ring, 1))
+
+
+def row_integers(given: Sequence[int] | torch.Tensor) -> tuple[int, ...]:
+    """Integers, one a row, or raises ValueError: a fraction would be cut off, a mask be taken for 0 and 1.
+
+    Example:
+        >>> row_integers(torch.tensor([3, 4]))
+        (3, 4)
+    """
+    values = given.tolist() if isinstance(given, torch.Tensor) else list(given)
+    if not isinstance(values, list) or any(isinstance(x, bool) or not hasattr(x, "__index__") for x in values):
+        raise ValueError(f"expected integers, one for each row, got {values}")
+    return tuple(operator.index(x) for x in values)
 
 
 def _columns(row: int, *columns: np.ndarray) -> np.ndarray:

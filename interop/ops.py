@@ -8,7 +8,7 @@ them in order.
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -72,3 +72,23 @@ def attend(
 @attend.register_fake
 def _(query, version, cache, sliding_window, softcap, sink_logits, scale, lengths, precise) -> torch.Tensor:
     return query.new_empty(query.shape)
+
+
+class _Refusal(torch.autograd.Function):
+    """The output, of which no gradient can be asked."""
+
+    @staticmethod
+    def forward(context: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> Any:
+        raise NotImplementedError("a compressed cache is for inference, got a gradient to pass back through it")
+
+
+def refuse_gradient(output: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
+    """The output of attention over a cache; if inputs need a gradient, it raises NotImplementedError for who asks."""
+    known = [x for x in inputs if x is not None]
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in known):
+        return output
+    return _Refusal.apply(output, *known)  # pyright: ignore[reportReturnType]

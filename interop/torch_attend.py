@@ -13,7 +13,7 @@ from interop.torch_function import TorchFunction
 from interop.torch_kernels import BoundProgram
 from pallas_kernels.decode import LogitOptions, fused
 from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
-from tq_jax.attention import arrays_of
+from tq_jax.attention import arrays_of, check_query
 from tq_jax.quantizer import sketch_gain
 
 LONGEST = 1024
@@ -52,8 +52,13 @@ class KernelAttention:
         """Attention of the latest tokens; see `TorchCache.attend`. Launches only: a CUDA graph can capture it.
 
         Raises:
+            ValueError: For shapes or options that do not fit.
             NotImplementedError: For shapes or formats outside the kernels' limits.
         """
+        static = {name: getattr(options, name) for name in ("sliding_window", "softcap", "scale")}
+        check_query(self._spec, self._arrays.length.shape[0], query, sink_logits, **static)
+        if not query.numel():
+            return torch.zeros_like(query)
         whole = query.shape[1]
         if whole <= MAX_QUERY_TOKENS:
             return self._launch(query, options, sink_logits, counts)

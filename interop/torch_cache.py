@@ -18,7 +18,7 @@ import tq_jax as tq
 from interop import compute, ops
 from interop.dlpack import to_jax, to_torch
 from interop.jax_append import update_statistics, write_chunk
-from interop.moves import counters_after, plan_append
+from interop.moves import counters_after, plan_append, row_integers
 from interop.state import empty_tensors, load_tensors, map_rows, named_tensors, zero_pools
 from interop.torch_append import KernelAppend
 from interop.torch_attend import AttendOptions, KernelAttention
@@ -145,6 +145,8 @@ class TorchCache:
             return
         counts = self._counts(k, lengths)
         self._check_chunk(k, v, query, counts)
+        if not any(counts):
+            return
         after = counters_after(self.spec, self.lengths, self.compressed, counts)
         if not self._ready:
             evicts = tuple(new > old for old, new in zip(self.compressed, after[1], strict=True))
@@ -176,7 +178,7 @@ class TorchCache:
         Raises:
             ValueError: For rows without room, or not one count a row.
         """
-        given = (counts,) * self.rows if isinstance(counts, int) else tuple(counts)
+        given = (counts,) * self.rows if isinstance(counts, int) else row_integers(counts)
         if len(given) != self.rows or min(given, default=0) < 0:
             raise ValueError(f"expected a count of at least 0, or one for each of {self.rows} rows, got {counts}")
         self._check_room(given)
@@ -195,13 +197,14 @@ class TorchCache:
     ) -> Float[torch.Tensor, "b t h_q d"]:
         """Attention of the latest tokens over everything in the cache, causal; arguments as in `tq_jax.attend`.
 
-        On the CPU JAX computes it; on a GPU torch launches the kernels, and `precise` chooses their arithmetic.
+        On the CPU JAX computes it; on a GPU torch launches the kernels, and `precise` chooses their arithmetic. There
+        is no gradient: a backward pass that reaches the output raises NotImplementedError.
         """
         if torch.compiler.is_compiling():
             return ops.attend(
                 query, self._version, self._number, sliding_window, softcap, sink_logits, scale, lengths, precise
             )
-        return self.attend_now(
+        out = self.attend_now(
             query,
             sliding_window=sliding_window,
             softcap=softcap,
@@ -210,6 +213,7 @@ class TorchCache:
             lengths=lengths,
             precise=precise,
         )
+        return ops.refuse_gradient(out, query, sink_logits)
 
     def attend_now(
         self,
@@ -250,7 +254,7 @@ class TorchCache:
         Raises:
             ValueError: For a negative length or not one a row.
         """
-        wanted = [length] * self.rows if isinstance(length, int) else list(length)
+        wanted = (length,) * self.rows if isinstance(length, int) else row_integers(length)
         if len(wanted) != self.rows or min(wanted, default=0) < 0:
             raise ValueError(f"expected a length of at least 0, or one for each of {self.rows} rows, got {length}")
         lengths = tuple(min(old, new) for old, new in zip(self.lengths, wanted, strict=True))
@@ -264,8 +268,17 @@ class TorchCache:
         copy._adopt(map_rows(self.arrays, lambda tensor, _: tensor.clone()))
         return copy
 
+    __copy__ = fork
+
     def __deepcopy__(self, memo: Any) -> "TorchCache":
         return self.fork()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"arrays": self.arrays}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.device = state["arrays"].length.device
+        self._adopt(state["arrays"])
 
     def reorder(self, index: Sequence[int] | torch.Tensor) -> None:
         """Makes row i what row index[i] was; with another number of indices the number of rows changes.
@@ -275,7 +288,7 @@ class TorchCache:
         Raises:
             ValueError: For indices outside the rows.
         """
-        source = [int(i) for i in index]
+        source = list(row_integers(index))
         if any(not 0 <= i < self.rows for i in source):
             raise ValueError(f"expected rows from 0 to {self.rows - 1}, got {source}")
         if len(source) != self.rows:
@@ -365,11 +378,10 @@ class TorchCache:
 
     def _counts(self, chunk: torch.Tensor, lengths: Lengths | None) -> tuple[int, ...]:
         """Tokens of each row's chunk, or raises ValueError."""
-        if lengths is None:
-            return (chunk.shape[1],) * self.rows
-        counts = tuple(int(n) for n in (lengths.tolist() if isinstance(lengths, torch.Tensor) else lengths))
-        if len(counts) != self.rows or any(not 0 <= count <= chunk.shape[1] for count in counts):
-            raise ValueError(f"expected {self.rows} lengths from 0 to {chunk.shape[1]}, got {list(counts)}")
+        most = chunk.shape[1] if chunk.ndim == 4 else 0
+        counts = (most,) * self.rows if lengths is None else row_integers(lengths)
+        if len(counts) != self.rows or any(not 0 <= count <= most for count in counts):
+            raise ValueError(f"expected {self.rows} lengths from 0 to {most}, got {list(counts)}")
         return counts
 
     def _check_chunk(
@@ -379,8 +391,11 @@ class TorchCache:
         shape = (self.rows, k.shape[1] if k.ndim == 4 else 0, spec.num_kv_heads, spec.head_dim)
         if k.shape != shape or v.shape != shape:
             raise ValueError(f"expected k and v of shape {shape}, got {tuple(k.shape)} and {tuple(v.shape)}")
-        if query is not None and (query.ndim != 4 or query.shape[:2] != k.shape[:2] or query.shape[3] != k.shape[3]):
-            raise ValueError(f"expected query of shape {(*shape[:2], 'heads', shape[3])}, got {tuple(query.shape)}")
+        if query is not None and (
+            query.shape != (*shape[:2], *query.shape[2:3], shape[3]) or query.shape[2] % shape[2]
+        ):
+            heads = f"a multiple of {shape[2]}"
+            raise ValueError(f"expected query of shape {(*shape[:2], heads, shape[3])}, got {tuple(query.shape)}")
         for name, tensor in (("k", k), ("v", v), ("query", query)):
             if tensor is not None and not (tensor.is_floating_point() and tensor.device.type == self.device.type):
                 raise ValueError(

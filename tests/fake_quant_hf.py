@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import tq_jax as tq
+from interop.hf import CACHE_ARGUMENT
 
 
 class FakeQuantLayer(DynamicLayer):
@@ -49,6 +50,11 @@ class FakeQuantLayer(DynamicLayer):
     def reorder_cache(self, beam_idx):
         self.sequences = [copy.copy(self.sequences[i]) for i in beam_idx.tolist()]
         self.sequences = [(pad, copy.copy(row)) for pad, row in self.sequences]
+
+
+def given(cache) -> dict:
+    """A cache as an argument of a model or `generate`."""
+    return {CACHE_ARGUMENT: cache}
 
 
 def fake_quant_cache(config, spec: tq.CacheSpec, pads: list[int] | None = None, seed: int = 0) -> DynamicCache:

@@ -98,7 +98,7 @@ def own_answers(folder, prompts, *, exact_layers=(), statistics=None, **options)
     import transformers
     from transformers.cache_utils import DynamicLayer
 
-    from interop.hf import ATTENTION, TurboQuantCache
+    from interop.hf import ATTENTION, CACHE_ARGUMENT, TurboQuantCache
     from interop.torch_cache import TorchCache
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -116,7 +116,9 @@ def own_answers(folder, prompts, *, exact_layers=(), statistics=None, **options)
             layer.cache = TorchCache(spec, 1, seed=layer.compression.seed, statistics=given)
         for layer in exact_layers:
             cache.layers[layer] = DynamicLayer()
-        given = dict(attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=NEW, do_sample=False)
-        out = model.generate(torch.tensor([ids]), past_key_values=cache, pad_token_id=0, **given)
+        given = {CACHE_ARGUMENT: cache} | dict(
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=NEW, do_sample=False
+        )
+        out = model.generate(torch.tensor([ids]), pad_token_id=0, **given)
         found.append(out[0, len(ids) :].tolist())
     return found

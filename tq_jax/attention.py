@@ -14,7 +14,7 @@ from pallas_kernels.decode import LogitOptions, Partial, TileConfig, fused, merg
 from pallas_kernels.decode.basis import Basis, Segment
 from pallas_kernels.decode.reference import attend_tokens, nothing
 from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
-from tq_jax.cache import Cache, from_storage, require_row_integers
+from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers
 from tq_jax.paged import attend_packed, finish
 from tq_jax.quantizer import Quantizer, sketch_gain
 from tq_jax.rotation import mixing_factors
@@ -80,23 +80,9 @@ def attend(
     """
     spec = cache.spec
     batch = cache.rows if rows is None else rows.shape[0]
-    if (
-        query.ndim != 4
-        or query.shape[0] != batch
-        or query.shape[2] % spec.num_kv_heads
-        or query.shape[3] != spec.head_dim
-    ):
-        raise ValueError(
-            f"expected query of shape ({batch}, tokens, a multiple of {spec.num_kv_heads}, {spec.head_dim}), "
-            f"got {tuple(query.shape)}"
-        )
+    check_query(spec, batch, query, sink_logits, sliding_window=sliding_window, softcap=softcap, scale=scale)
     if not jnp.issubdtype(query.dtype, jnp.floating):
         raise ValueError(f"expected floating point queries, got dtype {query.dtype}")
-    for name, value in (("sliding_window", sliding_window), ("softcap", softcap), ("scale", scale)):
-        if value is not None and not value > 0:
-            raise ValueError(f"expected {name} above 0, got {value}")
-    if sink_logits is not None and sink_logits.shape != query.shape[2:3]:
-        raise ValueError(f"expected sink_logits of shape {query.shape[2:3]}, got {tuple(sink_logits.shape)}")
     require_row_integers(batch, lengths=lengths, rows=rows)
     if implementation not in get_args(Implementation):
         raise NotImplementedError(f"implementation={implementation!r}; attend has: {get_args(Implementation)}")
@@ -122,6 +108,22 @@ def attend(
     if implementation == "triton":
         return _attend_fused(query, cache, lengths, rows, sink_logits, plan=plan)
     return _attend_parts(query, cache, lengths, rows, sink_logits, options=options, implementation="reference")
+
+
+def check_query(spec: CacheSpec, batch: int, query: Any, sink_logits: Any, **above_zero: float | None) -> None:
+    """Raises ValueError for shapes of queries or sinks, JAX's or others', or for options that do not fit."""
+    shape = tuple(query.shape)
+    fits = len(shape) == 4 and shape[0] == batch and shape[2] % spec.num_kv_heads == 0 and shape[3] == spec.head_dim
+    if not fits:
+        raise ValueError(
+            f"expected query of shape ({batch}, tokens, a multiple of {spec.num_kv_heads}, {spec.head_dim}), "
+            f"got {shape}"
+        )
+    for name, value in above_zero.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"expected {name} above 0, got {value}")
+    if sink_logits is not None and tuple(sink_logits.shape) != shape[2:3]:
+        raise ValueError(f"expected sink_logits of shape {shape[2:3]}, got {tuple(sink_logits.shape)}")
 
 
 def _plan(cache: Cache, options: LogitOptions, precise: bool, config: TileConfig | None) -> fused.AttendPlan:

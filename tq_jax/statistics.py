@@ -81,7 +81,7 @@ def observe_queries(stats: KeyStatistics, query: Float[Array, "b t h_q d"], vali
     kv_heads = stats.mean.shape[1]
     valid = valid & ~stats.ready[:, None]
     squares = jnp.where(valid[:, :, None, None], jnp.square(query.astype(jnp.float32)), 0.0)
-    grouped = squares.reshape(*query.shape[:2], kv_heads, -1, query.shape[-1])
+    grouped = squares.reshape(*query.shape[:2], kv_heads, query.shape[2] // kv_heads, query.shape[-1])
     return dataclasses.replace(
         stats,
         query_power=stats.query_power + jnp.sum(jnp.mean(grouped, axis=3), axis=1),

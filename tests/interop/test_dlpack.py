@@ -112,6 +112,7 @@ def test_what_cannot_be_exported():
         (ValueError, r"got a deleted \(donated\?\) one of shape \(3,\)", gone),
         (ValueError, "expected arrays on one device, got one on 2", spread),
         (NotImplementedError, "at least 8 bits, got int4", jnp.ones(4, jnp.int4)),
+        (NotImplementedError, "DLPack carries numbers, got key", jax.random.key(0)),
     ]
     for error, message, value in cases:
         with pytest.raises(error, match=message):

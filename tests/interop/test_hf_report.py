@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -52,3 +53,36 @@ def test_a_cache_that_does_not_shrink_fails(folder):
     app.command()(hf)
     options = ["--bits", "8/8", "--context", "16", "--positions", "16", "--new-tokens", "1"]
     assert CliRunner().invoke(app, [str(folder), *options]).exit_code == 1
+
+
+def test_misuse(folder, tmp_path):
+    app = typer.Typer()
+    app.command()(hf)
+    (tmp_path / "short.txt").write_text("too short")
+    cases = [
+        ("expected key/value bits like 4/4,3/3, got '4'", ["--bits", "4"]),
+        ("expected a text of more than context=512 tokens, got 9", ["--text", str(tmp_path / "short.txt")]),
+        ("expected a prompt of at least one token, got ''", ["--prompt", ""]),
+    ]
+    for message, options in cases:
+        result = CliRunner().invoke(app, [str(folder), *options])
+        assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_model_without_sdpa(folder, tmp_path):
+    """The baseline is the model with its own attention."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path)
+    config = transformers.Gemma2Config(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, sliding_window=32,
+    )  # fmt: skip
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    app, target = typer.Typer(), tmp_path / "figures.json"
+    app.command()(hf)
+    options = ["--bits", "4/4", "--context", "700", "--positions", "16", "--new-tokens", "1", "--json", str(target)]
+    result = CliRunner().invoke(app, [str(tmp_path), *options])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(target.read_text())
+    assert f"float32 with {figures['attention']} against" in result.output
+    assert figures["rows"][1]["layers"] == 1 and figures["rows"][1]["kl_mean"] < 0.1

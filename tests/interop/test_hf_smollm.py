@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("gguf")
 
-from fake_quant_hf import fake_quant_cache  # noqa: E402
+from fake_quant_hf import fake_quant_cache, given  # noqa: E402
 
 import tq_jax as tq  # noqa: E402
 from interop.hf import ATTENTION, TurboQuantCache  # noqa: E402
@@ -47,9 +47,9 @@ def test_tokens_are_those_of_the_oracle(model, prompts):
     ids, mask, pads = prompts
     options = dict(attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=2)
     model.set_attn_implementation("sdpa")
-    theirs = model.generate(ids, past_key_values=fake_quant_cache(model.config, SPEC, pads), **options)
+    theirs = model.generate(ids, **given(fake_quant_cache(model.config, SPEC, pads)), **options)
     model.set_attn_implementation(ATTENTION)
     cache = TurboQuantCache(model.config, **OPTIONS)
-    assert torch.equal(model.generate(ids, past_key_values=cache, **options), theirs)
+    assert torch.equal(model.generate(ids, **given(cache), **options), theirs)
     spec = cache.layers[0].cache.spec
     assert spec == SPEC and spec.bytes_per_token() / (2 * 2 * 3 * 64) < 0.28

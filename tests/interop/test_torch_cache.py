@@ -1,4 +1,6 @@
+import copy
 import dataclasses
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +132,27 @@ def test_a_fork_is_independent():
     assert_attends_alike(cache, fork)
 
 
+def test_copies_and_pickles_are_forks():
+    """None shares bytes with the original, or the number by which compiled graphs find it."""
+    cache = filled()
+    for other in (copy.copy(cache), pickle.loads(pickle.dumps(cache))):
+        before = cache.fork()
+        assert_attends_alike(other, cache)
+        other.append(*chunk(30, 5)[:2])
+        assert_attends_alike(cache, before)
+        before.append(*chunk(30, 5)[:2])
+        assert_attends_alike(other, before)
+        assert other._number != cache._number
+
+
+def test_a_gradient_is_refused():
+    cache, query = filled(), chunk(1)[2].requires_grad_()
+    with torch.no_grad():
+        assert not cache.attend(query).requires_grad
+    with pytest.raises(NotImplementedError, match="for inference, got a gradient to pass back through it"):
+        (cache.attend(query) + query).sum().backward()
+
+
 def test_reordering_rows():
     cache = TorchCache(CENTRED, 3)
     cache.append(*chunk(50, rows=3)[:2], lengths=[50, 20, 35])
@@ -215,6 +238,22 @@ def test_from_jax_copies():
     assert_attends_alike(cache, other)
 
 
+def test_nothing_to_append():
+    """No tokens and no rows."""
+    cache = TorchCache(PACKED, 2)
+    k, v, q = chunk(40)
+    cache.append(k, v, query=q)
+    before = cache.fork()
+    cache.append(k[:, :0], v[:, :0], query=q[:, :0])
+    cache.append(k, v, query=q, lengths=[0, 0])
+    assert_attends_alike(cache, before)
+    cache.crop(torch.tensor([30, 35]))
+    assert cache.lengths == (30, 35) and all(type(n) is int for n in cache.lengths)
+    cache.reorder([])
+    cache.append(k[:0], v[:0], query=q[:0])
+    assert cache.lengths == () and cache.attend(q[:0, :1]).shape == (0, 1, H * G, D)
+
+
 def test_a_full_precision_cache():
     cache = TorchCache(tq.CacheSpec.full_precision(num_kv_heads=H, head_dim=D, max_tokens=60, dtype="float32"), 2)
     k, v, q = chunk(50)
@@ -259,6 +298,10 @@ def test_errors():
         ("expected k to be floating point on cpu, got torch.int32 on cpu", lambda: cache.append(k.int(), v)),
         (r"expected 2 lengths from 0 to 2, got \[3, 0\]", lambda: cache.append(k, v, lengths=[3, 0])),
         (r"expected 2 lengths from 0 to 2, got \[1\]", lambda: cache.attend(q, lengths=[1])),
+        (r"query of shape .*multiple of 2.*, got \(2, 2, 3, 32\)", lambda: cache.append(k, v, query=q[:, :, 1:])),
+        (r"expected integers, one for each row, got \[1.5, 1\]", lambda: cache.append(k, v, lengths=[1.5, 1])),
+        (r"one for each row, got \[True, False\]", lambda: cache.reorder(torch.tensor([True, False]))),
+        ("expected k and v of shape .*, got", lambda: cache.append(k[0, 0, 0], v)),
         (r"at most max_tokens=96 tokens a row, got \[97, 50\]", lambda: cache.append(*chunk(47)[:2], lengths=[47, 0])),
         ("expected a length of at least 0, or one for each of 2 rows, got -1", lambda: cache.crop(-1)),
         (r"expected a length of at least 0, or one for each of 2 rows, got \[1\]", lambda: cache.crop([1])),

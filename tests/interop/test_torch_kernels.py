@@ -135,6 +135,25 @@ def test_long_chunks_are_attended_to_as_by_jax(interpreted, monkeypatch):
         assert float((found - want).norm() / want.norm()) < 2e-3
 
 
+def test_what_kernels_cannot_tell_is_checked(cache, monkeypatch):
+    """They would read where nothing is."""
+    launched = record_launches(monkeypatch)
+    attention, query = KernelAttention(cache.arrays), torch.zeros(2, 1, 4, 64, dtype=torch.bfloat16)
+    cases = [
+        (r"expected query of shape \(2, tokens, a multiple of 2, 64\), got \(1, 1, 4, 64\)", query[:1], {}, None),
+        (r"expected query of shape .*, got \(2, 1, 3, 64\)", query[:, :, 1:], {}, None),
+        (r"expected sink_logits of shape \(4,\), got \(2,\)", query, {}, torch.zeros(2)),
+        ("expected softcap above 0, got -1.0", query, dict(softcap=-1.0), None),
+        ("expected sliding_window above 0, got 0", query, dict(sliding_window=0), None),
+        ("expected scale above 0, got 0", query, dict(scale=0.0), None),
+    ]
+    for message, given, options, sinks in cases:
+        with pytest.raises(ValueError, match=message):
+            attention(given, AttendOptions(**options), sinks)
+    assert attention(query[:, :0], AttendOptions()).shape == (2, 0, 4, 64)
+    assert not launched
+
+
 def test_sizes_of_padded_chunks():
     assert [padded_size(n) for n in (9, 16, 33, 65, 100, 700, 1000, 1024)] == [16, 16, 48, 80, 112, 768, 1024, 1024]
 
