@@ -40,8 +40,10 @@ def append(
         The new cache.
 
     Raises:
-        ValueError: For shapes that do not fit; and, outside jit, for NaN or infinite tokens or a row without room for
-            its chunk. Under jit a chunk without room leaves its row as it was and marks it in `cache.overflow`.
+        ValueError: For shapes that do not fit; and, outside jit, for tokens that are NaN, infinite or too large for the
+            cache's dtype or, once they leave the window, for their scale_dtype, and for a row without room for its
+            chunk. Under jit such tokens make what attends to them NaN, and a chunk without room leaves its row as it
+            was and marks it in `cache.overflow`.
 
     Example:
         >>> import tq_jax as tq
@@ -56,11 +58,18 @@ def append(
         lengths = jnp.full(batch, tokens, jnp.int32)
     rows = jnp.arange(cache.rows, dtype=jnp.int32) if rows is None else rows.astype(jnp.int32)
     lengths = lengths.astype(jnp.int32)
-    if not is_traced((cache, k, v, query, lengths, rows)):
+    traced = is_traced((cache, k, v, query, lengths, rows))
+    if not traced:
         _check_values(cache, k, v, query, lengths, rows)
     if batch == 0 or tokens == 0:
         return cache
-    return _append(cache, k, v, query, lengths, rows)
+    new, fits = _append(cache, k, v, query, lengths, rows)
+    if not traced and not np.asarray(fits).all():
+        raise ValueError(
+            f"expected tokens whose scales fit {_scale_dtypes(cache.spec)}, got larger ones leaving the window of rows "
+            f"{np.asarray(rows)[~np.asarray(fits)].tolist()}; scale_dtype='float32' holds more"
+        )
+    return new
 
 
 def _check_shapes(cache: Cache, k: Array, v: Array, query: Array | None, lengths: Array | None, rows: Array | None):
@@ -96,13 +105,25 @@ def _check_values(cache: Cache, k: Array, v: Array, query: Array | None, lengths
     if np.any(total > cache.spec.max_tokens):
         raise ValueError(f"expected at most max_tokens={cache.spec.max_tokens} tokens a row, got {total.tolist()}")
     exists = np.arange(k.shape[1]) < count[:, None]
-    for name, array in (("k", k), ("v", v), ("query", query)):
-        if array is not None and not np.isfinite(np.asarray(array.astype(jnp.float32))[exists]).all():
-            raise ValueError(f"expected finite {name}, got NaN or infinity")
+    for name, array, dtype in (("k", k, cache.spec.dtype), ("v", v, cache.spec.dtype), ("query", query, "float32")):
+        if array is None:
+            continue
+        held = jnp.asarray(array).astype(dtype).astype(jnp.float32)
+        if not np.isfinite(np.asarray(held)[exists]).all():
+            limit = float(jnp.finfo(dtype).max)
+            raise ValueError(f"expected finite {name}, got NaN or infinity as {dtype} (at most {limit:.5g})")
+
+
+def _scale_dtypes(spec: CacheSpec) -> str:
+    assert spec.key is not None and spec.value is not None
+    return " and ".join(sorted({spec.key.scale_dtype, spec.value.scale_dtype}))
 
 
 @jax.jit
-def _append(cache: Cache, k: Array, v: Array, query: Array | None, lengths: Array, rows: Array) -> Cache:
+def _append(
+    cache: Cache, k: Array, v: Array, query: Array | None, lengths: Array, rows: Array
+) -> tuple[Cache, Bool[Array, "b"]]:
+    """The new cache, and which rows compressed only tokens whose scalars are finite."""
     spec = cache.spec
     # All later steps see tokens as the ring would hold them, so that chunks and single tokens give the same codes.
     k, v = (from_storage(spec, to_storage(spec, x)) for x in (k, v))
@@ -121,7 +142,7 @@ def _append(cache: Cache, k: Array, v: Array, query: Array | None, lengths: Arra
         fix = ~found.ready & (evicted > 0)
         found = lax.cond(jnp.any(fix), lambda s: _fix(s, cache, k, rows, before, exists, fix), lambda s: s, found)
         statistics = jax.tree.map(lambda x, new: x.at[rows].set(new), statistics, found)
-    left_keys, left_values = k, v
+    left_keys, left_values, finite = k, v, jnp.ones_like(fits)
     if pages is not None:
         address = compressed[:, None] + step
         left_keys, left_values = _leaving(cache, k, v, rows, before, address)
@@ -129,6 +150,7 @@ def _append(cache: Cache, k: Array, v: Array, query: Array | None, lengths: Arra
         slots = jnp.where(step < evicted[:, None], slots, -1)
         current = dataclasses.replace(cache, pages=pages, statistics=statistics)
         pages = _compress(current, left_keys, left_values, rows, slots)
+        finite = _scalars_finite(pages, slots)
 
     position = before[:, None] + step
     slot = _slots(spec, position)
@@ -139,7 +161,7 @@ def _append(cache: Cache, k: Array, v: Array, query: Array | None, lengths: Arra
     left = left_keys if statistics is None else left_keys - statistics.mean[rows][:, None]
     new_keys = jnp.where(kept[:, :, None, None], k, left)
     new_values = jnp.where(kept[:, :, None, None], v, left_values)
-    return dataclasses.replace(
+    new = dataclasses.replace(
         cache,
         pages=pages,
         exact_keys=cache.exact_keys.at[place].set(to_storage(spec, new_keys), mode="drop"),
@@ -149,6 +171,7 @@ def _append(cache: Cache, k: Array, v: Array, query: Array | None, lengths: Arra
         overflow=cache.overflow.at[rows].set(cache.overflow[rows] | ~fits),
         statistics=statistics,
     )
+    return new, finite
 
 
 def _slots(spec: CacheSpec, position: Int[Array, "b t"]) -> Int[Array, "b t"]:
@@ -211,3 +234,12 @@ def _compress(
         mean=None if statistics is None else statistics.mean[rows],
         weight=None if statistics is None else statistics.weight[rows],
     )
+
+
+def _scalars_finite(pages: Pages, slots: Int[Array, "b t"]) -> Bool[Array, "b"]:
+    """Whether all stored scalars of the tokens at some slots are finite, row by row; negative slots are none."""
+    page_size = pages.keys.scale.shape[-1]
+    page, place = jnp.maximum(slots, 0) // page_size, slots % page_size
+    pools = [getattr(code, name) for code in (pages.keys, pages.values) for name in ("scale", "zero", "residual")]
+    stored = [jnp.isfinite(pool[page, ..., place]).reshape(*slots.shape, -1) for pool in pools if pool is not None]
+    return jnp.all((slots < 0) | jnp.all(jnp.concatenate(stored, axis=2), axis=2), axis=1)

@@ -1,6 +1,7 @@
 """Attention over a compressed cache."""
 
 import functools
+import math
 import warnings
 from typing import Any, Literal, get_args
 
@@ -16,7 +17,7 @@ from pallas_kernels.decode.reference import attend_tokens, nothing
 from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
 from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers
 from tq_jax.paged import attend_packed, finish
-from tq_jax.quantizer import Quantizer, sketch_gain
+from tq_jax.quantizer import Quantizer, is_traced, sketch_gain
 from tq_jax.rotation import mixing_factors
 
 EXACT_BLOCK = 512
@@ -66,7 +67,7 @@ def attend(
         Attention outputs in the type of the queries. NaN for rows that overflowed; zero where no token is visible.
 
     Raises:
-        ValueError: For shapes or options that do not fit.
+        ValueError: For shapes or options that do not fit; and, outside jit, for lengths or rows out of range.
         NotImplementedError: For an implementation that does not exist or does not support the case.
 
     Example:
@@ -91,10 +92,13 @@ def attend(
             "expected config without precise, which it has itself, and not for the reference; "
             f"got {precise=}, {implementation=}"
         )
+    _check_rows(cache, query.shape[1], lengths, rows)
     rows = None if rows is None else rows.astype(jnp.int32)
     lengths = None if lengths is None else lengths.astype(jnp.int32)
     if query.size == 0:
         return jnp.zeros_like(query)
+    if sliding_window is not None and sliding_window >= spec.max_tokens:
+        sliding_window = None
     options = LogitOptions(scale or float(np.float32(spec.head_dim**-0.5)), softcap, sliding_window)
     plan = _plan(cache, options, precise, config)
     if cache.pages is not None and query.shape[1] > MAX_QUERY_TOKENS:
@@ -120,10 +124,19 @@ def check_query(spec: CacheSpec, batch: int, query: Any, sink_logits: Any, **abo
             f"got {shape}"
         )
     for name, value in above_zero.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"expected {name} above 0, got {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"expected {name} above 0{' and finite' * (value == math.inf)}, got {value}")
     if sink_logits is not None and tuple(sink_logits.shape) != shape[2:3]:
         raise ValueError(f"expected sink_logits of shape {shape[2:3]}, got {tuple(sink_logits.shape)}")
+
+
+def _check_rows(cache: Cache, tokens: int, lengths: Any, rows: Any) -> None:
+    """Raises ValueError for more or fewer queries than there can be, and for rows that the cache has not."""
+    for name, array, most in (("lengths", lengths, tokens), ("rows", rows, cache.rows - 1)):
+        if array is None or is_traced(array):
+            continue
+        if np.any(np.asarray(array) < 0) or np.any(np.asarray(array) > most):
+            raise ValueError(f"expected {name} from 0 to {most}, got {np.asarray(array).tolist()}")
 
 
 def _plan(cache: Cache, options: LogitOptions, precise: bool, config: TileConfig | None) -> fused.AttendPlan:

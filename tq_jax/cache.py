@@ -13,13 +13,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.decode import Pages
 from pallas_kernels.decode.pages import empty_pages
 from tq_jax.quantizer import Quantizer, QuantizerSpec, is_traced, make_quantizer
-from tq_jax.statistics import KeyStatistics, empty_statistics, given_statistics
+from tq_jax.statistics import KeyStatistics, empty_statistics, given_statistics, require_statistics
 
 CacheDtype = Literal["bfloat16", "float16", "float32"]
 KEY_KINDS, VALUE_KINDS = ("mse", "prod"), ("mse", "group")
@@ -192,7 +193,8 @@ def init_cache(
         value_quantizer: Likewise.
 
     Raises:
-        ValueError: For a negative batch, or statistics or quantizers that do not fit the spec.
+        ValueError: For a negative batch, statistics or quantizers that do not fit the spec, or, outside jit, means that
+            are not finite or weights that are not positive and finite.
 
     Example:
         >>> spec = CacheSpec(num_kv_heads=2, head_dim=64, max_tokens=512,
@@ -328,4 +330,6 @@ def _statistics(spec: CacheSpec, batch: int, given: tuple[Array, Array] | None) 
     for name, array in zip(("mean", "weight"), given, strict=True):
         if array.shape not in (one, (batch, *one)):
             raise ValueError(f"expected a {name} of shape {one} or {(batch, *one)}, got {tuple(array.shape)}")
+    if not is_traced(given):
+        require_statistics(*(np.asarray(array, np.float32) for array in given))
     return given_statistics(batch, *given)

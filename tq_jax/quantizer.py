@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.encode import Encoder, encode
 from pallas_kernels.format import Code, CodebookFormat, GroupFormat, ScaleDtype, ScaleRule, VectorFormat
 from pallas_kernels.lookup import decode, residual_signs
+from pallas_kernels.packing import packed_bytes
 from tq_jax import rotation as rot
 from tq_jax.codebook import codebook
 
@@ -150,7 +151,7 @@ def make_quantizer(spec: QuantizerSpec, *, seed: int = 0, outliers: Sequence[int
 
     Args:
         spec: What the quantizer does.
-        seed: Non-negative. Rotations and sketch use independent streams of it.
+        seed: An integer of 64 bits, not negative. Rotations and sketch use independent streams of it.
         outliers: For fractional widths, the dim / 4 channels that get one bit more; `outlier_channels` finds them from
             data. The first dim / 4 by default.
 
@@ -158,7 +159,7 @@ def make_quantizer(spec: QuantizerSpec, *, seed: int = 0, outliers: Sequence[int
         The quantizer.
 
     Raises:
-        ValueError: For a negative seed or a wrong set of outliers.
+        ValueError: For a seed that is no integer from 0 to 2**64 - 1 or a wrong set of outliers.
 
     Example:
         >>> q = make_quantizer(QuantizerSpec(dim=128, bits=4, scale="unbiased", search=True), seed=0)
@@ -166,8 +167,8 @@ def make_quantizer(spec: QuantizerSpec, *, seed: int = 0, outliers: Sequence[int
         >>> code.nbytes, dequantize(q, code).shape
         (132, (2, 128))
     """
-    if seed < 0:
-        raise ValueError(f"expected a seed of at least 0, got {seed}")
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise ValueError(f"expected a seed of at least 0, an integer below 2**64, got {seed}")
     if outliers is None:
         outliers = range(spec.num_outliers)
     chosen = sorted(int(channel) for channel in outliers)
@@ -298,7 +299,7 @@ def dequantize(q: Quantizer, code: Code) -> Float[Array, "*batch dim"]:
     return from_rotated(q, y)
 
 
-def inner_product(q: Quantizer, y: Float[Array, "*batch dim"], code: Code) -> Float[Array, "*batch"]:
+def inner_product(q: Quantizer, y: Float[Array, "*batch dim"], code: Code) -> Float[Array, "..."]:
     """Estimates <y, x> from the code of x, in the rotated basis; float32.
 
     Args:
@@ -321,9 +322,9 @@ def inner_product(q: Quantizer, y: Float[Array, "*batch dim"], code: Code) -> Fl
     if q.sketch is None:
         return product
     assert isinstance(q.spec.format, CodebookFormat) and code.residual is not None
-    signs = residual_signs(code, q.spec.format)
+    signs = residual_signs(code, q.spec.format) * code.residual.astype(jnp.float32)[..., None]
     sketched = jnp.einsum("...i,...i->...", sketch_query(q, rotated), signs, precision="highest")
-    return product + sketched * sketch_gain(q.spec.dim) * code.residual.astype(jnp.float32)
+    return product + sketched * sketch_gain(q.spec.dim)
 
 
 def sketch_query(q: Quantizer, rotated: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
@@ -349,11 +350,13 @@ def check_code(spec: QuantizerSpec, code: Code) -> None:
         raise ValueError(
             f"expected packed uint8 of {fmt.packed_bytes} bytes, got {code.packed.dtype} {code.packed.shape}"
         )
-    scales = code.packed.shape[:-1] + ((fmt.num_scales,) if group or fmt.num_scales > 1 else ())
-    if code.scale.shape != scales or code.scale.dtype != jnp.dtype(spec.scale_dtype):
-        raise ValueError(
-            f"expected scale {spec.scale_dtype} {scales}, got {code.scale.dtype} {tuple(code.scale.shape)}"
-        )
+    batch = code.packed.shape[:-1]
+    scales = batch + ((fmt.num_scales,) if group or fmt.num_scales > 1 else ())
+    shapes = {"scale": scales, "zero": scales, "signs": (*batch, packed_bytes(fmt.dim, 1)), "residual": batch}
+    for name, shape in shapes.items():
+        array, dtype = getattr(code, name), "uint8" if name == "signs" else spec.scale_dtype
+        if array is not None and (array.shape != shape or array.dtype != jnp.dtype(dtype)):
+            raise ValueError(f"expected {name} {dtype} {shape}, got {array.dtype} {tuple(array.shape)}")
 
 
 def _names(flags: dict[str, bool]) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 MIN_TOKENS = 32
@@ -20,6 +21,9 @@ BALANCE = 0.4
 
 _FLOOR = 1e-2
 """Smallest spread of a channel relative to the mean spread of its head; keeps weights of dead channels bounded."""
+
+_EQUAL = 1e-5
+"""Keys of a head that spread less than this, relative to their size, are equal but for rounding: nothing to weigh."""
 
 
 @jax.tree_util.register_dataclass
@@ -76,6 +80,19 @@ def given_statistics(
     )
 
 
+def require_statistics(mean: np.ndarray, weight: np.ndarray) -> None:
+    """Raises ValueError for values that are no statistics."""
+    if not np.isfinite(mean).all() or not (np.isfinite(weight) & (weight > 0)).all():
+        raise ValueError(
+            "expected finite means and positive, finite weights of channels, "
+            f"got means {_range(mean)} and weights {_range(weight)}"
+        )
+
+
+def _range(x: np.ndarray) -> str:
+    return f"{x.min():.4g} to {x.max():.4g}"
+
+
 def observe_queries(stats: KeyStatistics, query: Float[Array, "b t h_q d"], valid: Bool[Array, "b t"]) -> KeyStatistics:
     """Adds queries to the running sums of rows whose statistics are not fixed yet."""
     kv_heads = stats.mean.shape[1]
@@ -106,8 +123,9 @@ def fix_statistics(
     mean = jnp.sum(keys, axis=1) / count
     deviation = (keys - mean[:, None]) * weight
     spread = jnp.sqrt(jnp.sum(deviation * deviation, axis=1) / count)
+    size = jnp.sqrt(jnp.sum(keys * keys, axis=1) / count)
     enough = fix & (jnp.sum(valid, axis=1) >= MIN_TOKENS)
-    balance = (_query_rms(stats) / _floored(spread)) ** BALANCE
+    balance = (_query_rms(stats) / _floored(spread, least=_EQUAL * _head_mean(size))) ** BALANCE
 
     def put(new: Array, old: Array, wanted: bool) -> Array:
         return jnp.where(enough[:, None, None], new, old) if wanted else old
@@ -121,12 +139,17 @@ def fix_statistics(
 
 
 def _query_rms(stats: KeyStatistics) -> Float[Array, "b h_kv d"]:
-    """Root mean square of the queries a channel; ones for rows that were not told their queries."""
+    """Root mean square of the queries a channel; ones for rows that were not told any or only zeros."""
     count = stats.query_count[:, None, None]
     rms = jnp.sqrt(stats.query_power / jnp.maximum(count, 1.0))
-    return jnp.where(count > 0, _floored(rms), 1.0)
+    return jnp.where(count > 0, _floored(rms, least=jnp.zeros_like(count)), 1.0)
 
 
-def _floored(spread: Float[Array, "b h_kv d"]) -> Float[Array, "b h_kv d"]:
-    floor = _FLOOR * jnp.mean(spread, axis=-1, keepdims=True)
-    return jnp.maximum(spread, jnp.maximum(floor, jnp.finfo(jnp.float32).tiny))
+def _floored(spread: Float[Array, "b h_kv d"], *, least: Float[Array, "b _ 1"]) -> Float[Array, "b h_kv d"]:
+    """Spread with a floor for single channels; ones for heads of no more than the least mean spread."""
+    mean = _head_mean(spread)
+    return jnp.where(mean > least, jnp.maximum(spread, _FLOOR * mean), 1.0)
+
+
+def _head_mean(x: Float[Array, "b h_kv d"]) -> Float[Array, "b h_kv 1"]:
+    return jnp.mean(x, axis=-1, keepdims=True)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from tq_jax.cache import Cache, CacheSpec, init_cache, require_counters, resize
 from tq_jax.files import Shapes, read_arrays, require_format, write_arrays
 from tq_jax.quantizer import QuantizerSpec, is_traced
+from tq_jax.statistics import require_statistics
 
 CACHE_FORMAT, STATISTICS_FORMAT = "tq-jax cache 1", "tq-jax key statistics 1"
 
@@ -109,8 +110,7 @@ def save_statistics(
     shape = arrays["mean"].shape
     if len(shape) != 3 or arrays["weight"].shape != shape:
         raise ValueError(f"expected mean and weight [layers, h_kv, d], got {shape} and {arrays['weight'].shape}")
-    if not all(np.isfinite(array).all() for array in arrays.values()) or not (arrays["weight"] > 0).all():
-        raise ValueError("expected finite means and positive, finite weights, got others")
+    require_statistics(**arrays)
     write_arrays(path, {"format": STATISTICS_FORMAT, "shape": shape}, arrays)
 
 

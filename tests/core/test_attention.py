@@ -100,6 +100,14 @@ def test_attention_is_over_the_dequantized_cache(window, sinks, statistics):
     np.testing.assert_allclose(tq.attend(q[:, -5:], cache), dense(q[:, -5:], k, v), atol=2e-3)
 
 
+def test_a_sliding_window_beyond_the_cache_is_none():
+    k, v, q = tokens(2, 200)
+    cache = tq.append(tq.init_cache(make_spec(), batch=2), k, v, query=q)
+    for window in (400, 2**40):
+        found = tq.attend(q[:, -1:], cache, sliding_window=window)
+        np.testing.assert_array_equal(found, tq.attend(q[:, -1:], cache))
+
+
 def test_ragged_chunks():
     k, v, q = tokens(3, 60)
     cache = tq.append(tq.init_cache(make_spec(), batch=3), k, v, query=q, lengths=jnp.asarray([60, 33, 60], jnp.int32))
@@ -204,6 +212,11 @@ def test_errors():
         (ValueError, "expected floating point queries, got dtype int32", q.astype(jnp.int32), {}),
         (ValueError, "expected sliding_window above 0, got 0", q, {"sliding_window": 0}),
         (ValueError, "expected softcap above 0, got -1.0", q, {"softcap": -1.0}),
+        (ValueError, "expected softcap above 0, got nan", q, {"softcap": jnp.nan}),
+        (ValueError, "expected softcap above 0 and finite, got inf", q, {"softcap": jnp.inf}),
+        (ValueError, r"expected lengths from 0 to 1, got \[2, 1\]", q, {"lengths": jnp.asarray([2, 1])}),
+        (ValueError, r"expected rows from 0 to 1, got \[0, -1\]", q, {"rows": jnp.asarray([0, -1])}),
+        (ValueError, r"expected rows from 0 to 1, got \[0, 2\]", q, {"rows": jnp.asarray([0, 2])}),
         (ValueError, r"expected sink_logits of shape \(4,\), got \(3,\)", q, {"sink_logits": jnp.zeros(3)}),
         (ValueError, r"expected rows to be integers of shape \(2,\), got float32 \(2,\)", q, {"rows": jnp.zeros(2)}),
         (

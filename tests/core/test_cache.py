@@ -185,6 +185,18 @@ def test_too_few_tokens_for_statistics():
     assert cache.statistics.ready.all()
 
 
+@pytest.mark.parametrize("keys", [0.0, 1.1, -300.7])
+def test_equal_keys_or_zero_queries_are_nothing_to_weigh_by(keys):
+    """A head that is dead for the whole prompt may wake up: its later keys must fit their scales."""
+    k, v, q = tokens(1, 60)
+    for first, query in ((jnp.full_like(k, keys), q), (k.at[:, :, 1].set(keys), q), (k, 0 * q)):
+        cache = tq.append(tq.init_cache(make_spec(), batch=1), first, v, query=query)
+        cache = tq.append(cache, k, v, query=q)
+        assert cache.statistics.ready.all()
+        assert 0.1 < float(cache.statistics.weight.min()) <= float(cache.statistics.weight.max()) < 10
+        assert bool(jnp.isfinite(tq.attend(q[:, -1:], cache)).all())
+
+
 def test_overflow_under_jit_is_marked_and_changes_nothing_else():
     k, v, q = tokens(2, 30)
     spec = make_spec(max_tokens=40)
@@ -258,12 +270,33 @@ def test_append_errors():
             tq.append(cache, *arguments, **options)
 
 
+def test_tokens_too_large_for_what_holds_them():
+    k, v, q = tokens(2, 60)
+    cache = tq.init_cache(make_spec(dtype="float16"), batch=2)
+    for name, large in (("k", (k * 1e5, v)), ("v", (k, v * 1e5))):
+        with pytest.raises(
+            ValueError, match=rf"expected finite {name}, got NaN or infinity as float16 \(at most 65504"
+        ):
+            tq.append(cache, *large)
+    large = v.at[1].multiply(3e5)
+    cache = tq.init_cache(make_spec(value=GROUP), batch=2)
+    held = tq.append(cache, k, large, lengths=jnp.asarray([20, 20], jnp.int32))  # none has left the window
+    message = r"expected tokens whose scales fit float16, got larger ones leaving the window of rows \[1\]"
+    with pytest.raises(ValueError, match=message):
+        tq.append(held, k, large)
+    marked = jax.jit(tq.append)(held, k, large)
+    assert jnp.isnan(tq.attend(q[:, -1:], marked)).any(axis=(1, 2, 3)).tolist() == [False, True]
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_init_errors():
     with pytest.raises(ValueError, match="expected a batch of at least 0 rows, got -1"):
         tq.init_cache(make_spec(), batch=-1)
     with pytest.raises(ValueError, match=r"expected a mean of shape \(2, 32\) or \(3, 2, 32\), got \(2, 2, 32\)"):
         tq.init_cache(make_spec(), batch=3, statistics=(jnp.zeros((2, H, D)), jnp.ones((H, D))))
+    for mean, weight in ((jnp.nan, 1.0), (0.0, 0.0), (0.0, -1.0), (0.0, jnp.inf)):
+        with pytest.raises(ValueError, match="expected finite means and positive, finite weights of channels, got"):
+            tq.init_cache(make_spec(), batch=3, statistics=(jnp.full((H, D), mean), jnp.full((H, D), weight)))
     plain = make_spec(center_keys=False, smooth_keys=False)
     with pytest.raises(ValueError, match="expected statistics=None for a cache that neither centres nor smooths"):
         tq.init_cache(plain, batch=3, statistics=(jnp.zeros((H, D)), jnp.ones((H, D))))

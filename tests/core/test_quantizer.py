@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +107,16 @@ def test_unbiased_scale_is_exact_for_every_vector(dtype, precision, bits):
     assert float(jnp.max(jnp.abs(own / norm - 1))) < precision
 
 
+def test_queries_broadcast_against_codes():
+    y, x = sphere(24, 64, seed=1), sphere(4, 64)
+    for kind in ("mse", "prod"):
+        q = tq.make_quantizer(tq.QuantizerSpec(64, 4, kind=kind))
+        code = tq.quantize(q, x)
+        want = y @ tq.dequantize(q, code).T
+        np.testing.assert_allclose(tq.inner_product(q, y[:, None], code), want, atol=1e-5)
+        np.testing.assert_allclose(tq.inner_product(q, y.reshape(6, 4, 64), code)[2, 3], want[11, 3], atol=1e-5)
+
+
 def test_rotation_and_sketch_have_independent_seeds():
     q = tq.make_quantizer(tq.QuantizerSpec(64, 3, kind="prod", rotation="haar"))
     overlap = jnp.abs(q.rotations[0] @ q.sketch.T) / jnp.linalg.norm(q.sketch, axis=1)[None]
@@ -160,8 +172,9 @@ def test_value_errors():
     for bad in (jnp.nan, jnp.inf, 1e6):
         with pytest.raises(ValueError, match=r"expected finite vectors whose scale fits float16 \(at most 65504\)"):
             tq.quantize(q, jnp.full((2, 64), bad))
-    with pytest.raises(ValueError, match="expected a seed of at least 0, got -1"):
-        tq.make_quantizer(tq.QuantizerSpec(64, 4), seed=-1)
+    for seed in (-1, 0.5, 2**64):
+        with pytest.raises(ValueError, match=f"expected a seed of at least 0, an integer below .*, got {seed}"):
+            tq.make_quantizer(tq.QuantizerSpec(64, 4), seed=seed)
     with pytest.raises(ValueError, match="expected 16 different channels below 64 as outliers, got"):
         tq.make_quantizer(tq.QuantizerSpec(64, 2.5), outliers=[1, 1, 2])
     code = tq.quantize(q, jnp.ones((2, 64)))
@@ -171,6 +184,15 @@ def test_value_errors():
         tq.inner_product(tq.make_quantizer(tq.QuantizerSpec(64, 4, kind="prod")), jnp.ones(64), code)
     with pytest.raises(ValueError, match=r"expected scale float32 \(2,\), got float16 \(2,\)"):
         tq.dequantize(tq.make_quantizer(tq.QuantizerSpec(64, 4, scale_dtype="float32")), code)
+    for kind, name, message in (
+        ("group", "zero", r"expected zero float16 \(2, 2\), got float16 \(1, 2\)"),
+        ("prod", "residual", r"expected residual float16 \(2,\), got float16 \(1,\)"),
+        ("prod", "signs", r"expected signs uint8 \(2, 8\), got uint8 \(1, 8\)"),
+    ):
+        q = tq.make_quantizer(tq.QuantizerSpec(64, 4, kind=kind))
+        code = tq.quantize(q, jnp.ones((2, 64)))
+        with pytest.raises(ValueError, match=message):
+            tq.dequantize(q, dataclasses.replace(code, **{name: getattr(code, name)[:1]}))
 
 
 def test_under_jit_bad_vectors_are_marked():

@@ -69,6 +69,19 @@ def test_scores_estimate_the_metric(data, metric, bits):
     assert np.array_equal(np.sort(ids, axis=1), np.tile(np.arange(500), (200, 1)))
 
 
+def test_one_bit_of_prod_is_all_sketch(data, tmp_path):
+    """No code has a bit: scores are signs of the sketch times the norm, unbiased."""
+    x, queries = data
+    index = nearest.build(x[:500], spec(bits=1, kind="prod", **PUBLISHED))
+    assert index.bytes_per_vector == index.spec.budget == DIM // 8 + 4
+    scores, ids = nearest.search(index, queries, k=500)
+    wanted = np.take_along_axis(exact(x[:500], queries, "inner_product"), np.asarray(ids), 1)
+    size = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(x[:500], axis=1)[np.asarray(ids)]
+    assert np.std((np.asarray(scores) - wanted) / size) == pytest.approx((np.pi / 2 / DIM) ** 0.5, rel=0.2)
+    nearest.save(index, tmp_path / "index")
+    assert np.array_equal(nearest.search(nearest.load(tmp_path / "index"), queries, k=500)[1], ids)
+
+
 def test_a_vector_finds_itself_exactly(data):
     """The unbiased scale makes the estimate of |x - m|^2 exact up to the rounding of stored scalars."""
     x = data[0][:100]
@@ -242,6 +255,8 @@ def test_wrong_arguments_are_refused(data, unchecked_shapes):
         ):
             with pytest.raises(ValueError, match="NaN"):
                 call(spoiled)
+    with pytest.raises(ValueError, match="expected queries that are finite in float32, got NaN"):
+        nearest.search(index, x[:3].astype(np.float64) * 1e300, 1)
     with pytest.raises(ValueError, match="65504"):
         nearest.add(index, x[:3] * 1e9)
     with pytest.raises(ValueError, match="at least one vector"):
@@ -284,6 +299,9 @@ def test_bytes(data):
         arrays = jax.tree.leaves((index.code, index.offset))
         assert sum(a.nbytes for a in arrays) == index.bytes_per_vector * index.capacity
     assert nearest.train(data[0], spec(**PUBLISHED)).bytes_per_vector == DIM * 4 // 8 + 2
+    for dim, bits, options in ((17, 3, {"basis": "random"}), (44, 4, {"kind": "prod"} | PUBLISHED)):
+        index = nearest.train(data[0][:, :dim], spec(dim=dim, bits=bits, **options))
+        assert index.bytes_per_vector == index.spec.budget  # planes and signs end with whole bytes
 
 
 def test_constant_data_and_zeros():

@@ -168,7 +168,9 @@ def test_statistics(tmp_path, unchecked_shapes):
         with pytest.raises(ValueError, match="expected mean and weight"):
             tq.save_statistics(*wrong, tmp_path / "wrong")
     for wrong in ((mean * np.nan, weight), (mean, 0 * weight), (mean, weight * np.inf)):
-        with pytest.raises(ValueError, match="finite means and positive"):
+        with pytest.raises(
+            ValueError, match="expected finite means and positive, finite weights of channels, got means"
+        ):
             tq.save_statistics(*wrong, tmp_path / "wrong")
     tq.save_cache(filled(), tmp_path / "cache")
     with pytest.raises(ValueError, match="expected format 'tq-jax key statistics 1', got 'tq-jax cache 1'"):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -204,6 +206,11 @@ def test_refuses_to_go_on(tiny, exact_spec, prompts, greedy):
             generate(tiny, tokens, lengths, max_new_tokens=1, **given)
     with pytest.raises(ValueError, match=r"expected 3 rows \(3 layers x 1 sequences\), got 9"):
         generate(tiny, tokens[:1], lengths[:1], cache=greedy.cache, max_new_tokens=1)
+    marked = dataclasses.replace(greedy.cache, overflow=greedy.cache.overflow.at[4].set(True))
+    with pytest.raises(
+        ValueError, match=r"cache: expected rows that hold all their tokens, got overflow in rows \[4\]"
+    ):
+        generate(tiny, tokens, lengths, cache=marked, max_new_tokens=1)
     with pytest.raises(
         ValueError, match=r"cache.spec.max_tokens: expected room for 150 tokens \(28 in the cache \+ prompt 23 \+ 100"
     ):

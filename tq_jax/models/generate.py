@@ -313,6 +313,9 @@ def _check_room(decoder: Decoder, lengths: Any, max_tokens: int, cache: tq.Cache
     prompt = np.asarray(lengths)
     if cache is not None:
         decoder.require_rows(cache, batch=prompt.size)
+        if np.any(cache.overflow):
+            full = np.flatnonzero(cache.overflow).tolist()
+            raise ValueError(f"cache: expected rows that hold all their tokens, got overflow in rows {full}")
     before = np.zeros_like(prompt) if cache is None else np.asarray(cache.length)[: prompt.size]
     longest = int(np.argmax(before + prompt))
     needed = int((before + prompt)[longest]) + max_new_tokens - 1

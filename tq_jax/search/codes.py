@@ -70,7 +70,7 @@ def decode_integers(packed: UInt8[Array, "n bytes"], spec: IndexSpec, widths: Wi
 
 def pack_runs(codes: list[UInt8[Array, "n _"]], widths: Widths) -> UInt8[Array, "n bytes"]:
     """Packs runs of codes; see `tq_jax.search.spec.planes` for the layout."""
-    packed = []
+    packed = [jnp.zeros((codes[0].shape[0], 0), jnp.uint8)]
     for width, members in planes(widths):
         fields = [(codes[run] >> shift) & ((1 << width) - 1) for run, shift in members]
         packed.append(pack(jnp.concatenate(fields, axis=-1), width))

@@ -59,8 +59,8 @@ def search(
         raise ValueError(f"expected k and tile of at least 1, got k={k}, tile={tile}")
     if precision not in (None, *get_args(Precision)):
         raise ValueError(f"expected precision in {get_args(Precision)}, got {precision!r}")
-    if not is_traced(queries) and not np.isfinite(np.asarray(queries)).all():
-        raise ValueError("expected finite queries, got NaN or infinity")
+    if not is_traced(queries) and not np.all(np.abs(np.asarray(queries)) <= np.finfo(np.float32).max):
+        raise ValueError("expected queries that are finite in float32, got NaN, infinity or larger numbers")
     platform = jax.default_backend()
     precision = precision or ("float32" if platform == "cpu" else "float16")
     tile = min(tile or TILES.get(platform, TILES["gpu"]), index.capacity)

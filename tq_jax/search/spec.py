@@ -78,8 +78,11 @@ class IndexSpec:
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of codes a vector may take."""
-        return math.ceil(self.dim * self.bits / 8)
+        """Bytes of codes a vector may take, those of basis "random" with planes of whole bytes."""
+        if self.basis == "pca":
+            return math.ceil(self.dim * self.bits / 8)
+        prod = self.kind == "prod"
+        return packed_bytes(self.dim, int(self.bits) - prod) + prod * packed_bytes(self.dim, 1)
 
     @property
     def budget(self) -> int:
