@@ -246,7 +246,7 @@ def _attend_exact(
     key_positions, stored = exact_positions(cache, rows)
 
     def attend_block(index: Array | int) -> Partial:
-        start = jnp.minimum(index * block, slots - block)
+        start = jnp.minimum(jnp.asarray(index, jnp.int32) * block, slots - block)
         # The last block may reach back into the one before it, whose slots are not counted again.
         fresh = start + jnp.arange(block, dtype=jnp.int32)[None] >= index * block
         keys, values = (_read_block(cache, pool, rows, start, block) for pool in (cache.exact_keys, cache.exact_values))
@@ -272,9 +272,10 @@ def _read_block(
     cache: Cache, pool: Array, rows: Int[Array, "b"], start: Array, size: int
 ) -> Float[Array, "b h_kv s d"]:
     """Slots start .. start + size of some rows, without a copy of the others."""
+    zero = jnp.int32(0)  # a Python number would be one of 64 bits where JAX is told to have them
 
     def read(row: Array) -> Array:
-        return lax.dynamic_slice(pool, (row, 0, start, 0), (1, pool.shape[1], size, pool.shape[3]))[0]
+        return lax.dynamic_slice(pool, (row, zero, start, zero), (1, pool.shape[1], size, pool.shape[3]))[0]
 
     return from_storage(cache.spec, jax.vmap(read)(rows))
 

@@ -182,6 +182,18 @@ def test_rows_sharded_over_devices():
     assert new.compressed.tolist() == want_cache.compressed.tolist()
 
 
+def test_64_bit_jax():
+    k, v, q = tokens(2, 40)
+    want = tq.attend(q[:, -1:], tq.append(tq.init_cache(make_spec(), batch=2), k, v, query=q))
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(x, jnp.float64) for x in (k, v, q)]
+        cache = tq.append(tq.init_cache(make_spec(), batch=2), *wide[:2], query=wide[2], lengths=jnp.array([40, 40]))
+        found = tq.attend(wide[2][:, -1:], cache, rows=jnp.array([0, 1]))
+    assert found.dtype == np.float64
+    assert {x.dtype.itemsize for x in jax.tree.leaves(cache)} <= {1, 2, 4}
+    np.testing.assert_allclose(found, want, atol=1e-5)
+
+
 def test_under_scan():
     k, v, q = tokens(1, 100)
     cache = tq.append(tq.init_cache(make_spec(), batch=1), k, v, query=q)

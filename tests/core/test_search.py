@@ -136,6 +136,16 @@ def test_float16_operands_find_the_same(data):
     np.testing.assert_allclose(full[0], half[0], rtol=0.01, atol=1e8)
 
 
+def test_64_bit_jax(data):
+    x, queries = data
+    want = nearest.search(nearest.build(x[:500], spec(metric="l2")), queries, 3)
+    with jax.enable_x64(True):
+        index = nearest.build(jnp.asarray(x[:500], jnp.float64), spec(metric="l2"))
+        found = nearest.search(index, jnp.asarray(queries, jnp.float64), 3)
+    assert [part.dtype for part in found] == [np.float32, np.int32]
+    np.testing.assert_array_equal(found[1], want[1])
+
+
 def test_fewer_vectors_than_k_and_none(data):
     x, queries = data
     empty = nearest.train(x, spec())

@@ -187,9 +187,9 @@ def _write(index: Index, encoded: tuple[Code, jax.Array | None], rows: int) -> I
         return index
 
     def place(array: jax.Array, new: jax.Array) -> jax.Array:
-        start = (jnp.where(fits, index.count, 0),) + (0,) * (array.ndim - 1)
-        old = lax.dynamic_slice(array, start, new.shape)
-        return lax.dynamic_update_slice(array, jnp.where(fits, new, old), start)
+        start = jnp.where(fits, index.count, 0)
+        old = lax.dynamic_slice_in_dim(array, start, rows)
+        return lax.dynamic_update_slice_in_dim(array, jnp.where(fits, new, old), start, axis=0)
 
     code, offset = jax.tree.map(place, stored, encoded)
     return dataclasses.replace(index, code=code, offset=offset, count=index.count + jnp.where(fits, rows, 0))

@@ -106,8 +106,10 @@ def _search_batch(index: Index, queries: Array, k: int, precision: Precision, ti
         scores = jnp.where(fresh[None], scores, -jnp.inf)
         return _merge(best, _best(scores, ids, k), k)
 
-    none = jnp.full((queries.shape[0], k), -jnp.inf), jnp.full((queries.shape[0], k), -1, jnp.int32)
-    scores, ids = lax.fori_loop(0, (index.count + tile - 1) // tile, consider, none)
+    none = (
+        jnp.full((queries.shape[0], k), value, dtype) for value, dtype in ((-jnp.inf, jnp.float32), (-1, jnp.int32))
+    )
+    scores, ids = lax.fori_loop(0, (index.count + tile - 1) // tile, consider, tuple(none))
     ids = jnp.where(jnp.isfinite(scores), ids, -1)
     return scores * (2.0 if spec.metric == "l2" else 1.0) + constant[:, None], ids
 
@@ -121,7 +123,7 @@ def _prepare(index: Index, queries: Array) -> tuple[Array, Array, Array]:
     if spec.metric == "l2":
         # -|q - x|^2 = 2 <q - m, x - m> - |x - m|^2 - |q - m|^2, half of which is summed before the doubling.
         queries = queries - basis.mean[None]
-        weight, constant = jnp.full(norm.shape, 0.5), -jnp.sum(queries * queries, axis=-1)
+        weight, constant = jnp.full_like(norm, 0.5), -jnp.sum(queries * queries, axis=-1)
     else:
         # <q, x> = <q - t m, x - m> + t <m, x - m> + <q, m> for any t. Codes are best along x - m itself, so t is the
         # share of the mean in a query like the vectors: 1 for one of their length.
