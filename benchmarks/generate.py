@@ -25,6 +25,7 @@ from flax import nnx
 
 import tq_jax as tq
 from tq_jax.data import persuasion
+from tq_jax.evaluate.report import environment, write_json
 from tq_jax.models import Decoder, DecoderConfig, generate, load_decoder, load_tokenizer, pad_prompts
 from tq_jax.models.generate import prefill_step, time_decode
 from tq_jax.models.sampling import Sampling
@@ -210,7 +211,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="what the name of a job contains, several divided by |")
     parser.add_argument("--model", default=None)
     arguments = parser.parse_args()
-    device, rows = jax.devices()[0].device_kind, []
+    rows: list[dict[str, Any]] = []
     for name, job in jobs(arguments.model).items():
         if not any(text in name for text in arguments.only.split("|")):
             continue
@@ -222,8 +223,8 @@ def main() -> None:
             row = {"error": f"{type(error).__name__}: {error}"[:400]}
         rows.append({"case": name} | row | {"seconds": round(time.perf_counter() - started, 1)})
         print(json.dumps(rows[-1]), flush=True)
-        versions = {"jax": jax.__version__}
-        Path(arguments.json).write_text(json.dumps({"device": device, "versions": versions, "rows": rows}, indent=1))
+        write_json(environment() | {"rows": rows}, arguments.json)
+    sys.exit(not rows or any("error" in row for row in rows))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,11 @@ All arrays are on the device; a time is the median of several calls, each waited
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp

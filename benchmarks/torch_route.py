@@ -27,6 +27,7 @@ from interop import compute
 from interop.hf import ATTENTION, CACHE_ARGUMENT, TurboQuantCache
 from interop.torch_attend import AttendOptions, KernelAttention
 from interop.torch_cache import TorchCache
+from tq_jax.evaluate.report import environment, write_json
 
 DIM, KV_HEADS, Q_HEADS = 128, 8, 32
 
@@ -233,9 +234,7 @@ def main() -> None:
     parser.add_argument("--json", default=os.environ.get("OUT", ".") + "/torch_route.json")
     parser.add_argument("--only", default="", help="what the name of a job contains, several divided by |")
     arguments = parser.parse_args()
-    device = torch.cuda.get_device_name()
-    versions = {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    rows = []
+    rows: list[dict[str, Any]] = []
     jobs = {"overhead": overhead, "graph": graph}
     jobs |= {"model 1x32768": lambda: model(1, 32768, prefills=2), "model 4x32768": lambda: model(4, 32768, layers=4)}
     jobs |= {f"parity {name}": (lambda name=name: parity(name)) for name in SPECS}
@@ -250,7 +249,8 @@ def main() -> None:
             row = {"case": name, "error": f"{type(error).__name__}: {error}"[:400]}
         rows.append(row | {"seconds": time.perf_counter() - start})
         print(json.dumps(rows[-1]), flush=True)
-        Path(arguments.json).write_text(json.dumps({"device": device, "versions": versions, "rows": rows}, indent=1))
+        write_json(environment() | {"rows": rows}, arguments.json)
+    sys.exit(not rows or any("error" in row for row in rows))
 
 
 if __name__ == "__main__":
