@@ -223,7 +223,8 @@ def main() -> None:
             row = {"error": f"{type(error).__name__}: {error}"[:400]}
         rows.append({"case": name} | row | {"seconds": round(time.perf_counter() - started, 1)})
         print(json.dumps(rows[-1]), flush=True)
-        write_json(environment() | {"model": arguments.model, "rows": rows}, arguments.json)
+        write_json(environment() | {"rows": rows}, arguments.json)
+    sys.exit(not rows or any("error" in row for row in rows))
 
 
 if __name__ == "__main__":

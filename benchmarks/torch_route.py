@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--json", default=os.environ.get("OUT", ".") + "/torch_route.json")
     parser.add_argument("--only", default="", help="what the name of a job contains, several divided by |")
     arguments = parser.parse_args()
-    rows, where = [], environment() | {"device": torch.cuda.get_device_name()}
+    rows: list[dict[str, Any]] = []
     jobs = {"overhead": overhead, "graph": graph}
     jobs |= {"model 1x32768": lambda: model(1, 32768, prefills=2), "model 4x32768": lambda: model(4, 32768, layers=4)}
     jobs |= {f"parity {name}": (lambda name=name: parity(name)) for name in SPECS}
@@ -249,7 +249,8 @@ def main() -> None:
             row = {"case": name, "error": f"{type(error).__name__}: {error}"[:400]}
         rows.append(row | {"seconds": time.perf_counter() - start})
         print(json.dumps(rows[-1]), flush=True)
-        write_json(where | {"rows": rows}, arguments.json)
+        write_json(environment() | {"rows": rows}, arguments.json)
+    sys.exit(not rows or any("error" in row for row in rows))
 
 
 if __name__ == "__main__":
