@@ -206,6 +206,18 @@ def test_refuses_to_go_on(tiny, exact_spec, prompts, greedy):
             generate(tiny, tokens, lengths, max_new_tokens=1, **given)
     with pytest.raises(ValueError, match=r"expected 3 rows \(3 layers x 1 sequences\), got 9"):
         generate(tiny, tokens[:1], lengths[:1], cache=greedy.cache, max_new_tokens=1)
+    for cache, message in (
+        (
+            tq.init_cache(dataclasses.replace(exact_spec, num_kv_heads=1), batch=9),
+            r"cache.spec \(num_kv_heads, head_dim\): expected \(2, 16\), got \(1, 16\)",
+        ),
+        (
+            dataclasses.replace(greedy.cache, length=greedy.cache.length.at[4].add(1)),
+            r"cache: expected as many tokens in all layers of a sequence, got \[\[28, 6, 16\], \[28, 7, 16\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(tiny, tokens, lengths, cache=cache, max_new_tokens=1)
     marked = dataclasses.replace(greedy.cache, overflow=greedy.cache.overflow.at[4].set(True))
     with pytest.raises(
         ValueError, match=r"cache: expected rows that hold all their tokens, got overflow in rows \[4\]"

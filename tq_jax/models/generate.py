@@ -110,7 +110,8 @@ def generate(
 
     Raises:
         ValueError: an empty batch or prompt, ids outside the vocabulary, a prompt with its continuation beyond the
-            cache or the model's context, sampling without a key, or not one of ``cache_spec`` and ``cache``.
+            cache or the model's context, sampling without a key, not one of ``cache_spec`` and ``cache``, or a cache
+            of another model or batch, or one that overflowed.
 
     Example:
         >>> from flax import nnx
@@ -134,7 +135,7 @@ def generate(
         if sampling.temperature:
             raise ValueError(f"key: expected a random key to sample at temperature {sampling.temperature}, got None")
         key = jax.random.key(0)
-    batch = tokens.shape[0]
+    batch = np.shape(tokens)[0]
     stop = jnp.asarray(np.array(stop_tokens, np.int32))
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
     prompts = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
@@ -312,10 +313,7 @@ def _check(
 def _check_room(decoder: Decoder, lengths: Any, max_tokens: int, cache: tq.Cache | None, max_new_tokens: int) -> None:
     prompt = np.asarray(lengths)
     if cache is not None:
-        decoder.require_rows(cache, batch=prompt.size)
-        if np.any(cache.overflow):
-            full = np.flatnonzero(cache.overflow).tolist()
-            raise ValueError(f"cache: expected rows that hold all their tokens, got overflow in rows {full}")
+        _check_cache(decoder, cache, prompt.size)
     before = np.zeros_like(prompt) if cache is None else np.asarray(cache.length)[: prompt.size]
     longest = int(np.argmax(before + prompt))
     needed = int((before + prompt)[longest]) + max_new_tokens - 1
@@ -326,3 +324,17 @@ def _check_room(decoder: Decoder, lengths: Any, max_tokens: int, cache: tq.Cache
     for name, room in ((limit, max_tokens), ("the model's context", decoder.config.max_context)):
         if needed > room:
             raise ValueError(f"{name}: expected room for {needed} tokens ({parts}), got {room}")
+
+
+def _check_cache(decoder: Decoder, cache: tq.Cache, batch: int) -> None:
+    decoder.require_rows(cache, batch=batch)
+    config, spec = decoder.config, cache.spec
+    wanted, found = (config.num_kv_heads, config.head_dim), (spec.num_kv_heads, spec.head_dim)
+    if found != wanted:
+        raise ValueError(f"cache.spec (num_kv_heads, head_dim): expected {wanted}, got {found}")
+    if np.any(cache.overflow):
+        full = np.flatnonzero(cache.overflow).tolist()
+        raise ValueError(f"cache: expected rows that hold all their tokens, got overflow in rows {full}")
+    layers = np.asarray(cache.length).reshape(config.num_layers, batch)
+    if np.any(layers != layers[0]):
+        raise ValueError(f"cache: expected as many tokens in all layers of a sequence, got {layers.tolist()}")
