@@ -2,7 +2,8 @@
 
     python benchmarks/parity.py decode attend prefill encode --limit 300 --json parity.json
 
-Where there is no GPU the kernels are interpreted, slowly. Results are written after every row.
+Where there is no GPU the kernels are interpreted, slowly. Results are written after every row. `large` is of pools of
+3 GiB against small ones, on a GPU with 16 GB.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import numpy as np
 
 from benchmarks import attend_cases, encode_cases, variants
 from pallas_kernels.decode import decode_attention, triton
+from pallas_kernels.decode.pages import Pages
 from pallas_kernels.encode import encode_pages
 from pallas_kernels.prefill import prefill_attention
 from pallas_kernels.prefill.triton import config_for as prefill_config
@@ -89,6 +91,42 @@ def encode(name: str) -> Row:
     return dataclasses.asdict(found) | {"wrong": found.wrong[:3], "same_twice": same, "ok": ok}
 
 
+LARGE_POOL = 3 << 30
+"""Bytes of a pool of packed keys that takes offsets beyond signed 32 bits."""
+
+
+def in_large_pools(pages: Pages) -> tuple[Pages, int]:
+    """Pages behind so many others that a pool of keys is large; and how many others."""
+    pool = pages.keys.packed
+    before = LARGE_POOL // (pool.nbytes // pool.shape[0])
+    return jax.tree.map(lambda x: jnp.pad(x, ((before, 0), *((0, 0),) * (x.ndim - 1))), pages), before
+
+
+def large_attention(name: str, count: int) -> Row:
+    """Attention over pages of large pools against the same over small ones, bit for bit."""
+    case = variants.make_case(dataclasses.replace(variants.VARIANTS[name], count=count))
+    query, pages, table, *others = case.arrays
+    attend = decode_attention if count == 1 else prefill_attention
+    run = jax.jit(functools.partial(attend, **case.options, implementation="triton"))
+    want = run(*case.arrays)
+    larger, before = in_large_pools(pages)
+    got = run(query, larger, table + before, *others)
+    return verdict(variants.relative_error(got, want), 0.0, same=bool(jnp.array_equal(got.acc, want.acc)))
+
+
+def large_encode(name: str) -> Row:
+    """Tokens into pages of large pools against the same into small ones, byte for byte."""
+    arrays = encode_cases.make_arrays(encode_cases.CASES[name])
+    run = jax.jit(functools.partial(encode_pages, **arrays.options, implementation="triton"))
+    want = run(arrays.keys, arrays.values, arrays.pages, arrays.slots)
+    larger, before = in_large_pools(arrays.pages)
+    moved = before * arrays.pages.keys.packed.shape[2]
+    got = run(arrays.keys, arrays.values, larger, jnp.where(arrays.slots < 0, arrays.slots, arrays.slots + moved))
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    same = all(bool(jnp.array_equal(a[before:], b, equal_nan=True)) for a, b in pairs)
+    return verdict(0.0 if same else 1.0, 0.0, same=same)
+
+
 def verdict(error: float, tolerance: float, *, same: bool) -> Row:
     """The row of a relative error."""
     return {"error": error, "tolerance": tolerance, "same_twice": same, "ok": same and error <= tolerance}
@@ -104,6 +142,11 @@ def checks(ops: list[str]) -> Iterator[tuple[Row, Check]]:
     for op, function, names in (("prefill", prefill, variants.VARIANTS), ("encode", encode, encode_cases.CASES)):
         for name in names if op in ops else ():
             yield {"op": op, "case": name}, functools.partial(function, name)
+    for name in ("k4v4", "k2v2", "prod3 group2") if "large" in ops else ():
+        for count in (1, PREFILL_COUNT):
+            yield {"op": f"{count} queries", "case": name}, functools.partial(large_attention, name, count)
+    for name in ("k4v4", "prod3 group2") if "large" in ops else ():
+        yield {"op": "encode", "case": name}, functools.partial(large_encode, name)
 
 
 def main() -> None:

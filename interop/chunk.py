@@ -9,7 +9,6 @@ from pallas_kernels.decode import LogitOptions, Pages, fused
 from pallas_kernels.decode.exact_triton import LOG2_E
 from pallas_kernels.decode.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.decode.prepare_triton import Prepared
-from pallas_kernels.decode.triton import check_addressable
 from pallas_kernels.format import VectorFormat
 from pallas_kernels.prefill import triton
 
@@ -25,7 +24,6 @@ def attend_chunk(
     if cache.pages is None:
         return fused.attend_cache(query, cache, plan, sink_logits=sink_logits, counts=counts)
     assert plan.key_format is not None and plan.value_format is not None
-    check_addressable((cache.exact_keys, cache.exact_values))
     prepared = fused.prepare_cache(query, cache, plan, None, counts)
     packed = packed_splits(
         prepared, cache.pages, plan.key_format, plan.value_format, options=plan.options, interpret=plan.interpret

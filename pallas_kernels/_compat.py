@@ -6,6 +6,7 @@ capability must be named by an abstract device; before, the lowering assumes Hop
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -118,6 +119,25 @@ def _text(bytecode: bytes) -> str:
         context.load_all_available_dialects()
         context.allow_unregistered_dialects = True
         return str(ir.Module.parse(bytecode).operation.get_asm(enable_debug_info=False))
+
+
+_narrow_offsets = triton_lowering._compute_offsets_from_indices
+
+
+def _compute_offsets(block_info: Any, indexer: Any) -> Any:
+    """Pallas's offsets of a tile's elements, of 64 bits from 2**31 elements on.
+
+    Up to jax 0.12 it takes 32 bits for arrays of up to 2**32 bytes, and Triton has them signed.
+    """
+    whole = block_info.full_shape_dtype
+    if math.prod(whole.shape) > 2**31:
+        # The first axis has no part in strides, so that an array that is longer is addressed alike.
+        longer = jax.ShapeDtypeStruct((2**33, *whole.shape[1:]), whole.dtype)
+        block_info = dataclasses.replace(block_info, full_shape_dtype=longer)
+    return _narrow_offsets(block_info, indexer)
+
+
+triton_lowering._compute_offsets_from_indices = _compute_offsets
 
 
 _assembly_p = jax.extend.core.Primitive("assembly")

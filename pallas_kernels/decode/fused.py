@@ -17,7 +17,7 @@ from pallas_kernels.decode.options import LogitOptions
 from pallas_kernels.decode.pages import Pages
 from pallas_kernels.decode.partial import Partial
 from pallas_kernels.decode.prepare_triton import Prepared, PrepareInputs, prepare, prepare_plan
-from pallas_kernels.decode.triton import DIMS, check_addressable, check_supported, decode, decode_plan
+from pallas_kernels.decode.triton import DIMS, check_supported, decode, decode_plan
 from pallas_kernels.decode.triton_body import Inputs
 from pallas_kernels.format import VectorFormat
 
@@ -87,7 +87,6 @@ def check_attend(query_shape: tuple[int, ...], cache: CacheArrays, plan: AttendP
     if cache.pages is not None:
         assert plan.key_format is not None and plan.value_format is not None
         check_supported(query_shape, cache.pages, plan.key_format, plan.value_format, plan.config, precise=plan.precise)
-    check_addressable((cache.exact_keys, cache.exact_values))
     if query_shape[3] not in DIMS:
         raise NotImplementedError(f"the Triton kernels have head dims {DIMS}, got {query_shape[3]}")
 

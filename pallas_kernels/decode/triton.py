@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -226,14 +225,3 @@ def check_supported(
             f"the Triton kernel reads pages of a multiple of 16 tokens that divide {config.tile} or are a multiple of "
             f"it, got {page_size=}"
         )
-    check_addressable(pages)
-
-
-def check_addressable(arrays: Any) -> None:
-    """Raises NotImplementedError for arrays that Pallas addresses with too few bits."""
-    for array in jax.tree.leaves(arrays):
-        # Those up to 4 GiB with signed 32 bits.
-        if 2**31 < array.size * array.dtype.itemsize <= 2**32:
-            raise NotImplementedError(
-                f"the Triton kernel addresses pools up to 2 GiB or above 4 GiB, got {array.size * array.dtype.itemsize}"
-            )

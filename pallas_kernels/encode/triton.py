@@ -226,9 +226,3 @@ def check_supported(pages: Pages, key: Encoder, value: Encoder) -> None:
             raise NotImplementedError(f"the Triton kernel encodes groups of a power of two, got group={fmt.group}")
     if isinstance(value.format, CodebookFormat) and value.format.residual:
         raise NotImplementedError("the Triton kernel encodes values without a sketch, got a residual")
-    for array in jax.tree.leaves(pages):
-        # Pallas addresses arrays up to 4 GiB with signed 32 bits.
-        if 2**31 < array.size * array.dtype.itemsize <= 2**32:
-            raise NotImplementedError(
-                f"the Triton kernel addresses pools up to 2 GiB or above 4 GiB, got {array.size * array.dtype.itemsize}"
-            )

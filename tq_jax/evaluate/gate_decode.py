@@ -13,6 +13,9 @@ from tq_jax.evaluate.gate import Case, by_tiles
 from tq_jax.quantizer import QuantizerSpec
 
 BATCH, PAGES, KV_HEADS, PAGE_SIZE = 2, 64, 2, 128
+LARGE = 3 * 2**30 // (BATCH * KV_HEADS * PAGE_SIZE * 64)
+"""Pages of a row for which pools of 4-bit codes take offsets of 64 bits."""
+
 PLAIN = LogitOptions(scale=0.1)
 EVERYTHING = LogitOptions(scale=0.1, softcap=30.0, sliding_window=512)
 
@@ -35,6 +38,7 @@ def cases() -> Iterator[Case]:
     for bits in (1, 2, 3, 4):
         yield from cases_of(f"prod {bits}, min-max 2", spec(128, bits, kind="prod"), two, quick=bits == 3)
     yield from cases_of("min-max 4", four, spec(128, 4, kind="group"))
+    yield from cases_of("pools of 3 GiB", four, four, pages=LARGE, quick=True)
     for group, count in ((1, 1), (8, 1), (16, 1), (4, 2), (4, 5), (4, 8)):
         quick = (group, count) in ((16, 1), (4, 2))
         yield from cases_of(f"group {group}, {count} queries", four, four, group=group, count=count, quick=quick)
@@ -53,6 +57,7 @@ def cases_of(
     options: LogitOptions = PLAIN,
     bias: bool = False,
     precise: bool = False,
+    pages: int = PAGES,
     quick: bool = False,
 ) -> Iterator[Case]:
     """Attention of some query tokens over pages of two quantizers, for each choice of tiles.
@@ -66,9 +71,10 @@ def cases_of(
         options: Logit options.
         bias: Whether logits are biased.
         precise: Whether queries have two bytes.
+        pages: Pages of each of the rows.
         quick: Whether it is compiled by default.
     """
-    arguments = paged_arguments(key, value, group=group, count=count, bias=bias)
+    arguments = paged_arguments(key, value, group=group, count=count, bias=bias, pages=pages)
 
     def tiles(capability: int) -> TileConfig:
         formats = key.format, value.format
@@ -91,15 +97,22 @@ def cases_of(
 
 
 def paged_arguments(
-    key: QuantizerSpec, value: QuantizerSpec, *, group: int, count: int, bias: bool, page_size: int = PAGE_SIZE
+    key: QuantizerSpec,
+    value: QuantizerSpec,
+    *,
+    group: int,
+    count: int,
+    bias: bool,
+    page_size: int = PAGE_SIZE,
+    pages: int = PAGES,
 ) -> tuple:
     """Shapes of the arguments of a function that `paged_function` makes."""
     shape = jax.ShapeDtypeStruct
-    pages = jax.eval_shape(lambda: empty_pages(BATCH * PAGES, KV_HEADS, page_size, key.format, value.format))
+    pools = jax.eval_shape(lambda: empty_pages(BATCH * pages, KV_HEADS, page_size, key.format, value.format))
     query = shape((BATCH, count, KV_HEADS * group, key.dim), jnp.float32)
-    integers = [shape(s, jnp.int32) for s in ((BATCH, PAGES), (BATCH,), (BATCH, count))]
+    integers = [shape(s, jnp.int32) for s in ((BATCH, pages), (BATCH,), (BATCH, count))]
     biases = shape(query.shape[:3], jnp.float32) if bias else None
-    return query, pages, *integers, biases, query if key.kind == "prod" else None
+    return query, pools, *integers, biases, query if key.kind == "prod" else None
 
 
 def paged_function(

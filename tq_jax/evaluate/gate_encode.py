@@ -13,6 +13,8 @@ from tq_jax.evaluate.gate import Case
 from tq_jax.quantizer import QuantizerSpec, encoder, make_quantizer
 
 PAGES, KV_HEADS, PAGE_SIZE, TOKENS = 64, 2, 128, 4096
+LARGE = 3 * 2**30 // (KV_HEADS * PAGE_SIZE * 64)
+"""Pages for which a pool of 4-bit codes takes offsets of 64 bits."""
 
 
 def cases() -> Iterator[Case]:
@@ -36,11 +38,19 @@ def cases() -> Iterator[Case]:
     yield case("prod 4 haar", spec(128, 4, kind="prod", rotation="haar"), keys=True)
     yield case("min-max 2", spec(128, 2, kind="group"), quick=True)
     yield case("K4 haar", spec(128, 4, rotation="haar"), keys=True)
+    yield case("V4, pools of 3 GiB", spec(128, 4), pages=LARGE)
     yield case("V4 search, 32 rows", spec(128, 4, search=True), rows=32, tokens=1, quick=True)
 
 
 def case(
-    name: str, spec: QuantizerSpec, *, keys: bool = False, rows: int = 1, tokens: int = TOKENS, quick: bool = False
+    name: str,
+    spec: QuantizerSpec,
+    *,
+    keys: bool = False,
+    rows: int = 1,
+    tokens: int = TOKENS,
+    pages: int = PAGES,
+    quick: bool = False,
 ) -> Case:
     """Raw bfloat16 vectors into pages.
 
@@ -50,10 +60,11 @@ def case(
         keys: Whether they are keys, centred and weighted.
         rows: Rows of the batch.
         tokens: Tokens a row.
+        pages: Pages of the pool.
         quick: Whether it is compiled by default.
     """
     shape = jax.ShapeDtypeStruct
-    pages = jax.eval_shape(lambda: empty_pages(PAGES, KV_HEADS, PAGE_SIZE, spec.format, spec.format))
+    pools = jax.eval_shape(lambda: empty_pages(pages, KV_HEADS, PAGE_SIZE, spec.format, spec.format))
     encoded = jax.eval_shape(lambda: encoder(make_quantizer(spec)))
     config = default_config(rows * tokens if tokens < triton.LEAST_ROW else tokens, encoded)
     statistics = shape((rows, KV_HEADS, spec.dim), jnp.float32) if keys else None
@@ -62,7 +73,7 @@ def case(
         functools.partial(triton.encode_pool, channel_major=not keys, config=config),
         (
             shape((rows, tokens, KV_HEADS, spec.dim), jnp.bfloat16),
-            pages.keys if keys else pages.values,
+            pools.keys if keys else pools.values,
             shape((rows, tokens), jnp.int32),
             encoded,
             statistics,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pallas_kernels.decode import LogitOptions
 from pallas_kernels.prefill.triton import attend_pages, config_for
 from tq_jax.evaluate.gate import Case
-from tq_jax.evaluate.gate_decode import EVERYTHING, PAGE_SIZE, PLAIN, paged_arguments, paged_function
+from tq_jax.evaluate.gate_decode import EVERYTHING, LARGE, PAGE_SIZE, PAGES, PLAIN, paged_arguments, paged_function
 from tq_jax.quantizer import QuantizerSpec
 
 DEVICES = {"sm_90": ("sm_90",), "sm_100": ("sm_100",), "others": ("sm_80", "sm_86", "sm_89", "sm_120")}
@@ -31,6 +31,7 @@ def cases_for(kind: str) -> Iterator[Case]:
     yield case("K3.5/V2.5", spec(128, 3.5), spec(128, 2.5))
     yield case("prod 3, min-max 2", spec(128, 3, kind="prod"), two)
     yield case("pages of 16", four, four, page_size=16)
+    yield case("pools of 3 GiB", four, four, pages=LARGE)
     yield case("min-max 4", four, spec(128, 4, kind="group"))
     for group, count in ((1, 256), (16, 64), (4, 9)):
         yield case(f"group {group}, {count} queries", four, four, group=group, count=count)
@@ -48,11 +49,12 @@ def make_case(
     options: LogitOptions = PLAIN,
     bias: bool = False,
     page_size: int = PAGE_SIZE,
+    pages: int = PAGES,
     quick: bool = False,
 ) -> Case:
     """Attention of a chunk over pages on a kind of device; other arguments as in `gate_decode.case`."""
     architectures = DEVICES[kind]
-    arguments = paged_arguments(key, value, group=group, count=count, bias=bias, page_size=page_size)
+    arguments = paged_arguments(key, value, group=group, count=count, bias=bias, page_size=page_size, pages=pages)
     capability = int(architectures[0].removeprefix("sm_"))
     config = config_for(arguments[0].shape, arguments[1], key.format, value.format, capability=capability)
     return Case(
