@@ -1,6 +1,6 @@
 """Every kernel against the reference on the device that JAX has, twice each: all cases of the tests, and fast.
 
-    python benchmarks/parity.py decode attend prefill encode --limit 300 --json parity.json
+    python benchmarks/parity.py decode attend prefill encode append --limit 300 --json parity.json
 
 Where there is no GPU the kernels are interpreted, slowly. Results are written after every row. `large` is of pools of
 3 GiB against small ones, on a GPU with 16 GB.
@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import tq_jax as tq
 from benchmarks import attend_cases, encode_cases, variants
 from pallas_kernels.decode import decode_attention, triton
 from pallas_kernels.decode.pages import Pages
@@ -91,6 +92,45 @@ def encode(name: str) -> Row:
     return dataclasses.asdict(found) | {"wrong": found.wrong[:3], "same_twice": same, "ok": ok}
 
 
+FOUR, PROD, GROUPS = tq.QuantizerSpec(128, 4, search=True), tq.QuantizerSpec(128, 3, kind="prod"), {"kind": "group"}
+APPENDS = {
+    "k4v4": tq.CacheSpec(2, 128, 400, FOUR, FOUR, window=40, page_size=64),
+    "k4v4 float32, no window": tq.CacheSpec(2, 128, 400, FOUR, FOUR, window=0, sink_tokens=0, dtype="float32"),
+    "prod3 group2": tq.CacheSpec(2, 128, 400, PROD, tq.QuantizerSpec(128, 2, **GROUPS), window=130, page_size=64),
+    "full precision": tq.CacheSpec.full_precision(num_kv_heads=2, head_dim=128, max_tokens=400),
+}
+CHUNKS = [[1] * 3] * 3 + [[7, 3, 8]] * 7 + [[90, 1, 0], [1, 0, 1], [200, 150, 3], [8, 8, 8], [200, 200, 1]]
+"""Tokens of three rows, appended one after the other: the first ones fix statistics, the last ones do not fit."""
+
+
+def append(name: str) -> Row:
+    """Chunks into some rows of a cache: counters and full-precision tokens alike, statistics to rounding.
+
+    The error is the share of bytes that differ: statistics that are rounded otherwise move keys over thresholds.
+    """
+    found = again = want = tq.init_cache(APPENDS[name], 4)
+    run = {how: jax.jit(functools.partial(tq.append, implementation=how)) for how in ("reference", "triton")}
+    rows = jnp.asarray([3, 0, 1], jnp.int32)
+    for seed, counts in enumerate(CHUNKS):
+        shape = (5, 3, max(counts), 2, 128)
+        k, v, *query = jax.random.normal(jax.random.key(seed), shape, APPENDS[name].dtype) + seed % 3
+        options = {"query": jnp.concatenate(query, 2), "lengths": jnp.asarray(counts, jnp.int32), "rows": rows}
+        want, found, again = (
+            run[how](cache, k, v, **options)
+            for how, cache in (("reference", want), ("triton", found), ("triton", again))
+        )
+    close = jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-4, atol=1e-5), found.statistics, want.statistics)
+    exact = ("length", "compressed", "overflow", "exact_keys", "exact_values")
+    alike = all(bool(jnp.array_equal(getattr(found, name), getattr(want, name))) for name in exact)
+    pairs = list(zip(jax.tree.leaves(found.pages), jax.tree.leaves(want.pages), strict=True))
+    packed = [(a, b) for a, b in pairs if a.dtype == jnp.uint8]
+    share = max((float(jnp.mean((a != b).astype(jnp.float32))) for a, b in packed), default=0.0)
+    twice = zip(jax.tree.leaves(found.pages), jax.tree.leaves(again.pages), strict=True)
+    same = all(bool(jnp.array_equal(a, b, equal_nan=True)) for a, b in twice)
+    row = verdict(share, 2e-3, same=same)
+    return row | {"statistics": all(jax.tree.leaves(close)), "ok": row["ok"] and alike and all(jax.tree.leaves(close))}
+
+
 LARGE_POOL = 3 << 30
 """Bytes of a pool of packed keys that takes offsets beyond signed 32 bits."""
 
@@ -139,7 +179,12 @@ def checks(ops: list[str]) -> Iterator[tuple[Row, Check]]:
         for name in cases[op] if op in ops else ():
             for precise in (False, True):
                 yield {"op": op, "case": name, "precise": precise}, functools.partial(function, name, precise)
-    for op, function, names in (("prefill", prefill, variants.VARIANTS), ("encode", encode, encode_cases.CASES)):
+    others = (
+        ("prefill", prefill, variants.VARIANTS),
+        ("encode", encode, encode_cases.CASES),
+        ("append", append, APPENDS),
+    )
+    for op, function, names in others:
         for name in names if op in ops else ():
             yield {"op": op, "case": name}, functools.partial(function, name)
     for name in ("k4v4", "k2v2", "prod3 group2") if "large" in ops else ():
@@ -151,7 +196,7 @@ def checks(ops: list[str]) -> Iterator[tuple[Row, Check]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("ops", nargs="*", default=["decode", "attend", "prefill", "encode"])
+    parser.add_argument("ops", nargs="*", default=["decode", "attend", "prefill", "encode", "append"])
     parser.add_argument("--limit", type=float, default=500, help="seconds")
     parser.add_argument("--json", help="where to write the results")
     parser.add_argument(

@@ -1,6 +1,9 @@
 """Appending tokens to a cache: into the sinks and the ring, and out of the ring into the pages."""
 
 import dataclasses
+import functools
+import warnings
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +11,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.append import AppendPlan, append_cache, check_append
+from pallas_kernels.append.statistics_triton import Observed, StatisticsPlan, update_statistics
 from pallas_kernels.decode import Pages
-from pallas_kernels.encode import encode_pages
+from pallas_kernels.encode import Encoder, encode_pages
+from tq_jax.attention import Implementation, arrays_of
 from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers, to_storage
 from tq_jax.quantizer import encoder, is_traced
-from tq_jax.statistics import KeyStatistics, fix_statistics, observe_queries
+from tq_jax.statistics import BALANCE, EQUAL, FLOOR, MIN_TOKENS, KeyStatistics, fix_statistics, observe_queries
+
+FEW_TOKENS = 8
+"""Tokens of a chunk whose statistics one program a row is enough for."""
 
 
 def append(
@@ -23,6 +32,7 @@ def append(
     query: Float[Array, "b t h_q d"] | None = None,
     lengths: Int[Array, "b"] | None = None,
     rows: Int[Array, "b"] | None = None,
+    implementation: Implementation = "auto",
 ) -> Cache:
     """Appends one token or a chunk of tokens to every row.
 
@@ -35,6 +45,8 @@ def append(
         query: Queries of the same tokens; only their channel-wise power is kept, for `smooth_keys`.
         lengths: Tokens of each row's chunk that exist, at most t; the rest is right padding. All by default.
         rows: The cache rows that k and v belong to, all different. All rows in order by default.
+        implementation: "reference" is jnp on any device; "triton" the Pallas kernels (interpreted where JAX has no GPU,
+            slowly); "auto" takes the kernels on a GPU for what they support and the reference elsewhere.
 
     Returns:
         The new cache.
@@ -44,6 +56,7 @@ def append(
             cache's dtype or, once they leave the window, for their scale_dtype, and for a row without room for its
             chunk. Under jit such tokens make what attends to them NaN, and a chunk without room leaves its row as it
             was and marks it in `cache.overflow`.
+        NotImplementedError: For "triton" where the kernels do not support the case.
 
     Example:
         >>> import tq_jax as tq
@@ -54,6 +67,8 @@ def append(
         ([200], [68])
     """
     batch, tokens = _check_shapes(cache, k, v, query, lengths, rows)
+    if implementation not in get_args(Implementation):
+        raise NotImplementedError(f"implementation={implementation!r}; append has: {get_args(Implementation)}")
     if lengths is None:
         lengths = jnp.full(batch, tokens, jnp.int32)
     rows = jnp.arange(cache.rows, dtype=jnp.int32) if rows is None else rows.astype(jnp.int32)
@@ -63,7 +78,11 @@ def append(
         _check_values(cache, k, v, query, lengths, rows)
     if batch == 0 or tokens == 0:
         return cache
-    new, fits = _append(cache, k, v, query, lengths, rows)
+    if implementation == "auto":
+        implementation = _best(cache)
+    elif implementation == "triton":
+        check_append(arrays_of(cache), *_encoders(cache))
+    new, fits = _append(cache, k, v, query, lengths, rows, implementation)
     if not traced and not np.asarray(fits).all():
         raise ValueError(
             f"expected tokens whose scales fit {_scale_dtypes(cache.spec)}, got larger ones leaving the window of rows "
@@ -119,9 +138,32 @@ def _scale_dtypes(spec: CacheSpec) -> str:
     return " and ".join(sorted({spec.key.scale_dtype, spec.value.scale_dtype}))
 
 
-@jax.jit
+def _best(cache: Cache) -> Implementation:
+    """The kernels on a GPU unless they do not support the cache, which is warned about (once, by Python's default)."""
+    if jax.default_backend() != "gpu":
+        return "reference"
+    try:
+        check_append(arrays_of(cache), *_encoders(cache))
+    except NotImplementedError as error:
+        warnings.warn(f"append runs as the slow reference: {error}", stacklevel=3)
+        return "reference"
+    return "triton"
+
+
+def _encoders(cache: Cache) -> list[Encoder | None]:
+    quantizers = (cache.key_quantizer, cache.value_quantizer)
+    return [None if q is None or cache.pages is None else encoder(q) for q in quantizers]
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
 def _append(
-    cache: Cache, k: Array, v: Array, query: Array | None, lengths: Array, rows: Array
+    cache: Cache,
+    k: Array,
+    v: Array,
+    query: Array | None,
+    lengths: Array,
+    rows: Array,
+    implementation: Implementation,
 ) -> tuple[Cache, Bool[Array, "b"]]:
     """The new cache, and which rows compressed only tokens whose scalars are finite."""
     spec = cache.spec
@@ -129,27 +171,35 @@ def _append(
     k, v = (from_storage(spec, to_storage(spec, x)) for x in (k, v))
     before, compressed = cache.length[rows], cache.compressed[rows]
     fits = before + lengths <= spec.max_tokens
-    lengths = jnp.where(fits, lengths, 0)
-    after = before + lengths
+    added = jnp.where(fits, lengths, 0)
+    after = before + added
     step = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-    exists = step < lengths[:, None]
+    exists = step < added[:, None]
     evicted = jnp.maximum(after - spec.sinks - spec.ring - compressed, 0)
 
+    slots = rows[:, None] * (spec.pages_per_row * spec.page_size) + compressed[:, None] + step
+    slots = jnp.where(step < evicted[:, None], slots, -1)
     statistics, pages = cache.statistics, cache.pages
-    if statistics is not None and pages is not None:
+    if statistics is not None and pages is not None and implementation == "triton" and k.shape[1] <= FEW_TOKENS:
+        statistics = _update_by_kernel(cache, statistics, k, query, lengths, rows)
+    elif statistics is not None and pages is not None:
+        open_rows = ~statistics.ready[rows] & ((query is not None) | (evicted > 0))
+
+        def update(found: KeyStatistics) -> KeyStatistics:
+            found = found if query is None else observe_queries(found, query, exists)
+            return _fix(found, cache, k, rows, before, exists, ~found.ready & (evicted > 0))
+
         found = jax.tree.map(lambda x: x[rows], statistics)
-        found = found if query is None else observe_queries(found, query, exists)
-        fix = ~found.ready & (evicted > 0)
-        found = lax.cond(jnp.any(fix), lambda s: _fix(s, cache, k, rows, before, exists, fix), lambda s: s, found)
+        found = lax.cond(jnp.any(open_rows), update, lambda found: found, found)
         statistics = jax.tree.map(lambda x, new: x.at[rows].set(new), statistics, found)
+    cache = dataclasses.replace(cache, statistics=statistics)
+    if implementation == "triton":
+        new = _append_by_kernels(cache, k, v, lengths, rows)
+        return new, jnp.ones_like(fits) if new.pages is None else _scalars_finite(new.pages, slots)
     left_keys, left_values, finite = k, v, jnp.ones_like(fits)
     if pages is not None:
-        address = compressed[:, None] + step
-        left_keys, left_values = _leaving(cache, k, v, rows, before, address)
-        slots = rows[:, None] * (spec.pages_per_row * spec.page_size) + address
-        slots = jnp.where(step < evicted[:, None], slots, -1)
-        current = dataclasses.replace(cache, pages=pages, statistics=statistics)
-        pages = _compress(current, left_keys, left_values, rows, slots)
+        left_keys, left_values = _leaving(cache, k, v, rows, before, compressed[:, None] + step)
+        pages = _compress(cache, left_keys, left_values, rows, slots)
         finite = _scalars_finite(pages, slots)
 
     position = before[:, None] + step
@@ -169,9 +219,68 @@ def _append(
         length=cache.length.at[rows].set(after),
         compressed=cache.compressed.at[rows].set(compressed + evicted),
         overflow=cache.overflow.at[rows].set(cache.overflow[rows] | ~fits),
-        statistics=statistics,
     )
     return new, finite
+
+
+def _update_by_kernel(
+    cache: Cache, statistics: KeyStatistics, k: Array, query: Array | None, lengths: Array, rows: Array
+) -> KeyStatistics:
+    """Statistics with the queries and keys of a chunk of few tokens."""
+    spec = cache.spec
+    window = cache.exact_keys if cache.exact_keys.size else None
+    return update_statistics(
+        Observed(query, to_storage(spec, k), lengths, rows, window, cache.length, cache.compressed),
+        statistics,
+        statistics_plan(spec, interpret=jax.default_backend() != "gpu"),
+    )
+
+
+def statistics_plan(spec: CacheSpec, *, interpret: bool) -> StatisticsPlan:
+    """What is static about the kernel of statistics."""
+    return StatisticsPlan(
+        sinks=spec.sinks,
+        max_tokens=spec.max_tokens,
+        center=spec.center_keys,
+        smooth=spec.smooth_keys,
+        least_tokens=MIN_TOKENS,
+        balance=BALANCE,
+        floor=FLOOR,
+        equal=EQUAL,
+        interpret=interpret,
+    )
+
+
+def _append_by_kernels(
+    cache: Cache,
+    k: Float[Array, "b t h_kv d"],
+    v: Float[Array, "b t h_kv d"],
+    lengths: Int[Array, "b"],
+    rows: Int[Array, "b"],
+) -> Cache:
+    """The cache with a chunk; its statistics are up to date."""
+    spec = cache.spec
+    arrays = arrays_of(cache)
+    key, value = _encoders(cache)
+    new = append_cache(
+        to_storage(spec, k),
+        to_storage(spec, v),
+        arrays,
+        AppendPlan(spec.sinks, spec.max_tokens, interpret=jax.default_backend() != "gpu"),
+        key=key,
+        value=value,
+        counts=lengths,
+        rows=rows,
+    )
+    return dataclasses.replace(
+        cache,
+        pages=new.pages,
+        exact_keys=new.exact_keys,
+        exact_values=new.exact_values,
+        length=new.length,
+        compressed=new.compressed,
+        overflow=new.overflow,
+    )
 
 
 def _slots(spec: CacheSpec, position: Int[Array, "b t"]) -> Int[Array, "b t"]:
@@ -233,6 +342,7 @@ def _compress(
         value=encoder(cache.value_quantizer),
         mean=None if statistics is None else statistics.mean[rows],
         weight=None if statistics is None else statistics.weight[rows],
+        implementation="reference",
     )
 
 

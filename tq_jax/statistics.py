@@ -19,10 +19,10 @@ MIN_TOKENS = 32
 BALANCE = 0.4
 """Power of the ratio of queries to keys that weighs a channel; measured on SmolLM2-135M and Qwen2.5-1.5B."""
 
-_FLOOR = 1e-2
+FLOOR = 1e-2
 """Smallest spread of a channel relative to the mean spread of its head; keeps weights of dead channels bounded."""
 
-_EQUAL = 1e-5
+EQUAL = 1e-5
 """Keys of a head that spread less than this, relative to their size, are equal but for rounding: nothing to weigh."""
 
 
@@ -125,7 +125,7 @@ def fix_statistics(
     spread = jnp.sqrt(jnp.sum(deviation * deviation, axis=1) / count)
     size = jnp.sqrt(jnp.sum(keys * keys, axis=1) / count)
     enough = fix & (jnp.sum(valid, axis=1) >= MIN_TOKENS)
-    balance = (_query_rms(stats) / _floored(spread, least=_EQUAL * _head_mean(size))) ** BALANCE
+    balance = (_query_rms(stats) / _floored(spread, least=EQUAL * _head_mean(size))) ** BALANCE
 
     def put(new: Array, old: Array, wanted: bool) -> Array:
         return jnp.where(enough[:, None, None], new, old) if wanted else old
@@ -148,7 +148,7 @@ def _query_rms(stats: KeyStatistics) -> Float[Array, "b h_kv d"]:
 def _floored(spread: Float[Array, "b h_kv d"], *, least: Float[Array, "b _ 1"]) -> Float[Array, "b h_kv d"]:
     """Spread with a floor for single channels; ones for heads of no more than the least mean spread."""
     mean = _head_mean(spread)
-    return jnp.where(mean > least, jnp.maximum(spread, _FLOOR * mean), 1.0)
+    return jnp.where(mean > least, jnp.maximum(spread, FLOOR * mean), 1.0)
 
 
 def _head_mean(x: Float[Array, "b h_kv d"]) -> Float[Array, "b h_kv 1"]:

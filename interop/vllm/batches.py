@@ -15,8 +15,8 @@ SIZES = {
 }
 """Queries that the sequences of a call have, padding included; longer chunks are cut into pieces of the last."""
 
-QUERIES = 256
-"""Queries of a call at most."""
+QUERIES = {"cpu": 256, "cuda": 1024}
+"""Queries of a call at most; on a GPU launches cost more than padding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def plan_calls(
             pieces[size].append(Piece(request, first, count, end - first - count))
     calls = []
     for size, found in pieces.items():
-        together = max(QUERIES // size, 1)
+        together = max(QUERIES[seq_lens.device.type] // size, 1)
         parts = (found[i : i + together] for i in range(0, len(found), together))
         calls += [_call(part, size, seq_lens, block_table) for part in parts]
     return calls

@@ -6,9 +6,12 @@ another framework can launch the same kernels on the same arrays and a CUDA grap
 
 import dataclasses
 
-from jaxtyping import Array, Float, Int
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int, Shaped
 
-from pallas_kernels.append.window_triton import Window, WindowPlan, enter, leave
+from pallas_kernels.append.window_triton import New, Window, WindowPlan, enter, leave
 from pallas_kernels.decode.fused import CacheArrays
 from pallas_kernels.encode import triton as encode
 from pallas_kernels.encode.encoder import Encoder
@@ -29,26 +32,38 @@ class AppendPlan:
     interpret: bool = False
 
 
+def check_append(cache: CacheArrays, key: Encoder | None, value: Encoder | None) -> None:
+    """Raises NotImplementedError, naming value and limit, for what the kernels do not do."""
+    dim = cache.exact_keys.shape[-1]
+    if dim not in encode.DIMS:
+        raise NotImplementedError(f"the Triton kernels have head dims {encode.DIMS}, got {dim}")
+    if cache.pages is not None:
+        assert key is not None and value is not None
+        encode.check_supported(cache.pages, key, value)
+
+
 def append_cache(
-    keys: Float[Array, "rows t h_kv d"],
-    values: Float[Array, "rows t h_kv d"],
+    keys: Shaped[Array, "b t h_kv d"],
+    values: Shaped[Array, "b t h_kv d"],
     cache: CacheArrays,
     plan: AppendPlan,
     *,
     key: Encoder | None,
     value: Encoder | None,
-    counts: Int[Array, "rows"] | None = None,
+    counts: Int[Array, "b"] | None = None,
+    rows: Int[Array, "b"] | None = None,
 ) -> CacheArrays:
     """Appends a chunk to every row, in place where the arrays are donated or another framework's.
 
     Args:
-        keys: Of the type of full-precision tokens.
+        keys: Of the type of full-precision tokens; bfloat16 may come as its bits in uint16.
         values: Likewise.
         cache: The cache; bases and sketch are not read. `overflow` is uint8.
         plan: What is static.
         key: How keys are encoded; None without pages.
         value: Likewise.
         counts: int32, tokens of each row's chunk that exist; t by default.
+        rows: int32, the rows that chunks are for, all different; all in order by default.
 
     Returns:
         The cache with what has changed.
@@ -67,21 +82,23 @@ def append_cache(
     )
     exact = (cache.exact_keys, cache.exact_values) if cache.exact_keys.size else (None, None)
     kept = Window(*exact, cache.length, cache.compressed, cache.overflow)
-    left = leave(keys, values, kept, counts, window)
+    new = New(keys, values, counts, rows)
+    left = leave(new, kept, window)
     if window.leaves:
         assert pages is not None and key is not None and value is not None
         pages = encode.encode_pages(
-            left.keys,
-            left.values,
+            _numbers(left.keys),
+            _numbers(left.values),
             pages,
             left.slots,
             key=key,
             value=value,
             mean=cache.mean,
             weight=cache.weight,
+            rows=rows,
             interpret=plan.interpret,
         )
-    entered = enter(keys, values, kept, left.counters, window)
+    entered = enter(new, kept, left.counters, window)
     return dataclasses.replace(
         cache,
         pages=pages,
@@ -91,3 +108,7 @@ def append_cache(
         compressed=entered.compressed,
         overflow=entered.overflow,
     )
+
+
+def _numbers(tokens: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(tokens, jnp.bfloat16) if tokens.dtype == jnp.uint16 else tokens

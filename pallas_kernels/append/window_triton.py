@@ -64,14 +64,36 @@ class Window:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class New:
+    """New tokens; arrays or references.
+
+    Attributes:
+        keys: [b, t, h_kv, d].
+        values: Likewise.
+        counts: int32 [b], how many of them exist; None for t.
+        rows: int32 [b], the rows of the window that they are for, all different; None for all in order.
+    """
+
+    keys: Any
+    values: Any
+    counts: Any = None
+    rows: Any = None
+
+    def row(self, index: Any) -> Any:
+        """Row of the window."""
+        return index if self.rows is None else self.rows[index]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Left:
     """What `leave` writes; None for what it was not asked for.
 
     Attributes:
-        counters: int32 [rows, 2]: tokens before, and new tokens, -1 where they do not fit.
-        keys: [rows, t, h_kv, d], tokens that leave.
+        counters: int32 [b, 2]: tokens before, and new tokens, -1 where they do not fit.
+        keys: [b, t, h_kv, d], tokens that leave.
         values: Likewise.
-        slots: int32 [rows, t], page * page_size + place of each, -1 where none leaves.
+        slots: int32 [b, t], page * page_size + place of each, -1 where none leaves.
     """
 
     counters: Any
@@ -80,16 +102,15 @@ class Left:
     slots: Any = None
 
 
-def leave(keys: jax.Array, values: jax.Array, window: Window, counts: jax.Array | None, plan: WindowPlan) -> Left:
+def leave(new: New, window: Window, plan: WindowPlan) -> Left:
     """Reads the tokens that leave the window and works out where they go.
 
     Args:
-        keys: [rows, t, h_kv, d], new tokens.
-        values: Likewise.
-        window: Where they are to enter.
-        counts: int32 [rows], how many of them exist; None for t.
+        new: Tokens that push them out.
+        window: Where those are to enter.
         plan: What is static.
     """
+    keys = new.keys
     rows, tokens = keys.shape[:2]
     out = Left(jax.ShapeDtypeStruct((rows, 2), jnp.int32))
     if plan.leaves:
@@ -102,30 +123,30 @@ def leave(keys: jax.Array, values: jax.Array, window: Window, counts: jax.Array 
         compiler_params=plt.CompilerParams(num_warps=_warps(keys.shape), num_stages=1),
         interpret=plan.interpret,
         name="leave",
-    )(keys, values, window, counts)
+    )(new, window)
     return left
 
 
-def enter(keys: jax.Array, values: jax.Array, window: Window, counters: jax.Array, plan: WindowPlan) -> Window:
+def enter(new: New, window: Window, counters: jax.Array, plan: WindowPlan) -> Window:
     """Writes new tokens to their full-precision slots and counts them, in place.
 
     Args:
-        keys: As for `leave`.
-        values: Likewise.
+        new: As for `leave`.
         window: Likewise.
         counters: As `leave` wrote them.
         plan: What is static.
     """
     leaves = jax.tree.leaves(window)
+    first = len(jax.tree.leaves(new)) + 1
     [entered] = pl.pallas_call(
         functools.partial(_enter, plan=plan),
-        grid=_grid(keys.shape),
+        grid=_grid(new.keys.shape),
         out_shape=[jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), window)],
-        input_output_aliases={3 + i: i for i in range(len(leaves))},
-        compiler_params=plt.CompilerParams(num_warps=_warps(keys.shape), num_stages=1),
+        input_output_aliases={first + i: i for i in range(len(leaves))},
+        compiler_params=plt.CompilerParams(num_warps=_warps(new.keys.shape), num_stages=1),
         interpret=plan.interpret,
         name="enter",
-    )(keys, values, counters, window)
+    )(new, counters, window)
     return entered
 
 
@@ -178,11 +199,12 @@ def _ring(window: Window, plan: WindowPlan) -> int:
     return 0 if window.keys is None else window.keys.shape[2] - plan.sinks
 
 
-def _leave(keys: Any, values: Any, window: Window, counts: Any, out: Left, *, plan: WindowPlan) -> None:
-    tokens, dim = keys.shape[1], keys.shape[3]
-    this, ring = _tokens(keys.shape), _ring(window, plan)
-    before = window.length[this.row]
-    count = jnp.int32(tokens) if counts is None else counts[this.row]
+def _leave(new: New, window: Window, out: Left, *, plan: WindowPlan) -> None:
+    tokens, dim = new.keys.shape[1], new.keys.shape[3]
+    this, ring = _tokens(new.keys.shape), _ring(window, plan)
+    row = new.row(this.row)
+    before = window.length[row]
+    count = jnp.int32(tokens) if new.counts is None else new.counts[this.row]
     count = jnp.where(before + count <= plan.max_tokens, count, -1)
 
     @pl.when((pl.program_id(0) == 0) & (this.head == 0))
@@ -193,40 +215,44 @@ def _leave(keys: Any, values: Any, window: Window, counts: Any, out: Left, *, pl
     if not plan.leaves:
         return
     old = before + this.step - ring
-    leaves = (this.step < count) & (old >= plan.sinks + window.compressed[this.row])
+    leaves = (this.step < count) & (old >= plan.sinks + window.compressed[row])
     written = this.step < tokens
-    for chunk, exact, target in ((keys, window.keys, out.keys), (values, window.values, out.values)):
+    sources = (new.keys, window.keys, out.keys), (new.values, window.values, out.values)
+    for chunk, exact, target in sources:
         zero = jnp.zeros((), chunk.dtype)
-        new = leaves & (old >= before)
-        moved = plt.load(chunk.at[this.at(this.row, this.step - ring, this.head)], mask=this.mask(new, dim), other=zero)
+        late = leaves & (old >= before)
+        moved = plt.load(
+            chunk.at[this.at(this.row, this.step - ring, this.head)], mask=this.mask(late, dim), other=zero
+        )
         if ring:
-            at = exact.at[this.at(this.row, this.head, _slot(old, plan.sinks, ring))]
+            at = exact.at[this.at(row, this.head, _slot(old, plan.sinks, ring))]
             kept = plt.load(at, mask=this.mask(leaves & (old < before), dim), other=zero)
-            moved = jnp.where(this.mask(new, dim), moved, kept)
+            moved = jnp.where(this.mask(late, dim), moved, kept)
         plt.store(target.at[this.at(this.row, this.step, this.head)], moved, mask=this.mask(written, dim))
 
     @pl.when(this.head == 0)
     def _() -> None:
-        address = this.row * (plan.pages_per_row * plan.page_size) + old - plan.sinks
+        address = row * (plan.pages_per_row * plan.page_size) + old - plan.sinks
         at = out.slots.at[jnp.full_like(this.step, this.row), this.step]
         plt.store(at, jnp.where(leaves, address, -1), mask=written)
 
 
-def _enter(keys: Any, values: Any, counters: Any, window: Window, out: Window, *, plan: WindowPlan) -> None:
-    this, ring = _tokens(keys.shape), _ring(window, plan)
+def _enter(new: New, counters: Any, window: Window, out: Window, *, plan: WindowPlan) -> None:
+    this, ring = _tokens(new.keys.shape), _ring(window, plan)
+    row = new.row(this.row)
     before, count = counters[this.row, 0], counters[this.row, 1]
     after = before + jnp.maximum(count, 0)
     position = before + this.step
     kept = (position < after) & ((position < plan.sinks) | (position >= after - ring))
-    for chunk, exact in ((keys, out.keys), (values, out.values)):
+    for chunk, exact in ((new.keys, out.keys), (new.values, out.values)):
         if exact is None:
             continue
-        mask = this.mask(kept, keys.shape[3])
-        new = plt.load(chunk.at[this.at(this.row, this.step, this.head)], mask=mask, other=jnp.zeros((), chunk.dtype))
-        plt.store(exact.at[this.at(this.row, this.head, _slot(position, plan.sinks, ring))], new, mask=mask)
+        mask = this.mask(kept, new.keys.shape[3])
+        moved = plt.load(chunk.at[this.at(this.row, this.step, this.head)], mask=mask, other=jnp.zeros((), chunk.dtype))
+        plt.store(exact.at[this.at(row, this.head, _slot(position, plan.sinks, ring))], moved, mask=mask)
 
     @pl.when((pl.program_id(0) == 0) & (this.head == 0))
     def _() -> None:
-        out.length[this.row] = after
-        out.compressed[this.row] = jnp.maximum(window.compressed[this.row], after - plan.sinks - ring)
-        out.overflow[this.row] = jnp.where(count < 0, jnp.uint8(1), window.overflow[this.row])
+        out.length[row] = after
+        out.compressed[row] = jnp.maximum(window.compressed[row], after - plan.sinks - ring)
+        out.overflow[row] = jnp.where(count < 0, jnp.ones((), window.overflow.dtype), window.overflow[row])

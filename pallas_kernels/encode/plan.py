@@ -55,8 +55,9 @@ class Inputs:
     Attributes:
         x: [rows, tokens, heads, dim].
         slots: int32 [rows, tokens].
-        mean: [rows, heads, dim] or None.
+        mean: [any rows, heads, dim] or None.
         weight: Likewise.
+        rows: int32 [rows], those of mean and weight; None for all in order.
         matrices: Planes [padded dim, padded channels] of each segment's rotation; empty without one.
         packers: fp16 [padded channels, padded bytes] of each plane of each segment.
         sketch: fp16 planes [padded dim, 8 * padded bytes] of the transposed sketch, columns in the order of the bits of
@@ -68,6 +69,7 @@ class Inputs:
     slots: Any
     mean: Any
     weight: Any
+    rows: Any
     matrices: tuple
     packers: tuple
     sketch: tuple

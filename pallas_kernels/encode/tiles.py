@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.encode.plan import Inputs, Plan
@@ -14,9 +13,13 @@ from pallas_kernels.encode.plan import Inputs, Plan
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Row and token of each vector of a tile in the batch, page and slot in the pools; [tile] but for a common row."""
+    """Row and token of each vector of a tile in the batch, page and slot in the pools; [tile] but for a common row.
+
+    `statistics` is the row of mean and weight.
+    """
 
     row: jax.Array
+    statistics: jax.Array
     token: jax.Array
     head: jax.Array
     page: jax.Array
@@ -24,21 +27,24 @@ class Place:
     valid: jax.Array
 
 
-def find_place(x: Inputs, pool: Any, plan: Plan) -> Place:
-    """The place of this program's tile."""
-    index = pl.program_id(1) * plan.tile + lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
+def find_place(x: Inputs, pool: Any, plan: Plan, head: jax.Array, block: jax.Array, row: jax.Array) -> Place:
+    """The place of a program's tile; its row is no program's where tiles hold tokens of several."""
+    index = block * plan.tile + lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
     if plan.flat:
         count = jnp.full_like(index, plan.tokens)
         row, token, exists = lax.div(index, count), lax.rem(index, count), index < plan.rows * plan.tokens
     else:
-        row, token, exists = jnp.full((1,), pl.program_id(2), jnp.int32), index, index < plan.tokens
+        row, token, exists = jnp.full((1,), row, jnp.int32), index, index < plan.tokens
     slot = plt.load(x.slots.at[jnp.broadcast_to(row, token.shape), token], mask=exists, other=-1)
     room = pool.scale.shape[0] * plan.page_size
     valid = (slot >= 0) & (slot < room)
     # Interpreted stores write back what they found where they are masked; behind the pool that harms nobody.
     slot = jnp.where(valid, slot, room)
     size = jnp.full_like(slot, plan.page_size)
-    return Place(row, token, pl.program_id(0), lax.div(slot, size), lax.rem(slot, size), valid)
+    statistics = row
+    if x.rows is not None:
+        statistics = plt.load(x.rows.at[row], mask=row < plan.rows, other=0)
+    return Place(row, statistics, token, head, lax.div(slot, size), lax.rem(slot, size), valid)
 
 
 def load(x: Inputs, at: Place, start: int, width: int, plan: Plan) -> jax.Array:
@@ -59,7 +65,7 @@ def load(x: Inputs, at: Place, start: int, width: int, plan: Plan) -> jax.Array:
 
     def statistic(ref: Any) -> jax.Array:
         common = (at.row.shape[0], width)
-        place = tuple(jnp.broadcast_to(i, common) for i in (at.row[:, None], at.head, channel))
+        place = tuple(jnp.broadcast_to(i, common) for i in (at.statistics[:, None], at.head, channel))
         if plan.flat:
             return plt.load(ref.at[place], mask=mask, other=0.0)
         return plt.load(ref.at[place], mask=channel < dim, other=0.0) if padded else plt.load(ref.at[place])

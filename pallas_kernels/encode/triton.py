@@ -1,5 +1,6 @@
 """Launch of the Pallas Triton encode kernel."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,7 +19,7 @@ from pallas_kernels.encode.plan import Inputs, Plan
 from pallas_kernels.encode.reference import INVERSE_MULTIPLES
 from pallas_kernels.encode.rotation import MATRIX_GAIN
 from pallas_kernels.encode.tiles import padded_size
-from pallas_kernels.encode.triton_body import encode_tile
+from pallas_kernels.encode.triton_body import encode_tiles
 from pallas_kernels.format import Code, CodebookFormat, GroupFormat
 from pallas_kernels.packing import pack, packed_bytes, plane_widths
 
@@ -43,8 +44,9 @@ def encode_pages(
     *,
     key: Encoder,
     value: Encoder,
-    mean: Float[Array, "b h d"] | None,
-    weight: Float[Array, "b h d"] | None,
+    mean: Float[Array, "rows h d"] | None,
+    weight: Float[Array, "rows h d"] | None,
+    rows: Int[Array, "b"] | None = None,
     config: TileConfig | None = None,
     interpret: bool | None = None,
 ) -> Pages:
@@ -59,6 +61,7 @@ def encode_pages(
         value: As there.
         mean: As there.
         weight: As there.
+        rows: Rows of mean and weight that tokens belong to; all in order by default.
         config: Tile sizes; by default those for the number of tokens.
         interpret: Whether to run the kernel as jnp; by default where JAX has no GPU.
 
@@ -68,12 +71,17 @@ def encode_pages(
     check_supported(pages, key, value)
     if interpret is None:
         interpret = jax.default_backend() != "gpu"
-    options: dict[str, Any] = dict(config=config, interpret=interpret)
+    options: dict[str, Any] = dict(rows=rows, config=config, interpret=interpret)
     slots = slots.astype(jnp.int32)
-    return Pages(
-        encode_pool(keys, pages.keys, slots, key, mean, weight, channel_major=False, **options),
-        encode_pool(values, pages.values, slots, value, None, None, channel_major=True, **options),
-    )
+    if keys.size == 0 or not pages.keys.scale.size:
+        return pages
+    tasks = [
+        _task(keys, pages.keys, slots, key, mean, weight, channel_major=False, **options),
+        _task(values, pages.values, slots, value, None, None, channel_major=True, **options),
+    ]
+    # A launch takes longer than a few tokens.
+    together = tasks[0].plan.flat and tasks[0].config == tasks[1].config
+    return Pages(*(_launch(*tasks) if together else [_launch(task)[0] for task in tasks]))
 
 
 def encode_pool(
@@ -101,12 +109,38 @@ def encode_pool(
         config: Tile sizes.
         interpret: Whether to run the kernel as jnp.
     """
-    rows, tokens, heads, dim = x.shape
+    options: dict[str, Any] = dict(channel_major=channel_major, config=config, interpret=interpret)
+    return _launch(_task(x, pool, slots, encoder, mean, weight, **options))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """Vectors and the pool that they go to."""
+
+    inputs: Inputs
+    pool: Code
+    plan: Plan
+    config: TileConfig
+
+
+def _task(
+    x: Array,
+    pool: Code,
+    slots: Array,
+    encoder: Encoder,
+    mean: Array | None,
+    weight: Array | None,
+    *,
+    channel_major: bool,
+    rows: Array | None = None,
+    config: TileConfig | None,
+    interpret: bool,
+) -> _Task:
+    """See `encode_pages` and `encode_pool`."""
+    batch, tokens, _, dim = x.shape
     fmt = encoder.format
-    if 0 in (rows, tokens, heads) or not pool.scale.size:
-        return pool
     flat = tokens < LEAST_ROW
-    config = config or default_config(rows * tokens if flat else tokens, encoder)
+    config = config or default_config(batch * tokens if flat else tokens, encoder)
     plan = Plan(
         fmt=fmt,
         scale=encoder.scale,
@@ -114,7 +148,7 @@ def encode_pool(
         factor=float(np.float32(dim**-0.5)) if encoder.hadamard else 1 / MATRIX_GAIN,
         channel_major=channel_major,
         page_size=pool.scale.shape[-1],
-        rows=rows,
+        rows=batch,
         tokens=tokens,
         tile=config.tile,
         chunk=min(config.chunk, padded_size(dim)),
@@ -124,20 +158,30 @@ def encode_pool(
         width=quads.tile_width(encoder),
         interpret=interpret,
     )
-    inputs = _inputs(x, slots, encoder, mean, weight, plan)
-    stored = jax.tree.map(lambda array: array if array.size else None, pool)
+    return _Task(_inputs(x, slots, encoder, mean, weight, rows, plan), pool, plan, config)
+
+
+def _launch(*tasks: _Task) -> list[Code]:
+    """The pools after one launch for all tasks, of which there may be several for tiles of any rows."""
+    plan, config = tasks[0].plan, tasks[0].config
+    inputs = [task.inputs for task in tasks]
+    stored = [jax.tree.map(lambda array: array if array.size else None, task.pool) for task in tasks]
     first = len(jax.tree.leaves(inputs))
-    blocks = pl.cdiv(rows * tokens if flat else tokens, config.tile)
-    new = pl.pallas_call(
-        functools.partial(encode_tile, plan=plan),
-        grid=(heads, blocks, 1 if flat else rows),
-        out_shape=jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), stored),
+    blocks = pl.cdiv(plan.rows * plan.tokens if plan.flat else plan.tokens, config.tile)
+    [new] = pl.pallas_call(
+        functools.partial(encode_tiles, plans=tuple(task.plan for task in tasks)),
+        grid=(inputs[0].x.shape[2], blocks, len(tasks) if plan.flat else plan.rows),
+        out_shape=[jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), stored)],
         input_output_aliases={first + i: i for i in range(len(jax.tree.leaves(stored)))},
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
-        interpret=interpret,
+        interpret=plan.interpret,
         name="encode",
     )(inputs, stored)
-    return Code(**{name: old if getattr(new, name) is None else getattr(new, name) for name, old in vars(pool).items()})
+    pools = [vars(task.pool) for task in tasks]
+    return [
+        Code(**{name: old if getattr(made, name) is None else getattr(made, name) for name, old in pool.items()})
+        for pool, made in zip(pools, new, strict=True)
+    ]
 
 
 def _vector_planes(x: Array, encoder: Encoder, *, centred: bool) -> int:
@@ -147,7 +191,15 @@ def _vector_planes(x: Array, encoder: Encoder, *, centred: bool) -> int:
     return 0 if x.dtype == jnp.bfloat16 and encoder.hadamard else 1
 
 
-def _inputs(x: Array, slots: Array, encoder: Encoder, mean: Array | None, weight: Array | None, plan: Plan) -> Inputs:
+def _inputs(
+    x: Array,
+    slots: Array,
+    encoder: Encoder,
+    mean: Array | None,
+    weight: Array | None,
+    rows: Array | None,
+    plan: Plan,
+) -> Inputs:
     fmt = plan.fmt
     matrices: list[tuple[Array, ...]] = []
     if isinstance(fmt, GroupFormat):
@@ -168,6 +220,7 @@ def _inputs(x: Array, slots: Array, encoder: Encoder, mean: Array | None, weight
         slots=slots,
         mean=None if mean is None else mean.astype(jnp.float32),
         weight=None if weight is None else weight.astype(jnp.float32),
+        rows=None if mean is None or rows is None else rows.astype(jnp.int32),
         matrices=tuple(matrices),
         packers=tuple(packers),
         sketch=() if encoder.sketch is None else _planes(_by_bits(encoder.sketch.T), False, bfloat16=False),

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.encode import cells, quads
@@ -32,9 +33,18 @@ HALF_BITS = 0x6400
 """Bits of 1024 in half precision."""
 
 
-def encode_tile(x: Inputs, _: Any, pool: Any, *, plan: Plan) -> None:
-    """The kernel body; the pools are updated in place."""
-    at = find_place(x, pool, plan)
+def encode_tiles(x: Sequence[Inputs], _: Any, pools: Sequence[Any], *, plans: Sequence[Plan]) -> None:
+    """The kernel body; the pools are updated in place. Of several tasks a program has the one of its number."""
+    head, block, row = (pl.program_id(axis) for axis in range(3))
+    if len(plans) == 1:
+        _encode_tile(x[0], pools[0], plans[0], head, block, row)
+        return
+    for i, task in enumerate(zip(x, pools, plans, strict=True)):
+        pl.when(row == i)(functools.partial(_encode_tile, *task, head, block, row))
+
+
+def _encode_tile(x: Inputs, pool: Any, plan: Plan, head: jax.Array, block: jax.Array, row: jax.Array) -> None:
+    at = find_place(x, pool, plan, head, block, row)
     if isinstance(plan.fmt, GroupFormat):
         _encode_groups(x, pool, at, plan.fmt, plan)
     elif plan.width:

@@ -1,6 +1,7 @@
 """The kernels around encoding, interpreted, against `tq_jax.append` on the same tokens."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +58,11 @@ def assert_same(found: tq.Cache, want: tq.Cache) -> None:
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(name))
 
 
-def reference(keys, values, pages, slots, *, interpret, **options):
+def reference(keys, values, pages, slots, *, interpret, rows, mean, **options):
     assert interpret
+    if rows is not None and mean is not None:
+        mean, options["weight"] = mean[rows], options["weight"][rows]
+    options["mean"] = mean
     return encode_pages(keys, values, pages, slots, implementation="reference", **options)
 
 
@@ -82,6 +86,69 @@ def test_the_bytes_of_append(name, monkeypatch):
         found = program[1](found, k, v, None if min(counts) == count else lengths)
         assert_same(found, want)
     assert bool(want.overflow.any()) == (spec.max_tokens < 80)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SPECS])
+def test_rows_by_kernels(name, monkeypatch):
+    """Some rows in another order, rows that overflow."""
+    monkeypatch.setattr(encode, "encode_pages", reference)
+    spec = SPECS[name]
+    found = want = tq.init_cache(spec, 5, statistics=_statistics(spec))
+    by = {how: jax.jit(functools.partial(tq.append, implementation=how)) for how in ("reference", "triton")}
+    chunks = ([22, 1, 18], [4, 0, 3]), ([1, 1, 1], [0, 4, 1]), ([35, 2, 0], [3, 4, 1]), ([40, 40, 3], [3, 4, 2])
+    for seed, (counts, rows) in enumerate(chunks):
+        k, v = chunk(spec, max(counts), seed)
+        options = {"lengths": jnp.asarray(counts, jnp.int32), "rows": jnp.asarray(rows, jnp.int32)}
+        want = by["reference"](want, k, v, **options)
+        found = by["triton"](found, k, v, **options)
+        assert_same(found, want)
+    assert bool(want.overflow.any()) == (spec.max_tokens < 97)
+
+
+STATISTICS = {
+    "both": ({}, True),
+    "no queries": ({}, False),
+    "float32, no sinks, mean alone": ({"dtype": "float32", "sink_tokens": 0, "smooth_keys": False}, True),
+    "weight alone": ({"center_keys": False}, True),
+    "few tokens": ({"window": 20}, True),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_by_kernel(name, monkeypatch):
+    """They are fixed when the first token of a row leaves, from the ring and a chunk of up to 8 tokens."""
+    monkeypatch.setattr(encode, "encode_pages", reference)
+    options, told = STATISTICS[name]
+    spec = dataclasses.replace(SPEC, **({"window": 40, "max_tokens": 60} | options))
+    found = want = tq.init_cache(spec, 4)
+    by = {how: jax.jit(functools.partial(tq.append, implementation=how)) for how in ("reference", "triton")}
+    rows = jnp.asarray([3, 0, 1], jnp.int32)
+    for seed, counts in enumerate([[8, 3, 8], *[[8, 8, 7]] * 5, [1, 8, 0], [8, 8, 8], [8, 8, 8]]):
+        k, v = (x + seed % 3 for x in chunk(spec, 8, seed))
+        query = jnp.concatenate([v, k, v, k], axis=2) if told else None
+        real = (np.arange(8) < np.array(counts)[:, None])[:, :, None, None]
+        k, v, query = (None if x is None else jnp.where(real, x, jnp.nan) for x in (k, v, query))
+        chunks = {"query": query, "lengths": jnp.asarray(counts, jnp.int32), "rows": rows}
+        want, found = by["reference"](want, k, v, **chunks), by["triton"](found, k, v, **chunks)
+        for field in dataclasses.fields(want.statistics):
+            a, b = (np.asarray(getattr(cache.statistics, field.name), np.float32) for cache in (found, want))
+            np.testing.assert_allclose(a, b, rtol=5e-6, atol=1e-6, err_msg=field.name)
+        for counter in ("length", "compressed", "overflow", "exact_keys", "exact_values"):
+            np.testing.assert_array_equal(getattr(found, counter), getattr(want, counter))
+    ready = want.statistics.ready
+    assert ready[rows].all() and not ready[2] and bool(want.overflow.any())
+    assert bool((want.statistics.mean[rows] != 0).any()) == (spec.center_keys and name != "few tokens")
+    assert bool((want.statistics.weight[rows] != 1).any()) == (spec.smooth_keys and name != "few tokens")
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_limits_are_named():
+    k = jnp.ones((1, 1, 2, 48), jnp.bfloat16)
+    cache = tq.init_cache(tq.CacheSpec.full_precision(num_kv_heads=2, head_dim=48, max_tokens=30), 1)
+    with pytest.raises(NotImplementedError, match=r"head dims \(64, .*, got 48"):
+        tq.append(cache, k, k, implementation="triton")
+    with pytest.raises(NotImplementedError, match="implementation='cuda'; append has: .*'triton'"):
+        tq.append(cache, k, k, implementation="cuda")
 
 
 def _statistics(spec: tq.CacheSpec):

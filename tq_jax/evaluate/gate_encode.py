@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,8 @@ def cases() -> Iterator[Case]:
     yield case("min-max 2", spec(128, 2, kind="group"), quick=True)
     yield case("K4 haar", spec(128, 4, rotation="haar"), keys=True)
     yield case("V4, pools of 3 GiB", spec(128, 4), pages=LARGE)
+    for bits in (2, 3, 4):
+        yield together(bits, quick=bits == 4)
     yield case("V4 search, 32 rows", spec(128, 4, search=True), rows=32, tokens=1, quick=True)
 
 
@@ -83,3 +86,20 @@ def case(
         donated=(1,),
         quick=quick,
     )
+
+
+def together(bits: int, *, quick: bool) -> Case:
+    """Keys and values of a token of several rows in one launch."""
+    spec, rows = QuantizerSpec(128, bits, search=True), 32
+    shape = jax.ShapeDtypeStruct
+    pools = jax.eval_shape(lambda: empty_pages(PAGES, KV_HEADS, PAGE_SIZE, spec.format, spec.format))
+    encoded = jax.eval_shape(lambda: encoder(make_quantizer(spec)))
+
+    def run(tokens: Any, pages: Any, slots: Any, encoder: Any, statistics: Any, rows: Any) -> Any:
+        options = {"key": encoder, "value": encoder, "mean": statistics, "weight": statistics}
+        return triton.encode_pages(tokens, tokens, pages, slots, rows=rows, interpret=False, **options)
+
+    tokens, slots = shape((rows, 1, KV_HEADS, spec.dim), jnp.bfloat16), shape((rows, 1), jnp.int32)
+    statistics = shape((2 * rows, KV_HEADS, spec.dim), jnp.float32)
+    arguments = (tokens, pools, slots, encoded, statistics, shape((rows,), jnp.int32))
+    return Case(f"K{bits}/V{bits} search, 32 rows", run, arguments, donated=(1,), quick=quick)

@@ -28,6 +28,7 @@ CASES = {
     "attend dim 128",
     "append dim 128",
     "append one token",
+    "append statistics, dim 128",
     "encode K4 haar",
     "encode prod 3",
     "encode V4 search, 32 rows",
