@@ -362,7 +362,9 @@ def test_runs_pack_without_loss():
     codes = [jnp.asarray(rng.integers(2**bits, size=(4, count)), jnp.uint8) for count, bits in widths]
     packed = jax.jit(lambda c: pack_runs(c, widths))(codes)
     assert packed.shape == (4, widths_bytes(widths))
-    unpacked = jax.jit(lambda p: unpack_runs(p, widths))(packed)
-    for (_, bits), before, after in zip(widths, codes, unpacked, strict=True):
+    unpack = jax.jit(lambda p, axis: unpack_runs(p, widths, axis=axis), static_argnums=1)
+    unpacked = zip(unpack(packed, -1), unpack(packed.T, -2), strict=True)
+    for (_, bits), before, (after, transposed) in zip(widths, codes, unpacked, strict=True):
         assert np.array_equal(before, after), bits
+        assert np.array_equal(before, transposed.T), bits
     assert [book.bits for book in books(widths, 50)] == [bits for _, bits in widths]

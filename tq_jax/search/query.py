@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.packing import unpack
@@ -130,10 +131,11 @@ def _terms(index: Index, operands: list[_Operand], step: Array, precision: Preci
     code, offset = rows
     scale = code.scale.astype(jnp.float32)
     # Centroids are half-integers below 128.5, exact in float16.
-    factors = [decode_integers(code.packed, index.spec, index.widths).astype(precision) + np.asarray(0.5, precision)]
-    scales = [scale]
+    integers = decode_integers(_transposed(code.packed), index.spec, index.widths, axis=-2)
+    factors, scales = [integers.astype(precision) + np.asarray(0.5, precision)], [scale]
     if code.signs is not None and code.residual is not None:
-        factors.append(1 - 2 * unpack(code.signs, 1, index.spec.dim).astype(precision))
+        signs = unpack(_transposed(code.signs), 1, index.spec.dim, axis=-2)
+        factors.append(1 - 2 * signs.astype(precision))
         scales.append(code.residual.astype(jnp.float32))
     ids = start + jnp.arange(tile, dtype=jnp.int32)
     # The last tile starts early so that it fits; vectors that the one before has seen do not count again.
@@ -174,7 +176,13 @@ def _operand(queries: Array, precision: Precision) -> _Operand:
     return (queries / largest).astype(jnp.float16), largest
 
 
+def _transposed(packed: Array) -> Array:
+    """Bytes [bytes, n], in memory too: runs of channels are rows then, and decode without a branch an element."""
+    # Without both, compilers transpose while they decode, and read a byte each of many vectors at once.
+    return lax.optimization_barrier(with_layout_constraint(packed.T, Layout((0, 1))))
+
+
 def _product(queries: Array, tile: Array, precision: Precision) -> Array:
     """Inner products [q, n], float32."""
     highest = "highest" if precision == "float32" else None
-    return jnp.einsum("qi,ni->qn", queries, tile, precision=highest, preferred_element_type=jnp.float32)
+    return jnp.einsum("qi,in->qn", queries, tile, precision=highest, preferred_element_type=jnp.float32)
