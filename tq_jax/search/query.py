@@ -178,7 +178,8 @@ def _operand(queries: Array, precision: Precision) -> _Operand:
 
 def _transposed(packed: Array) -> Array:
     """Bytes [bytes, n], in memory too: runs of channels are rows then, and decode without a branch an element."""
-    # Without both, compilers transpose while they decode, and read a byte each of many vectors at once.
+    # Otherwise compilers transpose while they decode, reading a byte each of many vectors, or the whole index at first.
+    packed = with_layout_constraint(packed, Layout((0, 1)))
     return lax.optimization_barrier(with_layout_constraint(packed.T, Layout((0, 1))))
 
 
