@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tq_jax import search as nearest
+from tq_jax.search import select
 from tq_jax.search.codes import pack_runs, unpack_runs
 from tq_jax.search.index import _encode
 from tq_jax.search.query import _search
@@ -119,6 +120,37 @@ def test_ties_go_to_the_smaller_id(data):
     ids = np.asarray(nearest.search(index, queries[:5], 300, tile=512)[1])
     assert np.array_equal(ids, ids[:, :1] + np.arange(300))
     assert np.array_equal(ids[:, 0] % 300, np.zeros(5))
+
+
+@pytest.mark.parametrize("options", [{}, {"metric": "l2", "bits": 2.5}, PUBLISHED, {"kind": "prod"} | PUBLISHED])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_groups_change_no_bit(data, monkeypatch, options, precision):
+    x, queries = data
+    index = nearest.build(np.concatenate([x, x[::-1], np.zeros_like(x[:200])]), spec(**options))
+    assert select.group_size(4096, 9) == 16
+    grouped = nearest.search(index, queries, 9, precision=precision, tile=4096)
+    monkeypatch.setattr(select, "group_size", lambda count, k: 1)
+    _search.clear_cache()
+    for found, wanted in zip(grouped, nearest.search(index, queries, 9, precision=precision, tile=4096), strict=True):
+        assert np.array_equal(found, wanted)
+    _search.clear_cache()
+
+
+@pytest.mark.parametrize("count", [1, 7, 64, 96, 999, 1000, 2048, 16384])
+def test_groups_find_what_top_k_finds(count):
+    rng = np.random.default_rng(count)
+    ids = jnp.arange(count, dtype=jnp.int32)[None]
+    narrow = jax.jit(lambda parts, k: select.narrow(lambda parts: parts[0], parts, k), static_argnums=1)
+    for k in (1, 2, 10, 47, 300, 3000):
+        for values in ([0, 1], [-2, -1, 3, -np.inf], [-np.inf], rng.normal(size=10 * count)):
+            scores = rng.choice(np.asarray(values, np.float32), size=(6, count))
+            narrowed, their_ids = narrow((jnp.asarray(scores), ids), k)
+            kept = jnp.full((6, k), -jnp.inf), jnp.full((6, k), -1, jnp.int32)
+            top, places = jax.lax.top_k(np.concatenate([kept[0], scores], axis=1), k)
+            found = select.keep(kept, narrowed, their_ids)
+            assert np.array_equal(found[0], top)
+            assert np.array_equal(found[1], np.maximum(places - k, -1))
+            assert narrowed.shape[1] == count or 2 * narrowed.shape[1] <= count
 
 
 def test_many_queries_in_turns(data):
@@ -330,7 +362,9 @@ def test_runs_pack_without_loss():
     codes = [jnp.asarray(rng.integers(2**bits, size=(4, count)), jnp.uint8) for count, bits in widths]
     packed = jax.jit(lambda c: pack_runs(c, widths))(codes)
     assert packed.shape == (4, widths_bytes(widths))
-    unpacked = jax.jit(lambda p: unpack_runs(p, widths))(packed)
-    for (_, bits), before, after in zip(widths, codes, unpacked, strict=True):
+    unpack = jax.jit(lambda p, axis: unpack_runs(p, widths, axis=axis), static_argnums=1)
+    unpacked = zip(unpack(packed, -1), unpack(packed.T, -2), strict=True)
+    for (_, bits), before, (after, transposed) in zip(widths, codes, unpacked, strict=True):
         assert np.array_equal(before, after), bits
+        assert np.array_equal(before, transposed.T), bits
     assert [book.bits for book in books(widths, 50)] == [bits for _, bits in widths]

@@ -13,6 +13,7 @@ from tq_jax import search as nearest
 from tq_jax.bench.job import Job, Row, Setting
 from tq_jax.bench.timing import num_copies, time_jax
 from tq_jax.search.query import TILES
+from tq_jax.search.select import keep, narrow
 
 NEIGHBOURS = 10
 AGREEMENT = 0.99
@@ -93,13 +94,12 @@ def run_exact(shape: Shape, setting: Setting) -> Iterator[Row]:
 def _exact(base: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.Array]:
     tile = min(TILES["gpu"], base.shape[0])
 
-    def consider(step: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def consider(step: jax.Array, kept: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         rows = lax.dynamic_slice_in_dim(base, step * tile, tile)
         scores = jnp.einsum("qi,ni->qn", queries, rows, preferred_element_type=jnp.float32)
-        top, places = lax.top_k(scores, NEIGHBOURS)
-        both = [jnp.concatenate(pair, axis=1) for pair in zip(best, (top, places + step * tile), strict=True)]
-        top, places = lax.top_k(both[0], NEIGHBOURS)
-        return top, jnp.take_along_axis(both[1], places, axis=1)
+        ids = step * tile + jnp.arange(tile, dtype=jnp.int32)
+        scores, ids = narrow(lambda parts: parts[0], (scores, ids[None]), NEIGHBOURS)
+        return keep(kept, scores, ids)
 
     count = queries.shape[0]
     none = jnp.full((count, NEIGHBOURS), -jnp.inf), jnp.full((count, NEIGHBOURS), -1, jnp.int32)

@@ -61,11 +61,20 @@ def offset_unit(basis: LearnedBasis, spec: IndexSpec) -> Float[Array, ""]:
     return basis.unit * (basis.unit if spec.metric == "l2" else jnp.maximum(mean, basis.unit * 1e-3))
 
 
-def decode_integers(packed: UInt8[Array, "n bytes"], spec: IndexSpec, widths: Widths) -> Int8[Array, "n dim"]:
-    """The integers m of packed codes: a centroid is (m + 1/2) * gain; channels of 0 bits give 0."""
-    runs = zip(unpack_runs(packed, widths), books(widths, spec.dim), strict=True)
+def decode_integers(
+    packed: UInt8[Array, "_ _"], spec: IndexSpec, widths: Widths, *, axis: int = -1
+) -> Int8[Array, "_ _"]:
+    """The integers m of packed codes: a centroid is (m + 1/2) * gain; channels of 0 bits give 0.
+
+    Args:
+        packed: [n, bytes], or [bytes, n] for axis -2.
+        spec: The specification.
+        widths: Runs of channels.
+        axis: Negative; the axis of the bytes, which becomes that of the channels.
+    """
+    runs = zip(unpack_runs(packed, widths, axis=axis), books(widths, spec.dim), strict=True)
     parts = [integers(codes, book) if book.bits else codes.astype(jnp.int8) for codes, book in runs]
-    return jnp.concatenate(parts, axis=-1)
+    return jnp.concatenate(parts, axis=axis)
 
 
 def pack_runs(codes: list[UInt8[Array, "n _"]], widths: Widths) -> UInt8[Array, "n bytes"]:
@@ -77,15 +86,20 @@ def pack_runs(codes: list[UInt8[Array, "n _"]], widths: Widths) -> UInt8[Array, 
     return jnp.concatenate(packed, axis=-1)
 
 
-def unpack_runs(packed: UInt8[Array, "n bytes"], widths: Widths) -> list[UInt8[Array, "n _"]]:
-    """Inverse of `pack_runs`."""
-    codes, start = [jnp.zeros((packed.shape[0], count), jnp.uint8) for count, _ in widths], 0
+def unpack_runs(packed: UInt8[Array, "_ _"], widths: Widths, *, axis: int = -1) -> list[UInt8[Array, "_ _"]]:
+    """Inverse of `pack_runs`, for bytes along any axis, which becomes that of the codes."""
+    shape, start = list(packed.shape), 0
+    codes = []
+    for count, _ in widths:
+        shape[axis] = count
+        codes.append(jnp.zeros(shape, jnp.uint8))
     for width, members in planes(widths):
         counts = [widths[run][0] for run, _ in members]
         size = packed_bytes(sum(counts), width)
-        fields, first = unpack(packed[:, start : start + size], width, sum(counts)), 0
+        plane = lax.slice_in_dim(packed, start, start + size, axis=axis)
+        fields, first = unpack(plane, width, sum(counts), axis=axis), 0
         for (run, shift), count in zip(members, counts, strict=True):
-            codes[run] = codes[run] | (fields[:, first : first + count] << shift)
+            codes[run] = codes[run] | (lax.slice_in_dim(fields, first, first + count, axis=axis) << shift)
             first += count
         start += size
     return codes

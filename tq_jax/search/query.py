@@ -1,24 +1,28 @@
 """Search: tiles of codes are decoded and multiplied one after the other; only the best k so far are kept."""
 
 import functools
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.packing import unpack
 from tq_jax.quantizer import is_traced, sketch_gain
 from tq_jax.search.codes import decode_integers, normalized, offset_unit
 from tq_jax.search.index import Index, check_vectors
+from tq_jax.search.select import keep, narrow
 
 Precision = Literal["float32", "float16"]
 QUERIES = 1024
 """Queries that share a decoded tile; more of them are taken in turns."""
 TILES = {"cpu": 16_384, "gpu": 65_536}
 """Vectors decoded at a time, by platform."""
+_Operand = tuple[Array, Array]
+"""Queries [q, dim] as products take them, and what multiplies the products [q, 1]."""
 
 
 def search(
@@ -82,29 +86,26 @@ def _search(index: Index, queries: Array, k: int, precision: Precision, tile: in
 def _search_batch(index: Index, queries: Array, k: int, precision: Precision, tile: int) -> tuple[Array, Array]:
     basis, spec = index.basis, index.spec
     rotated, offset_weight, constant = _prepare(index, queries)
-    operand, sketched = rotated * basis.gain[None], None
+    operands = [_operand(rotated * basis.gain[None], precision)]
     if basis.sketch is not None:
         sketched = jnp.einsum("qi,ji->qj", rotated, basis.sketch, precision="highest") * sketch_gain(spec.dim)
+        operands.append(_operand(sketched, precision))
 
-    def consider(step: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        start = jnp.minimum(step * tile, index.capacity - tile)
-        rows = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, tile), (index.code, index.offset))
-        code, offset = rows
-        scale = code.scale.astype(jnp.float32)
-        # Centroids are half-integers below 128.5, exact in float16.
-        centroids = decode_integers(code.packed, spec, index.widths).astype(precision) + np.asarray(0.5, precision)
-        scores = _product(operand, centroids, precision) * scale[None]
-        if sketched is not None:
-            assert code.signs is not None and code.residual is not None
-            signs = 1 - 2 * unpack(code.signs, 1, spec.dim).astype(precision)
-            scores += _product(sketched, signs, precision) * code.residual.astype(jnp.float32)[None]
-        if offset is not None:
-            scores += offset_weight[:, None] * offset.astype(jnp.float32)[None]
-        ids = start + jnp.arange(tile, dtype=jnp.int32)
-        # The last tile starts early so that it fits; vectors that the one before has seen do not count again.
-        fresh = (ids >= step * tile) & (ids < index.count) & jnp.isfinite(scale)
-        scores = jnp.where(fresh[None], scores, -jnp.inf)
-        return _merge(best, _best(scores, ids, k), k)
+    def score(terms: _Terms) -> Array:
+        scores, *more = (
+            product * size * scale
+            for product, (_, size), scale in zip(terms.products, operands, terms.scales, strict=True)
+        )
+        # Selected, a product does not become part of a fused sum, which rounds one way here and another there.
+        scores = jnp.where(scores == 0, 0.0, scores)
+        scores = sum(more, start=scores)
+        if terms.offset is not None:
+            scores += offset_weight[:, None] * terms.offset
+        return jnp.where((terms.ids >= 0) & ~jnp.isnan(scores), scores, -jnp.inf)
+
+    def consider(step: Array, kept: tuple[Array, Array]) -> tuple[Array, Array]:
+        terms = narrow(score, _terms(index, operands, step, precision, tile), k)
+        return keep(kept, score(terms), terms.ids)
 
     none = (
         jnp.full((queries.shape[0], k), value, dtype) for value, dtype in ((-jnp.inf, jnp.float32), (-1, jnp.int32))
@@ -112,6 +113,39 @@ def _search_batch(index: Index, queries: Array, k: int, precision: Precision, ti
     scores, ids = lax.fori_loop(0, (index.count + tile - 1) // tile, consider, tuple(none))
     ids = jnp.where(jnp.isfinite(scores), ids, -1)
     return scores * (2.0 if spec.metric == "l2" else 1.0) + constant[:, None], ids
+
+
+class _Terms(NamedTuple):
+    """What scores of a tile are made of: products [q, n], and what all queries share, [1, n]."""
+
+    products: list[Array]
+    scales: list[Array]
+    offset: Array | None
+    ids: Array
+
+
+def _terms(index: Index, operands: list[_Operand], step: Array, precision: Precision, tile: int) -> _Terms:
+    """The terms of a tile; ids are -1 for vectors that do not count."""
+    start = jnp.minimum(step * tile, index.capacity - tile)
+    rows = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, tile), (index.code, index.offset))
+    code, offset = rows
+    scale = code.scale.astype(jnp.float32)
+    # Centroids are half-integers below 128.5, exact in float16.
+    integers = decode_integers(_transposed(code.packed), index.spec, index.widths, axis=-2)
+    factors, scales = [integers.astype(precision) + np.asarray(0.5, precision)], [scale]
+    if code.signs is not None and code.residual is not None:
+        signs = unpack(_transposed(code.signs), 1, index.spec.dim, axis=-2)
+        factors.append(1 - 2 * signs.astype(precision))
+        scales.append(code.residual.astype(jnp.float32))
+    ids = start + jnp.arange(tile, dtype=jnp.int32)
+    # The last tile starts early so that it fits; vectors that the one before has seen do not count again.
+    fresh = (ids >= step * tile) & (ids < index.count) & jnp.isfinite(scale)
+    return _Terms(
+        [_product(queries, factor, precision) for (queries, _), factor in zip(operands, factors, strict=True)],
+        [scale[None] for scale in scales],
+        None if offset is None else offset.astype(jnp.float32)[None],
+        jnp.where(fresh, ids, -1)[None],
+    )
 
 
 def _prepare(index: Index, queries: Array) -> tuple[Array, Array, Array]:
@@ -134,24 +168,22 @@ def _prepare(index: Index, queries: Array) -> tuple[Array, Array, Array]:
     return rotated, weight * offset_unit(basis, spec), constant
 
 
-def _product(queries: Array, tile: Array, precision: Precision) -> Array:
-    """Inner products [q, n], float32."""
+def _operand(queries: Array, precision: Precision) -> _Operand:
     if precision == "float32":
-        return jnp.einsum("qi,ni->qn", queries, tile, precision="highest")
+        return queries, jnp.ones_like(queries[:, :1])
     # Rows are brought near 1 first: float16 has few bits for small numbers and ends at 65504.
     largest = jnp.maximum(jnp.max(jnp.abs(queries), axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    rows = (queries / largest).astype(jnp.float16)
-    return jnp.einsum("qi,ni->qn", rows, tile, preferred_element_type=jnp.float32) * largest
+    return (queries / largest).astype(jnp.float16), largest
 
 
-def _best(scores: Array, ids: Array, k: int) -> tuple[Array, Array]:
-    """The k best of a tile; equal scores in the order of ids."""
-    top, places = lax.top_k(scores, min(k, scores.shape[1]))
-    return top, ids[places]
+def _transposed(packed: Array) -> Array:
+    """Bytes [bytes, n], in memory too: runs of channels are rows then, and decode without a branch an element."""
+    # Otherwise compilers transpose while they decode, reading a byte each of many vectors, or the whole index at first.
+    packed = with_layout_constraint(packed, Layout((0, 1)))
+    return lax.optimization_barrier(with_layout_constraint(packed.T, Layout((0, 1))))
 
 
-def _merge(best: tuple[Array, Array], new: tuple[Array, Array], k: int) -> tuple[Array, Array]:
-    """The k best of what was kept, whose ids are smaller, and what is new."""
-    scores, ids = (jnp.concatenate(pair, axis=1) for pair in zip(best, new, strict=True))
-    top, places = lax.top_k(scores, k)
-    return top, jnp.take_along_axis(ids, places, axis=1)
+def _product(queries: Array, tile: Array, precision: Precision) -> Array:
+    """Inner products [q, n], float32."""
+    highest = "highest" if precision == "float32" else None
+    return jnp.einsum("qi,in->qn", queries, tile, precision=highest, preferred_element_type=jnp.float32)
