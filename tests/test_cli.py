@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from tq_jax import cli
 from tq_jax.data import persuasion
 from tq_jax.evaluate import audit, distortion
 from tq_jax.evaluate.claims import Claim
+from tq_jax.evaluate.report import write_json
 
 MODULES = {"validate": distortion, "audit": audit}
 PICTURES = [("demo", "--plot"), ("eval", "--plot"), ("needle", "--plot"), ("search", "--plot"), ("bench", "--png")]
@@ -85,6 +87,21 @@ def test_figures_that_cannot_be_written_are_refused_before_the_work(name, folder
 def test_looking_whether_a_file_can_be_written_leaves_it_as_it_was(name, folder, monkeypatch):
     monkeypatch.setattr(distortion, "conclude", lambda *arguments: None)
     assert run("validate", "--json", str(folder / name)).exit_code == 0
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path):
+    path, link, pipe = tmp_path / "out.json", tmp_path / "link.json", tmp_path / "pipe"
+    path.write_text("old")
+    link.symlink_to(path)
+    write_json({"figure": 1}, str(link))
+    assert link.is_symlink()
+    assert json.loads(path.read_text()) == {"figure": 1}
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json({"figure": 2}, str(pipe))
+    assert json.loads(os.read(reader, 100)) == {"figure": 2}
+    os.close(reader)
+    assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize(("command", "option"), PICTURES)

@@ -109,6 +109,7 @@ def test_xla_needs_its_wheels(monkeypatch):
     result = run("--xla")
     assert result.exit_code == 2
     assert "nothing compiled" in result.output and "jax-cuda13-pjrt" in result.output
+    assert run("--xla", "--only", "decode").exit_code == run("--xla", "--full").exit_code == 2
 
 
 def test_copies_are_a_fault():

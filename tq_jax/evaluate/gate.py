@@ -124,6 +124,8 @@ def gate(
         raise typer.BadParameter(
             f"expected architectures among {', '.join(ARCHITECTURES)}, got {', '.join(map(repr, unknown))}"
         )
+    if xla and (only or full):
+        raise typer.BadParameter("--xla compiles the same cases always: expected neither --only nor --full")
     console = open_console(json)
     if xla:
         rows = compile_by_xla()

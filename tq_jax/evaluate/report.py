@@ -72,7 +72,7 @@ def _writable(target: str | None) -> str | None:
         path = Path(str(target))
         _require_writable(path)
         if not path.exists() or path.is_file():
-            _require_writable(_scratch(path))
+            _require_writable(_scratch(path.resolve()))
     return target
 
 
@@ -198,11 +198,13 @@ def write_json(payload: dict[str, Any], target: str | None) -> None:
     if target == "-":
         typer.echo(text)
     else:
-        path = Path(target)
+        # A link, such as /dev/stdout, stays one.
+        path = Path(target).resolve() if Path(target).is_file() else Path(target)
         # Rows of hours shall survive an end in the middle of writing.
         scratch = _scratch(path) if path.is_file() else path
         scratch.write_text(text + "\n", encoding="utf-8")
-        scratch.replace(path)
+        if scratch != path:
+            scratch.replace(path)
 
 
 def known_rows(target: str | None, expected: dict[str, Any]) -> list[dict[str, Any]]:
