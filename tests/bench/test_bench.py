@@ -5,6 +5,8 @@ import json
 
 import jax
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from typer.testing import CliRunner
 
 from pallas_kernels.decode import Partial
@@ -228,3 +230,21 @@ def test_the_picture_has_a_panel_an_operation(tmp_path):
     shapes = {(op, case.shape) for op, cases in CASES.items() for case in cases}
     # Encoding has two shapes here, the model one panel.
     assert path.read_text().count('<g id="axes_') == len(shapes) + 3
+
+
+@pytest.mark.parametrize("place", ["left", "right"])
+def test_names_of_codes_are_beside_each_other_and_inside(place):
+    rows = [{"op": "decode", "impl": "triton", "batch": 1, "seq": 9, "value": "mse2"} for _ in range(6)]
+    for i, row in enumerate(rows):
+        row |= {"key": f"mse{i + 2}", "us": 50.0 + i / 4, "bytes": 10**7 * (20 + i)}
+    peer = {"op": "decode", "impl": "cudnn_bf16", "batch": 1, "seq": 9, "us": 99.0, "bytes": 10**9}
+    figure = Figure(figsize=(3.6, 3.5))
+    axes = figure.add_subplot()
+    roofline._panel(axes, rows + [peer] * (place == "left"), 3000.0, {})
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(name) for name in axes.texts]  # without their lines
+    assert len(boxes) == 6
+    frame = axes.get_window_extent()
+    for i, box in enumerate(boxes):
+        assert frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
+        assert not any(box.overlaps(other) for other in boxes[:i])

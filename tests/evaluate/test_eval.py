@@ -127,6 +127,25 @@ def test_picture_of_an_ablation(tmp_path):
         assert f"<!-- {expected}" in drawn
 
 
+def test_names_of_the_picture_lie_inside_and_its_line_crosses_no_number(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(eval_picture.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    rows = [row("tq", f"K{bits}/V{bits}", bits + 0.25, 10.0**-bits, bits) for bits in (2, 3, 4)]
+    rows += [row("fp8", "fp8 e4m3", 8, 0.001), row("ablation", "K4/V4, more", 4.25, 0.9e-4)]
+    texts = [rows, *([{**one, "text": name} for one in rows] for name in ("manual", "wiki"))]
+    eval_picture.draw([one for text in texts for one in text], tmp_path / "eval.png", title="")
+    eval_picture.draw_ablation(rows, tmp_path / "ablation.png", title="")
+    for figure in figures:
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            frame = axes.get_window_extent()
+            boxes = [text.get_window_extent() for text in axes.texts]
+            assert boxes and all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in boxes)
+    ablation = figures[1].axes[-1]
+    assert all(line.get_zorder() < min(text.get_zorder() for text in ablation.texts) for line in ablation.lines)
+    assert all(text.get_bbox_patch() is not None for text in ablation.texts)
+
+
 def test_rows_of_another_run_are_not_resumed(tmp_path):
     path = tmp_path / "rows.json"
     kind = {"model": "small", "positions": 128, "depths": (0.5, 1.0)}
