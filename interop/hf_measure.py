@@ -1,9 +1,11 @@
 """What `tq-jax hf` measures: one cache of a Hugging Face model over a text and a prompt."""
 
 import dataclasses
+import math
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from interop.hf import ATTENTION, CACHE_ARGUMENT, TurboQuantCache, layer_bytes
+from tq_jax.evaluate.inputs import require_tokens
+from tq_jax.evaluate.report import refusing
 
 CHUNK = 16
 """Positions compared at a time; few, so that little leaves the window before its time."""
@@ -76,10 +80,13 @@ def load_task(
     """Loads a model directory; the prompt is the text's beginning by default.
 
     Raises:
-        typer.BadParameter: For a text without tokens to compare, or an empty prompt.
+        typer.BadParameter: For a directory without a model, a device that torch does not have, a text without tokens
+            to compare, an empty prompt, or a context that is shorter than what the model shall read.
     """
-    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    _require_device(device)
+    with refusing("torch,hf"):
+        network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(model)
     text = content[: 12 * (context + positions)]
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : context + positions].to(device)
     asked = ids[:, :context] if prompt is None else tokenizer(prompt, return_tensors="pt").input_ids.to(device)
@@ -87,8 +94,29 @@ def load_task(
         raise typer.BadParameter(f"expected a text of more than context={context} tokens, got {ids.shape[1]}")
     if not asked.shape[1]:
         raise typer.BadParameter(f"expected a prompt of at least one token, got {prompt!r}")
+    room = getattr(network.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    require_tokens("the model's context", room, max(ids.shape[1], asked.shape[1] + new_tokens))
     attention = network.config._attn_implementation
     return Task(network.to(device).eval(), tokenizer, ids, asked, context, new_tokens, attention)
+
+
+def _require_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way of not being there
+        raise typer.BadParameter(f"expected a device that torch has, got {name!r} ({error})") from error
+
+
+def require_supported(task: Task, widths: Sequence[tuple[float, float]]) -> None:
+    """Lets every cache have one token, before any has many.
+
+    Raises:
+        typer.BadParameter: If the model's heads cannot have such bits.
+    """
+    task.network.set_attn_implementation(ATTENTION)
+    for pair in widths:
+        with refusing("torch,hf"), torch.no_grad():
+            task.network(task.ids[:, :1], **{CACHE_ARGUMENT: make_cache(task.network, pair)})
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from tq_jax.data import persuasion
 from tq_jax.evaluate.demo import parse_bits
-from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
+from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, refusing, write_json
+from tq_jax.evaluate.texts import TextFile, read_text
 
 if TYPE_CHECKING:
     from interop.hf_measure import Row
@@ -24,7 +25,7 @@ DEFAULT_BITS = "4/4,3/3"
 def hf(
     model: Annotated[Path, typer.Argument(help="Directory of a Hugging Face model.", exists=True, file_okay=False)],
     prompt: Annotated[str | None, typer.Option(help="What to continue; the text by default.")] = None,
-    text: Annotated[Path | None, typer.Option(help="A text file; *Persuasion* by default.", exists=True)] = None,
+    text: TextFile = None,
     bits: Annotated[str, typer.Option(help="Key/value bits of each compressed cache, comma-separated.")] = DEFAULT_BITS,
     context: Annotated[int, typer.Option(help="Tokens of the text before the positions compared.", min=1)] = 512,
     positions: Annotated[int, typer.Option(help="Predictions compared.", min=1)] = 128,
@@ -37,14 +38,15 @@ def hf(
     Runs the model in transformers with DynamicCache and its own attention, then with TurboQuantCache, on the same text
     and prompt. Exits 0 only if every compressed cache is smaller than the usual one and every divergence is a number.
     """
-    from interop import hf_measure
-
-    console = open_console(json)
     widths = parse_bits(bits)
-    content = text.read_text("utf-8") if text else persuasion()
+    content = read_text(text) if text else persuasion()
+    with refusing("torch,hf"):
+        from interop import hf_measure
+    console = open_console(json)
     job = hf_measure.load_task(
         model, content, prompt, context=context, positions=positions, new_tokens=new_tokens, device=device
     )
+    hf_measure.require_supported(job, widths)
     reference, rows = None, []
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(widths) + 1)

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -9,8 +10,10 @@ from tq_jax import cli
 from tq_jax.data import persuasion
 from tq_jax.evaluate import audit, distortion
 from tq_jax.evaluate.claims import Claim
+from tq_jax.evaluate.report import write_json
 
 MODULES = {"validate": distortion, "audit": audit}
+PICTURES = [("demo", "--plot"), ("eval", "--plot"), ("needle", "--plot"), ("search", "--plot"), ("bench", "--png")]
 
 
 def passing():
@@ -25,6 +28,13 @@ def failing():
 
 def run(*arguments):
     return CliRunner().invoke(cli.build(MODULES), list(arguments))
+
+
+def refused(*arguments):
+    """What is said of wrong arguments, on one line."""
+    result = CliRunner().invoke(cli.build(arguments[:1]), list(arguments), env={"COLUMNS": "2000"})
+    assert result.exit_code == 2, result.output
+    return result.output
 
 
 @pytest.mark.parametrize("command", MODULES)
@@ -53,10 +63,62 @@ def test_json_to_a_file(tmp_path, monkeypatch):
     assert "1 of 1 hold" in result.stdout
 
 
-def test_a_missing_folder_is_refused_before_the_work(tmp_path):
-    result = run("validate", "--json", str(tmp_path / "missing" / "out.json"))
-    assert result.exit_code == 2
-    assert "existing folder" in result.output
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a file, a link to nowhere and a folder; at the end it has to be as it was."""
+    (tmp_path / "file.png").write_text("kept")
+    (tmp_path / "link.png").symlink_to(tmp_path / "missing" / "out")
+    (tmp_path / "folder.png").mkdir()
+    yield tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.png", "folder.png", "link.png"]
+    assert (tmp_path / "file.png").read_text() == "kept"
+
+
+UNWRITABLE = ["folder.png", "missing/out.png", "file.png/out.png", "link.png", f"{'x' * 300}.png", "/proc/out.png"]
+
+
+@pytest.mark.parametrize("name", [*UNWRITABLE, "/proc/version", ""])
+def test_figures_that_cannot_be_written_are_refused_before_the_work(name, folder):
+    result = refused("validate", "--json", str(folder / name) if name else "")
+    assert "expected a file that can be written, in an existing folder, got" in result
+
+
+@pytest.mark.parametrize("name", ["file.png", "new.json", "/dev/null"])
+def test_looking_whether_a_file_can_be_written_leaves_it_as_it_was(name, folder, monkeypatch):
+    monkeypatch.setattr(distortion, "conclude", lambda *arguments: None)
+    assert run("validate", "--json", str(folder / name)).exit_code == 0
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path):
+    path, link, pipe = tmp_path / "out.json", tmp_path / "link.json", tmp_path / "pipe"
+    path.write_text("old")
+    link.symlink_to(path)
+    write_json({"figure": 1}, str(link))
+    assert link.is_symlink()
+    assert json.loads(path.read_text()) == {"figure": 1}
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json({"figure": 2}, str(pipe))
+    assert json.loads(os.read(reader, 100)) == {"figure": 2}
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize(("command", "option"), PICTURES)
+def test_pictures_that_cannot_be_drawn_are_refused_before_the_work(command, option, folder, monkeypatch):
+    for name in UNWRITABLE:
+        assert "that can be written, in an existing folder" in refused(command, option, str(folder / name))
+    for name in ("out", "out.foo", "out.pgf", ".png", ""):
+        assert "the name of a picture that ends in .avif, .eps" in refused(command, option, name)
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    assert 'pip install "tq-jax[models]"' in refused(command, option, str(folder / "out.png"))
+
+
+def test_the_list_of_commands_needs_no_optional_package():
+    packages = {"matplotlib", "faiss", "torch", "transformers", "gguf", "tokenizers", "safetensors", "jinja2", "triton"}
+    code = "import sys; from tq_jax.cli import build; build(); print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert not packages & set(ran.stdout.split())
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

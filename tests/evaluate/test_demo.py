@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import tokenizers
 import typer
 from flax import nnx
 from typer.testing import CliRunner
@@ -8,7 +9,8 @@ from typer.testing import CliRunner
 from tq_jax import cli
 from tq_jax.evaluate import demo as room
 from tq_jax.evaluate.language import CHUNK, Quality, published_scheme, tq_scheme
-from tq_jax.models import Decoder, DecoderConfig
+from tq_jax.models import Decoder, DecoderConfig, LanguageModel
+from tq_jax.models.tokenizer import Tokenizer
 
 
 @pytest.mark.weights
@@ -38,6 +40,78 @@ def test_bits():
     for wrong in ("4", "4/4/4", "a/b", ""):
         with pytest.raises(typer.BadParameter, match="expected key/value bits like 4/4,3/3, got"):
             room.parse_bits(wrong)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """Files that are no text and no model, by name."""
+    folder = tmp_path_factory.mktemp("cases")
+    (folder / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "model.gguf").write_text("no model")
+    (folder / "config").mkdir()
+    (folder / "config" / "config.json").write_text("{}")
+    (folder / "folder").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--bits", "9/4", "expected key/value bits of 1, 2, 2.5, 3, 3.5, 4, 5, 8, got '9/4'"),
+        ("--bits", "4/nan", "expected key/value bits of"),
+        ("--model", "none.gguf", "no GGUF file at"),
+        ("--model", "model.gguf", "expected a complete GGUF file"),
+        ("--model", "folder", "no config.json in"),
+        ("--model", "config", "config.json"),
+        ("--text", "none.txt", "does not exist"),
+        ("--text", "folder", "is a directory"),
+        ("--text", "latin.txt", "expected a text in UTF-8, got"),
+        ("--text", "empty.txt", "which is empty"),
+        ("--positions", "63", "64"),
+    ],
+)
+def test_mistakes_are_found_before_the_work(option, value, message, cases):
+    given = str(cases / value) if option in ("--model", "--text") else value
+    result = CliRunner().invoke(
+        cli.build(["demo"]), ["demo", option, given, "--plot", str(cases / "x.png")], env={"COLUMNS": "2000"}
+    )
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+
+
+def small_model(context, *, chat):
+    """A random model of words."""
+    config = DecoderConfig(
+        vocab_size=8,
+        dim=32,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        ffn_dim=32,
+        max_context=max_context,
+    )
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"word": 0}, unk_token="word"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    template = "{{ messages[0]['content'] }}" if chat else None
+    return LanguageModel(Decoder(config, rngs=nnx.Rngs(0)), Tokenizer(words, chat_template=template, special={}))
+
+
+@pytest.mark.parametrize(
+    ("context", "chat", "words", "message"),
+    [
+        (2048, True, 3000, "the model's context: expected at least 2049 tokens in all, got 2048"),
+        (1055, True, 1030, "the model's context: expected at least 1056 tokens in all, got 1055"),
+        (2049, True, 1025, "the text: expected at least 1026 tokens in all, got 1025"),
+        (2049, False, 3000, "expected a model with a chat template"),
+    ],
+)
+def test_what_the_model_cannot_read_is_found_before_the_work(context, chat, words, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "open_model", lambda name: small_model(context, chat=chat))
+    (tmp_path / "text.txt").write_text("word " * words)
+    with pytest.raises(typer.BadParameter, match=message):
+        room.demo(text=tmp_path / "text.txt", plot=tmp_path / "x.png")
 
 
 def row(scheme, kl, ppl=10.0):

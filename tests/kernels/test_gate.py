@@ -1,6 +1,7 @@
 """Every kernel lowers for CUDA without a GPU; those of three kinds compile, where the triton package is installed."""
 
 import json
+import sys
 from concurrent.futures import Future
 
 import jax
@@ -85,11 +86,30 @@ def test_the_command_names_what_it_needs():
     assert "sm_70" in result.output
 
 
+def test_a_name_that_no_kernel_has_is_refused():
+    pytest.importorskip("triton")
+    result = CliRunner().invoke(cli.build(["gate"]), ["gate", "--only", "decoding"], env={"COLUMNS": "2000"})
+    assert result.exit_code == 2
+    assert "expected a part of a label such as decode K1/V1; " in result.output
+    assert "got 'decoding'" in result.output
+    op, case = next((op, case) for op, case in CASES.values() if "sm_80" not in case.architectures)
+    assert run("--only", f"{op} {case.name}", "--arch", "sm_80").exit_code == 2
+    assert run("--arch", "").exit_code == 2
+
+
+def test_the_package_is_needed_before_the_work(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    result = CliRunner().invoke(cli.build(["gate"]), ["gate"], env={"COLUMNS": "2000"})
+    assert result.exit_code == 2
+    assert 'pip install "tq-jax[gate]"' in result.output
+
+
 def test_xla_needs_its_wheels(monkeypatch):
     monkeypatch.setattr(gate_xla, "toolkit", lambda: None)
     result = run("--xla")
     assert result.exit_code == 2
     assert "nothing compiled" in result.output and "jax-cuda13-pjrt" in result.output
+    assert run("--xla", "--only", "decode").exit_code == run("--xla", "--full").exit_code == 2
 
 
 def test_copies_are_a_fault():

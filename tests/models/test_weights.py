@@ -83,9 +83,12 @@ def test_wrong_shape(tiny, directory):
         load_decoder(directory)
 
 
-def test_missing_and_broken_files(directory):
+def test_missing_and_broken_files(tiny, directory):
     (directory / "config.json").write_text('{"model_type": "lla')
     with pytest.raises(ValueError, match="expected JSON, got a corrupt or truncated file"):
+        load_decoder(directory)
+    (directory / "config.json").write_text(json.dumps(config_to_hf(tiny.config) | {"vocab_size": "300"}))
+    with pytest.raises(ValueError, match="expected a decoder's config, got a field of another type"):
         load_decoder(directory)
     (directory / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no config.json in"):

@@ -16,7 +16,15 @@ from rich.table import Table
 
 from tq_jax.bench import claims, peers, timing
 from tq_jax.bench.job import Job, Row, Setting
-from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
+from tq_jax.evaluate.report import (
+    JsonTarget,
+    environment,
+    open_console,
+    picture_option,
+    progress_bar,
+    require_labels,
+    write_json,
+)
 
 OPS = {name: f"tq_jax.bench.{name}" for name in ("decode", "attend", "encode", "prefill", "model", "search")}
 """Where the jobs of each operation are."""
@@ -34,7 +42,7 @@ def bench(
     limit: Annotated[float, typer.Option(help="Start nothing new after so many seconds.", min=0)] = 1e9,
     only: Annotated[str, typer.Option(help="Measure only what has this in its label.")] = "",
     against: Annotated[str, typer.Option(help="Peers, comma-separated.")] = ",".join(p.name for p in peers.PEERS),
-    png: Annotated[Path | None, typer.Option(help="Where to draw time against bytes.")] = None,
+    png: Annotated[Path | None, picture_option("time against bytes")] = None,
     json: JsonTarget = None,
 ) -> None:
     """Time the kernels against the floor that memory sets and against peers in the same process.
@@ -52,7 +60,9 @@ def bench(
     setting = make_setting(gpu, wanted, console)
     speeds = {"copy_gbps": setting.copy_gbps, "matmul_tflops": setting.matmul_tflops}
     data: dict[str, Any] = environment() | speeds | {"rows": [], "failed": [], "skipped": []}
-    jobs = [(op, job) for op in chosen for job in importlib.import_module(OPS[op]).jobs(setting) if only in job.label]
+    every = [(op, job) for op in chosen for job in importlib.import_module(OPS[op]).jobs(setting)]
+    require_labels((job.label for _, job in every), only)
+    jobs = [(op, job) for op, job in every if only in job.label]
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(jobs))
         for op, job in jobs:
@@ -78,7 +88,7 @@ def bench(
 def _choose(names: Sequence[str], known: Any, what: str) -> list[str]:
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise typer.BadParameter(f"expected {what} among {', '.join(known)}, got {', '.join(unknown)}")
+        raise typer.BadParameter(f"expected {what} among {', '.join(known)}, got {', '.join(map(repr, unknown))}")
     return list(names)
 
 

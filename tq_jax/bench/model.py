@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import tq_jax as tq
 from tq_jax.bench.job import Job, Row, Setting
 from tq_jax.data import persuasion
+from tq_jax.evaluate.inputs import open_model
 from tq_jax.evaluate.language import Scheme, fill_cache, full_scheme, run_prompt, tq_scheme
-from tq_jax.models import LanguageModel, load_model
+from tq_jax.models import LanguageModel
 from tq_jax.models.generate import time_decode
 
 USED, CAPACITIES = (256, 1024, 2048, 4096), (4224, 8320)
@@ -22,11 +23,12 @@ NEW_TOKENS, REPEATS = 17, 5
 
 @functools.cache
 def _model() -> LanguageModel:
-    return load_model()
+    return open_model(None)
 
 
 def jobs(setting: Setting) -> Iterator[Job]:
     """One measurement a prompt, capacity and kind of cache."""
+    _model()  # what is wrong with it is said before anything is measured
     for used in USED:
         for capacity in CAPACITIES:
             for bits in (None, 4):

@@ -18,6 +18,8 @@ COLORS = {
 }
 OWN = "#1b6ca8"
 COLUMNS = 4
+NAME_HEIGHT = 0.055
+"""Of a name of codes, as a share of a panel."""
 
 
 def draw(rows: Sequence[Row], path: Path, *, copy_gbps: float, title: str) -> None:
@@ -59,23 +61,60 @@ def _panel(axes: Any, rows: Sequence[Row], copy_gbps: float, seen: dict[str, Any
         own = row["impl"] not in COLORS
         [mark] = axes.plot(*place, "o" if own else "s", color=color, markerfacecolor=color if own else "none", ms=6)
         seen.setdefault(f"tq-jax ({row['impl']})" if own else row["impl"], mark)
-        if own and row.get("paged", True):
-            axes.annotate(_codes(row), place, xytext=(1, 5), textcoords="offset points", rotation=50, fontsize=7)
     wide, high = max(row["bytes"] for row in rows) * 1.15e-6, max(row["us"] for row in rows) * 1.2
     axes.plot([0, wide], [0, wide * 1e3 / copy_gbps], color="black", linewidth=1)
-    axes.set(xlim=(0, wide), ylim=(0, high), xlabel="megabytes to read", ylabel="microseconds")
+    axes.set(xlim=(0, wide), ylim=(0, high), xlabel="megabytes to move", ylabel="microseconds")
+    _name_codes(axes, [row for row in rows if row["impl"] not in COLORS and row.get("paged", True)], wide, high)
+
+
+def _name_codes(axes: Any, rows: Sequence[Row], wide: float, high: float) -> None:
+    """Names rows in one column beside all of them, right of them if there is room, one above the other."""
+    if not rows:
+        return
+    rows, places = sorted(rows, key=lambda row: row["us"]), [row["bytes"] / 1e6 for row in rows]
+    right = max(places) < wide / 2
+    column = (max(places) + 0.05 * wide) if right else (min(places) - 0.05 * wide)
+    for row, height in zip(rows, spread([row["us"] / high for row in rows]), strict=True):
+        axes.annotate(
+            _codes(row),
+            (row["bytes"] / 1e6, row["us"]),
+            xytext=(column, height * high),
+            ha="left" if right else "right",
+            va="center",
+            fontsize=7,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
+            arrowprops={"arrowstyle": "-", "color": OWN, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
+        )
+
+
+def spread(heights: Sequence[float], gap: float = NAME_HEIGHT, top: float = 1 - NAME_HEIGHT) -> list[float]:
+    """Moves ascending heights up where they are closer than a gap, and down again where that is above the top.
+
+    Example:
+        >>> spread([1, 2, 7], gap=2, top=9), spread([1, 7, 8], gap=2, top=9)
+        ([1, 3, 7], [1, 7, 9])
+        >>> spread([7, 8, 8], gap=2, top=9)
+        [5, 7, 9]
+    """
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + gap) if moved else height)
+    for i, height in reversed(list(enumerate(moved))):
+        moved[i] = min(height, top - gap * (len(moved) - 1 - i))
+    return moved
 
 
 def _codes(row: Row) -> str:
-    """What a row stores, K4/V4 for two codes of mse.
+    """What a row stores, K4/V4 for two codes of mse, and whether it searched.
 
     Example:
-        >>> _codes({"key": "mse4", "value": "mse2"}), _codes({"key": "prod3", "value": "group2"})
-        ('K4/V2', 'prod3/group2')
+        >>> _codes({"key": "mse4", "value": "mse2"}), _codes({"key": "prod3", "value": "group2", "search": True})
+        ('K4/V2', 'prod3/group2, search')
     """
     key, value = row["key"], row["value"]
     both = key.startswith("mse") and value.startswith("mse")
-    return f"K{key[3:]}/V{value[3:]}" if both else "/".join(filter(None, (key, value)))
+    name = f"K{key[3:]}/V{value[3:]}" if both else "/".join(filter(None, (key, value)))
+    return f"{name}, search" if row.get("search") else name
 
 
 def _curve(axes: Any, rows: Sequence[Row]) -> None:

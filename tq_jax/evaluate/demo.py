@@ -1,6 +1,8 @@
 """`tq-jax demo`: a real model answering from compressed caches, with size, quality and speed measured."""
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +13,9 @@ from rich.table import Table
 
 import tq_jax as tq
 from tq_jax.data import persuasion
-from tq_jax.evaluate import picture
+from tq_jax.evaluate.inputs import CHARACTERS_A_TOKEN, ModelName, open_model, require_tokens
 from tq_jax.evaluate.language import (
+    BITS,
     CHUNK,
     Quality,
     Scheme,
@@ -24,8 +27,17 @@ from tq_jax.evaluate.language import (
     run_prompt,
     tq_scheme,
 )
-from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
-from tq_jax.models import LanguageModel, cache_dir, load_model
+from tq_jax.evaluate.report import (
+    JsonTarget,
+    environment,
+    open_console,
+    picture_option,
+    progress_bar,
+    refusing,
+    write_json,
+)
+from tq_jax.evaluate.texts import TextFile, read_text
+from tq_jax.models import Decoder, LanguageModel, cache_dir
 from tq_jax.models.generate import time_decode
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -85,14 +97,12 @@ class Row:
 
 
 def demo(
-    model: Annotated[
-        str | None, typer.Option(help="GGUF file or Hugging Face directory; SmolLM2-135M-Instruct by default.")
-    ] = None,
-    text: Annotated[Path | None, typer.Option(help="A text file; *Persuasion* by default.", exists=True)] = None,
+    model: ModelName = None,
+    text: TextFile = None,
     bits: Annotated[str, typer.Option(help="Key/value bits of each compressed cache, comma-separated.")] = DEFAULT_BITS,
     positions: Annotated[int, typer.Option(help="Predictions compared.", min=CHUNK)] = 1024,
     question: Annotated[str | None, typer.Option(help="What to ask about the text.")] = None,
-    plot: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("tq-jax-demo.png"),
+    plot: Annotated[Path, picture_option("quality and memory")] = Path("tq-jax-demo.png"),
     json: JsonTarget = None,
 ) -> None:
     """Generate from compressed caches with a real model, and show what they save and cost.
@@ -103,17 +113,17 @@ def demo(
     """
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     widths = parse_bits(bits)
+    content = read_text(text) if text else persuasion()
     console = open_console(json)
     console.print(f"Loading {model or DEFAULT_MODEL} (downloaded and unpacked the first time)")
-    language_model = load_model(model)
+    language_model = open_model(model)
     decoder = language_model.decoder
-    content = text.read_text("utf-8") if text else persuasion()
-    tokens = language_model.tokenizer.encode(content[: 12 * (PREFIX + positions)])
+    tokens = language_model.tokenizer.encode(content[: CHARACTERS_A_TOKEN * (PREFIX + positions)])
     forced = tokens[: PREFIX + positions + 1]
-    room = len(forced) + NEW_TOKENS + 256
-    schemes = [full_scheme(decoder, room)]
-    schemes += [tq_scheme(decoder, room, key_bits=k, value_bits=v) for k, v in widths]
-    schemes += [published_scheme(decoder, room, key_bits=k, value_bits=v) for k, v in widths if k == v]
+    require_tokens("the text", len(forced), positions + 2)
+    require_tokens("the model's context", decoder.config.max_context, max(len(forced), PREFIX + NEW_TOKENS))
+    with refusing("models"):
+        schemes = make_schemes(decoder, len(forced) + NEW_TOKENS + 256, widths)
     prompt = make_prompt(language_model, tokens, question or QUESTIONS[text is None])
     with progress_bar(console) as progress:
         steps = positions // CHUNK
@@ -137,6 +147,8 @@ def demo(
     for claim, holds in claims.items():
         console.print(f"{'holds' if holds else 'FAILS'}  {claim}", style=None if holds else "red")
     source = text.name if text else "persuasion"
+    from tq_jax.evaluate import picture  # matplotlib is optional
+
     picture.draw(
         [row.as_dict() for row in rows], plot, title=f"{model or DEFAULT_MODEL}, {positions} positions of {source}"
     )
@@ -152,7 +164,7 @@ def parse_bits(text: str) -> list[tuple[float, float]]:
     """Key and value bits from text like "8/4,4/4".
 
     Raises:
-        typer.BadParameter: If the text is something else.
+        typer.BadParameter: If the text is something else, or no cache has such bits.
 
     Example:
         >>> parse_bits("8/4,3.5/2")
@@ -160,9 +172,26 @@ def parse_bits(text: str) -> list[tuple[float, float]]:
     """
     try:
         pairs = [tuple(float(part) for part in pair.split("/")) for pair in text.split(",")]
-        return [(key, value) for key, value in pairs]
+        pairs = [(key, value) for key, value in pairs]
     except ValueError:
         raise typer.BadParameter(f"expected key/value bits like 4/4,3/3, got {text!r}") from None
+    if not BITS.issuperset(itertools.chain(*pairs)):
+        known = ", ".join(f"{bits:g}" for bits in sorted(BITS))
+        raise typer.BadParameter(f"expected key/value bits of {known}, got {text!r}")
+    return pairs
+
+
+def make_schemes(decoder: Decoder, room: int, widths: Sequence[tuple[float, float]]) -> list[Scheme]:
+    """Full precision, this project's caches, and those as published where keys and values have the same bits.
+
+    Args:
+        decoder: The model.
+        room: Tokens that a cache can hold.
+        widths: Key and value bits.
+    """
+    ours = [tq_scheme(decoder, room, key_bits=k, value_bits=v) for k, v in widths]
+    published = [published_scheme(decoder, room, key_bits=k, value_bits=v) for k, v in widths if k == v]
+    return [full_scheme(decoder, room), *ours, *published]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +213,8 @@ def make_prompt(model: LanguageModel, tokens: list[int], question: str) -> Promp
     """Runs a chat prompt: the beginning of a text and a question about it, PREFIX tokens at most."""
     for excerpt in range(PREFIX, 0, -32):
         content = f"{model.tokenizer.decode(tokens[:excerpt])}\n\n{question}"
-        prompt = model.tokenizer.encode_chat([{"role": "user", "content": content}])
+        with refusing("models"):
+            prompt = model.tokenizer.encode_chat([{"role": "user", "content": content}])
         if len(prompt) <= PREFIX:
             break
     else:

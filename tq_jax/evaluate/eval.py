@@ -12,9 +12,9 @@ import typer
 from tq_jax.evaluate.demo import DEFAULT_MODEL, parse_bits
 from tq_jax.evaluate.eval_ablation import variants
 from tq_jax.evaluate.eval_claims import judge
-from tq_jax.evaluate.eval_picture import draw, draw_ablation
 from tq_jax.evaluate.eval_schemes import SINKS, Candidate, attention_quality, candidates
 from tq_jax.evaluate.eval_table import make_table, one_line
+from tq_jax.evaluate.inputs import ModelName, first_tokens, open_model
 from tq_jax.evaluate.language import CHUNK, full_scheme, make_reference, measure
 from tq_jax.evaluate.report import (
     JsonTarget,
@@ -22,13 +22,13 @@ from tq_jax.evaluate.report import (
     known_rows,
     open_console,
     parse_numbers,
+    picture_option,
     progress_bar,
+    refusing,
     write_json,
 )
-from tq_jax.evaluate.texts import load_text
-from tq_jax.models import Decoder, LanguageModel, cache_dir, generate, load_model
-
-CHARACTERS_A_TOKEN = 12
+from tq_jax.evaluate.texts import load_texts
+from tq_jax.models import Decoder, LanguageModel, cache_dir, generate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +59,7 @@ class Settings:
 
 
 def evaluate(
-    model: Annotated[
-        str | None, typer.Option(help="GGUF file or Hugging Face directory; SmolLM2-135M-Instruct by default.")
-    ] = None,
+    model: ModelName = None,
     texts: Annotated[
         str, typer.Option(help="Comma-separated: persuasion, pydoc, wiki and jargon (downloaded), or files.")
     ] = "persuasion,pydoc,wiki",
@@ -69,7 +67,7 @@ def evaluate(
     prompt: Annotated[int, typer.Option(help="Tokens before the first prediction.", min=256)] = 1024,
     positions: Annotated[int, typer.Option(help="Predictions compared, of each text.", min=CHUNK)] = 512,
     windows: Annotated[str, typer.Option(help="Latest tokens in full precision, comma-separated.")] = "128,0",
-    plot: Annotated[Path, typer.Option(help="Where to draw divergence against stored bits.")] = Path("tq-jax-eval.png"),
+    plot: Annotated[Path, picture_option("divergence against stored bits")] = Path("tq-jax-eval.png"),
     generated: Annotated[
         bool, typer.Option("--generated", help="Predict what the model itself writes after each prompt.")
     ] = False,
@@ -89,18 +87,23 @@ def evaluate(
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     console = open_console(json)
     widths, sizes = tuple(parse_bits(bits)), tuple(parse_numbers(windows, int))
+    if max(sizes) + SINKS >= prompt:
+        raise typer.BadParameter(f"expected windows that leave something of the prompt of {prompt}, got {windows!r}")
     settings = Settings(model or DEFAULT_MODEL, prompt, positions - positions % CHUNK, widths, sizes, ablation)
     kind = {"model": settings.model, "positions": settings.positions, "prompt": prompt, "ablation": ablation}
     rows = known_rows(json, kind) if resume else []
-    contents = {Path(name).stem: load_text(name) for name in texts.split(",")}
-    language_model = load_model(model)
+    contents = load_texts(texts.split(","))
+    language_model = open_model(model)
+    count = prompt + settings.positions + 1
+    beginnings = {stem: first_tokens(language_model, stem, content, count) for stem, content in contents.items()}
+    with refusing("models"):
+        steps = len(beginnings) * len(settings.plan(language_model.decoder))
     payload = kind | environment()
     with progress_bar(console) as progress:
-        task = progress.add_task("", total=len(contents) * len(settings.plan(language_model.decoder)))
-        for stem, content in contents.items():
+        task = progress.add_task("", total=steps)
+        for stem, tokens in beginnings.items():
             name = f"{stem}, generated" if generated else stem
             progress.update(task, description=name)
-            tokens = first_tokens(language_model, stem, content, prompt + settings.positions + 1)
             if generated:
                 tokens = continued(language_model, tokens[:prompt], settings.positions + 1)
             progress.advance(task, sum(row["text"] == name for row in rows))
@@ -115,31 +118,14 @@ def evaluate(
         console.print(make_table([row for row in rows if row["text"] == name], name))
     for claim in claims:
         console.print(f"{'holds' if claim.ok else 'FAILS'}  {claim.name}: {claim.note}", highlight=False)
-    picture = draw_ablation if ablation else draw
+    from tq_jax.evaluate import eval_picture  # matplotlib is optional
+
+    picture = eval_picture.draw_ablation if ablation else eval_picture.draw
     picture(rows, plot, title=f"{settings.model}, {settings.positions} positions a text after {prompt} tokens")
     console.print(f"Picture: {plot}")
     write_json(payload | {"rows": rows, "complete": True, "claims": [claim.as_dict() for claim in claims]}, json)
     if not all(claim.ok for claim in claims):
         raise typer.Exit(1)
-
-
-def first_tokens(model: LanguageModel, name: str, content: str, count: int) -> list[int]:
-    """The beginning of a text.
-
-    Args:
-        model: Whose tokens.
-        name: Name of the text.
-        content: The text.
-        count: How many tokens.
-
-    Raises:
-        typer.BadParameter: If the text or the model's context is shorter.
-    """
-    tokens = model.tokenizer.encode(content[: CHARACTERS_A_TOKEN * count])[:count]
-    for what, size in ((f"text {name!r}", len(tokens)), ("the model's context", model.config.max_context)):
-        if size < count:
-            raise typer.BadParameter(f"{what}: expected at least {count} tokens (prompt and positions), got {size}")
-    return tokens
 
 
 def continued(model: LanguageModel, tokens: list[int], count: int) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tq_jax.evaluate.eval_schemes import SINKS, Packed
 from tq_jax.evaluate.eval_statistics import Smoothed, Turned
-from tq_jax.evaluate.language import Scheme, published_scheme, tq_scheme
+from tq_jax.evaluate.language import BITS, Scheme, published_scheme, tq_scheme
 from tq_jax.models import Decoder
 
 Changes = dict[str, Any]
@@ -41,7 +41,7 @@ POWERS = {
 """Powers of the queries' and of the keys' spread in the weight of a channel; both are BALANCE in ours."""
 
 SPLITS = (1, -1)
-"""Bits given from values to keys."""
+"""Bits given from values to keys, where there are such codes."""
 
 
 def variants(decoder: Decoder, max_tokens: int, *, bits: Sequence[tuple[float, float]], window: int) -> list[Packed]:
@@ -65,8 +65,10 @@ def variants(decoder: Decoder, max_tokens: int, *, bits: Sequence[tuple[float, f
             found.append(Smoothed(ours, f"{ours.label}, {name}", "ablation", powers))
         found.append(Turned(ours, f"{ours.label}, mean that turns", "ablation"))
         for moved in SPLITS:
-            split = tq_scheme(decoder, max_tokens, key_bits=key_bits + moved, value_bits=value_bits - moved)
-            found.append(Packed(_changed(split, exact), name="ablation"))
+            moved_bits = key_bits + moved, value_bits - moved
+            if BITS.issuperset(moved_bits):
+                split = tq_scheme(decoder, max_tokens, key_bits=moved_bits[0], value_bits=moved_bits[1])
+                found.append(Packed(_changed(split, exact), name="ablation"))
     return found
 
 

@@ -63,13 +63,14 @@ def draw_ablation(rows: list[dict[str, Any]], path: Path, *, title: str) -> None
         means = [float(np.exp(np.mean(np.log([row["kl_mean"] for row in same])))) for same in labels.values()]
         own = [same[0]["scheme"] == "tq" for same in labels.values()]
         bars = axes.barh(list(labels), means, color=[MARKS["tq"][1] if mine else "#b9c7d6" for mine in own])
-        axes.bar_label(bars, [f"{mean:.2g}" for mean in means], padding=3, fontsize=8)
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axes.bar_label(bars, [f"{mean:.2g}" for mean in means], padding=3, fontsize=8, bbox=paper)
         for mean in (mean for mean, mine in zip(means, own, strict=True) if mine):
-            axes.axvline(mean, color=MARKS["tq"][1], linewidth=1, linestyle=":")
+            axes.axvline(mean, color=MARKS["tq"][1], linewidth=1, linestyle=":", zorder=0)
         axes.set(xscale="log", xlabel="KL to full precision (nats), geometric mean over texts")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"{bits:g} bits, {_window_name(window)}", fontsize=10)
-        axes.margins(x=0.15)
+        axes.margins(x=0.2)
         axes.invert_yaxis()
         axes.tick_params(axis="y", labelsize=8)
     figure.savefig(path, dpi=130)
@@ -103,7 +104,7 @@ def _draw_panel(axes: Any, rows: list[dict[str, Any]]) -> None:
         place = (row["stored_bits_per_element"], row["kl_mean"])
         axes.annotate(row["label"], place, xytext=(-5, -10), textcoords="offset points", ha="right", fontsize=7)
     axes.set_yscale("log")
-    axes.margins(x=0.1)
+    axes.margins(x=0.16)
     axes.grid(alpha=0.3)
 
 

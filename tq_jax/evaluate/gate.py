@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import importlib.util
 import multiprocessing
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -15,7 +14,15 @@ from rich.table import Table
 
 from pallas_kernels._compat import TritonKernel, lower_for_cuda, triton_kernels
 from pallas_kernels.gate import ARCHITECTURES, Compiled, compile_for, missing
-from tq_jax.evaluate.report import JsonTarget, environment, open_console, progress_bar, write_json
+from tq_jax.evaluate.report import (
+    JsonTarget,
+    environment,
+    open_console,
+    progress_bar,
+    refusing,
+    require_labels,
+    write_json,
+)
 
 MOST_REGISTERS = 255
 SOURCES = {name: f"tq_jax.evaluate.gate_{name}" for name in ("decode", "prefill", "encode", "append", "attend")}
@@ -114,15 +121,21 @@ def gate(
     architectures = arch.split(",")
     unknown = [name for name in architectures if name not in ARCHITECTURES]
     if unknown:
-        raise typer.BadParameter(f"expected architectures among {', '.join(ARCHITECTURES)}, got {', '.join(unknown)}")
+        raise typer.BadParameter(
+            f"expected architectures among {', '.join(ARCHITECTURES)}, got {', '.join(map(repr, unknown))}"
+        )
+    if xla and (only or full):
+        raise typer.BadParameter("--xla compiles the same cases always: expected neither --only nor --full")
     console = open_console(json)
     if xla:
         rows = compile_by_xla()
         verdict = "spill no more than is known and copy nothing of the cache"
     else:
-        if importlib.util.find_spec("triton") is None:
-            raise typer.BadParameter('the gate needs the triton package: pip install "tq-jax[gate]"')
-        cases = [(op, case) for op, case in all_cases() if only in f"{op} {case.name}"]
+        with refusing("gate"):
+            importlib.import_module("triton")
+        every = [(op, case) for op, case in all_cases() if set(architectures) & set(case.architectures)]
+        require_labels((f"{op} {case.name}" for op, case in every), only)
+        cases = [(op, case) for op, case in every if only in f"{op} {case.name}"]
         chosen = [(op, case) for op, case in cases if full or only or case.quick]
         rows = compile_cases(chosen, architectures, workers or os.cpu_count(), console)
         console.print(f"{len(chosen)} of {len(cases)} cases; --full compiles all")

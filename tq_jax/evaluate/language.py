@@ -17,9 +17,13 @@ from jaxtyping import Array, Float, Int
 
 import tq_jax as tq
 from tq_jax.models import Decoder
+from tq_jax.quantizer import FRACTIONAL_BITS, INTEGER_BITS
 
 CHUNK = 64
 """Tokens that are appended at a time."""
+
+BITS = frozenset(map(float, INTEGER_BITS + FRACTIONAL_BITS))
+"""Bits that keys and values can have."""
 
 
 @dataclasses.dataclass(frozen=True)

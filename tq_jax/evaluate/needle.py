@@ -14,19 +14,21 @@ from rich.table import Table
 from tq_jax.evaluate.claims import Claim
 from tq_jax.evaluate.demo import DEFAULT_MODEL, parse_bits
 from tq_jax.evaluate.eval_schemes import Candidate, Packed, candidates
+from tq_jax.evaluate.inputs import ModelName, open_model, require_tokens
 from tq_jax.evaluate.language import Reference, run_prompt
 from tq_jax.evaluate.needle_haystack import DIGITS, Haystack, make_haystack
-from tq_jax.evaluate.needle_picture import draw
 from tq_jax.evaluate.report import (
     JsonTarget,
     environment,
     known_rows,
     open_console,
     parse_numbers,
+    picture_option,
     progress_bar,
+    refusing,
     write_json,
 )
-from tq_jax.models import Decoder, cache_dir, load_model
+from tq_jax.models import Decoder, cache_dir
 
 ASKED = 64
 """Tokens that a question and its answer are padded to a multiple of."""
@@ -43,16 +45,14 @@ LOST_A_DIGIT = 0.02
 
 
 def needle(
-    model: Annotated[
-        str | None, typer.Option(help="GGUF file or Hugging Face directory; SmolLM2-135M-Instruct by default.")
-    ] = None,
+    model: ModelName = None,
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts, comma-separated.")] = "1024,2048,4096",
     depths: Annotated[str, typer.Option(help="Where facts lie, from 0 to 1, ascending.")] = "0.05,0.25,0.5,0.75,0.95",
     bits: Annotated[str, typer.Option(help="Key/value bits of this package's caches.")] = "4/4,3/3,2/2",
     facts: Annotated[int, typer.Option(help="Facts in one text; the next depths are of another.", min=1)] = 1,
     repeats: Annotated[int, typer.Option(help="Texts of each length and of the same depths.", min=1)] = 2,
     window: Annotated[int, typer.Option(help="Latest tokens in full precision.", min=0)] = 128,
-    plot: Annotated[Path, typer.Option(help="Where to draw.")] = Path("tq-jax-needle.png"),
+    plot: Annotated[Path, picture_option("what was found")] = Path("tq-jax-needle.png"),
     resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that the JSON file has already.")] = False,
     json: JsonTarget = None,
 ) -> None:
@@ -65,24 +65,30 @@ def needle(
     """
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     console = open_console(json)
-    sizes, places = parse_numbers(lengths, int), tuple(parse_numbers(depths, float))
+    sizes, places, widths = parse_numbers(lengths, int), parse_depths(depths), parse_bits(bits)
     kind = {"model": model or DEFAULT_MODEL, "window": window, "facts": facts, "depths": places}
     rows = known_rows(json, kind) if resume else []
     groups = [places[i : i + facts] for i in range(0, len(places), facts)]
-    language_model = load_model(model)
+    language_model = open_model(model)
     decoder = language_model.decoder
-    every = candidates(decoder, max(sizes) + 2 * ASKED, bits=parse_bits(bits), window=window)
+    require_tokens("the model's context", decoder.config.max_context, max(sizes) + ASKED)
+    with refusing("models"):
+        every = candidates(decoder, max(sizes) + 2 * ASKED, bits=widths, window=window)
+        plan = [
+            (size, seed, make_haystack(language_model.tokenizer, size, group, seed=seed * len(groups) + index))
+            for size, seed, (index, group) in itertools.product(sizes, range(repeats), enumerate(groups))
+        ]
     chosen = [c for c in every if isinstance(c, Packed) or c.describe(decoder)["label"] in RIVALS]
     payload = kind | environment()
     with progress_bar(console) as progress:
-        task = progress.add_task("", total=len(sizes) * repeats * len(groups) * len(chosen))
-        for size, seed, (index, group) in itertools.product(sizes, range(repeats), enumerate(groups)):
+        task = progress.add_task("", total=len(plan) * len(chosen))
+        for size, seed, haystack in plan:
             labels = [{"length": size, "seed": seed} | candidate.describe(decoder) for candidate in chosen]
-            done = [any(row.items() >= (label | {"depth": group[0]}).items() for row in rows) for label in labels]
+            first = {"depth": haystack.questions[0].depth}
+            done = [any(row.items() >= (label | first).items() for row in rows) for label in labels]
             progress.advance(task, sum(done))
             if all(done):
                 continue
-            haystack = make_haystack(language_model.tokenizer, size, group, seed=seed * len(groups) + index)
             prompt = read_prompt(decoder, haystack, size)
             for label, candidate in itertools.compress(zip(labels, chosen, strict=True), (not x for x in done)):
                 progress.update(task, description=f"{size} tokens, {label['label']}", advance=1)
@@ -94,11 +100,29 @@ def needle(
     for claim in claims:
         console.print(f"{'holds' if claim.ok else 'FAILS'}  {claim.name}: {claim.figure:.3g} ({claim.note})")
     texts = f"{facts} in a text" if facts > 1 else "each in its own text"
+    from tq_jax.evaluate.needle_picture import draw  # matplotlib is optional
+
     draw(rows, plot, title=f"{model or DEFAULT_MODEL}: numbers found, {texts}, window {window}")
     console.print(f"Picture: {plot}")
     write_json(payload | {"rows": rows, "complete": True, "claims": [claim.as_dict() for claim in claims]}, json)
     if not all(claim.ok for claim in claims):
         raise typer.Exit(1)
+
+
+def parse_depths(text: str) -> tuple[float, ...]:
+    """Depths of an option like "0.05,0.5".
+
+    Raises:
+        typer.BadParameter: If the text is something else, or they do not ascend from 0 to 1.
+
+    Example:
+        >>> parse_depths("0.05,0.5")
+        (0.05, 0.5)
+    """
+    found = tuple(parse_numbers(text, float))
+    if found[-1] > 1 or any(below >= above for below, above in itertools.pairwise(found)):
+        raise typer.BadParameter(f"expected depths from 0 to 1, ascending, got {text!r}")
+    return found
 
 
 def read_prompt(decoder: Decoder, haystack: Haystack, size: int) -> Reference:

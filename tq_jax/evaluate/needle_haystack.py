@@ -76,12 +76,16 @@ def make_haystack(tokenizer: Tokenizer, length: int, depths: tuple[float, ...], 
     chapters = persuasion().split("\n\nChapter ")
     start = int(rng.integers(len(chapters)))
     sentences = "\n\n".join(chapters[start:] + chapters[:start]).replace("\n", " ").split(". ")
-    counts = np.cumsum([len(tokenizer.encode(f" {s}.", add_special_tokens=False)) for s in sentences[: length // 4]])
+    counts = np.cumsum(
+        [len(tokenizer.encode(f" {s}.", add_special_tokens=False)) for s in sentences[: length // 4 + 1]]
+    )
     facts = [FACT.format(city=c, number=n) for c, n in zip(cities, numbers, strict=True)]
     frame = _split_chat(tokenizer, "", cities[0])[0]
     room = length - len(frame) - sum(len(tokenizer.encode(f" {fact}")) for fact in facts) - 8
-    if room < 1 or counts[-1] < room:
-        raise ValueError(f"expected a length from some 200 to {int(counts[-1])} tokens, got {length}")
+    if room < 1:
+        raise ValueError(f"expected a length from some 200 tokens on, got {length}")
+    if counts[-1] < room:
+        raise ValueError(f"expected a length of at most {int(counts[-1])} tokens, got {length}")
     text = [f"{sentence}." for sentence in sentences[: int(np.searchsorted(counts, room))]]
     places = [round(depth * len(text)) for depth in depths]
     for place, fact in sorted(zip(places, facts, strict=True), reverse=True):

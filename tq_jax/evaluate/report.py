@@ -1,4 +1,4 @@
-"""What commands print: tables for a reader, one JSON object for a program."""
+"""What commands share: options checked before the work, tables for a reader, one JSON object for a program."""
 
 import contextlib
 import json
@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -22,15 +22,63 @@ Number = TypeVar("Number", int, float)
 WIDTH_OF_FILES = 120
 """Columns of tables that no terminal shows."""
 
+LABELS_NAMED = 8
+"""Most labels that a message gives as examples."""
+
 PACKAGES = ("tq-jax", "jax", "jaxlib", "torch", "triton", "transformers", "vllm", "flashinfer-python")
 """Whose versions stand beside figures."""
 
 
+@contextlib.contextmanager
+def refusing(extra: str) -> Iterator[None]:
+    """Says in one sentence, with exit code 2, what a user can mend: a wrong file or option, a missing package.
+
+    Args:
+        extra: The extra of this package that has what may be missing.
+
+    Raises:
+        typer.BadParameter: For an ImportError, OSError, ValueError or NotImplementedError in the block.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise typer.BadParameter(f'{error}: pip install "tq-jax[{extra}]"') from error
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _require_writable(*paths: Path) -> None:
+    """Rejects what cannot be written before the work is done, not after."""
+    for path in paths:
+        try:
+            _try_to_write(path)
+        except OSError as error:
+            raise typer.BadParameter(
+                f"expected a file that can be written, in an existing folder, got {path} ({error.strerror})"
+            ) from error
+
+
+def _try_to_write(path: Path) -> None:
+    """Opens a file and leaves it as it was, or not there; its permissions alone do not say whether that works."""
+    if path.is_file() or path.is_dir():
+        path.open("ab").close()
+    elif not path.exists():  # a pipe or a device may be opened once
+        path.open("xb").close()
+        path.unlink()
+
+
 def _writable(target: str | None) -> str | None:
-    """Rejects a path in a folder that does not exist before the work is done, not after."""
-    if target not in (None, "-") and not Path(str(target)).parent.is_dir():
-        raise typer.BadParameter(f"expected a path in an existing folder, got {target}")
+    if target not in (None, "-"):
+        path = Path(str(target))
+        _require_writable(path)
+        if not path.exists() or path.is_file():
+            _require_writable(_scratch(path.resolve()))
     return target
+
+
+def _scratch(path: Path) -> Path:
+    """Where a file is written that then takes the place of another."""
+    return path.with_name(f".{path.name}.part")
 
 
 JsonTarget = Annotated[
@@ -45,6 +93,47 @@ JsonTarget = Annotated[
 ]
 """Type of the `--json` option that every command has."""
 
+LATEX = {"pgf"}
+"""Formats that matplotlib writes only with a program that is not its own."""
+
+
+def _drawable(path: Path | None) -> Path | None:
+    """Rejects a picture that could not be drawn."""
+    if path is None:
+        return None
+    with refusing("models"):
+        from matplotlib.backend_bases import FigureCanvasBase  # optional, and slow to import
+    known = sorted(FigureCanvasBase.get_supported_filetypes().keys() - LATEX)
+    if path.suffix[1:].lower() not in known:
+        raise typer.BadParameter(f"expected the name of a picture that ends in .{', .'.join(known)}, got {path}")
+    _require_writable(path)
+    return path
+
+
+def picture_option(what: str) -> Any:
+    """The option for the path of a picture, for an annotation of Path.
+
+    Args:
+        what: What is drawn.
+    """
+    return typer.Option(callback=_drawable, help=f"Where to draw {what}; the suffix says in which format.")
+
+
+def require_labels(labels: Iterable[str], only: str) -> None:
+    """Rejects an `--only` that leaves nothing.
+
+    Args:
+        labels: What there is.
+        only: Value of the option.
+
+    Raises:
+        typer.BadParameter: If no label has it in it; some of the labels are named.
+    """
+    there = list(labels)
+    if not any(only in label for label in there):
+        some = "; ".join(there[:: len(there) // LABELS_NAMED + 1])
+        raise typer.BadParameter(f"expected a part of a label such as {some} for --only, got {only!r}")
+
 
 def parse_numbers(text: str, kind: Callable[[str], Number]) -> list[Number]:
     """Numbers of an option like "128,0".
@@ -54,7 +143,7 @@ def parse_numbers(text: str, kind: Callable[[str], Number]) -> list[Number]:
         kind: int or float.
 
     Raises:
-        typer.BadParameter: If the text is something else, or a number is negative.
+        typer.BadParameter: If the text is something else, or a number is negative or not finite.
 
     Example:
         >>> parse_numbers("0.5,1", float)
@@ -64,7 +153,7 @@ def parse_numbers(text: str, kind: Callable[[str], Number]) -> list[Number]:
         found = [kind(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or any(number < 0 for number in found):
+    if not found or not all(0 <= number < math.inf for number in found):
         raise typer.BadParameter(f"expected comma-separated numbers of at least 0, got {text!r}")
     return found
 
@@ -109,11 +198,13 @@ def write_json(payload: dict[str, Any], target: str | None) -> None:
     if target == "-":
         typer.echo(text)
     else:
-        path = Path(target)
+        # A link, such as /dev/stdout, stays one.
+        path = Path(target).resolve() if Path(target).is_file() else Path(target)
         # Rows of hours shall survive an end in the middle of writing.
-        scratch = path.with_name(f".{path.name}.part") if path.is_file() else path
+        scratch = _scratch(path) if path.is_file() else path
         scratch.write_text(text + "\n", encoding="utf-8")
-        scratch.replace(path)
+        if scratch != path:
+            scratch.replace(path)
 
 
 def known_rows(target: str | None, expected: dict[str, Any]) -> list[dict[str, Any]]:
@@ -124,19 +215,30 @@ def known_rows(target: str | None, expected: dict[str, Any]) -> list[dict[str, A
         expected: What the file must say besides its rows, for them to be of the same kind.
 
     Raises:
-        typer.BadParameter: If there can be no file, or it is of another run.
+        typer.BadParameter: If there can be no file, or it is damaged or of another run.
     """
     if target in (None, "-"):
         raise typer.BadParameter(f"expected --resume with --json PATH, got --json {target}")
     path = Path(str(target))
     if not path.is_file():
         return []
-    found = json.loads(path.read_text("utf-8"))
+    found = _read_report(path)
     plain = _plain(expected)
     other = {name: found.get(name) for name in plain if found.get(name) != plain[name]}
     if other:
         raise typer.BadParameter(f"expected {target} to be of { ({name: plain[name] for name in other}) }, got {other}")
     return found["rows"]
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"expected the JSON file of a run, got {path} ({error})") from error
+    rows = found.get("rows") if isinstance(found, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise typer.BadParameter(f"expected the JSON file of a run, got {path} without rows")
+    return found
 
 
 def environment() -> dict[str, Any]:

@@ -8,9 +8,20 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from tq_jax import search as nearest
 from tq_jax.evaluate.claims import Claim
-from tq_jax.evaluate.report import JsonTarget, environment, known_rows, open_console, progress_bar, versions, write_json
-from tq_jax.evaluate.search_data import SOURCES, DataSet, load
+from tq_jax.evaluate.report import (
+    JsonTarget,
+    environment,
+    known_rows,
+    open_console,
+    picture_option,
+    progress_bar,
+    refusing,
+    versions,
+    write_json,
+)
+from tq_jax.evaluate.search_data import SOURCES, DataSet, find, load
 from tq_jax.evaluate.search_methods import (
     OBLIVIOUS,
     OURS,
@@ -20,6 +31,7 @@ from tq_jax.evaluate.search_methods import (
     faiss_pq,
     faiss_rabitq,
     faiss_scalar,
+    one_thread,
     ours,
 )
 
@@ -45,7 +57,7 @@ SPEEDUP = 10.0
 def search(
     json: JsonTarget = None,
     data: Annotated[str, typer.Option(help="Data sets, comma-separated: names or .npy files.")] = ",".join(SOURCES),
-    plot: Annotated[Path | None, typer.Option(help="Draw recall against bytes into this image file.")] = None,
+    plot: Annotated[Path | None, picture_option("recall against bytes")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that the --json file already has.")] = False,
 ) -> None:
     """Measure nearest-neighbour search on codes against faiss: recall, encoding time, throughput.
@@ -67,7 +79,7 @@ def search(
     source["versions"] |= versions(["faiss-cpu"])
     source["threads"] = {name: os.environ[name] for name in THREADS if name in os.environ}
     rows = known_rows(json, source) if resume else []
-    sets = [load(name) for name in data.split(",")]
+    sets = load_all(data.split(","))
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(sets) * len(BITS) * (len(ABLATION) + 3 + len(SCALAR)) + len(sets))
         for one in sets:
@@ -89,6 +101,22 @@ def search(
         draw(rows, plot)
     if not all(claim.ok for claim in claims):
         raise typer.Exit(1)
+
+
+def load_all(names: Sequence[str]) -> list[DataSet]:
+    """Data sets, once it is known that all are there and that they and faiss can be used.
+
+    Raises:
+        typer.BadParameter: If that is not so.
+    """
+    with refusing("search"):
+        one_thread()
+        if len({find(name) for name in names}) < len(names):
+            raise ValueError(f"expected data sets of different names, got {', '.join(names)}")
+        sets = [load(name) for name in names]
+        for one in sets:
+            nearest.IndexSpec(dim=one.base.shape[1])
+    return sets
 
 
 Work = tuple[dict[str, Any], Callable[[], dict[str, Any]]]

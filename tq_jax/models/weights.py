@@ -50,11 +50,12 @@ def load_decoder(directory: str | os.PathLike[str], *, dtype: Any = "float32") -
 
 def read_config(directory: Path) -> DecoderConfig:
     """Read ``config.json``, and ``generation_config.json`` where there is one."""
-    generation = directory / "generation_config.json"
-    return config_from_hf(
-        read_json(directory / "config.json"),
-        generation_config=read_json(generation) if generation.is_file() else None,
-    )
+    path, generation = directory / "config.json", directory / "generation_config.json"
+    contents = read_json(path), read_json(generation) if generation.is_file() else None
+    try:
+        return config_from_hf(contents[0], generation_config=contents[1])
+    except TypeError as error:
+        raise ValueError(f"{path}: expected a decoder's config, got a field of another type ({error})") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
