@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,8 @@ from tq_jax.evaluate import demo as room
 from tq_jax.evaluate.language import CHUNK, Quality, published_scheme, tq_scheme
 from tq_jax.models import Decoder, DecoderConfig, LanguageModel
 from tq_jax.models.tokenizer import Tokenizer
+
+CONFIG = DecoderConfig(vocab_size=8, dim=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, ffn_dim=32)
 
 
 @pytest.mark.weights
@@ -82,20 +85,11 @@ def test_mistakes_are_found_before_the_work(option, value, message, cases):
 
 def small_model(context, *, chat):
     """A random model of words."""
-    config = DecoderConfig(
-        vocab_size=8,
-        dim=32,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=16,
-        ffn_dim=32,
-        max_context=max_context,
-    )
+    decoder = Decoder(dataclasses.replace(CONFIG, max_context=context), rngs=nnx.Rngs(0))
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"word": 0}, unk_token="word"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     template = "{{ messages[0]['content'] }}" if chat else None
-    return LanguageModel(Decoder(config, rngs=nnx.Rngs(0)), Tokenizer(words, chat_template=template, special={}))
+    return LanguageModel(decoder, Tokenizer(words, chat_template=template, special={}))
 
 
 @pytest.mark.parametrize(
@@ -119,8 +113,7 @@ def row(scheme, kl, ppl=10.0):
 
 
 def test_claims_can_fail():
-    config = DecoderConfig(vocab_size=8, dim=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, ffn_dim=32)
-    decoder = Decoder(config, rngs=nnx.Rngs(0))
+    decoder = Decoder(CONFIG, rngs=nnx.Rngs(0))
     ours = tq_scheme(decoder, 64, key_bits=4, value_bits=4)
     plain = published_scheme(decoder, 64, key_bits=4, value_bits=4)
     good = room.check_claims([row(ours, 0.001), row(plain, 0.002)], default=True)

@@ -47,15 +47,14 @@ def refusing(extra: str) -> Iterator[None]:
         raise typer.BadParameter(str(error)) from error
 
 
-def _require_writable(*paths: Path) -> None:
+def _require_writable(path: Path) -> None:
     """Rejects what cannot be written before the work is done, not after."""
-    for path in paths:
-        try:
-            _try_to_write(path)
-        except OSError as error:
-            raise typer.BadParameter(
-                f"expected a file that can be written, in an existing folder, got {path} ({error.strerror})"
-            ) from error
+    try:
+        _try_to_write(path)
+    except OSError as error:
+        raise typer.BadParameter(
+            f"expected a file that can be written, in an existing folder, got {path} ({error.strerror})"
+        ) from error
 
 
 def _try_to_write(path: Path) -> None:
