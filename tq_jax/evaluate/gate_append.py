@@ -77,4 +77,5 @@ def statistics_case(dim: int, *, quick: bool) -> Case:
     cache = jax.eval_shape(lambda: init_cache(spec, batch=BATCH))
     arguments = (query, shape((BATCH, 1, KV_HEADS, dim), jnp.uint16), shape((BATCH,), jnp.int32))
     statistics, others = cache.statistics, dataclasses.replace(cache, statistics=None)
-    return Case(f"statistics, dim {dim}", run, (*arguments, others, statistics), donated=(4,), quick=quick)
+    arguments = (*arguments, others, statistics)
+    return Case(f"statistics, dim {dim}", run, arguments, only=("statistics",), donated=(4,), quick=quick)
