@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.append.window_triton import existing_row
 from pallas_kernels.decode.basis import power_of_two
 from pallas_kernels.lookup_triton import exp2, log2
 
@@ -100,12 +101,12 @@ def update_statistics(x: Observed, statistics: Any, plan: StatisticsPlan) -> Any
 
 def _update(x: Observed, old: Any, out: Any, *, plan: StatisticsPlan) -> None:
     index = pl.program_id(0)
-    row = x.rows[index]
+    row, exists = existing_row(x.rows[index], x.length.shape[0])
     before, count = x.length[row], x.counts[index]
     after = before + jnp.where(before + count <= plan.max_tokens, count, 0)
     leaves = after - x.slots > x.compressed[row]
 
-    @pl.when(jnp.logical_not(old.ready[row]))
+    @pl.when(exists & jnp.logical_not(old.ready[row]))
     def _() -> None:
         queries = old.query_count[row]
         if x.query is not None:

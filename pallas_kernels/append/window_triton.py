@@ -71,7 +71,8 @@ class New:
         keys: [b, t, h_kv, d].
         values: Likewise.
         counts: int32 [b], how many of them exist; None for t.
-        rows: int32 [b], the rows of the window that they are for, all different; None for all in order.
+        rows: int32 [b], the rows of the window that they are for, all different; None for all in order. Of a row that
+            there is not nothing is read or written.
     """
 
     keys: Any
@@ -79,9 +80,11 @@ class New:
     counts: Any = None
     rows: Any = None
 
-    def row(self, index: Any) -> Any:
-        """Row of the window."""
-        return index if self.rows is None else self.rows[index]
+    def row(self, index: Any, window: Window) -> tuple[Any, Any]:
+        """Row of the window, and whether there is such a row."""
+        if self.rows is None:
+            return index, True
+        return existing_row(self.rows[index], window.length.shape[0])
 
 
 @jax.tree_util.register_dataclass
@@ -100,6 +103,11 @@ class Left:
     keys: Any = None
     values: Any = None
     slots: Any = None
+
+
+def existing_row(row: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """A row that there is, and whether it is the given one."""
+    return jnp.clip(row, 0, rows - 1), (row >= 0) & (row < rows)
 
 
 def leave(new: New, window: Window, plan: WindowPlan) -> Left:
@@ -202,10 +210,10 @@ def _ring(window: Window, plan: WindowPlan) -> int:
 def _leave(new: New, window: Window, out: Left, *, plan: WindowPlan) -> None:
     tokens, dim = new.keys.shape[1], new.keys.shape[3]
     this, ring = _tokens(new.keys.shape), _ring(window, plan)
-    row = new.row(this.row)
+    row, exists = new.row(this.row, window)
     before = window.length[row]
     count = jnp.int32(tokens) if new.counts is None else new.counts[this.row]
-    count = jnp.where(before + count <= plan.max_tokens, count, -1)
+    count = jnp.where(exists & (before + count <= plan.max_tokens), count, -1)
 
     @pl.when((pl.program_id(0) == 0) & (this.head == 0))
     def _() -> None:
@@ -239,7 +247,7 @@ def _leave(new: New, window: Window, out: Left, *, plan: WindowPlan) -> None:
 
 def _enter(new: New, counters: Any, window: Window, out: Window, *, plan: WindowPlan) -> None:
     this, ring = _tokens(new.keys.shape), _ring(window, plan)
-    row = new.row(this.row)
+    row, exists = new.row(this.row, window)
     before, count = counters[this.row, 0], counters[this.row, 1]
     after = before + jnp.maximum(count, 0)
     position = before + this.step
@@ -251,7 +259,7 @@ def _enter(new: New, counters: Any, window: Window, out: Window, *, plan: Window
         moved = plt.load(chunk.at[this.at(this.row, this.step, this.head)], mask=mask, other=jnp.zeros((), chunk.dtype))
         plt.store(exact.at[this.at(row, this.head, _slot(position, plan.sinks, ring))], moved, mask=mask)
 
-    @pl.when((pl.program_id(0) == 0) & (this.head == 0))
+    @pl.when((pl.program_id(0) == 0) & (this.head == 0) & exists)
     def _() -> None:
         out.length[row] = after
         out.compressed[row] = jnp.maximum(window.compressed[row], after - plan.sinks - ring)

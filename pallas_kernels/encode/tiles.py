@@ -43,7 +43,8 @@ def find_place(x: Inputs, pool: Any, plan: Plan, head: jax.Array, block: jax.Arr
     size = jnp.full_like(slot, plan.page_size)
     statistics = row
     if x.rows is not None:
-        statistics = plt.load(x.rows.at[row], mask=row < plan.rows, other=0)
+        # Of rows that there are not no token has a slot.
+        statistics = jnp.clip(plt.load(x.rows.at[row], mask=row < plan.rows, other=0), 0, x.mean.shape[0] - 1)
     return Place(row, statistics, token, head, lax.div(slot, size), lax.rem(slot, size), valid)
 
 

@@ -105,6 +105,15 @@ def test_rows_by_kernels(name, monkeypatch):
     assert bool(want.overflow.any()) == (spec.max_tokens < 97)
 
 
+def test_rows_that_there_are_not_change_nothing(monkeypatch):
+    monkeypatch.setattr(encode, "encode_pages", reference)
+    run = jax.jit(functools.partial(tq.append, implementation="triton"))
+    k, v = chunk(SPEC, 8, 0)
+    alone = run(tq.init_cache(SPEC, 3), k[:1], v[:1], rows=jnp.asarray([2], jnp.int32))
+    others = run(tq.init_cache(SPEC, 3), k, v, rows=jnp.asarray([2, 3, -1], jnp.int32))
+    assert_same(others, alone)
+
+
 STATISTICS = {
     "both": ({}, True),
     "no queries": ({}, False),
