@@ -1,7 +1,8 @@
 """Appending to a cache in at most four launches: leave, encode keys, encode values, enter.
 
-Nothing is computed between them, every size is static and every counter is read and written where it lies, so that
-another framework can launch the same kernels on the same arrays and a CUDA graph can repeat them.
+Keys and values of few tokens are encoded in one. Nothing is computed between them, every size is static and every
+counter is read and written where it lies, so that another framework can launch the same kernels on the same arrays and
+a CUDA graph can repeat them.
 """
 
 import dataclasses

@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from interpreted import Interpreted, record_launches  # noqa: E402
+from reference_encoder import encode_by_reference  # noqa: E402
 
 import tq_jax as tq  # noqa: E402
 from interop import torch_append, torch_attend, torch_kernels  # noqa: E402
@@ -25,7 +26,6 @@ from interop.torch_cache import TorchCache  # noqa: E402
 from interop.torch_function import TorchFunction  # noqa: E402
 from interop.torch_kernels import BoundProgram, Place, plan_launches, struct  # noqa: E402
 from pallas_kernels.append import AppendPlan  # noqa: E402
-from pallas_kernels.encode import encode_pages  # noqa: E402
 from pallas_kernels.encode import triton as encode_triton  # noqa: E402
 
 SPEC = tq.CacheSpec(2, 64, 512, tq.QuantizerSpec(64, 3, kind="prod"), tq.QuantizerSpec(64, 4))
@@ -34,10 +34,7 @@ SMALL = tq.CacheSpec(2, 64, 64, tq.QuantizerSpec(64, 4), tq.QuantizerSpec(64, 4)
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    def reference(keys, values, pages, slots, *, interpret, **options):
-        return encode_pages(keys, values, pages, slots, implementation="reference", **options)
-
-    monkeypatch.setattr(encode_triton, "encode_pages", reference)
+    monkeypatch.setattr(encode_triton, "encode_pages", encode_by_reference)
     monkeypatch.setattr(torch_kernels, "TorchProgram", Interpreted)
     monkeypatch.setattr(torch_append, "AppendPlan", functools.partial(AppendPlan, interpret=True))
     monkeypatch.setattr(torch_attend, "_Static", functools.partial(torch_attend._Static, interpret=True))
@@ -74,7 +71,7 @@ def test_attention_is_three_launches(cache):
     assert arrays.exact_keys.dtype == torch.uint16
 
 
-def test_appending_is_four_launches_in_place(cache, monkeypatch):
+def test_appending_is_three_launches_in_place(cache, monkeypatch):
     """Every array of the cache is written where it lies; what leaves the window passes through the workspace."""
     made = []
     monkeypatch.setattr(torch_kernels, "TorchProgram", lambda *given, device: made.append(given))
@@ -83,7 +80,7 @@ def test_appending_is_four_launches_in_place(cache, monkeypatch):
         KernelAppend(cache.arrays)(k, v)
     [(function, *examples)] = made
     plan = plan_launches(function, *jax.tree.map(struct, examples))
-    assert [launch.kernel.name for launch in plan.launches] == ["leave", "encode", "encode", "enter"]
+    assert [launch.kernel.name for launch in plan.launches] == ["leave", "encode", "enter"]
     assert plan.made == () and plan.workspace > 0
     written = {place.index for place in plan.outputs if place.kind == "input"}
     assert written == set(range(len(jax.tree.leaves(examples[0]))))
@@ -190,7 +187,7 @@ def test_launches_get_the_addresses_of_tensors(cache, monkeypatch):
     launched = record_launches(monkeypatch)
     k, v, _ = tokens(1, 0)
     KernelAppend(cache.arrays)(k, v)
-    assert [call[0] for call in launched] == ["leave", "encode", "encode", "enter"]
+    assert [call[0] for call in launched] == ["leave", "encode", "enter"]
     assert all(call[1:8] == (*call[1:4], 7, "function", "metadata", None) for call in launched)
     enter = launched[-1]
     window = [getattr(cache.arrays, name).data_ptr() for name in ("exact_keys", "exact_values", "length", "compressed")]

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference_encoder import encode_by_reference
 
 import tq_jax as tq
 from pallas_kernels.append import AppendPlan, append_cache
-from pallas_kernels.encode import encode_pages
 from pallas_kernels.encode import triton as encode
 from tq_jax.attention import arrays_of
 from tq_jax.cache import from_storage, to_storage
@@ -58,21 +58,13 @@ def assert_same(found: tq.Cache, want: tq.Cache) -> None:
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(name))
 
 
-def reference(keys, values, pages, slots, *, interpret, rows, mean, **options):
-    assert interpret
-    if rows is not None and mean is not None:
-        mean, options["weight"] = mean[rows], options["weight"][rows]
-    options["mean"] = mean
-    return encode_pages(keys, values, pages, slots, implementation="reference", **options)
-
-
 QUICK = {"window and sinks", "neither"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SPECS])
 def test_the_bytes_of_append(name, monkeypatch):
     """Chunks longer and shorter than the window, ragged, single, with NaN behind the end, beyond the room."""
-    monkeypatch.setattr(encode, "encode_pages", reference)
+    monkeypatch.setattr(encode, "encode_pages", encode_by_reference)
     spec = SPECS[name]
     found = want = tq.init_cache(spec, 3, statistics=_statistics(spec))
     sizes = [(1, [1, 1, 0]), (22, [22, 1, 18]), (1, [1, 1, 1]), (22, [3, 22, 0]), (22, [22, 22, 14]), (22, [22, 22, 2])]
@@ -91,7 +83,7 @@ def test_the_bytes_of_append(name, monkeypatch):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SPECS])
 def test_rows_by_kernels(name, monkeypatch):
     """Some rows in another order, rows that overflow."""
-    monkeypatch.setattr(encode, "encode_pages", reference)
+    monkeypatch.setattr(encode, "encode_pages", encode_by_reference)
     spec = SPECS[name]
     found = want = tq.init_cache(spec, 5, statistics=_statistics(spec))
     by = {how: jax.jit(functools.partial(tq.append, implementation=how)) for how in ("reference", "triton")}
@@ -106,7 +98,7 @@ def test_rows_by_kernels(name, monkeypatch):
 
 
 def test_rows_that_there_are_not_change_nothing(monkeypatch):
-    monkeypatch.setattr(encode, "encode_pages", reference)
+    monkeypatch.setattr(encode, "encode_pages", encode_by_reference)
     run = jax.jit(functools.partial(tq.append, implementation="triton"))
     k, v = chunk(SPEC, 8, 0)
     alone = run(tq.init_cache(SPEC, 3), k[:1], v[:1], rows=jnp.asarray([2], jnp.int32))
@@ -126,7 +118,7 @@ STATISTICS = {
 @pytest.mark.parametrize("name", STATISTICS)
 def test_statistics_by_kernel(name, monkeypatch):
     """They are fixed when the first token of a row leaves, from the ring and a chunk of up to 8 tokens."""
-    monkeypatch.setattr(encode, "encode_pages", reference)
+    monkeypatch.setattr(encode, "encode_pages", encode_by_reference)
     options, told = STATISTICS[name]
     spec = dataclasses.replace(SPEC, **({"window": 40, "max_tokens": 60} | options))
     found = want = tq.init_cache(spec, 4)
