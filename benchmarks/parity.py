@@ -92,11 +92,12 @@ def encode(name: str) -> Row:
     return dataclasses.asdict(found) | {"wrong": found.wrong[:3], "same_twice": same, "ok": ok}
 
 
-FOUR, PROD, GROUPS = tq.QuantizerSpec(128, 4, search=True), tq.QuantizerSpec(128, 3, kind="prod"), {"kind": "group"}
+FOUR = tq.QuantizerSpec(128, 4, search=True)
+PROD, GROUP = tq.QuantizerSpec(128, 3, kind="prod"), tq.QuantizerSpec(128, 2, kind="group")
 APPENDS = {
     "k4v4": tq.CacheSpec(2, 128, 400, FOUR, FOUR, window=40, page_size=64),
     "k4v4 float32, no window": tq.CacheSpec(2, 128, 400, FOUR, FOUR, window=0, sink_tokens=0, dtype="float32"),
-    "prod3 group2": tq.CacheSpec(2, 128, 400, PROD, tq.QuantizerSpec(128, 2, **GROUPS), window=130, page_size=64),
+    "prod3 group2": tq.CacheSpec(2, 128, 400, PROD, GROUP, window=130, page_size=64),
     "full precision": tq.CacheSpec.full_precision(num_kv_heads=2, head_dim=128, max_tokens=400),
 }
 CHUNKS = [[1] * 3] * 3 + [[7, 3, 8]] * 7 + [[90, 1, 0], [1, 0, 1], [200, 150, 3], [8, 8, 8], [200, 200, 1]]

@@ -15,7 +15,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from interop.hf import ATTENTION, CACHE_ARGUMENT, TurboQuantCache, layer_bytes
-from tq_jax.evaluate.inputs import require_tokens
+from tq_jax.evaluate.inputs import CHARACTERS_A_TOKEN, require_tokens
 from tq_jax.evaluate.report import refusing
 
 CHUNK = 16
@@ -87,7 +87,7 @@ def load_task(
     with refusing("torch,hf"):
         network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(model)
-    text = content[: 12 * (context + positions)]
+    text = content[: CHARACTERS_A_TOKEN * (context + positions)]
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : context + positions].to(device)
     asked = ids[:, :context] if prompt is None else tokenizer(prompt, return_tensors="pt").input_ids.to(device)
     if ids.shape[1] <= context:

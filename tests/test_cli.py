@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from refusals import refused
 from typer.testing import CliRunner
 
 from tq_jax import cli
@@ -28,13 +29,6 @@ def failing():
 
 def run(*arguments):
     return CliRunner().invoke(cli.build(MODULES), list(arguments))
-
-
-def refused(*arguments):
-    """What is said of wrong arguments, on one line."""
-    result = CliRunner().invoke(cli.build(arguments[:1]), list(arguments), env={"COLUMNS": "2000"})
-    assert result.exit_code == 2, result.output
-    return result.output
 
 
 @pytest.mark.parametrize("command", MODULES)

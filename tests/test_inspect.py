@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from caches import make_spec, tokens
+from refusals import refused
 from typer.testing import CliRunner
 
 import tq_jax as tq
@@ -84,6 +85,4 @@ def test_the_report_does_not_replace_the_file(saved):
 
 def test_the_package_is_needed(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    result = CliRunner().invoke(cli.build(["inspect"]), ["inspect", str(saved / "cache")], env={"COLUMNS": "2000"})
-    assert result.exit_code == 2
-    assert 'pip install "tq-jax[models]"' in result.output
+    assert 'pip install "tq-jax[models]"' in refused("inspect", str(saved / "cache"))

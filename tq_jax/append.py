@@ -81,7 +81,7 @@ def append(
     if implementation == "auto":
         implementation = _best(cache)
     elif implementation == "triton":
-        check_append(arrays_of(cache), *_encoders(cache))
+        jax.eval_shape(_check, cache)
     new, fits = _append(cache, k, v, query, lengths, rows, implementation)
     if not traced and not np.asarray(fits).all():
         raise ValueError(
@@ -143,11 +143,16 @@ def _best(cache: Cache) -> Implementation:
     if jax.default_backend() != "gpu":
         return "reference"
     try:
-        check_append(arrays_of(cache), *_encoders(cache))
+        jax.eval_shape(_check, cache)
     except NotImplementedError as error:
         warnings.warn(f"append runs as the slow reference: {error}", stacklevel=3)
         return "reference"
     return "triton"
+
+
+def _check(cache: Cache) -> None:
+    """Raises NotImplementedError for what the kernels do not support; traced, for nothing of it has to be computed."""
+    check_append(arrays_of(cache), *_encoders(cache))
 
 
 def _encoders(cache: Cache) -> list[Encoder | None]:
@@ -180,18 +185,11 @@ def _append(
     slots = rows[:, None] * (spec.pages_per_row * spec.page_size) + compressed[:, None] + step
     slots = jnp.where(step < evicted[:, None], slots, -1)
     statistics, pages = cache.statistics, cache.pages
-    if statistics is not None and pages is not None and implementation == "triton" and k.shape[1] <= FEW_TOKENS:
-        statistics = _update_by_kernel(cache, statistics, k, query, lengths, rows)
-    elif statistics is not None and pages is not None:
-        open_rows = ~statistics.ready[rows] & ((query is not None) | (evicted > 0))
-
-        def update(found: KeyStatistics) -> KeyStatistics:
-            found = found if query is None else observe_queries(found, query, exists)
-            return _fix(found, cache, k, rows, before, exists, ~found.ready & (evicted > 0))
-
-        found = jax.tree.map(lambda x: x[rows], statistics)
-        found = lax.cond(jnp.any(open_rows), update, lambda found: found, found)
-        statistics = jax.tree.map(lambda x, new: x.at[rows].set(new), statistics, found)
+    if statistics is not None and pages is not None:
+        if implementation == "triton" and k.shape[1] <= FEW_TOKENS:
+            statistics = _update_by_kernel(cache, k, query, lengths, rows)
+        else:
+            statistics = _update(statistics, cache, k, query, rows, before, exists, evicted)
     cache = dataclasses.replace(cache, statistics=statistics)
     if implementation == "triton":
         new = _append_by_kernels(cache, k, v, lengths, rows)
@@ -223,15 +221,36 @@ def _append(
     return new, finite
 
 
-def _update_by_kernel(
-    cache: Cache, statistics: KeyStatistics, k: Array, query: Array | None, lengths: Array, rows: Array
+def _update(
+    stats: KeyStatistics,
+    cache: Cache,
+    k: Array,
+    query: Array | None,
+    rows: Int[Array, "b"],
+    before: Int[Array, "b"],
+    exists: Bool[Array, "b t"],
+    evicted: Int[Array, "b"],
 ) -> KeyStatistics:
-    """Statistics with the queries and keys of a chunk of few tokens."""
+    """Statistics with the queries of a chunk, and fixed for rows whose first token leaves."""
+    leaves = evicted > 0
+
+    def update(found: KeyStatistics) -> KeyStatistics:
+        found = found if query is None else observe_queries(found, query, exists)
+        return _fix(found, cache, k, rows, before, exists, ~found.ready & leaves)
+
+    found = jax.tree.map(lambda x: x[rows], stats)
+    wanted = ~found.ready & ((query is not None) | leaves)
+    found = lax.cond(jnp.any(wanted), update, lambda found: found, found)
+    return jax.tree.map(lambda x, new: x.at[rows].set(new), stats, found)
+
+
+def _update_by_kernel(cache: Cache, k: Array, query: Array | None, lengths: Array, rows: Array) -> KeyStatistics:
+    """What `_update` does, for a chunk of few tokens."""
     spec = cache.spec
     window = cache.exact_keys if cache.exact_keys.size else None
     return update_statistics(
         Observed(query, to_storage(spec, k), lengths, rows, window, cache.length, cache.compressed),
-        statistics,
+        cache.statistics,
         statistics_plan(spec, interpret=jax.default_backend() != "gpu"),
     )
 
@@ -260,12 +279,11 @@ def _append_by_kernels(
 ) -> Cache:
     """The cache with a chunk; its statistics are up to date."""
     spec = cache.spec
-    arrays = arrays_of(cache)
     key, value = _encoders(cache)
     new = append_cache(
         to_storage(spec, k),
         to_storage(spec, v),
-        arrays,
+        arrays_of(cache),
         AppendPlan(spec.sinks, spec.max_tokens, interpret=jax.default_backend() != "gpu"),
         key=key,
         value=value,

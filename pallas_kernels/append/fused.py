@@ -59,7 +59,7 @@ def append_cache(
     Args:
         keys: Of the type of full-precision tokens; bfloat16 may come as its bits in uint16.
         values: Likewise.
-        cache: The cache; bases and sketch are not read. `overflow` is uint8.
+        cache: The cache; bases and sketch are not read. `overflow` is bool, or uint8.
         plan: What is static.
         key: How keys are encoded; None without pages.
         value: Likewise.

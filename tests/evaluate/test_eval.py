@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 import typer
 from flax import nnx
+from refusals import refused
 from typer.testing import CliRunner
 
 import tq_jax as tq
@@ -194,10 +195,7 @@ def test_numbers_and_texts_that_do_not_fit_are_refused(decoder, tmp_path):
     ],
 )
 def test_mistakes_are_found_before_the_work(option, value, message, tmp_path):
-    arguments = ["eval", option, value, "--plot", str(tmp_path / "x.png")]
-    result = CliRunner().invoke(cli.build(["eval"]), arguments, env={"COLUMNS": "2000"})
-    assert result.exit_code == 2, result.output
-    assert message in result.output
+    assert message in refused("eval", option, value, "--plot", str(tmp_path / "x.png"))
 
 
 def test_texts_that_cannot_be_had(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refusals import refused
 from typer.testing import CliRunner
 
 from tq_jax import cli
@@ -88,13 +89,6 @@ def test_haystacks_hold_their_facts():
         make_haystack(tokenizer, 900, tuple(i / 13 for i in range(13)), seed=0)
 
 
-def refused(*arguments):
-    """What is said of wrong arguments, on one line."""
-    result = CliRunner().invoke(cli.build(["needle"]), ["needle", *arguments], env={"COLUMNS": "2000"})
-    assert result.exit_code == 2, result.output
-    return result.output
-
-
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -110,7 +104,7 @@ def refused(*arguments):
     ],
 )
 def test_mistakes_are_found_before_the_work(option, value, message, tmp_path):
-    assert message in refused(option, value, "--plot", str(tmp_path / "x.png"))
+    assert message in refused("needle", option, value, "--plot", str(tmp_path / "x.png"))
 
 
 @pytest.mark.weights
@@ -123,7 +117,7 @@ def test_mistakes_are_found_before_the_work(option, value, message, tmp_path):
     ],
 )
 def test_haystacks_that_cannot_be_made_are_found_before_the_work(arguments, message, tmp_path):
-    assert message in refused(*arguments, "--plot", str(tmp_path / "x.png"))
+    assert message in refused("needle", *arguments, "--plot", str(tmp_path / "x.png"))
 
 
 @pytest.mark.weights

@@ -11,11 +11,10 @@ from pallas_kernels.decode.pages import empty_pages
 from pallas_kernels.encode import triton
 from pallas_kernels.encode.config import default_config
 from tq_jax.evaluate.gate import Case
+from tq_jax.evaluate.gate_decode import BATCH, KV_HEADS, LARGE, PAGE_SIZE, PAGES
 from tq_jax.quantizer import QuantizerSpec, encoder, make_quantizer
 
-PAGES, KV_HEADS, PAGE_SIZE, TOKENS = 64, 2, 128, 4096
-LARGE = 3 * 2**30 // (KV_HEADS * PAGE_SIZE * 64)
-"""Pages for which a pool of 4-bit codes takes offsets of 64 bits."""
+TOKENS = 4096
 
 
 def cases() -> Iterator[Case]:
@@ -39,7 +38,7 @@ def cases() -> Iterator[Case]:
     yield case("prod 4 haar", spec(128, 4, kind="prod", rotation="haar"), keys=True)
     yield case("min-max 2", spec(128, 2, kind="group"), quick=True)
     yield case("K4 haar", spec(128, 4, rotation="haar"), keys=True)
-    yield case("V4, pools of 3 GiB", spec(128, 4), pages=LARGE)
+    yield case("V4, pools of 3 GiB", spec(128, 4), pages=BATCH * LARGE)
     for bits in (2, 3, 4):
         yield together(bits, quick=bits == 4)
     yield case("V4 search, 32 rows", spec(128, 4, search=True), rows=32, tokens=1, quick=True)

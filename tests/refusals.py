@@ -1,0 +1,12 @@
+"""What commands say of mistakes."""
+
+from typer.testing import CliRunner
+
+from tq_jax import cli
+
+
+def refused(command, *arguments):
+    """What a command says of wrong arguments, on one line."""
+    result = CliRunner().invoke(cli.build([command]), [command, *arguments], env={"COLUMNS": "2000"})
+    assert result.exit_code == 2, result.output
+    return result.output
