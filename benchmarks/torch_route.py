@@ -27,6 +27,7 @@ from interop import compute
 from interop.hf import ATTENTION, CACHE_ARGUMENT, TurboQuantCache
 from interop.torch_attend import AttendOptions, KernelAttention
 from interop.torch_cache import TorchCache
+from interop.torch_extend import GraphPool
 from tq_jax.evaluate.report import environment, write_json
 
 DIM, KV_HEADS, Q_HEADS = 128, 8, 32
@@ -56,8 +57,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
-def filled(name: str, lengths: list[int], max_tokens: int) -> tuple[TorchCache, torch.Tensor]:
-    cache = TorchCache(spec(*SPECS[name], max_tokens), len(lengths), device="cuda")
+def filled(
+    name: str, lengths: list[int], max_tokens: int, pool: GraphPool | None = None
+) -> tuple[TorchCache, torch.Tensor]:
+    cache = TorchCache(spec(*SPECS[name], max_tokens), len(lengths), device="cuda", graph_pool=pool)
     k, v, q = tokens(len(lengths), max(lengths))
     cache.append(k, v, query=q, lengths=lengths)
     return cache, q[:, :1].clone()
@@ -131,6 +134,36 @@ def graph() -> dict:
     row["changed by"] = min(changed)
     row["replay us a layer"] = gpu_us(captured.replay) / LAYERS
     row["eager us a layer"] = host_us(lambda: step(copies), 20) / LAYERS
+    return row
+
+
+def extend() -> dict:
+    """Tokens of several layers, appended and attended to in one call, a CUDA graph a layer, against two calls.
+
+    Layers share the memory of their graphs; rows are reordered and memory moves on the way.
+    """
+    pool = GraphPool()
+    caches = [filled("K4/V4", [900, 300], 1280, pool)[0] for _ in range(LAYERS)]
+    copies = [cache.fork() for cache in caches]
+    same, sinks = [], torch.linspace(-1, 4, Q_HEADS).cuda()
+    for seed in range(120):
+        k, v, query = tokens(2, 1, seed)
+        asked, options = query, {"sink_logits": sinks} if seed % 3 == 0 else {}
+        for cache, copy in zip(caches, copies, strict=True):
+            query = cache.extend(k, v, query, **options)
+            copy.append(k, v, query=asked)
+            asked = copy.attend(asked, **options)
+        same.append(bool(torch.equal(query, asked)))
+        for cache in (*caches, *copies):
+            if seed == 40:
+                cache.reorder([1, 0])
+            if seed == 80:
+                cache.reserve(1536)
+    row: dict[str, Any] = {"case": f"extend, {LAYERS} layers", "tokens": len(same), "as two calls": all(same)}
+    leaves = [(jax.tree.leaves(a.arrays), jax.tree.leaves(b.arrays)) for a, b in zip(caches, copies, strict=True)]
+    row["same bytes"] = all(bool(torch.equal(x, y)) for pair in leaves for x, y in zip(*pair, strict=True))
+    row["extend us of the host"] = host_us(lambda: caches[0].extend(k, v, query), 20)
+    row["two calls"] = host_us(lambda: (copies[0].append(k, v, query=query), copies[0].attend(query)), 20)
     return row
 
 
@@ -241,7 +274,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="what the name of a job contains, several divided by |")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    jobs = {"overhead": overhead, "graph": graph}
+    jobs = {"overhead": overhead, "graph": graph, "extend": extend}
     jobs |= {"model 1x32768": lambda: model(1, 32768), "model 16x32768": lambda: model(16, 32768, layers=4)}
     jobs |= {f"parity {name}": (lambda name=name: parity(name)) for name in SPECS}
     for name, job in jobs.items():

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 import tq_jax as tq
 from interop.hf_attention import ATTENTION, Handle
 from interop.torch_cache import TorchCache
+from interop.torch_extend import GraphPool
 
 __all__ = ["ATTENTION", "CACHE_ARGUMENT", "CompressedLayer", "TurboQuantCache"]
 
@@ -49,6 +50,7 @@ class Compression:
     seed: int
     options: dict[str, Any]
     exact_prompt: bool = True
+    graph_pool: GraphPool = dataclasses.field(default_factory=GraphPool)
 
     def spec(self, kv_heads: int, head_dim: int, prompt: int) -> tq.CacheSpec:
         """The spec of a layer whose first chunk has `prompt` tokens."""
@@ -111,28 +113,11 @@ class CompressedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         return Handle(self, key_states), Handle(self, value_states)
 
-    def store(
-        self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
-    ) -> tuple[list[int] | None, torch.Tensor | None]:
-        """Appends a chunk [b, h, t, d] without its padding.
-
-        Returns:
-            Tokens of each row and, [b, t], where in the chunk they are, padding last; None each without padding.
-        """
-        count = k.shape[2]
-        self._require_consistent(real)
-        counts = order = None
-        tokens = [x.transpose(1, 2) for x in (k, v, query)]
-        new = None if real is None else real[:, self.seen :]
-        if new is not None and not bool(new.all()):
-            counts = new.sum(1).tolist()
-            order = torch.argsort((~new).int(), dim=1, stable=True).to(k.device)
-            tokens = [_take(x, order) for x in tokens]
-        self._make_room(k, count)
-        assert self.cache is not None
-        self.cache.append(*tokens[:2], query=tokens[2], lengths=counts)
-        self.real, self.seen = real, self.seen + count
-        return counts, order
+    def store(self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Appends a chunk [b, h, t, d] without its padding."""
+        cache, tokens, counts, _ = self._prepare(query, k, v, real)
+        cache.append(*tokens[:2], query=tokens[2], lengths=counts)
+        self.real, self.seen = real, self.seen + k.shape[2]
 
     def attend(
         self,
@@ -146,11 +131,29 @@ class CompressedLayer(CacheLayerMixin):
         s_aux: torch.Tensor | None,
     ) -> torch.Tensor:
         """Appends a chunk and attends over everything; outputs [b, t, h_q, d], zero for padding."""
-        counts, order = self.store(query, k, v, real)
-        assert self.cache is not None
-        asked = query.transpose(1, 2) if order is None else _take(query.transpose(1, 2), order)
-        out = self.cache.attend(asked, softcap=softcap, sink_logits=s_aux, scale=scaling, lengths=counts)
+        cache, tokens, counts, order = self._prepare(query, k, v, real)
+        out = cache.extend(*tokens, lengths=counts, softcap=softcap, sink_logits=s_aux, scale=scaling)
+        self.real, self.seen = real, self.seen + k.shape[2]
         return out if order is None else _take(out, torch.argsort(order, dim=1))
+
+    def _prepare(
+        self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
+    ) -> tuple[TorchCache, list[torch.Tensor], list[int] | None, torch.Tensor | None]:
+        """Makes room for a chunk.
+
+        Returns:
+            The cache; keys, values and queries [b, t, h, d], padding last; and, None each without padding, tokens of
+            each row and, [b, t], where in the chunk they are.
+        """
+        self._require_consistent(real)
+        counts = order = None
+        tokens = [x.transpose(1, 2) for x in (k, v, query)]
+        new = None if real is None else real[:, self.seen :]
+        if new is not None and not bool(new.all()):
+            counts = new.sum(1).tolist()
+            order = torch.argsort((~new).int(), dim=1, stable=True).to(k.device)
+            tokens = [_take(x, order) for x in tokens]
+        return self._make_room(k), tokens, counts, order
 
     def _require_consistent(self, real: torch.Tensor | None) -> None:
         """Raises ValueError for a mask that hides other tokens than the masks before."""
@@ -165,14 +168,17 @@ class CompressedLayer(CacheLayerMixin):
                 f"{(~before).sum(1).tolist()} before"
             )
 
-    def _make_room(self, k: torch.Tensor, count: int) -> None:
+    def _make_room(self, k: torch.Tensor) -> TorchCache:
+        count = k.shape[2]
         if self.cache is None:
             spec = self.compression.spec(k.shape[1], k.shape[3], count)
-            self.cache = TorchCache(spec, k.shape[0], seed=self.compression.seed, device=k.device)
+            how = self.compression
+            self.cache = TorchCache(spec, k.shape[0], seed=how.seed, device=k.device, graph_pool=how.graph_pool)
         spec, needed = self.cache.spec, max(self.cache.lengths) + count
         if needed > spec.max_tokens:
             more = max(needed, spec.max_tokens + spec.max_tokens // 4) - spec.max_tokens
             self.cache.reserve(spec.max_tokens + -(-more // spec.page_size) * spec.page_size)
+        return self.cache
 
     def get_seq_length(self, cache_position: Any = None) -> int:
         """Tokens so far, padding included."""

@@ -1,4 +1,4 @@
-"""Where the tokens of one append go, worked out on the host: index tensors, no cache bytes.
+"""Whether the tokens of one append fit and where they go, worked out on the host: index tensors, no cache bytes.
 
 The rules are those of `tq_jax.append`: a new token goes to its sink or ring slot, and the oldest tokens of the ring, or
 of the chunk itself, leave for the pages.
@@ -109,6 +109,35 @@ def plan_append(
 def exact_slots(spec: CacheSpec, position: np.ndarray) -> np.ndarray:
     """Exact slot of each position: its own for sinks, a place in the ring for the others."""
     return np.where(position < spec.sinks, position, spec.sinks + (position - spec.sinks) % max(spec.ring, 1))
+
+
+def require_room(spec: CacheSpec, lengths: tuple[int, ...], counts: tuple[int, ...]) -> None:
+    """Raises ValueError for rows without room for counts[r] more tokens."""
+    total = [before + count for before, count in zip(lengths, counts, strict=True)]
+    if max(total, default=0) > spec.max_tokens:
+        raise ValueError(f"expected at most max_tokens={spec.max_tokens} tokens a row, got {total}")
+
+
+def require_chunk(
+    spec: CacheSpec,
+    device: torch.device,
+    lengths: tuple[int, ...],
+    counts: tuple[int, ...],
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query: torch.Tensor | None,
+) -> None:
+    """Raises ValueError for a chunk that does not fit, by its shapes, types, place or number of tokens."""
+    shape = (len(lengths), k.shape[1] if k.ndim == 4 else 0, spec.num_kv_heads, spec.head_dim)
+    if k.shape != shape or v.shape != shape:
+        raise ValueError(f"expected k and v of shape {shape}, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if query is not None and (query.shape != (*shape[:2], *query.shape[2:3], shape[3]) or query.shape[2] % shape[2]):
+        heads = f"a multiple of {shape[2]}"
+        raise ValueError(f"expected query of shape {(*shape[:2], heads, shape[3])}, got {tuple(query.shape)}")
+    for name, tensor in (("k", k), ("v", v), ("query", query)):
+        if tensor is not None and not (tensor.is_floating_point() and tensor.device.type == device.type):
+            raise ValueError(f"expected {name} to be floating point on {device}, got {tensor.dtype} on {tensor.device}")
+    require_room(spec, lengths, counts)
 
 
 def row_integers(given: Sequence[int] | torch.Tensor) -> tuple[int, ...]:

@@ -55,6 +55,30 @@ def map_rows(arrays: tq.Cache, function: Callable[[torch.Tensor, bool], torch.Te
     return dataclasses.replace(arrays, pages=jax.tree.map(on_pool, arrays.pages), **changed)
 
 
+def move_rows(arrays: tq.Cache, source: dict[int, int], used: int) -> None:
+    """Makes row i what row source[i] was, in place, of pools only the first `used` pages of a row."""
+
+    def move(rows: torch.Tensor, paged: bool) -> torch.Tensor:
+        part = rows[:, :used] if paged else rows
+        part[to] = part[of]
+        return rows
+
+    device: Any = arrays.length.device
+    to, of = torch.tensor(list(source.items()), device=device).T
+    map_rows(arrays, move)
+
+
+def grow_pools(arrays: tq.Cache, spec: tq.CacheSpec, used: int) -> tq.Cache:
+    """The cache with new pools for another max_tokens, into which the first `used` pages of each row are copied."""
+    device: Any = arrays.length.device
+    rows, pages = arrays.length.shape[0], zero_pools(spec, arrays.length.shape[0], device)["pages"]
+    if arrays.pages is not None:
+        for pool, grown in zip(jax.tree.leaves(arrays.pages), jax.tree.leaves(pages), strict=True):
+            old = pool.unflatten(0, (rows, arrays.spec.pages_per_row))
+            grown.unflatten(0, (rows, spec.pages_per_row))[:, :used] = old[:, :used]
+    return dataclasses.replace(arrays, pages=pages, spec=spec)
+
+
 def named_tensors(arrays: tq.Cache) -> dict[str, Any]:
     """The tensors by dotted name, and the spec as JSON under "spec"."""
     return {"spec": json.dumps(dataclasses.asdict(arrays.spec), sort_keys=True), **named_leaves(arrays)}

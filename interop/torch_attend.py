@@ -29,6 +29,11 @@ class AttendOptions:
     scale: float | None = None
     precise: bool = False
 
+    @property
+    def of_logits(self) -> dict[str, float | None]:
+        """The numbers, each above 0 if given."""
+        return {"sliding_window": self.sliding_window, "softcap": self.softcap, "scale": self.scale}
+
 
 class KernelAttention:
     """Attention over one cache; made once, and again when the cache's tensors are replaced.
@@ -55,8 +60,7 @@ class KernelAttention:
             ValueError: For shapes or options that do not fit.
             NotImplementedError: For shapes or formats outside the kernels' limits.
         """
-        static = {name: getattr(options, name) for name in ("sliding_window", "softcap", "scale")}
-        check_query(self._spec, self._arrays.length.shape[0], query, sink_logits, **static)
+        check_query(self._spec, self._arrays.length.shape[0], query, sink_logits, **options.of_logits)
         if not query.numel():
             return torch.zeros_like(query)
         whole = query.shape[1]

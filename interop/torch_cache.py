@@ -8,6 +8,7 @@ rows, each a sequence.
 import dataclasses
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import jax
@@ -18,10 +19,11 @@ import tq_jax as tq
 from interop import compute, ops
 from interop.dlpack import to_jax, to_torch
 from interop.jax_append import update_statistics, write_chunk
-from interop.moves import counters_after, plan_append, row_integers
-from interop.state import empty_tensors, load_tensors, map_rows, named_tensors, zero_pools
-from interop.torch_append import KernelAppend
-from interop.torch_attend import AttendOptions, KernelAttention
+from interop.moves import counters_after, plan_append, require_chunk, require_room, row_integers
+from interop.state import empty_tensors, grow_pools, load_tensors, map_rows, move_rows, named_tensors
+from interop.torch_attend import AttendOptions
+from interop.torch_extend import CacheKernels, GraphPool
+from tq_jax.attention import check_query
 
 Lengths = Sequence[int] | torch.Tensor
 """Tokens of each row; a tensor may be on the GPU, where a CUDA graph reads it anew."""
@@ -44,6 +46,7 @@ class TorchCache:
         batch: Rows.
         seed: Seed of the quantizers; the same one gives the bytes that `tq_jax.init_cache` gives.
         device: Where to allocate.
+        graph_pool: Memory of CUDA graphs (see `extend`) that caches which never run at the same time can share.
         options: `statistics`, `key_quantizer`, `value_quantizer` of `tq_jax.init_cache`, as JAX arrays.
 
     Example:
@@ -56,10 +59,17 @@ class TorchCache:
     """
 
     def __init__(
-        self, spec: tq.CacheSpec, batch: int, *, seed: int = 0, device: str | torch.device = "cpu", **options: Any
+        self,
+        spec: tq.CacheSpec,
+        batch: int,
+        *,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        graph_pool: GraphPool | None = None,
+        **options: Any,
     ) -> None:
         self.device = torch.device(device)
-        self._adopt(empty_tensors(spec, batch, self.device, seed=seed, **options))
+        self._adopt(empty_tensors(spec, batch, self.device, seed=seed, **options), graph_pool)
 
     @classmethod
     def from_jax(cls, cache: tq.Cache, *, device: str | torch.device = "cpu") -> "TorchCache":
@@ -69,7 +79,7 @@ class TorchCache:
         new._adopt(jax.tree.map(lambda x: x.to(device, copy=True), to_torch(cache)))
         return new
 
-    def _adopt(self, arrays: tq.Cache) -> None:
+    def _adopt(self, arrays: tq.Cache, pool: GraphPool | None = None) -> None:
         """Takes over tensors and reads the counters that the host keeps."""
         self.arrays: Any = arrays  # a Cache, of leaves that its annotations do not know
         self.lengths = tuple(arrays.length.tolist())
@@ -77,9 +87,9 @@ class TorchCache:
         self._ready = arrays.statistics is None or bool(arrays.statistics.ready.all())
         if not hasattr(self, "_number"):
             self._number, self._version = ops.register(self), torch.zeros(1, dtype=torch.int32)
+            self._pool = pool or GraphPool()
         self._view: Any = None
-        self._kernels: KernelAttention | None = None
-        self._appends: KernelAppend | None = None
+        self._kernels = CacheKernels(arrays, self._pool)
 
     @property
     def spec(self) -> tq.CacheSpec:
@@ -135,16 +145,16 @@ class TorchCache:
     ) -> None:
         """`append`, outside of a compiled graph."""
         if self.is_capturing:
-            self._check_chunk(k, v, query, (0,) * self.rows)
+            require_chunk(self.spec, self.device, self.lengths, (0,) * self.rows, k, v, query)
             if not self._ready and self.arrays.pages is not None:
                 raise ValueError(
                     f"expected fixed key statistics when a CUDA graph captures an append, got rows of {self.lengths} "
                     f"tokens: they are fixed when the first token leaves the window of {self.spec.window}"
                 )
-            self._append_by_kernels(k, v, lengths)
+            self._kernels.append(k, v, self._on_device(lengths))
             return
         counts = self._counts(k, lengths)
-        self._check_chunk(k, v, query, counts)
+        require_chunk(self.spec, self.device, self.lengths, counts, k, v, query)
         if not any(counts):
             return
         after = counters_after(self.spec, self.lengths, self.compressed, counts)
@@ -153,8 +163,8 @@ class TorchCache:
             self._ready = update_statistics(
                 self.arrays, self._stored(k), query, lengths=self.lengths, counts=counts, evicts=evicts
             )
-        if self.device.type == "cuda":
-            self._append_by_kernels(k, v, lengths)
+        if self.on_gpu:
+            self._kernels.append(k, v, self._on_device(lengths))
         else:
             moves = plan_append(self.spec, self.lengths, self.compressed, counts, str(self.device))
             write_chunk(self.arrays, self.as_jax(), self._stored(k), self._stored(v), moves)
@@ -163,11 +173,6 @@ class TorchCache:
     def _stored(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens as the window holds them."""
         return tokens.detach().to(self.arrays.exact_keys.dtype)
-
-    def _append_by_kernels(self, k: torch.Tensor, v: torch.Tensor, lengths: Lengths | None) -> None:
-        if self._appends is None:
-            self._appends = KernelAppend(self.arrays)
-        self._appends(k, v, self._on_device(lengths))
 
     def advance(self, counts: int | Sequence[int] = 1) -> None:
         """Says that a CUDA graph which captured an append is about to be replayed: a replay counts on the GPU only.
@@ -181,7 +186,7 @@ class TorchCache:
         given = (counts,) * self.rows if isinstance(counts, int) else row_integers(counts)
         if len(given) != self.rows or min(given, default=0) < 0:
             raise ValueError(f"expected a count of at least 0, or one for each of {self.rows} rows, got {counts}")
-        self._check_room(given)
+        require_room(self.spec, self.lengths, given)
         self.lengths, self.compressed = counters_after(self.spec, self.lengths, self.compressed, given)
 
     def attend(
@@ -232,21 +237,48 @@ class TorchCache:
         if not self.is_capturing:
             self._counts(query, lengths)
         counts = self._on_device(lengths)
-        if self.device.type == "cuda":
-            options = AttendOptions(sliding_window, softcap, scale, precise)
-            return self._attend_by_kernels(query, options, sink_logits, counts)
+        if self.on_gpu:
+            return self._kernels.attend(
+                query, AttendOptions(sliding_window, softcap, scale, precise), sink_logits, counts
+            )
         tensors = {"sink_logits": sink_logits, "lengths": counts}
         return compute.attend(
             query, self.as_jax(), sliding_window=sliding_window, softcap=softcap, scale=scale,
             **{name: tensor for name, tensor in tensors.items() if tensor is not None},
         )  # fmt: skip
 
-    def _attend_by_kernels(
-        self, query: torch.Tensor, options: AttendOptions, sink_logits: torch.Tensor | None, counts: torch.Tensor | None
-    ) -> torch.Tensor:
-        if self._kernels is None:
-            self._kernels = KernelAttention(self.arrays)
-        return self._kernels(query, options, sink_logits, counts)
+    def extend(
+        self,
+        k: Float[torch.Tensor, "b t h_kv d"],
+        v: Float[torch.Tensor, "b t h_kv d"],
+        query: Float[torch.Tensor, "b t h_q d"],
+        *,
+        lengths: Lengths | None = None,
+        sink_logits: Float[torch.Tensor, "h_q"] | None = None,
+        **options: Any,
+    ) -> Float[torch.Tensor, "b t h_q d"]:
+        """`append`, then `attend`, whose arguments it takes.
+
+        On a GPU one token of every row is replayed as a CUDA graph from the second such call on, with a fifth of the
+        host's time; what the graph reads and gives is copied, so that all else is as by the two calls.
+        """
+        asked = AttendOptions(**options)
+        check_query(self.spec, self.rows, query, sink_logits, **asked.of_logits)  # before anything is written
+        given = (k, v, query) if sink_logits is None else (k, v, query, sink_logits)
+        graph = self._kernels.graph(given, asked) if self._is_replayable(k, lengths) else None
+        if graph is None:
+            self.append(k, v, query=query, lengths=lengths)
+            return self.attend(query, lengths=lengths, sink_logits=sink_logits, **options)
+        counts = (1,) * self.rows
+        require_chunk(self.spec, self.device, self.lengths, counts, k, v, query)
+        out = graph(given)
+        self.lengths, self.compressed = counters_after(self.spec, self.lengths, self.compressed, counts)
+        return ops.refuse_gradient(out, query, sink_logits)
+
+    def _is_replayable(self, chunk: torch.Tensor, lengths: Lengths | None) -> bool:
+        """Whether appending and attending are launches alone, of one token in every row."""
+        single = lengths is None and chunk.shape[1:2] == (1,)
+        return single and self.on_gpu and self._ready and not torch.compiler.is_compiling() and not self.is_capturing
 
     def crop(self, length: int | Sequence[int]) -> None:
         """Drops the latest tokens, so that each row has at most `length`.
@@ -261,24 +293,24 @@ class TorchCache:
         pages = zip(self.compressed, lengths, strict=True)
         self._count(lengths, tuple(min(old, max(new - self.spec.sinks, 0)) for old, new in pages))
 
-    def fork(self) -> "TorchCache":
-        """An independent copy; quantizers, which never change, are shared."""
+    def fork(self, *, graph_pool: GraphPool | None = None) -> "TorchCache":
+        """An independent copy; quantizers, which never change, are shared. `graph_pool` as of the class."""
         copy = TorchCache.__new__(TorchCache)
         copy.device = self.device
-        copy._adopt(map_rows(self.arrays, lambda tensor, _: tensor.clone()))
+        copy._adopt(map_rows(self.arrays, lambda tensor, _: tensor.clone()), graph_pool)
         return copy
 
     __copy__ = fork
 
     def __deepcopy__(self, memo: Any) -> "TorchCache":
-        return self.fork()
+        return self.fork(graph_pool=deepcopy(self._pool, memo))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"arrays": self.arrays}
+        return {"arrays": self.arrays, "pool": self._pool}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.device = state["arrays"].length.device
-        self._adopt(state["arrays"])
+        self._adopt(state["arrays"], state["pool"])
 
     def reorder(self, index: Sequence[int] | torch.Tensor) -> None:
         """Makes row i what row index[i] was; with another number of indices the number of rows changes.
@@ -295,19 +327,13 @@ class TorchCache:
             places = torch.tensor(source, dtype=torch.int64, device=self.device)
             self._adopt(map_rows(self.arrays, lambda rows, _: rows[places]))
             return
-        moved = [(i, old) for i, old in enumerate(source) if i != old]
+        moved = {i: old for i, old in enumerate(source) if i != old}
         if not moved:
             return
-        to, of = torch.tensor(moved, device=self.device).T
-        used = -(-max(self.compressed[old] for _, old in moved) // self.spec.page_size)
-
-        def move(rows: torch.Tensor, paged: bool) -> torch.Tensor:
-            part = rows[:, :used] if paged else rows
-            part[to] = part[of]
-            return rows
-
-        map_rows(self.arrays, move)
-        self._adopt(self.arrays)
+        used = -(-max(self.compressed[old] for old in moved.values()) // self.spec.page_size)
+        move_rows(self.arrays, moved, used)
+        self.lengths = tuple(self.lengths[old] for old in source)
+        self.compressed = tuple(self.compressed[old] for old in source)
 
     def reserve(self, max_tokens: int) -> None:
         """Makes room for max_tokens tokens a row, copying the pages in use if that is more than there is.
@@ -323,14 +349,7 @@ class TorchCache:
             raise ValueError(
                 f"expected a cache of at least {new.sinks + new.ring} tokens to grow, got max_tokens={old.max_tokens}"
             )
-        used = -(-max(self.compressed, default=0) // old.page_size)
-
-        pages = zero_pools(new, self.rows, self.device)["pages"]
-        if self.arrays.pages is not None:
-            for pool, grown in zip(jax.tree.leaves(self.arrays.pages), jax.tree.leaves(pages), strict=True):
-                rows = pool.unflatten(0, (self.rows, old.pages_per_row))
-                grown.unflatten(0, (self.rows, new.pages_per_row))[:, :used] = rows[:, :used]
-        self._adopt(dataclasses.replace(self.arrays, pages=pages, spec=new))
+        self._adopt(grow_pools(self.arrays, new, -(-max(self.compressed, default=0) // old.page_size)))
 
     def reset(self) -> None:
         """Empties every row, the statistics that it took from its tokens included."""
@@ -367,9 +386,14 @@ class TorchCache:
         self._adopt(self.arrays)
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether torch launches the kernels; elsewhere JAX computes."""
+        return self.device.type == "cuda"
+
+    @property
     def is_capturing(self) -> bool:
         """Whether a CUDA graph is being captured, so that what is launched now does not run now."""
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self.on_gpu and torch.cuda.is_current_stream_capturing()
 
     def _on_device(self, lengths: Lengths | None) -> torch.Tensor | None:
         if lengths is None or isinstance(lengths, torch.Tensor):
@@ -383,30 +407,6 @@ class TorchCache:
         if len(counts) != self.rows or any(not 0 <= count <= most for count in counts):
             raise ValueError(f"expected {self.rows} lengths from 0 to {most}, got {list(counts)}")
         return counts
-
-    def _check_chunk(
-        self, k: torch.Tensor, v: torch.Tensor, query: torch.Tensor | None, counts: tuple[int, ...]
-    ) -> None:
-        spec = self.spec
-        shape = (self.rows, k.shape[1] if k.ndim == 4 else 0, spec.num_kv_heads, spec.head_dim)
-        if k.shape != shape or v.shape != shape:
-            raise ValueError(f"expected k and v of shape {shape}, got {tuple(k.shape)} and {tuple(v.shape)}")
-        if query is not None and (
-            query.shape != (*shape[:2], *query.shape[2:3], shape[3]) or query.shape[2] % shape[2]
-        ):
-            heads = f"a multiple of {shape[2]}"
-            raise ValueError(f"expected query of shape {(*shape[:2], heads, shape[3])}, got {tuple(query.shape)}")
-        for name, tensor in (("k", k), ("v", v), ("query", query)):
-            if tensor is not None and not (tensor.is_floating_point() and tensor.device.type == self.device.type):
-                raise ValueError(
-                    f"expected {name} to be floating point on {self.device}, got {tensor.dtype} on {tensor.device}"
-                )
-        self._check_room(counts)
-
-    def _check_room(self, counts: tuple[int, ...]) -> None:
-        spec, total = self.spec, [before + count for before, count in zip(self.lengths, counts, strict=True)]
-        if max(total, default=0) > spec.max_tokens:
-            raise ValueError(f"expected at most max_tokens={spec.max_tokens} tokens a row, got {total}")
 
     def _count(self, lengths: tuple[int, ...], compressed: tuple[int, ...]) -> None:
         """Writes the counters, on the host and in the cache."""

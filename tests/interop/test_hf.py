@@ -195,7 +195,7 @@ def test_bytes_per_token():
     for count in (1024, 3072):
         layer.cache, layer.seen = None, 0
         tokens = torch.zeros(1, 3, count, 64, dtype=torch.bfloat16)
-        layer._make_room(tokens, count)
+        layer._make_room(tokens)
         sizes.append((layer.cache.nbytes, layer.cache.spec.max_tokens))
     (small, few), (large, many) = sizes
     assert (large - small) / (many - few) / (2 * 2 * 3 * 64) < 0.28

@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import pickle
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -268,10 +269,12 @@ def test_a_capture_leaves_the_counters_of_the_host(monkeypatch):
     """What a CUDA graph records does not run, so replays are announced; lengths may lie on the GPU."""
     cache, recorded = filled(), []
     monkeypatch.setattr(TorchCache, "is_capturing", True)
-    monkeypatch.setattr(TorchCache, "_append_by_kernels", lambda self, k, v, lengths: recorded.append(lengths))
+    monkeypatch.setattr(
+        cache, "_kernels", SimpleNamespace(append=lambda k, v, lengths: recorded.append(lengths.tolist()))
+    )
     counts = torch.tensor([1, 0])
     cache.append(*chunk(1)[:2], lengths=counts)
-    assert recorded == [counts] and cache.lengths == (50, 50) and cache.compressed == (30, 30)
+    assert recorded == [[1, 0]] and cache.lengths == (50, 50) and cache.compressed == (30, 30)
     new = TorchCache(CENTRED, 2)
     with pytest.raises(ValueError, match=r"expected fixed key statistics when a CUDA graph captures an append, got"):
         new.append(*chunk(1)[:2])

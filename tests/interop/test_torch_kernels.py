@@ -14,7 +14,6 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from interpreted import Interpreted, record_launches  # noqa: E402
-from reference_encoder import encode_by_reference  # noqa: E402
 
 import tq_jax as tq  # noqa: E402
 from interop import torch_append, torch_attend, torch_kernels  # noqa: E402
@@ -25,19 +24,9 @@ from interop.torch_attend import AttendOptions, KernelAttention, kernel_arrays, 
 from interop.torch_cache import TorchCache  # noqa: E402
 from interop.torch_function import TorchFunction  # noqa: E402
 from interop.torch_kernels import BoundProgram, Place, plan_launches, struct  # noqa: E402
-from pallas_kernels.append import AppendPlan  # noqa: E402
-from pallas_kernels.encode import triton as encode_triton  # noqa: E402
 
 SPEC = tq.CacheSpec(2, 64, 512, tq.QuantizerSpec(64, 3, kind="prod"), tq.QuantizerSpec(64, 4))
 SMALL = tq.CacheSpec(2, 64, 64, tq.QuantizerSpec(64, 4), tq.QuantizerSpec(64, 4), window=10, page_size=32)
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    monkeypatch.setattr(encode_triton, "encode_pages", encode_by_reference)
-    monkeypatch.setattr(torch_kernels, "TorchProgram", Interpreted)
-    monkeypatch.setattr(torch_append, "AppendPlan", functools.partial(AppendPlan, interpret=True))
-    monkeypatch.setattr(torch_attend, "_Static", functools.partial(torch_attend._Static, interpret=True))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,103 @@
+"""The kernels of one torch-owned cache, and a token appended and attended to as a CUDA graph.
+
+Appending and attending are six launches, whose host time is most of a decoded token's where rows are few. A graph
+of both is one; what it reads is copied to where it was captured by one launch more.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import tq_jax as tq
+from interop.torch_append import KernelAppend
+from interop.torch_attend import AttendOptions, KernelAttention
+
+
+class GraphPool:
+    """Memory that the CUDA graphs of some caches share, which must never run at the same time; layers do not.
+
+    Copies, by `copy` or `pickle`, are other pools, for a copied cache may run beside the first.
+    """
+
+    @functools.cached_property
+    def handle(self) -> Any:
+        """What torch knows it by."""
+        return torch.cuda.graph_pool_handle()
+
+    def __reduce__(self) -> Any:
+        return GraphPool, ()
+
+
+class CacheKernels:
+    """Appending and attending on a GPU by kernels; made once, and again when the cache's tensors are replaced.
+
+    Args:
+        cache: The cache's tensors.
+        pool: Memory of its graphs.
+    """
+
+    def __init__(self, cache: tq.Cache, pool: GraphPool) -> None:
+        self._cache, self._pool = cache, pool
+        self._graphs: dict[Any, TensorGraph | None] = {}
+
+    @functools.cached_property
+    def append(self) -> KernelAppend:
+        """Appends chunks."""
+        return KernelAppend(self._cache)
+
+    @functools.cached_property
+    def attend(self) -> KernelAttention:
+        """Attends for chunks."""
+        return KernelAttention(self._cache)
+
+    def graph(self, given: Sequence[torch.Tensor], options: AttendOptions) -> "TensorGraph | None":
+        """What appends and attends for chunks of such shapes; None the first time, when launches are to load kernels.
+
+        Args:
+            given: Keys, values and queries, each [rows, t, heads, d], and sink logits if there are any.
+            options: Of the attention.
+        """
+        key = options, tuple((x.shape, x.dtype) for x in given)
+        if key not in self._graphs:
+            self._graphs[key] = None
+            return None
+
+        def launch(k: torch.Tensor, v: torch.Tensor, query: torch.Tensor, *sinks: torch.Tensor) -> torch.Tensor:
+            self.append(k, v)
+            return self.attend(query, options, *sinks)
+
+        graph = self._graphs[key] = self._graphs[key] or TensorGraph(launch, given, self._pool)
+        return graph
+
+
+class TensorGraph:
+    """A function of tensors captured as a CUDA graph. Capturing runs nothing and waits for nothing.
+
+    Args:
+        function: Only launches, and has launched all of it before.
+        examples: Tensors like those of every call, on one GPU.
+        pool: Where its memory lies.
+    """
+
+    def __init__(
+        self, function: Callable[..., torch.Tensor], examples: Sequence[torch.Tensor], pool: GraphPool
+    ) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be written outside of it
+            given = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in examples]
+            with torch.cuda.stream(torch.cuda.Stream(given[0].device)):
+                self._graph.capture_begin(pool.handle, capture_error_mode="thread_local")
+                try:
+                    self._out = function(*given)
+                finally:
+                    self._graph.capture_end()
+        self._given = [x.view(-1) for x in given]
+
+    @torch.no_grad()
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Replays it on the current stream; the result is the caller's."""
+        torch._foreach_copy_(self._given, [x.reshape(-1) for x in tensors])  # pyright: ignore[reportPrivateImportUsage]
+        self._graph.replay()
+        return self._out.clone()
