@@ -4,8 +4,9 @@ Appending and attending are six launches, whose host time is most of a decoded t
 of both is one; what it reads is copied to where it was captured by one launch more.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +22,22 @@ class GraphPool:
     Copies, by `copy` or `pickle`, are other pools, for a copied cache may run beside the first.
     """
 
-    @functools.cached_property
-    def handle(self) -> Any:
-        """What torch knows it by."""
-        return torch.cuda.graph_pool_handle()
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._latest: dict[torch.device, torch.cuda.CUDAGraph] = {}
+
+    @contextlib.contextmanager
+    def capture(self, device: torch.device) -> Iterator[torch.cuda.CUDAGraph]:
+        """Captures a graph in the block, on a stream of its own; nothing runs and nothing is waited for."""
+        self._handle = self._handle or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            graph.capture_begin(self._handle, capture_error_mode="thread_local")
+            try:
+                yield graph
+            finally:
+                graph.capture_end()
+        self._latest[device] = graph  # torch has no further use for a pool that no graph is left of
 
     def __reduce__(self) -> Any:
         return GraphPool, ()
@@ -73,7 +86,7 @@ class CacheKernels:
 
 
 class TensorGraph:
-    """A function of tensors captured as a CUDA graph. Capturing runs nothing and waits for nothing.
+    """A function of tensors captured as a CUDA graph.
 
     Args:
         function: Only launches, and has launched all of it before.
@@ -84,15 +97,10 @@ class TensorGraph:
     def __init__(
         self, function: Callable[..., torch.Tensor], examples: Sequence[torch.Tensor], pool: GraphPool
     ) -> None:
-        self._graph = torch.cuda.CUDAGraph()
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be written outside of it
             given = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in examples]
-            with torch.cuda.stream(torch.cuda.Stream(given[0].device)):
-                self._graph.capture_begin(pool.handle, capture_error_mode="thread_local")
-                try:
-                    self._out = function(*given)
-                finally:
-                    self._graph.capture_end()
+            with pool.capture(given[0].device) as self._graph:
+                self._out = function(*given)
         self._given = [x.view(-1) for x in given]
 
     @torch.no_grad()
