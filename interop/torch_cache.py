@@ -262,23 +262,27 @@ class TorchCache:
         On a GPU one token of every row is replayed as a CUDA graph from the second such call on, with a fifth of the
         host's time; what the graph reads and gives is copied, so that all else is as by the two calls.
         """
-        asked = AttendOptions(**options)
-        check_query(self.spec, self.rows, query, sink_logits, **asked.of_logits)  # before anything is written
         given = (k, v, query) if sink_logits is None else (k, v, query, sink_logits)
-        graph = self._kernels.graph(given, asked) if self._is_replayable(k, lengths) else None
-        if graph is None:
+        key = (*options.items(), *((x.shape, x.dtype, x.device) for x in given))
+        replayable, graphs = lengths is None and self._is_replayable(k), self._kernels.graphs
+        if not replayable or key not in graphs:
+            check_query(self.spec, self.rows, query, sink_logits, **AttendOptions(**options).of_logits)
             self.append(k, v, query=query, lengths=lengths)
-            return self.attend(query, lengths=lengths, sink_logits=sink_logits, **options)
+            out = self.attend(query, lengths=lengths, sink_logits=sink_logits, **options)
+            if replayable:
+                graphs[key] = None
+            return out
         counts = (1,) * self.rows
-        require_chunk(self.spec, self.device, self.lengths, counts, k, v, query)
+        require_room(self.spec, self.lengths, counts)
+        graph = graphs[key] = graphs[key] or self._kernels.capture(given, AttendOptions(**options))
         out = graph(given)
         self.lengths, self.compressed = counters_after(self.spec, self.lengths, self.compressed, counts)
         return ops.refuse_gradient(out, query, sink_logits)
 
-    def _is_replayable(self, chunk: torch.Tensor, lengths: Lengths | None) -> bool:
+    def _is_replayable(self, chunk: torch.Tensor) -> bool:
         """Whether appending and attending are launches alone, of one token in every row."""
-        single = lengths is None and chunk.shape[1:2] == (1,)
-        return single and self.on_gpu and self._ready and not torch.compiler.is_compiling() and not self.is_capturing
+        single = self._ready and self.on_gpu and chunk.shape[1:2] == (1,)
+        return single and not torch.compiler.is_compiling() and not self.is_capturing
 
     def crop(self, length: int | Sequence[int]) -> None:
         """Drops the latest tokens, so that each row has at most `length`.

@@ -46,6 +46,9 @@ class GraphPool:
 class CacheKernels:
     """Appending and attending on a GPU by kernels; made once, and again when the cache's tensors are replaced.
 
+    Attributes:
+        graphs: What appends and attends at once, by what it is for; None where launches have, but nothing is captured.
+
     Args:
         cache: The cache's tensors.
         pool: Memory of its graphs.
@@ -53,7 +56,7 @@ class CacheKernels:
 
     def __init__(self, cache: tq.Cache, pool: GraphPool) -> None:
         self._cache, self._pool = cache, pool
-        self._graphs: dict[Any, TensorGraph | None] = {}
+        self.graphs: dict[Any, TensorGraph | None] = {}
 
     @functools.cached_property
     def append(self) -> KernelAppend:
@@ -65,24 +68,19 @@ class CacheKernels:
         """Attends for chunks."""
         return KernelAttention(self._cache)
 
-    def graph(self, given: Sequence[torch.Tensor], options: AttendOptions) -> "TensorGraph | None":
-        """What appends and attends for chunks of such shapes; None the first time, when launches are to load kernels.
+    def capture(self, given: Sequence[torch.Tensor], options: AttendOptions) -> "TensorGraph":
+        """What appends and attends for chunks like these, which launches have done before: a capture loads no kernels.
 
         Args:
             given: Keys, values and queries, each [rows, t, heads, d], and sink logits if there are any.
             options: Of the attention.
         """
-        key = options, tuple((x.shape, x.dtype) for x in given)
-        if key not in self._graphs:
-            self._graphs[key] = None
-            return None
 
         def launch(k: torch.Tensor, v: torch.Tensor, query: torch.Tensor, *sinks: torch.Tensor) -> torch.Tensor:
             self.append(k, v)
             return self.attend(query, options, *sinks)
 
-        graph = self._graphs[key] = self._graphs[key] or TensorGraph(launch, given, self._pool)
-        return graph
+        return TensorGraph(launch, given, self._pool)
 
 
 class TensorGraph:
@@ -98,14 +96,13 @@ class TensorGraph:
         self, function: Callable[..., torch.Tensor], examples: Sequence[torch.Tensor], pool: GraphPool
     ) -> None:
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be written outside of it
-            given = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in examples]
-            with pool.capture(given[0].device) as self._graph:
-                self._out = function(*given)
-        self._given = [x.view(-1) for x in given]
+            self._given = [torch.empty_like(x) for x in examples]
+            with pool.capture(examples[0].device) as self._graph:
+                self._out = function(*self._given)
 
-    @torch.no_grad()
     def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Replays it on the current stream; the result is the caller's."""
-        torch._foreach_copy_(self._given, [x.reshape(-1) for x in tensors])  # pyright: ignore[reportPrivateImportUsage]
+        given = [x.detach() if x.requires_grad else x for x in tensors]
+        torch._foreach_copy_(self._given, given)  # pyright: ignore[reportPrivateImportUsage]
         self._graph.replay()
         return self._out.clone()
