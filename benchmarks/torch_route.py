@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import tq_jax as tq
 from interop import compute
 from interop.hf import ATTENTION, CACHE_ARGUMENT, TurboQuantCache
+from interop.hf_graph import decoding_graphs
 from interop.torch_attend import AttendOptions, KernelAttention
 from interop.torch_cache import TorchCache
 from interop.torch_extend import GraphPool
@@ -211,6 +212,46 @@ def overhead() -> dict:
     return row
 
 
+MODES = {
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "drawn": {"do_sample": True, "top_k": 50},
+}
+
+
+def generation() -> dict:
+    """Tokens of `generate` from graphs of whole steps and without, of two rows of which one is padded."""
+    config = transformers.LlamaConfig(
+        vocab_size=2048, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, head_dim=64, initializer_range=0.08, bos_token_id=None, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        net = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    net.set_attn_implementation(ATTENTION)
+    ids = torch.randint(1, 2048, (2, 600), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    row: dict[str, Any] = {"case": "generate, 30 layers of a SmolLM2 shape"}
+    for mode, how in MODES.items():
+        found = []
+        for graphs in (False, True, False, True):
+            cache = TurboQuantCache(config)
+            torch.manual_seed(1)
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            with decoding_graphs(net, cache) if graphs else contextlib.nullcontext():
+                tokens = net.generate(ids, attention_mask=mask, max_new_tokens=96, **how, **{CACHE_ARGUMENT: cache})
+            found.append((tokens, (time.perf_counter() - start) * 1e3 / 96))
+        row[f"{mode}, same tokens"] = all(bool(torch.equal(found[0][0], tokens)) for tokens, _ in found)
+        row[f"{mode}, ms a token"], row[f"{mode}, ms a token from graphs"] = found[2][1], found[3][1]
+    return row
+
+
+PEERS = "DynamicCache + SDPA", "DynamicCache + flash SDPA"
+
+
 def model(batch: int, context: int, layers: int = 8, steps: int = 24, rounds: int = 2) -> dict:
     """Milliseconds a decoded token of a Llama-shaped model, DynamicCache with SDPA against the compressed cache.
 
@@ -233,7 +274,7 @@ def model(batch: int, context: int, layers: int = 8, steps: int = 24, rounds: in
     ids = torch.randint(0, 2048, (1, context), device="cuda")
     row: dict[str, Any] = {"case": f"{layers} layers, {batch} x {context}"}
     logits = {}
-    for name in ("DynamicCache + SDPA", "DynamicCache + flash SDPA", "TurboQuantCache K4/V4") * rounds:
+    for name in (*PEERS, "TurboQuantCache K4/V4", "TurboQuantCache K4/V4, CUDA graph") * rounds:
         ours = name.startswith("Turbo")
         # What SDPA chooses by itself may plan anew for each length.
         backend = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if "flash" in name else contextlib.nullcontext()
@@ -246,13 +287,14 @@ def model(batch: int, context: int, layers: int = 8, steps: int = 24, rounds: in
             torch.cuda.synchronize()
             figures = {"prefill s": time.perf_counter() - start}
             cache.batch_repeat_interleave(batch)
-            times = []
-            for step in range(steps):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                out = net(ids[:, step : step + 1].expand(batch, 1), **{CACHE_ARGUMENT: cache}).logits
-                torch.cuda.synchronize()
-                times.append((time.perf_counter() - start) * 1e3)
+            with decoding_graphs(net, cache) if "graph" in name else contextlib.nullcontext():
+                times = []
+                for step in range(steps):
+                    torch.cuda.synchronize()
+                    start = time.perf_counter()
+                    out = net(ids[:, step : step + 1].expand(batch, 1), **{CACHE_ARGUMENT: cache}).logits
+                    torch.cuda.synchronize()
+                    times.append((time.perf_counter() - start) * 1e3)
         figures["ms a token"] = statistics.median(times[8:])
         for what, figure in figures.items():
             row[f"{name}, {what}"] = min(figure, row.get(f"{name}, {what}", figure))
@@ -263,8 +305,9 @@ def model(batch: int, context: int, layers: int = 8, steps: int = 24, rounds: in
             row["bfloat16 cache GB"] = sum(layer.keys.nbytes * 2 for layer in cache.layers) / 1e9
         del cache
         torch.cuda.empty_cache()
-    exact, _, ours = logits.values()
+    exact, _, ours, graphed = logits.values()
     row["KL of the last logits"] = float((exact.exp() * (exact - ours)).sum(-1).mean())
+    row["the same from the graph"] = bool(torch.equal(ours, graphed))
     return row
 
 
@@ -274,7 +317,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="what the name of a job contains, several divided by |")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    jobs = {"overhead": overhead, "graph": graph, "extend": extend}
+    jobs = {"overhead": overhead, "graph": graph, "extend": extend, "generate": generation}
     jobs |= {"model 1x32768": lambda: model(1, 32768), "model 16x32768": lambda: model(16, 32768, layers=4)}
     jobs |= {f"parity {name}": (lambda name=name: parity(name)) for name in SPECS}
     for name, job in jobs.items():

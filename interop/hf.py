@@ -82,11 +82,13 @@ class CompressedLayer(CacheLayerMixin):
     Attributes:
         cache: The tokens; rows are those of the batch. None before the first chunk.
         real: bool [b, seen], which tokens of the sequence so far are no padding; None if all are.
+        is_captured: Whether a CUDA graph of a model is being captured by who counts its tokens; see `interop.hf_graph`.
     """
 
     is_sliding = False
     is_compileable = False
     is_croppable = True
+    is_captured = False
 
     def __init__(self, compression: Compression) -> None:
         super().__init__()
@@ -182,6 +184,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_seq_length(self, cache_position: Any = None) -> int:
         """Tokens so far, padding included."""
+        if self.is_captured:
+            raise NotImplementedError("a CUDA graph of a model that reads the number of tokens on the host")
         return self.seen
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:

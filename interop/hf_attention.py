@@ -39,7 +39,7 @@ class Handle:
         self.layer, self.tokens = layer, tokens
         self.dtype, self.device = tokens.dtype, tokens.device
         batch, heads, count, dim = tokens.shape
-        self.shape = torch.Size((batch, heads, layer.get_seq_length() + count, dim))
+        self.shape = torch.Size((batch, heads, layer.seen + count, dim))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{_MISUSE} (it asked for .{name})")
@@ -103,7 +103,7 @@ def compressed_attention(
     if isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor):
         return exact_attention(module, query, key, value, attention_mask, **options), None
     assert isinstance(key, Handle) and isinstance(value, Handle)
-    if sliding_window is not None and sliding_window < key.shape[2]:
+    if sliding_window is not None and (sliding_window < key.shape[2] or key.layer.is_captured):
         raise NotImplementedError(f"compressed layers see all tokens, got sliding_window={sliding_window}")
     out = _attend_packed(module, query, key, value, attention_mask, **options)  # pyright: ignore[reportCallIssue]
     return out, None
@@ -120,10 +120,14 @@ def _attend_packed(
 ) -> torch.Tensor:
     """Attention over a compressed layer, which stores the new tokens."""
     layer = key.layer
-    if layer.cache is not None and layer.cache.is_capturing:
-        raise NotImplementedError("a CUDA graph of a model over a TurboQuantCache: masks are read on the host")
+    if layer.cache is not None and layer.cache.is_capturing and not layer.is_captured:
+        raise NotImplementedError(
+            "a CUDA graph of a model over a TurboQuantCache: masks are read on the host (interop.hf_graph has one)"
+        )
+    if layer.is_captured:
+        mask = None  # looked at for every token of its own
     real = real_tokens(mask, query.shape[0], query.shape[2], key.shape[2], asked_by=module)
-    if layer.get_seq_length() == 0 and layer.compression.exact_prompt:  # a prompt attends to itself as it is
+    if layer.seen == 0 and layer.compression.exact_prompt:  # a prompt attends to itself as it is
         out = exact_attention(module, query, key.tokens, value.tokens, mask, **options)
         layer.store(query, key.tokens, value.tokens, real)
         return out

@@ -40,6 +40,7 @@ class TorchCache:
     Attributes:
         arrays: The cache as a pytree of tensors (bfloat16 where JAX holds its bits). Write it only through methods.
         device: Where it lives.
+        kernels: What a GPU runs; another object once memory has moved.
 
     Args:
         spec: What the cache holds.
@@ -89,7 +90,7 @@ class TorchCache:
             self._number, self._version = ops.register(self), torch.zeros(1, dtype=torch.int32)
             self._pool = pool or GraphPool()
         self._view: Any = None
-        self._kernels = CacheKernels(arrays, self._pool)
+        self.kernels = CacheKernels(arrays, self._pool)
 
     @property
     def spec(self) -> tq.CacheSpec:
@@ -151,7 +152,7 @@ class TorchCache:
                     f"expected fixed key statistics when a CUDA graph captures an append, got rows of {self.lengths} "
                     f"tokens: they are fixed when the first token leaves the window of {self.spec.window}"
                 )
-            self._kernels.append(k, v, self._on_device(lengths))
+            self.kernels.append(k, v, self._on_device(lengths))
             return
         counts = self._counts(k, lengths)
         require_chunk(self.spec, self.device, self.lengths, counts, k, v, query)
@@ -164,7 +165,7 @@ class TorchCache:
                 self.arrays, self._stored(k), query, lengths=self.lengths, counts=counts, evicts=evicts
             )
         if self.on_gpu:
-            self._kernels.append(k, v, self._on_device(lengths))
+            self.kernels.append(k, v, self._on_device(lengths))
         else:
             moves = plan_append(self.spec, self.lengths, self.compressed, counts, str(self.device))
             write_chunk(self.arrays, self.as_jax(), self._stored(k), self._stored(v), moves)
@@ -238,7 +239,7 @@ class TorchCache:
             self._counts(query, lengths)
         counts = self._on_device(lengths)
         if self.on_gpu:
-            return self._kernels.attend(
+            return self.kernels.attend(
                 query, AttendOptions(sliding_window, softcap, scale, precise), sink_logits, counts
             )
         tensors = {"sink_logits": sink_logits, "lengths": counts}
@@ -264,7 +265,8 @@ class TorchCache:
         """
         given = (k, v, query) if sink_logits is None else (k, v, query, sink_logits)
         key = (*options.items(), *((x.shape, x.dtype, x.device) for x in given))
-        replayable, graphs = lengths is None and self._is_replayable(k), self._kernels.graphs
+        plain = lengths is None and k.shape[1:2] == (1,) and not torch.compiler.is_compiling() and not self.is_capturing
+        replayable, graphs = plain and self.takes_tokens, self.kernels.graphs
         if not replayable or key not in graphs:
             check_query(self.spec, self.rows, query, sink_logits, **AttendOptions(**options).of_logits)
             self.append(k, v, query=query, lengths=lengths)
@@ -272,17 +274,16 @@ class TorchCache:
             if replayable:
                 graphs[key] = None
             return out
-        counts = (1,) * self.rows
-        require_room(self.spec, self.lengths, counts)
-        graph = graphs[key] = graphs[key] or self._kernels.capture(given, AttendOptions(**options))
-        out = graph(given)
-        self.lengths, self.compressed = counters_after(self.spec, self.lengths, self.compressed, counts)
+        graph = graphs[key] = graphs[key] or self.kernels.capture(given, AttendOptions(**options))
+        graph.replay(given)
+        out = graph.out.clone()  # the caller's
+        self.lengths, self.compressed = counters_after(self.spec, self.lengths, self.compressed, (1,) * self.rows)
         return ops.refuse_gradient(out, query, sink_logits)
 
-    def _is_replayable(self, chunk: torch.Tensor) -> bool:
-        """Whether appending and attending are launches alone, of one token in every row."""
-        single = self._ready and self.on_gpu and chunk.shape[1:2] == (1,)
-        return single and not torch.compiler.is_compiling() and not self.is_capturing
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether launches alone append a token to every row: on a GPU, with fixed statistics and room."""
+        return self.on_gpu and self._ready and max(self.lengths, default=0) < self.spec.max_tokens
 
     def crop(self, length: int | Sequence[int]) -> None:
         """Drops the latest tokens, so that each row has at most `length`.

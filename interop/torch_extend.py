@@ -86,23 +86,23 @@ class CacheKernels:
 class TensorGraph:
     """A function of tensors captured as a CUDA graph.
 
+    Attributes:
+        out: What the function gave; replays overwrite it.
+
     Args:
-        function: Only launches, and has launched all of it before.
+        function: Gives tensors in some tree. Only launches, and has launched all of it before.
         examples: Tensors like those of every call, on one GPU.
         pool: Where its memory lies.
     """
 
-    def __init__(
-        self, function: Callable[..., torch.Tensor], examples: Sequence[torch.Tensor], pool: GraphPool
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], examples: Sequence[torch.Tensor], pool: GraphPool) -> None:
         with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be written outside of it
             self._given = [torch.empty_like(x) for x in examples]
             with pool.capture(examples[0].device) as self._graph:
-                self._out = function(*self._given)
+                self.out = function(*self._given)
 
-    def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Replays it on the current stream; the result is the caller's."""
+    def replay(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Runs it on copies of tensors, on the current stream."""
         given = [x.detach() if x.requires_grad else x for x in tensors]
         torch._foreach_copy_(self._given, given)  # pyright: ignore[reportPrivateImportUsage]
         self._graph.replay()
-        return self._out.clone()

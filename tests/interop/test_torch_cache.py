@@ -270,7 +270,7 @@ def test_a_capture_leaves_the_counters_of_the_host(monkeypatch):
     cache, recorded = filled(), []
     monkeypatch.setattr(TorchCache, "is_capturing", True)
     monkeypatch.setattr(
-        cache, "_kernels", SimpleNamespace(append=lambda k, v, lengths: recorded.append(lengths.tolist()))
+        cache, "kernels", SimpleNamespace(append=lambda k, v, lengths: recorded.append(lengths.tolist()))
     )
     counts = torch.tensor([1, 0])
     cache.append(*chunk(1)[:2], lengths=counts)
