@@ -1,5 +1,6 @@
 """What `tq-jax hf` measures: one cache of a Hugging Face model over a text and a prompt."""
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -15,6 +16,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from interop.hf import ATTENTION, CACHE_ARGUMENT, TurboQuantCache, layer_bytes
+from interop.hf_graph import decoding_graphs
 from tq_jax.evaluate.inputs import CHARACTERS_A_TOKEN, require_tokens
 from tq_jax.evaluate.report import refusing
 
@@ -63,6 +65,7 @@ class Task:
         context: Tokens of the text before the positions compared.
         new_tokens: Tokens to generate.
         attention: The model's own attention implementation, that of the baseline.
+        graphs: Whether tokens of compressed caches are replayed from CUDA graphs.
     """
 
     network: Any
@@ -72,10 +75,19 @@ class Task:
     context: int
     new_tokens: int
     attention: str
+    graphs: bool
 
 
 def load_task(
-    model: Path, content: str, prompt: str | None, *, context: int, positions: int, new_tokens: int, device: str
+    model: Path,
+    content: str,
+    prompt: str | None,
+    *,
+    context: int,
+    positions: int,
+    new_tokens: int,
+    device: str,
+    graphs: bool,
 ) -> Task:
     """Loads a model directory; the prompt is the text's beginning by default.
 
@@ -97,7 +109,7 @@ def load_task(
     room = getattr(network.config.get_text_config(), "max_position_embeddings", None) or math.inf
     require_tokens("the model's context", room, max(ids.shape[1], asked.shape[1] + new_tokens))
     attention = network.config._attn_implementation
-    return Task(network.to(device).eval(), tokenizer, ids, asked, context, new_tokens, attention)
+    return Task(network.to(device).eval(), tokenizer, ids, asked, context, new_tokens, attention, graphs)
 
 
 def _require_device(name: str) -> None:
@@ -111,12 +123,13 @@ def require_supported(task: Task, widths: Sequence[tuple[float, float]]) -> None
     """Lets every cache have one token, before any has many.
 
     Raises:
-        typer.BadParameter: If the model's heads cannot have such bits.
+        typer.BadParameter: If the model's heads cannot have such bits, or its steps no graphs.
     """
     task.network.set_attn_implementation(ATTENTION)
     for pair in widths:
-        with refusing("torch,hf"), torch.no_grad():
-            task.network(task.ids[:, :1], **{CACHE_ARGUMENT: make_cache(task.network, pair)})
+        cache = make_cache(task.network, pair)
+        with refusing("torch,hf"), torch.no_grad(), steps(task, cache):
+            task.network(task.ids[:, :1], **{CACHE_ARGUMENT: cache})
 
 
 def versions() -> dict[str, str]:
@@ -145,7 +158,9 @@ def measure(task: Task, widths: tuple[float, ...] | None, reference: Any = None)
     found = torch.cat(logits, 1)[0, :-1].float().log_softmax(-1)
     exact = found if reference is None else reference
     kl = (exact.exp() * (exact - found)).sum(-1)
-    answer, seconds = generate(network, task.asked, make_cache(network, widths), task.new_tokens)
+    new = make_cache(network, widths)
+    with refusing("torch,hf"), steps(task, new):
+        answer, seconds = generate(network, task.asked, new, task.new_tokens)
     row = Row(
         cache="baseline" if widths is None else f"K{widths[0]:g}/V{widths[1]:g}",
         key_bits=None if widths is None else widths[0],
@@ -159,6 +174,12 @@ def measure(task: Task, widths: tuple[float, ...] | None, reference: Any = None)
         text=task.tokenizer.decode(answer, skip_special_tokens=True),
     )
     return exact, row
+
+
+def steps(task: Task, cache: Any) -> contextlib.AbstractContextManager[None]:
+    """Decoding steps of a compressed cache from graphs, if they are wanted."""
+    wanted = task.graphs and isinstance(cache, TurboQuantCache)
+    return decoding_graphs(task.network, cache) if wanted else contextlib.nullcontext()
 
 
 def make_cache(network: PreTrainedModel, widths: tuple[float, ...] | None) -> DynamicCache | TurboQuantCache:

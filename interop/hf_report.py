@@ -31,6 +31,7 @@ def hf(
     positions: Annotated[int, typer.Option(help="Predictions compared.", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 32,
     device: Annotated[str, typer.Option(help="Where torch runs the model.")] = "cpu",
+    graphs: Annotated[bool, typer.Option("--graphs", help="Tokens of compressed caches from CUDA graphs.")] = False,
     json: JsonTarget = None,
 ) -> None:
     """Compare a Hugging Face model's usual cache with compressed ones: text, KL, bytes, time.
@@ -44,7 +45,14 @@ def hf(
         from interop import hf_measure
     console = open_console(json)
     job = hf_measure.load_task(
-        model, content, prompt, context=context, positions=positions, new_tokens=new_tokens, device=device
+        model,
+        content,
+        prompt,
+        context=context,
+        positions=positions,
+        new_tokens=new_tokens,
+        device=device,
+        graphs=graphs,
     )
     hf_measure.require_supported(job, widths)
     reference, rows = None, []
@@ -61,7 +69,7 @@ def hf(
     for row in rows:
         console.print(f"[bold]{row.cache:>8}[/bold]  {row.text!r}")
     payload: dict[str, Any] = {"model": str(model), "dtype": dtype, "attention": job.attention}
-    payload |= {"positions": job.ids.shape[1] - context, "holds": holds}
+    payload |= {"graphs": graphs, "positions": job.ids.shape[1] - context, "holds": holds}
     payload |= {"rows": [dataclasses.asdict(row) for row in rows], "environment": environment()}
     write_json(payload | {"peers": hf_measure.versions()}, json)
     raise typer.Exit(0 if holds else 1)

@@ -46,9 +46,6 @@ class GraphPool:
 class CacheKernels:
     """Appending and attending on a GPU by kernels; made once, and again when the cache's tensors are replaced.
 
-    Attributes:
-        graphs: What appends and attends at once, by what it is for; None where launches have, but nothing is captured.
-
     Args:
         cache: The cache's tensors.
         pool: Memory of its graphs.
@@ -56,7 +53,7 @@ class CacheKernels:
 
     def __init__(self, cache: tq.Cache, pool: GraphPool) -> None:
         self._cache, self._pool = cache, pool
-        self.graphs: dict[Any, TensorGraph | None] = {}
+        self._graphs: dict[Any, TensorGraph | None] = {}
 
     @functools.cached_property
     def append(self) -> KernelAppend:
@@ -68,19 +65,35 @@ class CacheKernels:
         """Attends for chunks."""
         return KernelAttention(self._cache)
 
-    def capture(self, given: Sequence[torch.Tensor], options: AttendOptions) -> "TensorGraph":
-        """What appends and attends for chunks like these, which launches have done before: a capture loads no kernels.
+    def prepare_replay(self, given: Sequence[torch.Tensor], options: dict[str, Any]) -> None:
+        """Says that chunks like these were appended and attended to: a capture would load no kernels."""
+        self._graphs[_kind(given, options)] = None
+
+    def replay(self, given: Sequence[torch.Tensor], options: dict[str, Any]) -> torch.Tensor | None:
+        """Appends a chunk and attends for it by a graph; None, and nothing is done, if that is not prepared.
 
         Args:
             given: Keys, values and queries, each [rows, t, heads, d], and sink logits if there are any.
-            options: Of the attention.
+            options: Of the attention, as of `AttendOptions`.
         """
+        kind = _kind(given, options)
+        if kind not in self._graphs:
+            return None
+        graph = self._graphs[kind] = self._graphs[kind] or self._capture(given, AttendOptions(**options))
+        graph.replay(given)
+        return graph.out.clone()
 
+    def _capture(self, given: Sequence[torch.Tensor], options: AttendOptions) -> "TensorGraph":
         def launch(k: torch.Tensor, v: torch.Tensor, query: torch.Tensor, *sinks: torch.Tensor) -> torch.Tensor:
             self.append(k, v)
             return self.attend(query, options, *sinks)
 
         return TensorGraph(launch, given, self._pool)
+
+
+def _kind(given: Sequence[torch.Tensor], options: dict[str, Any]) -> tuple[Any, ...]:
+    """What calls must have in common to share a graph."""
+    return (*options.items(), *((x.shape, x.dtype, x.device) for x in given))
 
 
 class TensorGraph:
