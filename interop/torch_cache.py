@@ -260,7 +260,7 @@ class TorchCache:
     ) -> Float[torch.Tensor, "b t h_q d"]:
         """`append`, then `attend`, whose arguments it takes.
 
-        On a GPU one token of every row is replayed as a CUDA graph from the second such call on, with a fifth of the
+        On a GPU one token of every row is replayed as a CUDA graph from the second such call on, with a third of the
         host's time; what the graph reads and gives is copied, so that all else is as by the two calls.
         """
         given = (k, v, query) if sink_logits is None else (k, v, query, sink_logits)
