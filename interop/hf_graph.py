@@ -3,7 +3,7 @@
     with decoding_graphs(model, cache):
         model.generate(**inputs, cache=cache)
 
-Where rows are few nearly all of a token's time is the host's, which launches some twenty kernels a layer. A replayed
+Where rows are few nearly all of a token's time is the host's, which launches some thirty kernels a layer. A replayed
 graph is one launch for all layers; a cache that grows by concatenation, like DynamicCache, cannot have one.
 """
 
@@ -30,6 +30,9 @@ def decoding_graphs(model: Any, cache: TurboQuantCache) -> Iterator[None]:
     The first token of its kind runs as it does outside, the second is captured, and again when the cache has grown.
     What is no single token (a prompt, a chunk to verify), has no room, changes the padding or wants a gradient, and
     calls with other caches run as they do outside.
+
+    Meanwhile weights must stay where they are. Hooks on parts of the model run where a graph is captured, not where it
+    is replayed.
 
     Args:
         model: On one GPU, with the attention implementation of `interop.hf`.

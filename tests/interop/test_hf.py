@@ -7,6 +7,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from fake_quant_hf import fake_quant_cache, given  # noqa: E402
+from tiny_hf import tiny  # noqa: E402
 
 import tq_jax as tq  # noqa: E402
 from interop.hf import ATTENTION, CompressedLayer, TurboQuantCache  # noqa: E402
@@ -17,22 +18,6 @@ D, NEW = 32, 10
 TWO = tq.QuantizerSpec(D, 2)  # coarse, so that tokens depend on it
 OPTIONS = dict(key=TWO, value=TWO, window=16, page_size=16, dtype="float32", smooth_keys=False)
 SPEC = tq.CacheSpec(2, D, 128, **OPTIONS)
-
-
-def tiny(kind="Llama", attention=ATTENTION, **options):
-    """A random model whose next tokens depend on the whole context."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=D, max_position_embeddings=512, initializer_range=0.08,
-        bos_token_id=1, eos_token_id=None, pad_token_id=0, **options,
-    )  # fmt: skip
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(4)
-    model.set_attn_implementation(attention)
-    model.generation_config.eos_token_id = None
-    return model
 
 
 @pytest.fixture(scope="module")

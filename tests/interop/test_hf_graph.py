@@ -5,14 +5,15 @@ import functools
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from fake_quant_hf import given  # noqa: E402
 from interpreted import Replayed  # noqa: E402
+from tiny_hf import tiny  # noqa: E402
 
 import tq_jax as tq  # noqa: E402
 from interop import hf_graph, torch_extend  # noqa: E402
-from interop.hf import ATTENTION, CACHE_ARGUMENT, TurboQuantCache  # noqa: E402
+from interop.hf import CACHE_ARGUMENT, TurboQuantCache  # noqa: E402
 from interop.hf_graph import decoding_graphs  # noqa: E402
 from interop.torch_cache import TorchCache  # noqa: E402
 
@@ -21,22 +22,12 @@ TWO = tq.QuantizerSpec(D, 2)  # coarse, so that tokens depend on it
 OPTIONS = dict(key=TWO, value=TWO, window=16, page_size=32, dtype="float32")
 
 
-def tiny(kind="Llama", **options):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=199, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=D, max_position_embeddings=512, initializer_range=0.08,
-        bos_token_id=1, eos_token_id=None, pad_token_id=0, **options,
-    )  # fmt: skip
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    model.set_attn_implementation(ATTENTION)
-    model.generation_config.eos_token_id = None
-    return model
+HEADS = dict(head_dim=D, num_attention_heads=2, num_key_value_heads=1)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny()
+    return tiny(**HEADS)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +125,7 @@ def test_what_runs_as_outside(captures, model, ids):
 
 def test_what_is_refused(captures, model, ids, monkeypatch):
     mixed = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=24, use_sliding_window=True)
-    sliding = tiny("Qwen2", **mixed)
+    sliding = tiny("Qwen2", **HEADS, **mixed)
     with pytest.warns(UserWarning, match="compresses 1 of 2 layers"):
         cache = compressed(sliding)
     refused = pytest.raises(NotImplementedError, match="of caches whose every layer is compressed, got TurboQuantCache")
