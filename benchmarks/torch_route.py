@@ -54,6 +54,12 @@ def tokens(rows: int, count: int, seed: int = 0) -> list[torch.Tensor]:
     ]
 
 
+def same_bytes(caches: Sequence[TorchCache], copies: Sequence[TorchCache]) -> bool:
+    """Whether every tensor of caches is that of their copies."""
+    leaves = [jax.tree.leaves([cache.arrays for cache in some]) for some in (caches, copies)]
+    return all(bool(torch.equal(x, y)) for x, y in zip(*leaves, strict=True))
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
 
@@ -127,11 +133,11 @@ def graph() -> dict:
         captured.replay()
         same.append(bool(torch.equal(out, step(copies))))
         changed.append(relative(out, before))
-    pairs = list(zip(caches, copies, strict=True))
     row = {"case": f"CUDA graph of {LAYERS} layers", "replays": len(same), "as eager": all(same)}
-    leaves = [(jax.tree.leaves(a.arrays), jax.tree.leaves(b.arrays)) for a, b in pairs]
-    row["same bytes"] = all(bool(torch.equal(x, y)) for pair in leaves for x, y in zip(*pair, strict=True))
-    row["counters"] = all(a.lengths == b.lengths == tuple(a.arrays.length.tolist()) for a, b in pairs)
+    row["same bytes"] = same_bytes(caches, copies)
+    row["counters"] = all(
+        a.lengths == b.lengths == tuple(a.arrays.length.tolist()) for a, b in zip(caches, copies, strict=True)
+    )
     row["changed by"] = min(changed)
     row["replay us a layer"] = gpu_us(captured.replay) / LAYERS
     row["eager us a layer"] = host_us(lambda: step(copies), 20) / LAYERS
@@ -161,8 +167,7 @@ def extend() -> dict:
             if seed == 80:
                 cache.reserve(1536)
     row: dict[str, Any] = {"case": f"extend, {LAYERS} layers", "tokens": len(same), "as two calls": all(same)}
-    leaves = [(jax.tree.leaves(a.arrays), jax.tree.leaves(b.arrays)) for a, b in zip(caches, copies, strict=True)]
-    row["same bytes"] = all(bool(torch.equal(x, y)) for pair in leaves for x, y in zip(*pair, strict=True))
+    row["same bytes"] = same_bytes(caches, copies)
     row["extend us of the host"] = host_us(lambda: caches[0].extend(k, v, query), 20)
     row["two calls"] = host_us(lambda: (copies[0].append(k, v, query=query), copies[0].attend(query)), 20)
     return row

@@ -171,10 +171,9 @@ class CompressedLayer(CacheLayerMixin):
             )
 
     def _make_room(self, k: torch.Tensor) -> TorchCache:
-        count = k.shape[2]
+        count, how = k.shape[2], self.compression
         if self.cache is None:
-            spec = self.compression.spec(k.shape[1], k.shape[3], count)
-            how = self.compression
+            spec = how.spec(k.shape[1], k.shape[3], count)
             self.cache = TorchCache(spec, k.shape[0], seed=how.seed, device=k.device, graph_pool=how.graph_pool)
         spec, needed = self.cache.spec, max(self.cache.lengths) + count
         if needed > spec.max_tokens:

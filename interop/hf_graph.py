@@ -69,7 +69,7 @@ class _Forward:
         self._layers: list[CompressedLayer] = cache.layers  # pyright: ignore[reportAttributeAccessIssue]
         self._parameters = list(inspect.signature(forward).parameters)
         self._graphs: dict[Any, TensorGraph | None] = {}
-        self._captured: list[Any] = []
+        self._kernels: list[Any] = []
 
     def wrapped(self) -> Callable:
         """As a function, with the signature of the model's own, which `generate` looks at."""
@@ -90,9 +90,9 @@ class _Forward:
         except TypeError:  # lists and the like may change
             return self._forward(**named)
         kernels = [layer.cache.kernels for layer in self._layers if layer.cache is not None]
-        if any(a is not b for a, b in zip(kernels, self._captured, strict=False)):
+        if any(a is not b for a, b in zip(kernels, self._kernels, strict=False)):
             self._graphs.clear()  # memory has moved
-        self._captured = kernels
+        self._kernels = kernels
         if key not in self._graphs:
             out = self._forward(**named)
             self._graphs[key] = None  # what launches does so now, and has loaded what a capture must not

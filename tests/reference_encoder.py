@@ -5,6 +5,7 @@ from pallas_kernels.encode import encode_pages
 
 def encode_by_reference(keys, values, pages, slots, *, interpret, rows, mean, weight, **options):
     """In place of the encode kernel, whose ties are not those of jnp."""
+    assert interpret
     if rows is not None and mean is not None:
         mean, weight = mean[rows], weight[rows]
     return encode_pages(keys, values, pages, slots, mean=mean, weight=weight, implementation="reference", **options)

@@ -20,8 +20,6 @@ from interop.torch_cache import TorchCache  # noqa: E402
 D = 64
 TWO = tq.QuantizerSpec(D, 2)  # coarse, so that tokens depend on it
 OPTIONS = dict(key=TWO, value=TWO, window=16, page_size=32, dtype="float32")
-
-
 HEADS = dict(head_dim=D, num_attention_heads=2, num_key_value_heads=1)
 
 
@@ -75,7 +73,7 @@ def counters(cache):
 @pytest.mark.parametrize("pads", [(0, 0), (0, 7)])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generating_is_the_same(captures, model, ids, pads, beams):
-    """Rows of other lengths too, whose memory moves on the way, and beams, which are reordered."""
+    """Rows of other lengths too, and beams, which are reordered."""
     mask = torch.ones_like(ids)
     mask[1, : pads[1]] = 0
     options = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, num_beams=beams, pad_token_id=0)
