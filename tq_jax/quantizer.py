@@ -219,6 +219,8 @@ def _order(q: Quantizer) -> Int[Array, "dim"]:
 def quantize(q: Quantizer, x: Float[Array, "*batch dim"]) -> Code:
     """Quantizes vectors.
 
+    Its gradient is that of the stored scalars with the codes held, and zero for a zero vector.
+
     Args:
         q: The quantizer.
         x: Vectors, any float type; computed in float32. A zero vector is stored exactly.

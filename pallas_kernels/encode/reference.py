@@ -94,7 +94,7 @@ def quantize_segment(
     part: Float[Array, "*batch n"], book: Codebook, *, scale: ScaleRule, search: bool
 ) -> tuple[UInt8[Array, "*batch n"], Float[Array, "*batch n"], Float[Array, "*batch"]]:
     """Codes of one segment at the codebook's own step or the best multiple of it, their centroids, the scale."""
-    norm = jnp.sqrt(jnp.sum(part * part, axis=-1))
+    norm = _norm(part)
     if book.bits == 0:
         return jnp.zeros(part.shape, jnp.uint8), jnp.zeros_like(part), norm
     steps = part * (1 / (jnp.where(norm > 0, norm, 1.0) * book.step))[..., None]
@@ -177,8 +177,14 @@ def scale_of(
 def _with_residual(code: Code, residual: Array, fmt: CodebookFormat, sketch: Array) -> Code:
     """Adds the signs of S r and |r| of the residual r (Algorithm 2)."""
     projected = jnp.einsum("ij,...j->...i", sketch, residual, precision=lax.Precision.HIGHEST)
-    norm = jnp.sqrt(jnp.sum(residual * residual, axis=-1)).astype(fmt.scale_dtype)
+    norm = _norm(residual).astype(fmt.scale_dtype)
     return Code(code.packed, code.scale, signs=pack((projected < 0).astype(jnp.uint8), 1), residual=norm)
+
+
+def _norm(vectors: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
+    """|y|, whose gradient at zero is zero; that of the square root alone is NaN."""
+    squared = jnp.sum(vectors * vectors, axis=-1)
+    return jnp.where(squared == 0, 0.0, jnp.sqrt(jnp.where(squared == 0, 1.0, squared)))
 
 
 def _encode_groups(vectors: Float[Array, "*batch dim"], fmt: GroupFormat) -> Code:

@@ -49,6 +49,27 @@ def test_contract_of_every_kind(spec):
     np.testing.assert_array_equal(zero, np.zeros((2, spec.dim)))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(bits=2, scale="norm"),
+        dict(bits=2.5, scale="matched"),
+        dict(bits=4, scale="least_squares", search=True),
+        dict(bits=3, scale="unbiased"),
+        dict(bits=3, kind="prod"),
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_gradients_are_of_the_scales(options):
+    """A longer vector has the same codes and a larger scale: Euler's x f'(x) = f(x), row by row; 0 at zero."""
+    q = tq.make_quantizer(tq.QuantizerSpec(64, scale_dtype="float32", **options))
+    x, weights = sphere(3, 64).at[1].set(0), sphere(3, 64, seed=1)
+    rows, back = jax.vjp(jax.jit(lambda x: jnp.sum(tq.dequantize(q, tq.quantize(q, x)) * weights, axis=-1)), x)
+    (gradient,) = back(jnp.ones(3))
+    np.testing.assert_allclose(jnp.sum(gradient * x, axis=-1), rows, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(gradient[1], 0)
+
+
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("rotation", ["hadamard", "haar"])
 def test_mse_is_the_exact_one(dim, rotation):
