@@ -1,8 +1,12 @@
+import contextlib
 import dataclasses
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from json_values import GIVEN, JSON
 
 from tq_jax.models import DecoderConfig, RopeScaling, config_from_gguf, config_from_hf
 from tq_jax.models.config_gguf import llama3_scaling
@@ -274,3 +278,52 @@ def test_gemma_gguf_files():
     assert config_from_gguf(wide, tied_head=True).attention_scale == 8**-0.5
     with pytest.raises(NotImplementedError, match="gemma3.final_logit_softcapping=30.0"):
         config_from_gguf(gemma | {"gemma3.final_logit_softcapping": 30.0}, tied_head=True)
+
+
+FILES = [config_to_hf(EXPECTED), QWEN2 | {"use_sliding_window": True}, MISTRAL, GEMMA3]
+GEMMA3_GGUF = {k.replace("llama.", "gemma3."): v for k, v in GGUF.items()} | {
+    "general.architecture": "gemma3",
+    "gemma3.attention.sliding_window": 16,
+    "gemma3.attention.sliding_window_pattern": 2,
+    "tokenizer.ggml.tokens": ["a"] * 100,
+}
+
+
+@given(st.sampled_from(FILES), st.data())
+@settings(max_examples=300, deadline=None)
+def test_whatever_a_config_holds_is_read_or_refused(config, data):
+    options = ("layer_types", "rope_parameters", "eos_token_id", "sliding_window_pattern", "rope_scaling")
+    name, value = data.draw(st.sampled_from([*config, *options])), data.draw(JSON)
+    if data.draw(st.booleans()):  # one level down
+        name, value = (
+            "rope_parameters",
+            {data.draw(st.sampled_from([*ROTARY, "rope_theta", "factor", "rope_type"])): value},
+        )
+    with contextlib.suppress(ValueError, NotImplementedError):
+        assert isinstance(config_from_hf(config | {name: value}), DecoderConfig)
+
+
+@given(st.sampled_from([GGUF, GEMMA3_GGUF]), st.data())
+@settings(max_examples=300, deadline=None)
+def test_whatever_gguf_metadata_holds_is_read_or_refused(metadata, data):
+    name, value = data.draw(st.sampled_from([*metadata])), data.draw(GIVEN)
+    with contextlib.suppress(ValueError, NotImplementedError):
+        assert isinstance(config_from_gguf(metadata | {name: value}, tied_head=True), DecoderConfig)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "64"}, r"expected hidden_size to be a positive whole number below 2\*\*31, got '64'"),
+        ({"num_attention_heads": 0}, "expected num_attention_heads to be a positive whole number"),
+        ({"rms_norm_eps": float("nan")}, "expected rms_norm_eps to be a positive number below 1e300, got nan"),
+        ({"tie_word_embeddings": "false"}, "expected tie_word_embeddings to be true or false, got 'false'"),
+        ({"eos_token_id": [2, "x"]}, r"expected eos_token_id to be .* or a list whose items are each .*'x'\]"),
+        ({"rope_scaling": "linear"}, "expected rope_scaling to be a table, got 'linear'"),
+        ({"rope_parameters": {"rope_theta": "1e6"}}, "config.json rope_parameters: expected rope_theta to be"),
+        ({"rope_parameters": {"full_attention": 3}}, "config.json rope_parameters: expected full_attention to be"),
+    ],
+)
+def test_fields_of_another_type_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(config_to_hf(EXPECTED) | change)

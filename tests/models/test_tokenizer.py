@@ -1,8 +1,12 @@
+import contextlib
 import json
 import random
 import warnings
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from json_values import GIVEN
 from tokenizers import pre_tokenizers
 
 from tq_jax.data import persuasion
@@ -122,6 +126,7 @@ def test_first_token_and_user_tokens():
         ({"tokenizer.ggml.pre": "tekken"}, NotImplementedError, "pre='tekken': supported are"),
         ({"tokenizer.ggml.tokens": ["a", "a", "b", "ab", "c"]}, ValueError, "got 4 distinct of 5"),
         ({"tokenizer.ggml.merges": ["a z"]}, ValueError, "expected pairs of known tokens"),
+        ({"tokenizer.ggml.bos_token_id": 5}, ValueError, "bos_token_id: expected an id below 5, got 5"),
         ({"tokenizer.ggml.merges": None}, ValueError, "merges: expected a list, got NoneType"),
         ({"tokenizer.ggml.add_eos_token": True}, ValueError, "eos_token_id: expected an id"),
     ],
@@ -253,6 +258,29 @@ def test_templates():
         Tokenizer(backend=backend, chat_template=strict, special={"bos_token": "<s>"}).chat_prompt(CHATS[0])
     with pytest.raises(ValueError, match="unsafe"):
         Tokenizer(backend=backend, chat_template="{{ ''.__class__.__mro__ }}", special={}).chat_prompt(CHATS[0])
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_whatever_metadata_holds_is_read_or_refused(data):
+    name = data.draw(st.sampled_from([*METADATA, "tokenizer.chat_template", "tokenizer.ggml.add_bos_token"]))
+    with contextlib.suppress(ValueError, NotImplementedError):
+        tokenizer_from_gguf(METADATA | {name: data.draw(GIVEN)}).encode("ab")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([], "expected a JSON object, got list"),
+        ({"bos_token": 3}, "expected bos_token to be text or a table with the text content, got 3"),
+        ({"chat_template": [{"name": "x"}]}, "expected chat_template to be .* with the texts name and template"),
+    ],
+)
+def test_settings_of_another_type_are_refused(tmp_path, settings, message):
+    tokenizer_from_gguf(METADATA).save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
 
 
 def test_files(tmp_path):

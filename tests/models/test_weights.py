@@ -88,7 +88,9 @@ def test_missing_and_broken_files(tiny, directory):
     with pytest.raises(ValueError, match="expected JSON, got a corrupt or truncated file"):
         load_decoder(directory)
     (directory / "config.json").write_text(json.dumps(config_to_hf(tiny.config) | {"vocab_size": "300"}))
-    with pytest.raises(ValueError, match="expected a decoder's config, got a field of another type"):
+    with pytest.raises(
+        ValueError, match=r"config.json: expected vocab_size to be a positive whole number below 2\*\*31, got '300'"
+    ):
         load_decoder(directory)
     (directory / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no config.json in"):
@@ -108,6 +110,11 @@ def test_sharded_directories(tiny, directory):
     save_file({name: arrays[name] for name in names[3::2]}, directory / "b.safetensors")
     with pytest.raises(ValueError, match=r"expected b.safetensors to hold"):
         load_decoder(directory)
+    for elsewhere in ("../b.safetensors", 3):
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where | {"x": elsewhere}}))
+        with pytest.raises(ValueError, match=r"expected weight_map to be a table of file names"):
+            load_decoder(directory)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     (directory / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"names b.safetensors, which is not in"):
         load_decoder(directory)

@@ -10,28 +10,32 @@ import numpy as np
 
 from tq_jax.models.config import DecoderConfig
 from tq_jax.models.families import FAMILIES
+from tq_jax.models.fields import COUNT, FLAG, POSITIVE, SIZE, TEXT, check_fields, either, list_of
 from tq_jax.models.rope import RopeScaling, rotary_frequencies
 
-_FIELDS = frozenset(
-    {
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.layer_norm_rms_epsilon",
-        "attention.value_length",
-        "block_count",
-        "context_length",
-        "embedding_length",
-        "feed_forward_length",
-        "rope.dimension_count",
-        "rope.freq_base",
-        "rope.scaling.factor",
-        "rope.scaling.type",
-        "vocab_size",
-    }
-)
-_LOCAL_FIELDS = frozenset({"attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"})
-_STOP_FIELDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+_FIELDS = {
+    "attention.head_count": SIZE,
+    "attention.head_count_kv": SIZE,
+    "attention.key_length": SIZE,
+    "attention.layer_norm_rms_epsilon": POSITIVE,
+    "attention.value_length": SIZE,
+    "block_count": SIZE,
+    "context_length": SIZE,
+    "embedding_length": SIZE,
+    "feed_forward_length": SIZE,
+    "rope.dimension_count": SIZE,
+    "rope.freq_base": POSITIVE,
+    "rope.scaling.factor": POSITIVE,
+    "rope.scaling.type": TEXT,
+    "vocab_size": SIZE,
+}
+_LOCAL_FIELDS = {
+    "attention.sliding_window": SIZE,
+    "attention.sliding_window_pattern": either(SIZE, list_of(FLAG)),
+    "rope.freq_base_swa": POSITIVE,
+}
+_STOP_FIELDS = {"tokenizer.ggml.eos_token_id": COUNT, "tokenizer.ggml.eot_token_id": COUNT}
+_TOKEN_FIELDS = _STOP_FIELDS | {"tokenizer.ggml.tokens": list_of(TEXT)}
 # What files do not say: the layer count of the one Gemma 3 model whose scores are scaled by the width of the residual
 # stream instead of that of a head, and the rotary base of local layers.
 _GEMMA3_27B_LAYERS, _GEMMA3_LOCAL_BASE = 62, 10000.0
@@ -50,7 +54,7 @@ def config_from_gguf(
 
     Raises:
         NotImplementedError: another architecture, or a field of this one that changes the arithmetic.
-        ValueError: a required field is missing.
+        ValueError: a required field is missing or holds what it should not.
     """
     architecture, prefix, fields = _fields(metadata)
 
@@ -97,6 +101,7 @@ def _fields(metadata: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
     supported = _FIELDS | _LOCAL_FIELDS if architecture == "gemma3" else _FIELDS
     for name in sorted(fields.keys() - supported):
         raise NotImplementedError(f"GGUF field {prefix}{name}={fields[name]!r}: supported are {sorted(supported)}")
+    check_fields("GGUF metadata", metadata, {prefix + name: kind for name, kind in supported.items()} | _TOKEN_FIELDS)
     return architecture, prefix, fields
 
 

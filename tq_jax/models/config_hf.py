@@ -7,20 +7,42 @@ from typing import Any
 
 from tq_jax.models.config import DecoderConfig
 from tq_jax.models.families import FAMILIES
+from tq_jax.models.fields import COUNT, FLAG, POSITIVE, SIZE, TABLE, TEXT, check_fields, either, list_of
 from tq_jax.models.rope import RopeScaling
 
 _LOCAL, _FULL = "sliding_attention", "full_attention"
 _SILU, _GELU = ("silu", "swish"), ("gelu_pytorch_tanh",)
-_ROPE_FIELDS = {
-    "rope_type",
-    "type",
-    "rope_theta",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-    "partial_rotary_factor",
+_STOP_KINDS = {"eos_token_id": either(COUNT, list_of(COUNT))}
+_KINDS = {
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "num_hidden_layers": SIZE,
+    "num_attention_heads": SIZE,
+    "num_key_value_heads": SIZE,
+    "head_dim": SIZE,
+    "intermediate_size": SIZE,
+    "max_position_embeddings": SIZE,
+    "rms_norm_eps": POSITIVE,
+    "rope_theta": POSITIVE,
+    "rope_local_base_freq": POSITIVE,
+    "query_pre_attn_scalar": POSITIVE,
+    "sliding_window": SIZE,
+    "sliding_window_pattern": SIZE,
+    "max_window_layers": COUNT,
+    "use_sliding_window": FLAG,
+    "tie_word_embeddings": FLAG,
+    "layer_types": list_of(TEXT),
+    "rope_scaling": TABLE,
+    "rope_parameters": TABLE,
+} | _STOP_KINDS
+_ROPE_KINDS = {
+    "rope_theta": POSITIVE,
+    "factor": POSITIVE,
+    "low_freq_factor": POSITIVE,
+    "high_freq_factor": POSITIVE,
+    "original_max_position_embeddings": SIZE,
 }
+_ROPE_FIELDS = {"rope_type", "type", "partial_rotary_factor", *_ROPE_KINDS}
 
 
 def config_from_hf(config: Mapping[str, Any], *, generation_config: Mapping[str, Any] | None = None) -> DecoderConfig:
@@ -32,8 +54,10 @@ def config_from_hf(config: Mapping[str, Any], *, generation_config: Mapping[str,
 
     Raises:
         NotImplementedError: another model type, or an option that changes the arithmetic.
-        ValueError: a required field is missing, or fields contradict each other.
+        ValueError: a required field is missing, holds what it should not, or contradicts another.
     """
+    check_fields("config.json", config, _KINDS)
+    check_fields("generation_config.json", generation_config or {}, _STOP_KINDS)
     names = {family.hf_type: name for name, family in FAMILIES.items()}
     _refuse(config, "model_type", config.get("model_type"), tuple(names))
     architecture = names[config["model_type"]]
@@ -171,9 +195,12 @@ def _rope(config: Mapping[str, Any], architecture: str) -> tuple[float, RopeScal
     """Base and scaling of the rotary frequencies, and the base in local layers if they have their own."""
     # transformers 5 keeps base and scaling in rope_parameters, older versions beside each other.
     parameters = dict(config.get("rope_parameters") or {})
+    check_fields("config.json rope_parameters", parameters, {_LOCAL: TABLE, _FULL: TABLE})
     local = parameters.pop(_LOCAL, None) or {}
     parameters |= parameters.pop(_FULL, None) or {}
     parameters |= config.get("rope_scaling") or {}
+    for each in (parameters, local):
+        check_fields("config.json rope_parameters", each, _ROPE_KINDS)
     gemma = architecture == "gemma3"
     base = _given(parameters, "rope_theta", _given(config, "rope_theta", 1e6 if gemma else 1e4))
     partial = _given(parameters, "partial_rotary_factor", _given(config, "partial_rotary_factor", 1.0))

@@ -9,6 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tq_jax.models.fields import TEXT, check_fields, either, list_of, read_json, table_with
+
+_TOKEN = either(TEXT, table_with("content"))
+_KINDS = {
+    "chat_template": either(TEXT, list_of(table_with("name", "template"))),
+    "bos_token": _TOKEN,
+    "eos_token": _TOKEN,
+}
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -83,10 +92,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     except Exception as error:  # the Rust library raises plain Exception
         raise ValueError(f"{path}: expected a tokenizer, got a corrupt or truncated file ({error})") from error
     settings = directory / "tokenizer_config.json"
-    try:
-        config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{settings}: expected JSON, got a corrupt or truncated file ({error})") from error
+    config = read_json(settings) if settings.is_file() else {}
+    check_fields(str(settings), config, _KINDS)
     template = directory / "chat_template.jinja"
     return Tokenizer(
         backend=backend,

@@ -21,6 +21,7 @@ from tq_jax.models.config_hf import config_from_hf, config_to_hf
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.families import FAMILIES, Tensor
 from tq_jax.models.fetch import cache_dir
+from tq_jax.models.fields import FILES, check_fields, read_json
 from tq_jax.models.gguf_file import hf_tensors, read_gguf
 from tq_jax.models.tokenizer_gguf import tokenizer_from_gguf
 
@@ -52,28 +53,7 @@ def read_config(directory: Path) -> DecoderConfig:
     """Read ``config.json``, and ``generation_config.json`` where there is one."""
     path, generation = directory / "config.json", directory / "generation_config.json"
     contents = read_json(path), read_json(generation) if generation.is_file() else None
-    try:
-        return config_from_hf(contents[0], generation_config=contents[1])
-    except TypeError as error:
-        raise ValueError(f"{path}: expected a decoder's config, got a field of another type ({error})") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}")
-    try:
-        out = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got a corrupt or truncated file ({error})") from error
-    if not isinstance(out, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(out).__name__}")
-    return out
+    return config_from_hf(contents[0], generation_config=contents[1])
 
 
 def convert_gguf(path: str | os.PathLike[str]) -> Path:
@@ -135,7 +115,9 @@ def _open_tensors(directory: Path) -> Iterator[tuple[set[str], Callable[[str], n
 
     single, index = directory / _WEIGHTS, directory / _INDEX
     if index.is_file():
-        where = {name: directory / file for name, file in read_json(index).get("weight_map", {}).items()}
+        contents = read_json(index)
+        check_fields(str(index), contents, {"weight_map": FILES})
+        where = {name: directory / file for name, file in (contents.get("weight_map") or {}).items()}
         files = sorted(set(where.values()))
     elif single.is_file():
         where, files = {}, [single]
