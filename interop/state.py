@@ -71,7 +71,8 @@ def move_rows(arrays: tq.Cache, source: dict[int, int], used: int) -> None:
 def grow_pools(arrays: tq.Cache, spec: tq.CacheSpec, used: int) -> tq.Cache:
     """The cache with new pools for another max_tokens, into which the first `used` pages of each row are copied."""
     device: Any = arrays.length.device
-    rows, pages = arrays.length.shape[0], zero_pools(spec, arrays.length.shape[0], device)["pages"]
+    rows = arrays.length.shape[0]
+    pages = zero_pools(spec, rows, device)["pages"]
     if arrays.pages is not None:
         for pool, grown in zip(jax.tree.leaves(arrays.pages), jax.tree.leaves(pages), strict=True):
             old = pool.unflatten(0, (rows, arrays.spec.pages_per_row))

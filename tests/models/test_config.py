@@ -295,10 +295,8 @@ def test_whatever_a_config_holds_is_read_or_refused(config, data):
     options = ("layer_types", "rope_parameters", "eos_token_id", "sliding_window_pattern", "rope_scaling")
     name, value = data.draw(st.sampled_from([*config, *options])), data.draw(JSON)
     if data.draw(st.booleans()):  # one level down
-        name, value = (
-            "rope_parameters",
-            {data.draw(st.sampled_from([*ROTARY, "rope_theta", "factor", "rope_type"])): value},
-        )
+        inner = data.draw(st.sampled_from([*ROTARY, "rope_theta", "factor", "rope_type"]))
+        name, value = "rope_parameters", {inner: value}
     with contextlib.suppress(ValueError, NotImplementedError):
         assert isinstance(config_from_hf(config | {name: value}), DecoderConfig)
 

@@ -269,16 +269,16 @@ def test_whatever_metadata_holds_is_read_or_refused(data):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("contents", "message"),
     [
         ([], "expected a JSON object, got list"),
         ({"bos_token": 3}, "expected bos_token to be text or a table with the text content, got 3"),
         ({"chat_template": [{"name": "x"}]}, "expected chat_template to be .* with the texts name and template"),
     ],
 )
-def test_settings_of_another_type_are_refused(tmp_path, settings, message):
+def test_settings_of_another_type_are_refused(tmp_path, contents, message):
     tokenizer_from_gguf(METADATA).save(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(contents))
     with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path)
 

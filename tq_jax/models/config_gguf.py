@@ -34,8 +34,8 @@ _LOCAL_FIELDS = {
     "attention.sliding_window_pattern": either(SIZE, list_of(FLAG)),
     "rope.freq_base_swa": POSITIVE,
 }
-_STOP_FIELDS = {"tokenizer.ggml.eos_token_id": COUNT, "tokenizer.ggml.eot_token_id": COUNT}
-_TOKEN_FIELDS = _STOP_FIELDS | {"tokenizer.ggml.tokens": list_of(TEXT)}
+_STOP_FIELDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+TOKEN_FIELDS = {"tokenizer.ggml.tokens": list_of(TEXT)} | dict.fromkeys(_STOP_FIELDS, COUNT)
 # What files do not say: the layer count of the one Gemma 3 model whose scores are scaled by the width of the residual
 # stream instead of that of a head, and the rotary base of local layers.
 _GEMMA3_27B_LAYERS, _GEMMA3_LOCAL_BASE = 62, 10000.0
@@ -101,7 +101,7 @@ def _fields(metadata: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
     supported = _FIELDS | _LOCAL_FIELDS if architecture == "gemma3" else _FIELDS
     for name in sorted(fields.keys() - supported):
         raise NotImplementedError(f"GGUF field {prefix}{name}={fields[name]!r}: supported are {sorted(supported)}")
-    check_fields("GGUF metadata", metadata, {prefix + name: kind for name, kind in supported.items()} | _TOKEN_FIELDS)
+    check_fields("GGUF metadata", metadata, {prefix + name: kind for name, kind in supported.items()} | TOKEN_FIELDS)
     return architecture, prefix, fields
 
 

@@ -6,24 +6,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tq_jax.models.config_gguf import TOKEN_FIELDS
 from tq_jax.models.fields import COUNT, FLAG, NUMBER, TEXT, check_fields, list_of
 from tq_jax.models.tokenizer import Tokenizer
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _SPACE = "▁"
-_KINDS = {
-    "model": TEXT,
-    "pre": TEXT,
-    "tokens": list_of(TEXT),
-    "token_type": list_of(COUNT),
-    "merges": list_of(TEXT),
-    "scores": list_of(NUMBER),
-    "bos_token_id": COUNT,
-    "eos_token_id": COUNT,
-    "unknown_token_id": COUNT,
-    "add_bos_token": FLAG,
-    "add_eos_token": FLAG,
-    "add_space_prefix": FLAG,
+_FIELDS = TOKEN_FIELDS | {
+    "tokenizer.chat_template": TEXT,
+    "tokenizer.ggml.model": TEXT,
+    "tokenizer.ggml.pre": TEXT,
+    "tokenizer.ggml.token_type": list_of(COUNT),
+    "tokenizer.ggml.merges": list_of(TEXT),
+    "tokenizer.ggml.scores": list_of(NUMBER),
+    "tokenizer.ggml.bos_token_id": COUNT,
+    "tokenizer.ggml.unknown_token_id": COUNT,
+    "tokenizer.ggml.add_bos_token": FLAG,
+    "tokenizer.ggml.add_eos_token": FLAG,
+    "tokenizer.ggml.add_space_prefix": FLAG,
 }
 # One word, number, run of signs or run of spaces; {digits} is how many digits stay together.
 _SPLIT = (
@@ -45,8 +45,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """
     import tokenizers
 
-    kinds = {f"tokenizer.ggml.{name}": kind for name, kind in _KINDS.items()} | {"tokenizer.chat_template": TEXT}
-    check_fields("GGUF metadata", metadata, kinds)
+    check_fields("GGUF metadata", metadata, _FIELDS)
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     model = metadata.get("tokenizer.ggml.model")
     if model not in builders:
@@ -70,9 +69,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
             ]
         )
     special = {
-        f"{name}_token": _token(metadata, name, vocabulary)
+        f"{name}_token": _token(vocabulary, key, metadata[key])
         for name in ("bos", "eos")
-        if f"tokenizer.ggml.{name}_token_id" in metadata
+        if (key := f"tokenizer.ggml.{name}_token_id") in metadata
     }
     # A SentencePiece vocabulary starts a text unless its file says otherwise.
     defaults = {"bos": model == "llama", "eos": False}
@@ -152,7 +151,8 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: list[str], kinds: li
         raise NotImplementedError("tokenizer.ggml.scores in another order than the tokens: supported is best first")
     # Files write the runs of spaces that the model's own vocabulary has as letters.
     spelled = [_SPACE * len(token) if token and not token.strip(" ") else token for token in vocabulary]
-    unknown = _token(metadata, "unknown", vocabulary, default=0)
+    key = "tokenizer.ggml.unknown_token_id"
+    unknown = _token(vocabulary, key, metadata.get(key, 0))
     backend = _bpe(spelled, _merges(spelled, kinds), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     backend.normalizer = normalizers.Replace(" ", _SPACE)
     backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -202,10 +202,9 @@ def _post_processor(
     )
 
 
-def _token(metadata: Mapping[str, Any], name: str, vocabulary: list[str], *, default: int | None = None) -> str:
-    token = metadata.get(f"tokenizer.ggml.{name}_token_id", default)
-    if not token < len(vocabulary):
-        raise ValueError(f"tokenizer.ggml.{name}_token_id: expected an id below {len(vocabulary)}, got {token}")
+def _token(vocabulary: list[str], field: str, token: int) -> str:
+    if token >= len(vocabulary):
+        raise ValueError(f"{field}: expected an id below {len(vocabulary)}, got {token}")
     return vocabulary[token]
 
 
