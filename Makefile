@@ -5,7 +5,7 @@
 #   make test-vllm                         the tests of the vLLM backend, in .venv-vllm (4.5 GB, Python 3.11)
 #   make gate                              the GPU kernels of each class compiled for six GPU generations, in .venv
 #   make gate-xla PYTHON=python3.12        whole operations compiled by XLA for an H100, in .venv-xla (450 MB to load)
-#   make test PYTEST="-x tests/evaluate"   a part of them
+#   make test PYTEST="-x tests/core"   a part of them
 #   make test WORKERS=8                    by 8 processes, of about 2 GB each
 #   make notebooks                         the notebooks run and what they show stored, in .venv
 #   make notebooks NOTEBOOKS="02 05"       some of them

@@ -24,8 +24,8 @@ import numpy as np
 from flax import nnx
 
 import tq_jax as tq
+from tq_jax.commands.output import environment, write_json
 from tq_jax.data import persuasion
-from tq_jax.evaluate.report import environment, write_json
 from tq_jax.models import Decoder, DecoderConfig, generate, load_decoder, load_tokenizer, pad_prompts
 from tq_jax.models.generate import prefill_step, time_decode
 from tq_jax.models.sampling import Sampling

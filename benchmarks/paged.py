@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 import tq_jax as tq
-from interop.torch_attend import AttendOptions
-from interop.torch_paged import PagedPool
-from interop.vllm.batches import SIZES, plan_calls
-from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
+from interop.torch.attend_on_gpu import AttendOptions
+from interop.torch.paged import PagedPool
+from interop.vllm.calls import SIZES, plan_calls
+from pallas_kernels.attention.decode.launch_triton import MAX_QUERY_TOKENS
 
 LENGTHS, COUNTS = [700, 33, 1, 257, 5], [300, 1, 1, 8, 3]
 BLOCKS = 64

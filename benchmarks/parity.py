@@ -27,14 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import tq_jax as tq
-from benchmarks import attend_cases, encode_cases, variants
-from pallas_kernels.decode import decode_attention, triton
-from pallas_kernels.decode.pages import Pages
+from pallas_kernels.attention import decode_attention, prefill_attention
+from pallas_kernels.attention.decode import launch_triton
+from pallas_kernels.attention.prefill.launch_triton import config_for as prefill_config
 from pallas_kernels.encode import encode_pages
-from pallas_kernels.prefill import prefill_attention
-from pallas_kernels.prefill.triton import config_for as prefill_config
-from tq_jax.bench.job import Row
-from tq_jax.evaluate.report import environment, write_json
+from pallas_kernels.pages import Pages
+from tests.kernels.cases import encode as encode_cases
+from tests.kernels.cases import pages as page_cases
+from tests.kernels.cases import whole_cache as cache_cases
+from tq_jax.commands.bench.job import Row
+from tq_jax.commands.output import environment, write_json
 
 PREFILL_COUNT, PREFILL_TOLERANCE = 24, 2e-3
 Check = Callable[[], Row]
@@ -42,39 +44,39 @@ Check = Callable[[], Row]
 
 def decode(name: str, precise: bool) -> Row:
     """Few queries over pages."""
-    variant = variants.VARIANTS[name]
-    case = variants.make_case(variant)
+    variant = page_cases.VARIANTS[name]
+    case = page_cases.make_case(variant)
     query, pages, *_ = case.arrays
     formats = case.options["key_format"], case.options["value_format"]
-    config = dataclasses.replace(triton.config_for(query.shape, pages, *formats, precise=precise), programs=64)
+    config = dataclasses.replace(launch_triton.config_for(query.shape, pages, *formats, precise=precise), programs=64)
     run = jax.jit(functools.partial(decode_attention, **case.options, config=config, implementation="triton"))
-    return attention(case, run, 1e-4 if precise else variants.tolerance(variant))
+    return attention(case, run, 1e-4 if precise else page_cases.tolerance(variant))
 
 
 def prefill(name: str) -> Row:
     """A chunk of queries over pages."""
-    case = variants.make_case(dataclasses.replace(variants.VARIANTS[name], count=PREFILL_COUNT))
+    case = page_cases.make_case(dataclasses.replace(page_cases.VARIANTS[name], count=PREFILL_COUNT))
     query, pages, *_ = case.arrays
     config = prefill_config(query.shape, pages, case.options["key_format"], case.options["value_format"])
     run = jax.jit(functools.partial(prefill_attention, **case.options, config=config, implementation="triton"))
     return attention(case, run, PREFILL_TOLERANCE)
 
 
-def attention(case: variants.Case, run: Callable, tolerance: float) -> Row:
+def attention(case: page_cases.Case, run: Callable, tolerance: float) -> Row:
     """What the two have in common."""
     got, again = run(*case.arrays), run(*case.arrays)
     want = decode_attention(*case.arrays, **case.options, implementation="reference")
-    return verdict(variants.relative_error(got, want), tolerance, same=bool(jnp.array_equal(got.acc, again.acc)))
+    return verdict(page_cases.relative_error(got, want), tolerance, same=bool(jnp.array_equal(got.acc, again.acc)))
 
 
 def attend(name: str, precise: bool) -> Row:
     """Attention over a whole cache."""
-    case = attend_cases.CASES[name]
-    run, query, cache = attend_cases.attend_case(case)
+    case = cache_cases.CASES[name]
+    run, query, cache = cache_cases.attend_case(case)
     got, again = (run(query, cache, implementation="triton", precise=precise) for _ in range(2))
     want = run(query, cache, implementation="reference")
     tolerance = case.tolerance(precise=precise)
-    return verdict(attend_cases.relative_error(got, want), tolerance, same=bool(jnp.array_equal(got, again)))
+    return verdict(cache_cases.relative_error(got, want), tolerance, same=bool(jnp.array_equal(got, again)))
 
 
 def encode(name: str) -> Row:
@@ -145,14 +147,14 @@ def in_large_pools(pages: Pages) -> tuple[Pages, int]:
 
 def large_attention(name: str, count: int) -> Row:
     """Attention over pages of large pools against the same over small ones, bit for bit."""
-    case = variants.make_case(dataclasses.replace(variants.VARIANTS[name], count=count))
+    case = page_cases.make_case(dataclasses.replace(page_cases.VARIANTS[name], count=count))
     query, pages, table, *others = case.arrays
     attend = decode_attention if count == 1 else prefill_attention
     run = jax.jit(functools.partial(attend, **case.options, implementation="triton"))
     want = run(*case.arrays)
     larger, before = in_large_pools(pages)
     got = run(query, larger, table + before, *others)
-    return verdict(variants.relative_error(got, want), 0.0, same=bool(jnp.array_equal(got.acc, want.acc)))
+    return verdict(page_cases.relative_error(got, want), 0.0, same=bool(jnp.array_equal(got.acc, want.acc)))
 
 
 def large_encode(name: str) -> Row:
@@ -175,13 +177,13 @@ def verdict(error: float, tolerance: float, *, same: bool) -> Row:
 
 def checks(ops: list[str]) -> Iterator[tuple[Row, Check]]:
     """Every case of some operations."""
-    cases = {"decode": variants.VARIANTS, "attend": attend_cases.CASES}
+    cases = {"decode": page_cases.VARIANTS, "attend": cache_cases.CASES}
     for op, function in (("decode", decode), ("attend", attend)):
         for name in cases[op] if op in ops else ():
             for precise in (False, True):
                 yield {"op": op, "case": name, "precise": precise}, functools.partial(function, name, precise)
     others = (
-        ("prefill", prefill, variants.VARIANTS),
+        ("prefill", prefill, page_cases.VARIANTS),
         ("encode", encode, encode_cases.CASES),
         ("append", append, APPENDS),
     )

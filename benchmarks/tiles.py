@@ -19,17 +19,16 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
 
-from pallas_kernels._compat import multiprocessors
-from pallas_kernels.decode import TileConfig
-from pallas_kernels.prefill import PrefillConfig
-from tq_jax.bench import timing
-from tq_jax.bench.command import COPY_BYTES, MATRIX
-from tq_jax.bench.decode import DECODE_ATTENTION
-from tq_jax.bench.job import Setting
-from tq_jax.bench.paged import MSE, Case, run_case
-from tq_jax.bench.prefill import PREFILL_ATTENTION
-from tq_jax.bench.shapes import DECODE, PREFILL
-from tq_jax.evaluate.report import environment, write_json
+from pallas_kernels.attention import PrefillConfig, TileConfig
+from pallas_kernels.compat.device import multiprocessors
+from tq_jax.commands.bench import timing
+from tq_jax.commands.bench.command import COPY_BYTES, MATRIX
+from tq_jax.commands.bench.decode import DECODE_ATTENTION
+from tq_jax.commands.bench.job import Setting
+from tq_jax.commands.bench.paged import MSE, Case, run_case
+from tq_jax.commands.bench.prefill import PREFILL_ATTENTION
+from tq_jax.commands.bench.shapes import DECODE, PREFILL
+from tq_jax.commands.output import environment, write_json
 
 TILES = {
     "decode": "64,1,3,12 64,1,2,12 64,1,3,10 64,1,4,12 64,1,3,24 128,2,3,6 128,2,2,6 128,1,2,8 128,1,3,8 32,1,4,16 "
@@ -42,7 +41,7 @@ OPERATIONS = {"decode": (DECODE_ATTENTION, DECODE, TileConfig), "prefill": (PREF
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", choices=OPERATIONS)
-    parser.add_argument("--shape", help="name in tq_jax.bench.shapes; the first by default")
+    parser.add_argument("--shape", help="name in tq_jax.commands.bench.shapes; the first by default")
     parser.add_argument("--bits", default="4,3,2")
     parser.add_argument("--tiles", help="configurations, separated by spaces")
     parser.add_argument("--limit", type=float, default=500, help="seconds")

@@ -23,13 +23,13 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tq_jax as tq
-from interop import compute
 from interop.hf import ATTENTION, CACHE_ARGUMENT, TurboQuantCache
-from interop.hf_graph import decoding_graphs
-from interop.torch_attend import AttendOptions, KernelAttention
-from interop.torch_cache import TorchCache
-from interop.torch_extend import GraphPool
-from tq_jax.evaluate.report import environment, write_json
+from interop.hf.decoding_graphs import decoding_graphs
+from interop.launcher.cuda_graph import GraphPool
+from interop.torch import jax_calls
+from interop.torch.attend_on_gpu import AttendOptions, KernelAttention
+from interop.torch.cache import TorchCache
+from tq_jax.commands.output import environment, write_json
 
 DIM, KV_HEADS, Q_HEADS = 128, 8, 32
 
@@ -77,21 +77,23 @@ def parity(name: str) -> dict:
     """Against JAX's reference over DLPack: one query, several ragged ones with every option, a long chunk."""
     cache, q = filled(name, [900, 1, 517], 1024)
     row: dict[str, Any] = {"case": name}
-    want = compute.attend(q, cache.as_jax(), implementation="reference")
+    want = jax_calls.attend(q, cache.as_jax(), implementation="reference")
     for label, precise in (("plain", False), ("precise", True)):
         found = cache.attend(q, precise=precise)
         row[label] = relative(found, want)
         row[f"{label} twice"] = bool(torch.equal(found, cache.attend(q, precise=precise)))
-    row["same as JAX's launch"] = relative(cache.attend(q), compute.attend(q, cache.as_jax(), implementation="triton"))
+    row["same as JAX's launch"] = relative(
+        cache.attend(q), jax_calls.attend(q, cache.as_jax(), implementation="triton")
+    )
     k, v, qs = tokens(3, 5, seed=2)
     cache.append(k, v, query=qs, lengths=[5, 2, 0])
     options = {"sliding_window": 300, "softcap": 4.0, "sink_logits": torch.linspace(-1, 4, Q_HEADS).cuda()}
     counts = torch.tensor([5, 2, 0], dtype=torch.int32, device="cuda")
-    want = compute.attend(qs, cache.as_jax(), implementation="reference", lengths=counts, **options)
+    want = jax_calls.attend(qs, cache.as_jax(), implementation="reference", lengths=counts, **options)
     row["ragged chunk, options"] = relative(cache.attend(qs, lengths=[5, 2, 0], **options), want)
     k, v, qs = tokens(3, 21, seed=3)
     cache.append(k, v, query=qs)
-    want = compute.attend(qs, cache.as_jax(), implementation="reference")
+    want = jax_calls.attend(qs, cache.as_jax(), implementation="reference")
     found = cache.attend(qs)
     row["long chunk"] = relative(found, want)
     row["long chunk twice"] = bool(torch.equal(found, cache.attend(qs)))
@@ -210,7 +212,7 @@ def overhead() -> dict:
     with torch.cuda.graph(captured):
         attention(q, options)
     row["graph replay"] = host_us(captured.replay)
-    row["attend by DLPack"] = host_us(lambda: compute.attend(q, cache.as_jax(), implementation="triton"), 30)
+    row["attend by DLPack"] = host_us(lambda: jax_calls.attend(q, cache.as_jax(), implementation="triton"), 30)
     k, v, _ = tokens(1, 1)
     long, _ = filled("K4/V4", [300], 4096)
     row["TorchCache.append, three launches"] = host_us(lambda: long.append(k, v))

@@ -5,8 +5,8 @@ import contextlib
 import jax
 import torch
 
-from interop import torch_kernels
-from interop.dlpack import to_jax, to_torch
+from interop.launcher import program as launcher
+from interop.torch.dlpack import to_jax, to_torch
 
 
 class Interpreted:
@@ -16,11 +16,11 @@ class Interpreted:
 
     def __init__(self, function, *examples, device):
         Interpreted.made += 1
-        self._function, self._shapes = jax.jit(function), jax.tree.map(torch_kernels.struct, examples)
+        self._function, self._shapes = jax.jit(function), jax.tree.map(launcher.struct, examples)
 
     def check(self, tensors):
         inputs = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(self._shapes))
-        torch_kernels.require_alike(tensors, inputs, tensors[0].device)
+        launcher.require_alike(tensors, inputs, tensors[0].device)
 
     def bind(self, fixed):
         return lambda given: self.launch([*fixed, *given])

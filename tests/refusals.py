@@ -2,7 +2,7 @@
 
 from typer.testing import CliRunner
 
-from tq_jax import cli
+from tq_jax.commands import cli
 
 
 def refused(command, *arguments):

@@ -99,7 +99,7 @@ def own_answers(folder, prompts, *, exact_layers=(), statistics=None, **options)
     from transformers.cache_utils import DynamicLayer
 
     from interop.hf import ATTENTION, CACHE_ARGUMENT, TurboQuantCache
-    from interop.torch_cache import TorchCache
+    from interop.torch.cache import TorchCache
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.set_attn_implementation(ATTENTION)

@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.append import AppendPlan, append_cache, check_append
 from pallas_kernels.append.statistics_triton import Observed, StatisticsPlan, update_statistics
-from pallas_kernels.decode import Pages
 from pallas_kernels.encode import Encoder, encode_pages
+from pallas_kernels.pages import Pages
 from tq_jax.attention import Implementation, arrays_of
 from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers, to_storage
 from tq_jax.quantizer import encoder, is_traced

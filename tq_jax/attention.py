@@ -11,10 +11,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.decode import LogitOptions, Partial, TileConfig, fused, merge
-from pallas_kernels.decode.basis import Basis, Segment
-from pallas_kernels.decode.reference import attend_tokens, nothing
-from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
+from pallas_kernels.attention import LogitOptions, Partial, TileConfig, merge, whole_cache
+from pallas_kernels.attention.decode.launch_triton import MAX_QUERY_TOKENS
+from pallas_kernels.attention.reference import attend_tokens, nothing
+from pallas_kernels.tiles.rotation_triton import Basis, Segment
 from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers
 from tq_jax.paged import attend_packed, finish
 from tq_jax.quantizer import Quantizer, is_traced, sketch_gain
@@ -139,9 +139,9 @@ def _check_rows(cache: Cache, tokens: int, lengths: Any, rows: Any) -> None:
             raise ValueError(f"expected {name} from 0 to {most}, got {np.asarray(array).tolist()}")
 
 
-def _plan(cache: Cache, options: LogitOptions, precise: bool, config: TileConfig | None) -> fused.AttendPlan:
+def _plan(cache: Cache, options: LogitOptions, precise: bool, config: TileConfig | None) -> whole_cache.AttendPlan:
     key, value = cache.spec.key, cache.spec.value
-    return fused.AttendPlan(
+    return whole_cache.AttendPlan(
         options=options,
         key_format=None if key is None else key.format,
         value_format=None if value is None else value.format,
@@ -153,12 +153,12 @@ def _plan(cache: Cache, options: LogitOptions, precise: bool, config: TileConfig
     )
 
 
-def _best(query: Array, cache: Cache, plan: fused.AttendPlan) -> Implementation:
+def _best(query: Array, cache: Cache, plan: whole_cache.AttendPlan) -> Implementation:
     """The kernels on a GPU unless they do not support the case, which is warned about (once, by Python's default)."""
     if plan.interpret:
         return "reference"
     try:
-        fused.check_attend(query.shape, arrays_of(cache), plan)
+        whole_cache.check_attend(query.shape, arrays_of(cache), plan)
     except NotImplementedError as error:
         warnings.warn(f"attention runs as the slow reference: {error}", stacklevel=3)
         return "reference"
@@ -173,15 +173,15 @@ def _attend_fused(
     rows: Array | None,
     sink_logits: Array | None,
     *,
-    plan: fused.AttendPlan,
+    plan: whole_cache.AttendPlan,
 ) -> Any:
-    return fused.attend_cache(query, arrays_of(cache), plan, rows=rows, counts=lengths, sink_logits=sink_logits)
+    return whole_cache.attend_cache(query, arrays_of(cache), plan, rows=rows, counts=lengths, sink_logits=sink_logits)
 
 
-def arrays_of(cache: Cache) -> fused.CacheArrays:
+def arrays_of(cache: Cache) -> whole_cache.CacheArrays:
     """The arrays that the kernels read, without a copy."""
     statistics, key = cache.statistics, cache.key_quantizer
-    return fused.CacheArrays(
+    return whole_cache.CacheArrays(
         pages=cache.pages,
         exact_keys=cache.exact_keys,
         exact_values=cache.exact_values,

@@ -17,8 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from pallas_kernels.decode import Pages
-from pallas_kernels.decode.pages import empty_pages
+from pallas_kernels.pages import Pages, empty_pages
 from tq_jax.quantizer import Quantizer, QuantizerSpec, is_traced, make_quantizer
 from tq_jax.statistics import KeyStatistics, empty_statistics, given_statistics, require_statistics
 

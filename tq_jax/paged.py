@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.decode import LogitOptions, Pages, Partial, decode_attention, merge
-from pallas_kernels.decode.triton import MAX_QUERY_TOKENS
-from pallas_kernels.prefill import prefill_attention
+from pallas_kernels.attention import LogitOptions, Partial, decode_attention, merge, prefill_attention
+from pallas_kernels.attention.decode.launch_triton import MAX_QUERY_TOKENS
+from pallas_kernels.pages import Pages
 from tq_jax.quantizer import Quantizer, from_rotated, sketch_gain, sketch_query, to_rotated
 
 Statistics = tuple[Float[Array, "b h_kv d"], Float[Array, "b h_kv d"]]
@@ -38,7 +38,7 @@ def attend_packed(
         positions: Position of each query, counted like the tokens of the pages.
         statistics: Of the keys; None for keys that are stored as they are.
         options: Logit options.
-        implementation: As in `pallas_kernels.decode.decode_attention`.
+        implementation: As in `pallas_kernels.attention.decode_attention`.
     """
     key_quantizer, value_quantizer = quantizers
     bias = None

@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout  # pyright: ignore[reportPrivateImportUsage]
 
-from interop.vllm.batches import SIZES, Call, plan_calls
+from interop.vllm.calls import SIZES, Call, plan_calls
 from interop.vllm.options import Options
 from interop.vllm.report import report
 from tq_jax.quantizer import MAX_DIM, MIN_DIM

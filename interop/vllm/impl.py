@@ -14,10 +14,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 import tq_jax as tq
-from interop.torch_attend import AttendOptions
-from interop.torch_paged import PagedPool
+from interop.torch.attend_on_gpu import AttendOptions
+from interop.torch.paged import PagedPool
 from interop.vllm.backend import TurboQuantMetadata, for_options
-from interop.vllm.biased import Owner, bias_statistics
+from interop.vllm.bias_statistics import Owner, bias_statistics
 from interop.vllm.options import Options
 
 if current_platform.is_cuda() and jax.config.jax_platforms is None:  # pyright: ignore[reportAttributeAccessIssue]

@@ -24,7 +24,7 @@ class Options:
         value_kind: Kind of the value quantizer.
         search: Whether the step of each vector is searched, where its kind allows it.
         boundary_layers: How many layers at each end of the model stay in full precision.
-        statistics: File of key statistics, see `interop.calibrate`; None for what the bias of keys does, if any.
+        statistics: File of key statistics, see `interop.hf.calibrate`; None for what the bias of keys does, if any.
         seed: Seed of the key quantizers; values use seed + 1.
         precise: Two-byte arithmetic in the GPU kernels, see `tq_jax.attend`.
 

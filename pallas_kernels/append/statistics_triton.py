@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.append.window_triton import existing_row
-from pallas_kernels.decode.basis import power_of_two
-from pallas_kernels.lookup_triton import exp2, log2
+from pallas_kernels.numerics import power_of_two
+from pallas_kernels.tiles.intrinsics_triton import exp2, log2
 
 TILE = 16
 """Tokens of the window a step."""

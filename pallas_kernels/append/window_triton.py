@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.decode.basis import power_of_two
+from pallas_kernels.numerics import power_of_two
 
 TILE = 8
 """Most tokens a program moves."""

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode.pages import Pages
-from pallas_kernels.encode import reference, triton
+from pallas_kernels.encode import launch_triton, reference
 from pallas_kernels.encode.config import TileConfig
 from pallas_kernels.encode.encoder import Encoder
 from pallas_kernels.format import Code, ScaleRule, VectorFormat
+from pallas_kernels.pages import Pages
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 
@@ -97,7 +97,7 @@ def encode_pages(
         implementation = _best(pages, key, value)
     arguments: dict[str, Any] = dict(key=key, value=value, mean=mean, weight=weight)
     if implementation == "triton":
-        return triton.encode_pages(keys, values, pages, slots, config=config, **arguments)
+        return launch_triton.encode_pages(keys, values, pages, slots, config=config, **arguments)
     return reference.encode_pages(keys, values, pages, slots, **arguments)
 
 
@@ -118,7 +118,7 @@ def _best(pages: Pages, key: Encoder, value: Encoder) -> str:
     if jax.default_backend() != "gpu":
         return "reference"
     try:
-        triton.check_supported(pages, key, value)
+        launch_triton.check_supported(pages, key, value)
     except NotImplementedError as error:
         warnings.warn(f"tokens are encoded by the slow reference: {error}", stacklevel=3)
         return "reference"

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pallas_kernels.encode import quads
+from pallas_kernels.encode import codes_by_comparison_triton as by_comparison
 from pallas_kernels.encode.encoder import Encoder
 from pallas_kernels.format import CodebookFormat
 
@@ -35,7 +35,7 @@ def default_config(tokens: int, encoder: Encoder) -> TileConfig:
     """
     fmt = encoder.format
     tile = 16 if tokens <= 16 else 32
-    if encoder.hadamard and quads.tile_width(encoder):
+    if encoder.hadamard and by_comparison.tile_width(encoder):
         return TileConfig(tile=16, num_warps=2) if fmt.dim > 128 else TileConfig(tile=tile, num_warps=tile // 16)
     fractional = isinstance(fmt, CodebookFormat) and len(fmt.segments) > 1
     if fractional:

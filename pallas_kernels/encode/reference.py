@@ -12,10 +12,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
-from pallas_kernels.decode.pages import Pages, write_tokens
 from pallas_kernels.encode.encoder import Encoder
 from pallas_kernels.format import Code, Codebook, CodebookFormat, GroupFormat, ScaleDtype, ScaleRule, VectorFormat
 from pallas_kernels.packing import pack
+from pallas_kernels.pages import Pages, write_tokens
 
 SEARCH_MULTIPLES = np.linspace(0.7, 1.3, 41, dtype=np.float32)
 """Multiples of the step that a search looks at: the best multiple of nearly every vector lies between the ends."""

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import tq_jax as tq
-from pallas_kernels.decode import TileConfig
+from pallas_kernels.attention import TileConfig
 
 H, G, D = 2, 3, 32
 EIGHT = tq.QuantizerSpec(D, 8, scale_dtype="float32")

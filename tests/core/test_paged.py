@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import tq_jax as tq
-from pallas_kernels.decode import LogitOptions
+from pallas_kernels.attention import LogitOptions
 from tq_jax.paged import attend_paged
 
 D, PAGE = 16, 8

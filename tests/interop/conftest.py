@@ -19,11 +19,12 @@ def interpreted(monkeypatch):
     from interpreted import Interpreted
     from reference_encoder import encode_by_reference
 
-    from interop import torch_append, torch_attend, torch_kernels
+    from interop.launcher import program
+    from interop.torch import append_on_gpu, attend_on_gpu
     from pallas_kernels.append import AppendPlan
-    from pallas_kernels.encode import triton as encode_triton
+    from pallas_kernels.encode import launch_triton as encode_triton
 
     monkeypatch.setattr(encode_triton, "encode_pages", encode_by_reference)
-    monkeypatch.setattr(torch_kernels, "TorchProgram", Interpreted)
-    monkeypatch.setattr(torch_append, "AppendPlan", functools.partial(AppendPlan, interpret=True))
-    monkeypatch.setattr(torch_attend, "_Static", functools.partial(torch_attend._Static, interpret=True))
+    monkeypatch.setattr(program, "TorchProgram", Interpreted)
+    monkeypatch.setattr(append_on_gpu, "AppendPlan", functools.partial(AppendPlan, interpret=True))
+    monkeypatch.setattr(attend_on_gpu, "_Static", functools.partial(attend_on_gpu._Static, interpret=True))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_NEVER = -1e30
+from pallas_kernels.numerics import HIDDEN
 
 
 def causal_attention(
@@ -70,7 +70,7 @@ def causal_attention(
 def _empty(q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     b, block, h_kv, group, d = q.shape
     rows = (b, h_kv, group, block)
-    return jnp.zeros((*rows, d), jnp.float32), jnp.full(rows, _NEVER, jnp.float32), jnp.zeros(rows, jnp.float32)
+    return jnp.zeros((*rows, d), jnp.float32), jnp.full(rows, HIDDEN, jnp.float32), jnp.zeros(rows, jnp.float32)
 
 
 def _fold(
@@ -89,7 +89,7 @@ def _fold(
     q_pos, k_pos = query_start + jnp.arange(q.shape[1]), key_start + jnp.arange(k.shape[1])
     age = q_pos[:, None] - k_pos[None, :]
     visible = age >= 0 if window is None else (age >= 0) & (age < window)
-    scores = jnp.where(visible[None, None, None], scores, jnp.float32(_NEVER))
+    scores = jnp.where(visible[None, None, None], scores, jnp.float32(HIDDEN))
     new_peak = jnp.maximum(peak, scores.max(axis=-1))
     weight, shrink = jnp.exp(scores - new_peak[..., None]), jnp.exp(peak - new_peak)
     mixed = jnp.einsum("bhgsu,buhd->bhgsd", weight.astype(v.dtype), v, preferred_element_type=jnp.float32)

@@ -10,8 +10,8 @@ pytest.importorskip("vllm")
 import torch
 
 import tq_jax as tq
-from interop.torch_cache import TorchCache
-from interop.vllm.batches import SIZES, plan_calls
+from interop.torch.cache import TorchCache
+from interop.vllm.calls import SIZES, plan_calls
 
 D, PAGE = 32, 32
 OURS = {"tq_jax": {"search": False}}

@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from interop.vllm.batches import SIZES, plan_calls  # noqa: E402
+from interop.vllm.calls import SIZES, plan_calls  # noqa: E402
 from interop.vllm.options import Options  # noqa: E402
 
 

@@ -28,7 +28,7 @@ def test_chunks_and_preemption_change_nothing(two_layers, prompts, expected):
 @pytest.fixture(scope="module")
 def statistics(four_layers, tmp_path_factory):
     """A file by the command, of a text of random words."""
-    from interop.calibrate import main
+    from interop.hf.calibrate import main
 
     folder = tmp_path_factory.mktemp("statistics")
     words = np.random.default_rng(2).integers(5, 199, 200)

@@ -1,0 +1,199 @@
+"""The attention function of Hugging Face models over a `TurboQuantCache`, and what it refuses.
+
+transformers hands an attention function the queries, what the cache's `update` returned, a mask and whatever else the
+model has: nothing of it may be ignored. Masks are understood as causal with padding; the padding is never stored.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from interop.hf.layer import ATTENTION, Handle
+from interop.torch.custom_ops import refuse_gradient
+
+WITHOUT_MEANING = ("position_ids", "cache_position", "use_cache", "num_items_in_batch", "output_hidden_states")
+"""Arguments that attention does not depend on: positions are in the rotary embedding already."""
+
+MASK_ROWS = 256
+"""Queries whose mask is checked at a time."""
+
+
+def compressed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor | Handle,
+    value: torch.Tensor | Handle,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over a compressed layer, or exact attention where the cache holds tensors.
+
+    Args:
+        module: The model's attention layer.
+        query: [b, h_q, t, d].
+        key: From the cache.
+        value: From the cache.
+        attention_mask: None for causal; or [b, 1, t, s], bool or added to logits.
+        scaling: Factor of the logits.
+        dropout: Must be 0.
+        softcap: Logits x become softcap * tanh(x / softcap).
+        s_aux: Sink logits [h_q].
+        sliding_window: Window of layers that are not compressed; the mask has it.
+        others: Anything else the model passes; refused unless it is known to mean nothing.
+
+    Returns:
+        Outputs [b, t, h_q, d], and None for the attention weights.
+
+    Raises:
+        NotImplementedError: For what cannot be honoured.
+    """
+    for name, given in others.items():
+        if name not in (*WITHOUT_MEANING, "is_causal") and given is not None and given is not False:
+            raise NotImplementedError(f"attention over a TurboQuantCache does not know {name}={_short(given)}")
+    if dropout:
+        raise NotImplementedError(f"a TurboQuantCache is for inference, got dropout={dropout}")
+    if others.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise NotImplementedError("a TurboQuantCache is for causal attention, got is_causal=False")
+    options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+    if isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor):
+        return exact_attention(module, query, key, value, attention_mask, **options), None
+    assert isinstance(key, Handle) and isinstance(value, Handle)
+    if sliding_window is not None and (sliding_window < key.shape[2] or key.layer.is_captured):
+        raise NotImplementedError(f"compressed layers see all tokens, got sliding_window={sliding_window}")
+    out = _attend_packed(module, query, key, value, attention_mask, **options)  # pyright: ignore[reportCallIssue]
+    return out, None
+
+
+@torch.compiler.disable  # what the host keeps of a cache is no part of a graph
+def _attend_packed(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: Handle,
+    value: Handle,
+    mask: torch.Tensor | None,
+    **options: Any,
+) -> torch.Tensor:
+    """Attention over a compressed layer, which stores the new tokens."""
+    layer = key.layer
+    if layer.cache is not None and layer.cache.is_capturing and not layer.is_captured:
+        raise NotImplementedError(
+            "a CUDA graph of a model over a TurboQuantCache: masks are read on the host "
+            "(interop.hf.decoding_graphs has one)"
+        )
+    if layer.is_captured:
+        mask = None  # looked at for every token of its own
+    real = real_tokens(mask, query.shape[0], query.shape[2], key.shape[2], asked_by=module)
+    if layer.seen == 0 and layer.compression.exact_prompt:  # a prompt attends to itself as it is
+        out = exact_attention(module, query, key.tokens, value.tokens, mask, **options)
+        layer.store(query, key.tokens, value.tokens, real)
+        return out
+    return refuse_gradient(layer.attend(query, key.tokens, value.tokens, real, **options), key.tokens, value.tokens)
+
+
+def exact_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention over tensors [b, h, s, d]: SDPA, or plain steps for a soft-cap or sinks, which SDPA does not have."""
+    if softcap is None and s_aux is None:
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(module, query, key, value, mask, dropout=0.0, scaling=scaling)[0]
+    batch, heads, count, dim = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, count, dim)
+    logits = torch.einsum("bhgtd,bhsd->bhgts", grouped, key).float() * (dim**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is None and count > 1:  # more keys than queries: those of a static cache that are yet to come
+        mask = torch.ones(count, key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is not None:
+        mask = mask[:, :, None, :, : key.shape[2]]
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min) if mask.dtype == torch.bool else logits + mask
+    if s_aux is not None:
+        sinks = s_aux.reshape(1, key.shape[1], -1, 1, 1).to(logits).expand(batch, -1, -1, count, 1)
+        logits = torch.cat([logits, sinks], -1)
+    weights = torch.softmax(logits, -1)[..., : key.shape[2]].to(value.dtype)
+    out = torch.einsum("bhgts,bhsd->bthgd", weights, value)
+    return out.reshape(batch, count, heads, value.shape[-1])
+
+
+def real_tokens(
+    mask: torch.Tensor | None, batch: int, queries: int, keys: int, *, asked_by: object = None
+) -> torch.Tensor | None:
+    """Which tokens a causal mask with padding lets be seen.
+
+    Args:
+        mask: None for causal without padding; or [b, 1, queries, keys], bool or added to logits.
+        batch: Rows.
+        queries: New tokens.
+        keys: Tokens seen so far, the new ones included.
+        asked_by: A layer of the model. Layers of one pass share what is found; one that asks again has it looked at
+            anew. None shares nothing.
+
+    Returns:
+        bool [b, keys] on the CPU, False for padding; None if there is none.
+
+    Raises:
+        NotImplementedError: For any other mask: biases, packed sequences, bidirectional prefixes, windows.
+    """
+    if mask is None:
+        return None
+    version = None if mask.is_inference() else mask._version  # writes to inference tensors are not counted
+    known: _Known | None = getattr(mask, "_tq_real", None) if asked_by is not None else None
+    if known is not None and known.version == version and id(asked_by) not in known.askers:
+        known.askers.add(id(asked_by))
+        return known.real
+    if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != queries or mask.shape[3] < keys:
+        raise NotImplementedError(f"expected a mask [{batch}, 1, {queries}, {keys}], got {list(mask.shape)}")
+    seen = mask[:, 0, :, :keys]
+    if mask.dtype != torch.bool:
+        if not mask.is_floating_point():
+            raise NotImplementedError(f"expected a mask of bool or floating point, got {mask.dtype}")
+        if not bool(((seen == 0) | (seen <= torch.finfo(mask.dtype).min / 2)).all()):
+            raise NotImplementedError(
+                "attention over a TurboQuantCache does not know biases, got a mask of other values"
+            )
+        seen = seen == 0
+    real = seen[:, -1]
+    position = torch.arange(keys, device=mask.device)
+    for start in range(0, queries, MASK_ROWS):
+        rows = seen[:, start : start + MASK_ROWS]
+        last = keys - queries + start + torch.arange(rows.shape[1], device=mask.device)
+        if not torch.equal(rows, (position <= last[:, None]) & real[:, None]):
+            raise NotImplementedError("expected a causal mask with padding, got another pattern")
+    found = None if bool(real.all()) else real.expand(batch, keys).cpu()
+    if asked_by is not None:
+        mask._tq_real = _Known(found, version, {id(asked_by)})  # pyright: ignore[reportAttributeAccessIssue]
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What was found in a mask, at which version of it, and the layers that asked."""
+
+    real: torch.Tensor | None
+    version: int | None
+    askers: set[int]
+
+
+def _short(value: Any) -> str:
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)[:60]
+
+
+AttentionInterface.register(ATTENTION, compressed_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without it the mask, and with it all padding, would be dropped

@@ -1,0 +1,88 @@
+"""`tq-jax hf`: a Hugging Face model directory with its usual cache against compressed ones: text, KL, bytes, time.
+
+Importing this needs neither torch nor transformers, as the list of commands does not.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from tq_jax.commands.demo.command import parse_bits
+from tq_jax.commands.output import JsonTarget, environment, open_console, progress_bar, refusing, write_json
+from tq_jax.commands.texts import TextFile, read_text
+from tq_jax.data import persuasion
+
+if TYPE_CHECKING:
+    from interop.hf.measure import Row
+
+DEFAULT_BITS = "4/4,3/3"
+
+
+def hf(
+    model: Annotated[Path, typer.Argument(help="Directory of a Hugging Face model.", exists=True, file_okay=False)],
+    prompt: Annotated[str | None, typer.Option(help="What to continue; the text by default.")] = None,
+    text: TextFile = None,
+    bits: Annotated[str, typer.Option(help="Key/value bits of each compressed cache, comma-separated.")] = DEFAULT_BITS,
+    context: Annotated[int, typer.Option(help="Tokens of the text before the positions compared.", min=1)] = 512,
+    positions: Annotated[int, typer.Option(help="Predictions compared.", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 32,
+    device: Annotated[str, typer.Option(help="Where torch runs the model.")] = "cpu",
+    graphs: Annotated[bool, typer.Option("--graphs", help="Tokens of compressed caches from CUDA graphs.")] = False,
+    json: JsonTarget = None,
+) -> None:
+    """Compare a Hugging Face model's usual cache with compressed ones: text, KL, bytes, time.
+
+    Runs the model in transformers with DynamicCache and its own attention, then with TurboQuantCache, on the same text
+    and prompt. Exits 0 only if every compressed cache is smaller than the usual one and every divergence is a number.
+    """
+    widths = parse_bits(bits)
+    content = read_text(text) if text else persuasion()
+    with refusing("torch,hf"):
+        from interop.hf import measure
+    console = open_console(json)
+    job = measure.load_task(
+        model,
+        content,
+        prompt,
+        context=context,
+        positions=positions,
+        new_tokens=new_tokens,
+        device=device,
+        graphs=graphs,
+    )
+    measure.require_supported(job, widths)
+    reference, rows = None, []
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=len(widths) + 1)
+        for pair in (None, *widths):
+            progress.update(task, description="baseline" if pair is None else f"K{pair[0]:g}/V{pair[1]:g}")
+            reference, row = measure.measure(job, pair, reference)
+            rows.append(row)
+            progress.advance(task)
+    holds = all(row.nbytes < rows[0].nbytes and math.isfinite(row.kl_mean) for row in rows[1:])
+    dtype = str(job.network.dtype).removeprefix("torch.")
+    console.print(make_table(rows, f"{dtype} with {job.attention}"))
+    for row in rows:
+        console.print(f"[bold]{row.cache:>8}[/bold]  {row.text!r}")
+    payload: dict[str, Any] = {"model": str(model), "dtype": dtype, "attention": job.attention}
+    payload |= {"graphs": graphs, "positions": job.ids.shape[1] - context, "holds": holds}
+    payload |= {"rows": [dataclasses.asdict(row) for row in rows], "environment": environment()}
+    write_json(payload | {"peers": measure.versions()}, json)
+    raise typer.Exit(0 if holds else 1)
+
+
+def make_table(rows: list["Row"], baseline: str) -> Table:
+    """The figures for a reader."""
+    table = Table(title=f"DynamicCache in {baseline} against TurboQuantCache")
+    for name in ("cache", "layers", "MiB", "ratio", "KL", "KL max", "same top-1", "ms a token"):
+        table.add_column(name, justify="left" if name == "cache" else "right")
+    for row in rows:
+        table.add_row(
+            row.cache, str(row.layers), f"{row.nbytes / 2**20:.2f}", f"{rows[0].nbytes / row.nbytes:.2f}",
+            f"{row.kl_mean:.5f}", f"{row.kl_max:.4f}", f"{row.top1:.1%}", f"{row.ms_per_token:.1f}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,277 @@
+"""One layer of a `TurboQuantCache`: its compressed keys and values, and the handles that stand for them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import torch
+import transformers
+from transformers.cache_utils import CacheLayerMixin
+
+import tq_jax as tq
+from interop.launcher.cuda_graph import GraphPool
+from interop.torch.cache import TorchCache
+
+ATTENTION = "tq_jax"
+"""Name of the attention implementation."""
+
+HEADROOM = 256
+"""Tokens that a layer has room for beyond its prompt before it grows the first time; it grows by a quarter then."""
+
+SOME_DIM = 128
+"""Head dimension to look at options with, before a layer has told its own."""
+
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+CACHE_ARGUMENT = "cache" if VERSION >= (5, 24) else "past_key_values"
+"""What models and `generate` call the cache that they take."""
+
+CROP_COUNTS_REMOVED = VERSION >= (5, 0)
+"""Whether `crop(n)` of transformers' own layers removes -n tokens, as from 5.0; before, n was the final length."""
+
+
+class Handle:
+    """What `update` returns in place of all keys (or values): the new ones, and where the others are.
+
+    Attributes:
+        layer: The layer that holds the others.
+        tokens: New keys or values [b, h_kv, t, d].
+    """
+
+    def __init__(self, layer: "CompressedLayer", tokens: torch.Tensor) -> None:
+        self.layer, self.tokens = layer, tokens
+        self.dtype, self.device = tokens.dtype, tokens.device
+        batch, heads, count, dim = tokens.shape
+        self.shape = torch.Size((batch, heads, layer.seen + count, dim))
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{_MISUSE} (it asked for .{name})")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise TypeError(_MISUSE)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise TypeError(_MISUSE)
+
+
+_MISUSE = (
+    f"expected attn_implementation={ATTENTION!r} with a TurboQuantCache, got another attention function "
+    "(or a model that does not use transformers' AttentionInterface)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compression:
+    """How layers are compressed; see `TurboQuantCache`."""
+
+    key_bits: float
+    value_bits: float
+    max_tokens: int | None
+    seed: int
+    options: dict[str, Any]
+    exact_prompt: bool = True
+    graph_pool: GraphPool = dataclasses.field(default_factory=GraphPool)
+
+    def spec(self, kv_heads: int, head_dim: int, prompt: int) -> tq.CacheSpec:
+        """The spec of a layer whose first chunk has `prompt` tokens."""
+        bits = {"key": self.key_bits, "value": self.value_bits}
+        fields: dict[str, Any] = {
+            name: tq.QuantizerSpec(dim=head_dim, bits=width, search=True) for name, width in bits.items()
+        }
+        spec = tq.CacheSpec(kv_heads, head_dim, 1, **(fields | self.options))
+        least = spec.sink_tokens + spec.window
+        if self.max_tokens is not None:
+            return dataclasses.replace(spec, max_tokens=max(self.max_tokens, least))
+        pages = -(-max(prompt + HEADROOM - least, 0) // spec.page_size)
+        return dataclasses.replace(spec, max_tokens=least + pages * spec.page_size)
+
+    def describe(self) -> str:
+        """Bits of keys and values; raises for options that no layer can have."""
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"expected max_tokens of at least 1, got {self.max_tokens}")
+        given = [self.options.get(name) for name in ("key", "value")]
+        spec = self.spec(1, next((one.dim for one in given if one is not None), SOME_DIM), 1)
+        if spec.key is None or spec.value is None:
+            return "full precision"
+        return f"K{spec.key.bits:g}/V{spec.value.bits:g}"
+
+
+class CompressedLayer(CacheLayerMixin):
+    """One layer's compressed keys and values.
+
+    Attributes:
+        cache: The tokens; rows are those of the batch. None before the first chunk.
+        real: bool [b, seen], which tokens of the sequence so far are no padding; None if all are.
+        is_captured: Whether a CUDA graph of a model is being captured by `interop.hf.decoding_graphs`, which counts the
+            tokens itself.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    is_captured = False
+
+    def __init__(self, compression: Compression) -> None:
+        super().__init__()
+        self.compression = compression
+        self.cache: TorchCache | None = None
+        self.real: torch.Tensor | None = None
+        self.seen = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        """Notes where tokens live; memory is taken with the first chunk, whose length is known then."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Handle, Handle]:
+        """Hands the new tokens to the attention function, which stores them: only it knows queries and padding."""
+        if key_states.shape != value_states.shape:
+            raise NotImplementedError(
+                f"keys and values of one shape are compressed, got {list(key_states.shape)} and "
+                f"{list(value_states.shape)}"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return Handle(self, key_states), Handle(self, value_states)
+
+    def store(self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Appends a chunk [b, h, t, d] without its padding."""
+        cache, tokens, counts, _ = self._prepare(query, k, v, real)
+        cache.append(*tokens[:2], query=tokens[2], lengths=counts)
+        self.real, self.seen = real, self.seen + k.shape[2]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        real: torch.Tensor | None,
+        *,
+        scaling: float | None,
+        softcap: float | None,
+        s_aux: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Appends a chunk and attends over everything; outputs [b, t, h_q, d], zero for padding."""
+        cache, tokens, counts, order = self._prepare(query, k, v, real)
+        out = cache.extend(*tokens, lengths=counts, softcap=softcap, sink_logits=s_aux, scale=scaling)
+        self.real, self.seen = real, self.seen + k.shape[2]
+        return out if order is None else _take(out, torch.argsort(order, dim=1))
+
+    def _prepare(
+        self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
+    ) -> tuple[TorchCache, list[torch.Tensor], list[int] | None, torch.Tensor | None]:
+        """Makes room for a chunk.
+
+        Returns:
+            The cache; keys, values and queries [b, t, h, d], padding last; and, None each without padding, tokens of
+            each row and, [b, t], where in the chunk they are.
+        """
+        self._require_consistent(real)
+        counts = order = None
+        tokens = [x.transpose(1, 2) for x in (k, v, query)]
+        new = None if real is None else real[:, self.seen :]
+        if new is not None and not bool(new.all()):
+            counts = new.sum(1).tolist()
+            order = torch.argsort((~new).int(), dim=1, stable=True).to(k.device)
+            tokens = [_take(x, order) for x in tokens]
+        return self._make_room(k), tokens, counts, order
+
+    def _require_consistent(self, real: torch.Tensor | None) -> None:
+        """Raises ValueError for a mask that hides other tokens than the masks before."""
+        if self.real is None and real is None:
+            return
+        before = torch.ones(1, self.seen, dtype=torch.bool) if self.real is None else self.real
+        now = torch.ones(1, self.seen, dtype=torch.bool) if real is None else real[:, : self.seen]
+        if not bool((before == now).all()):
+            raise ValueError(
+                f"expected the attention mask of the first {self.seen} tokens to be as before, "
+                f"got another one (padding is not stored): {(~now).sum(1).tolist()} hidden a row, "
+                f"{(~before).sum(1).tolist()} before"
+            )
+
+    def _make_room(self, k: torch.Tensor) -> TorchCache:
+        count, how = k.shape[2], self.compression
+        if self.cache is None:
+            spec = how.spec(k.shape[1], k.shape[3], count)
+            self.cache = TorchCache(spec, k.shape[0], seed=how.seed, device=k.device, graph_pool=how.graph_pool)
+        spec, needed = self.cache.spec, max(self.cache.lengths) + count
+        if needed > spec.max_tokens:
+            more = max(needed, spec.max_tokens + spec.max_tokens // 4) - spec.max_tokens
+            self.cache.reserve(spec.max_tokens + -(-more // spec.page_size) * spec.page_size)
+        return self.cache
+
+    def get_seq_length(self, cache_position: Any = None) -> int:
+        """Tokens so far, padding included."""
+        if self.is_captured:
+            raise NotImplementedError("a CUDA graph of a model that reads the number of tokens on the host")
+        return self.seen
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        """Length and offset of the keys a mask is for; 4.57 passes positions instead of their number."""
+        count = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.seen + count, 0
+
+    def get_max_length(self) -> int:
+        """No limit: the cache grows."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drops tokens from the end: -n of them, or, for n above 0 and before transformers 5, all but n."""
+        n = tokens_to_remove
+        length = self.seen + n if n < 0 or (n == 0 and CROP_COUNTS_REMOVED) else n
+        length = max(0, min(length, self.seen))
+        if length == self.seen or self.cache is None:
+            return
+        if self.real is None:
+            self.cache.crop(length)
+        else:
+            self.real = self.real[:, :length]
+            self.cache.crop(self.real.sum(1).tolist())
+        self.seen = length
+
+    def reset(self) -> None:
+        """Empties the layer; its memory is kept."""
+        if self.cache is not None:
+            self.cache.reset()
+        self.real, self.seen = None, 0
+
+    def _select(self, index: torch.Tensor) -> None:
+        if self.cache is not None:
+            self.cache.reorder(index.tolist())
+        if self.real is not None:
+            self.real = self.real[index.cpu()]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Beams continue others."""
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        rows = 0 if self.cache is None else self.cache.rows
+        self._select(torch.arange(rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Some rows."""
+        rows = 0 if self.cache is None else self.cache.rows
+        self._select(torch.arange(rows)[indices.cpu()])
+
+    def offload(self) -> None:
+        """Not supported."""
+        raise NotImplementedError("a TurboQuantCache stays on its device, got offload()")
+
+    prefetch = offload
+
+
+def layer_bytes(layer: Any) -> int:
+    """Bytes of all tensors of one of transformers' own layers, those in its dicts included."""
+    return sum(x.nbytes for x in jax.tree.leaves(vars(layer)) if isinstance(x, torch.Tensor))
+
+
+def _take(tokens: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Tokens [b, t, h, d] of each row in another order [b, t]."""
+    return torch.take_along_dim(tokens, order[:, :, None, None], dim=1)

@@ -1,0 +1,219 @@
+"""What `tq-jax hf` measures: one cache of a Hugging Face model over a text and a prompt."""
+
+import contextlib
+import dataclasses
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+
+from interop.hf.attention import ATTENTION
+from interop.hf.cache import TurboQuantCache
+from interop.hf.decoding_graphs import decoding_graphs
+from interop.hf.layer import CACHE_ARGUMENT, layer_bytes
+from tq_jax.commands.inputs import CHARACTERS_A_TOKEN, require_tokens
+from tq_jax.commands.output import refusing
+
+CHUNK = 16
+"""Positions compared at a time; few, so that little leaves the window before its time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One cache, measured.
+
+    Attributes:
+        cache: What it is.
+        key_bits: Bits of keys; None for the baseline.
+        value_bits: Likewise of values.
+        layers: Layers that are compressed.
+        nbytes: Bytes of the cache after the text.
+        kl_mean: Mean divergence of the next-token distribution from the baseline, nats.
+        kl_max: Its largest.
+        top1: Share of positions with the baseline's most likely token.
+        ms_per_token: Median time of a decoded token.
+        text: What the model continued the prompt with.
+    """
+
+    cache: str
+    key_bits: float | None
+    value_bits: float | None
+    layers: int
+    nbytes: int
+    kl_mean: float
+    kl_max: float
+    top1: float
+    ms_per_token: float
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model, what it reads and what it is asked.
+
+    Attributes:
+        network: The model.
+        tokenizer: Its tokenizer.
+        ids: [1, context + positions] of the text.
+        asked: [1, t] of the prompt.
+        context: Tokens of the text before the positions compared.
+        new_tokens: Tokens to generate.
+        attention: The model's own attention implementation, that of the baseline.
+        graphs: Whether tokens of compressed caches are replayed from CUDA graphs.
+    """
+
+    network: Any
+    tokenizer: Any
+    ids: torch.Tensor
+    asked: torch.Tensor
+    context: int
+    new_tokens: int
+    attention: str
+    graphs: bool
+
+
+def load_task(
+    model: Path,
+    content: str,
+    prompt: str | None,
+    *,
+    context: int,
+    positions: int,
+    new_tokens: int,
+    device: str,
+    graphs: bool,
+) -> Task:
+    """Loads a model directory; the prompt is the text's beginning by default.
+
+    Raises:
+        typer.BadParameter: For a directory without a model, a device that torch does not have, a text without tokens
+            to compare, an empty prompt, or a context that is shorter than what the model shall read.
+    """
+    _require_device(device)
+    with refusing("torch,hf"):
+        network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    text = content[: CHARACTERS_A_TOKEN * (context + positions)]
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, : context + positions].to(device)
+    asked = ids[:, :context] if prompt is None else tokenizer(prompt, return_tensors="pt").input_ids.to(device)
+    if ids.shape[1] <= context:
+        raise typer.BadParameter(f"expected a text of more than context={context} tokens, got {ids.shape[1]}")
+    if not asked.shape[1]:
+        raise typer.BadParameter(f"expected a prompt of at least one token, got {prompt!r}")
+    room = getattr(network.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    require_tokens("the model's context", room, max(ids.shape[1], asked.shape[1] + new_tokens))
+    attention = network.config._attn_implementation
+    return Task(network.to(device).eval(), tokenizer, ids, asked, context, new_tokens, attention, graphs)
+
+
+def _require_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way of not being there
+        raise typer.BadParameter(f"expected a device that torch has, got {name!r} ({error})") from error
+
+
+def require_supported(task: Task, widths: Sequence[tuple[float, float]]) -> None:
+    """Lets every cache have one token, before any has many.
+
+    Raises:
+        typer.BadParameter: If the model's heads cannot have such bits, or its steps no graphs.
+    """
+    task.network.set_attn_implementation(ATTENTION)
+    for pair in widths:
+        cache = make_cache(task.network, pair)
+        with refusing("torch,hf"), torch.no_grad(), steps(task, cache):
+            task.network(task.ids[:, :1], **{CACHE_ARGUMENT: cache})
+
+
+def versions() -> dict[str, str]:
+    """Of what ran."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def measure(task: Task, widths: tuple[float, ...] | None, reference: Any = None) -> tuple[torch.Tensor, Row]:
+    """One cache over the text and the prompt.
+
+    Args:
+        task: The model and what it does.
+        widths: Bits of keys and values; None for the usual cache.
+        reference: Log-probabilities of the baseline, as returned for it.
+
+    Returns:
+        Log-probabilities of the positions, those of the baseline if there were some, and the row.
+    """
+    network, ids = task.network, task.ids
+    network.set_attn_implementation(task.attention if widths is None else ATTENTION)
+    cache = make_cache(network, widths)
+    given = {CACHE_ARGUMENT: cache}
+    with torch.no_grad():
+        logits = [network(ids[:, : task.context], **given, logits_to_keep=1).logits]
+        logits += [network(part, **given).logits for part in ids[:, task.context :].split(CHUNK, dim=1)]
+    found = torch.cat(logits, 1)[0, :-1].float().log_softmax(-1)
+    exact = found if reference is None else reference
+    kl = (exact.exp() * (exact - found)).sum(-1)
+    new = make_cache(network, widths)
+    with refusing("torch,hf"), steps(task, new):
+        answer, seconds = generate(network, task.asked, new, task.new_tokens)
+    row = Row(
+        cache="baseline" if widths is None else f"K{widths[0]:g}/V{widths[1]:g}",
+        key_bits=None if widths is None else widths[0],
+        value_bits=None if widths is None else widths[1],
+        layers=len(cache.compressed_layers) if isinstance(cache, TurboQuantCache) else 0,
+        nbytes=cache_bytes(cache),
+        kl_mean=float(kl.mean()),
+        kl_max=float(kl.max()),
+        top1=float((exact.argmax(-1) == found.argmax(-1)).float().mean()),
+        ms_per_token=seconds * 1e3,
+        text=task.tokenizer.decode(answer, skip_special_tokens=True),
+    )
+    return exact, row
+
+
+def steps(task: Task, cache: Any) -> contextlib.AbstractContextManager[None]:
+    """Decoding steps of a compressed cache from graphs, if they are wanted."""
+    wanted = task.graphs and isinstance(cache, TurboQuantCache)
+    return decoding_graphs(task.network, cache) if wanted else contextlib.nullcontext()
+
+
+def make_cache(network: PreTrainedModel, widths: tuple[float, ...] | None) -> DynamicCache | TurboQuantCache:
+    """A new cache: the usual one, or one of some widths."""
+    if widths is None:
+        return DynamicCache(config=network.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the table says how many layers are compressed
+        return TurboQuantCache(network.config, key_bits=widths[0], value_bits=widths[1])
+
+
+def cache_bytes(cache: DynamicCache | TurboQuantCache) -> int:
+    """Bytes of all tensors of a cache."""
+    if isinstance(cache, TurboQuantCache):
+        return cache.nbytes
+    return sum(layer_bytes(layer) for layer in cache.layers)
+
+
+def generate(network: PreTrainedModel, asked: torch.Tensor, cache: Any, count: int) -> tuple[list[int], float]:
+    """Greedy tokens and the median seconds of one; the first steps, which compile, are in no median of many."""
+    tokens, times = [], []
+    step = asked
+    with torch.no_grad():
+        for _ in range(count):
+            _wait(asked.device)
+            start = time.perf_counter()
+            step = network(step, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            tokens.append(int(step))
+            times.append(time.perf_counter() - start)
+    return tokens, statistics.median(times[1:] or times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""Pallas kernels run by torch: lowered by JAX, compiled by `triton`, launched on torch's stream, captured as graphs."""

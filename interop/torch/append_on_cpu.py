@@ -1,0 +1,91 @@
+"""Appending to a torch-owned cache where JAX computes codes and statistics and torch moves tokens and writes."""
+
+from typing import Any
+
+import jax
+import torch
+
+from interop.torch import jax_calls
+from interop.torch.placement import Moves
+
+
+def update_statistics(
+    arrays: Any,
+    k: torch.Tensor,
+    query: torch.Tensor | None,
+    *,
+    lengths: tuple[int, ...],
+    counts: tuple[int, ...],
+    evicts: tuple[bool, ...],
+) -> bool:
+    """Observes the queries of a chunk and fixes the statistics of rows whose first token leaves the window, in place.
+
+    Args:
+        arrays: The cache's tensors, before the append.
+        k: [rows, t, h_kv, d], keys of the chunk.
+        query: Its queries.
+        lengths: Tokens of each row so far.
+        counts: New tokens of each row.
+        evicts: Whether tokens of each row leave.
+
+    Returns:
+        Whether the statistics of all rows are fixed now.
+    """
+    statistics, spec = arrays.statistics, arrays.spec
+    if query is None and not any(evicts):
+        return bool(statistics.ready.all())
+    fix = ~statistics.ready & torch.tensor(evicts, device=k.device)
+    before, step = torch.tensor(lengths)[:, None], torch.arange(k.shape[1])[None]
+    exists = step < torch.tensor(counts)[:, None]
+    keys = valid = None
+    if any(evicts):
+        in_ring = torch.arange(spec.ring)[None] < before - spec.sinks
+        valid = torch.cat([in_ring, exists & (before + step >= spec.sinks)], 1).to(k.device)
+        keys = torch.cat([arrays.exact_keys[:, :, spec.sinks :].transpose(1, 2), k], 1).float()
+    new = jax_calls.update_statistics(
+        statistics, query=query if query is None else query.detach(), exists=exists.to(k.device),
+        keys=keys, valid=valid, fix=fix, center=spec.center_keys, smooth=spec.smooth_keys,
+    )  # fmt: skip
+    jax.tree.map(lambda old, value: old.copy_(value), statistics, new)
+    return bool(statistics.ready.all())
+
+
+def write_chunk(arrays: Any, view: Any, k: torch.Tensor, v: torch.Tensor, moves: Moves) -> None:
+    """Writes a chunk to the window and what leaves it to the pages.
+
+    Args:
+        arrays: The cache's tensors.
+        view: The same as JAX arrays.
+        k: [rows, t, h_kv, d], of the cache's type.
+        v: Likewise.
+        moves: What goes where.
+    """
+    if moves.page.numel():
+        _compress(arrays, view, k, v, moves)
+    where = (moves.kept_row, slice(None), moves.kept_slot)
+    arrays.exact_keys[where] = k[moves.kept_row, moves.kept_step]
+    arrays.exact_values[where] = v[moves.kept_row, moves.kept_step]
+    arrays.length.copy_(moves.counters[0])
+    arrays.compressed.copy_(moves.counters[1])
+
+
+def _compress(arrays: Any, view: Any, k: torch.Tensor, v: torch.Tensor, moves: Moves) -> None:
+    """Quantizes the tokens that leave and writes them to their pages."""
+    sources = ((arrays.exact_keys, k), (arrays.exact_values, v))
+    for start in range(0, moves.page.numel(), jax_calls.LARGEST_BATCH):
+        part = slice(start, start + jax_calls.LARGEST_BATCH)
+        keys, values = (_leaving(exact, chunk, moves, part).float() for exact, chunk in sources)
+        rows, page, place = (x[part] for x in (moves.leaving_row, moves.page, moves.place))
+        if arrays.statistics is not None:
+            keys = (keys - arrays.statistics.mean[rows]) * arrays.statistics.weight[rows]
+        codes = jax_calls.encode_tokens(view.key_quantizer, view.value_quantizer, keys, values)
+        jax_calls.write_codes(arrays.pages.keys, codes[0], page, place, channel_major=False)
+        jax_calls.write_codes(arrays.pages.values, codes[1], page, place, channel_major=True)
+
+
+def _leaving(exact: torch.Tensor, chunk: torch.Tensor, moves: Moves, part: slice) -> torch.Tensor:
+    """Tokens that go to the pages, [n, h_kv, d]: those of the ring, then those of the chunk."""
+    split = moves.ring_row.numel()
+    old, new = slice(part.start, min(part.stop, split)), slice(max(part.start - split, 0), max(part.stop - split, 0))
+    ring = exact[moves.ring_row[old], :, moves.ring_slot[old]]
+    return torch.cat([ring, chunk[moves.chunk_row[new], moves.chunk_step[new]]])

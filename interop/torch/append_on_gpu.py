@@ -1,0 +1,90 @@
+"""Appending to a torch-owned cache on a GPU by kernels that torch launches: leave, encode keys and values, enter."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+
+import tq_jax as tq
+from interop.launcher.program import BoundProgram
+from pallas_kernels.append import AppendPlan, append_cache
+from pallas_kernels.attention.whole_cache import CacheArrays
+from pallas_kernels.encode.encoder import Encoder
+from tq_jax.quantizer import encoder
+
+LONGEST = 2048
+"""Tokens appended at a time; what leaves meanwhile takes as much memory again."""
+
+
+class KernelAppend:
+    """Appends to one cache; made once, and again when the cache's tensors are replaced.
+
+    Args:
+        cache: The cache's tensors.
+    """
+
+    def __init__(self, cache: tq.Cache) -> None:
+        spec, statistics = cache.spec, cache.statistics
+        quantizers = [q for q in (cache.key_quantizer, cache.value_quantizer) if q is not None]
+        encoders = tuple(_encoder(q) for q in quantizers) if cache.pages is not None else None
+        arrays: Any = CacheArrays(
+            pages=cache.pages,
+            exact_keys=cache.exact_keys,
+            exact_values=cache.exact_values,
+            length=cache.length,
+            compressed=cache.compressed,
+            overflow=cache.overflow.view(torch.uint8),  # pyright: ignore[reportCallIssue, reportArgumentType]
+            mean=None if statistics is None else statistics.mean,
+            weight=None if statistics is None else statistics.weight,
+        )
+        self._dtype = getattr(torch, spec.dtype)
+        self._program = BoundProgram(_Static(AppendPlan(spec.sinks, spec.max_tokens), encoders), arrays)
+
+    def __call__(self, k: torch.Tensor, v: torch.Tensor, counts: torch.Tensor | None = None) -> None:
+        """Appends chunks [rows, t, h_kv, d]. Launches only: a CUDA graph can capture it.
+
+        Args:
+            k: Keys.
+            v: Values.
+            counts: int32 [rows] on the GPU, tokens of each row's chunk that exist; t by default.
+        """
+        whole = k.shape[1]
+        if whole == 1:
+            self._program(k.to(self._dtype).contiguous(), v.to(self._dtype).contiguous(), counts)
+            return
+        for start in range(0, whole, LONGEST):
+            count = min(LONGEST, whole - start)
+            size = 1 << (count - 1).bit_length()  # few sizes, so that few are compiled
+            part = [x[:, start : start + count].to(self._dtype) for x in (k, v)]
+            here = counts
+            if whole > LONGEST or size > count:
+                left = torch.full(k.shape[:1], whole, dtype=torch.int32, device=k.device) if counts is None else counts
+                here = (left - start).clamp(0, count)
+            padding = (0, 0, 0, 0, 0, size - count)
+            part = [torch.nn.functional.pad(x, padding) if size > count else x.contiguous() for x in part]
+            self._program(*part, here)
+
+
+def _encoder(quantizer: tq.Quantizer) -> Encoder:
+    """The encoder of a quantizer of tensors, on the host."""
+    return encoder(jax.tree.map(lambda x: jnp.asarray(x.cpu().numpy()), quantizer))
+
+
+class _Static:
+    """The launches with the encoders bound; equal for equal encoders, so that layers share what is compiled."""
+
+    def __init__(self, plan: AppendPlan, encoders: tuple[Encoder, ...] | None) -> None:
+        self.plan, self.encoders = plan, encoders
+        leaves, structure = jax.tree.flatten(encoders)
+        self._key = plan, structure, tuple(leaf.tobytes() for leaf in map(jax.device_get, leaves))
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and other._key == self._key
+
+    def __call__(self, arrays: CacheArrays, keys: Any, values: Any, counts: Any) -> CacheArrays:
+        key, value = self.encoders or (None, None)
+        return append_cache(keys, values, arrays, self.plan, key=key, value=value, counts=counts)

@@ -1,0 +1,132 @@
+"""What JAX computes for a cache that torch owns: torch tensors in and out, by DLPack, nothing of the cache copied.
+
+Each function takes torch trees, runs one compiled JAX function and returns torch tensors whose values are there (on a
+GPU: ordered before what torch launches next).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import torch
+from jaxtyping import Bool, Float
+
+import tq_jax as tq
+from interop.torch.dlpack import to_jax, to_torch
+from tq_jax.quantizer import encode_rotated, to_rotated
+from tq_jax.statistics import KeyStatistics, fix_statistics, observe_queries
+
+LARGEST_BATCH = 2048
+"""Tokens encoded at a time; bounds the float32 copies of a long prompt."""
+
+
+def encode_tokens(
+    key_quantizer: tq.Quantizer,
+    value_quantizer: tq.Quantizer,
+    keys: Float[torch.Tensor, "n h_kv d"],
+    values: Float[torch.Tensor, "n h_kv d"],
+) -> tuple[tq.Code, tq.Code]:
+    """Codes of tokens.
+
+    Args:
+        key_quantizer: JAX arrays on the tokens' device.
+        value_quantizer: Likewise.
+        keys: float32, at most LARGEST_BATCH tokens; centred and weighted already.
+        values: float32.
+
+    Returns:
+        Codes of keys and of values, tensors with batch axes [n, h_kv].
+    """
+    count = keys.shape[0]
+    padded = 1 << (count - 1).bit_length()  # few sizes, so that few are compiled
+    keys, values = (_padded(x, padded) for x in (keys, values))
+    codes = to_torch(_encode(key_quantizer, value_quantizer, to_jax(keys), to_jax(values)))
+    return jax.tree.map(lambda x: x[:count], codes)
+
+
+def update_statistics(
+    statistics: KeyStatistics,
+    *,
+    query: Float[torch.Tensor, "b t h_q d"] | None,
+    exists: Bool[torch.Tensor, "b t"],
+    keys: Float[torch.Tensor, "b s h_kv d"] | None,
+    valid: Bool[torch.Tensor, "b s"] | None,
+    fix: Bool[torch.Tensor, "b"],
+    center: bool,
+    smooth: bool,
+) -> KeyStatistics:
+    """Key statistics after a chunk: its queries observed, then fixed where asked for.
+
+    Args:
+        statistics: Tensors.
+        query: Queries of the chunk.
+        exists: Which tokens of the chunk there are.
+        keys: Everything at hand of rows that are to be fixed, float32; None to fix none.
+        valid: Which keys there are.
+        fix: Rows to fix.
+        center: Whether keys are centred.
+        smooth: Whether channels are weighted.
+    """
+    given = (statistics, query, exists, keys, valid, fix)
+    here = fix.device if jax.default_backend() == "gpu" else torch.device("cpu")  # where JAX can read it
+    arrays = to_jax(jax.tree.map(lambda x: fresh(x.to(here)), given))
+    new = to_torch(_update_statistics(*arrays, center=center, smooth=smooth))
+    return jax.tree.map(lambda x: x.to(fix.device), new)
+
+
+def attend(query: Float[torch.Tensor, "b t h_q d"], cache: tq.Cache, **options: Any) -> torch.Tensor:
+    """`tq_jax.attend` on a torch query and a cache of JAX views; `lengths` and `sink_logits` are tensors too."""
+    tensors = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
+    arrays = to_jax({"query": fresh(query.detach()), **{name: fresh(x.detach()) for name, x in tensors.items()}})
+    return to_torch(tq.attend(cache=cache, **(options | arrays)))
+
+
+def write_codes(pool: tq.Code, code: tq.Code, page: torch.Tensor, place: torch.Tensor, *, channel_major: bool) -> None:
+    """Writes codes [n, h_kv, ...] to their places; layouts as in `pallas_kernels.pages`."""
+    for name, tensor in vars(pool).items():
+        if tensor is None:
+            continue
+        token_major = name == "signs" or (name == "packed" and not channel_major)
+        where = (page, slice(None), place) if token_major else (page, ..., place)
+        tensor[where] = getattr(code, name)
+
+
+def fresh(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy of it if its memory is not laid out as JAX wants it."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+
+
+def _padded(tokens: torch.Tensor, count: int) -> torch.Tensor:
+    if tokens.shape[0] == count:
+        return fresh(tokens)
+    padded = tokens.new_zeros((count, *tokens.shape[1:]))
+    padded[: tokens.shape[0]] = tokens
+    return padded
+
+
+@jax.jit
+def _encode(key_quantizer: tq.Quantizer, value_quantizer: tq.Quantizer, keys: jax.Array, values: jax.Array):
+    return (
+        encode_rotated(key_quantizer, to_rotated(key_quantizer, keys)),
+        encode_rotated(value_quantizer, to_rotated(value_quantizer, values)),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("center", "smooth"))
+def _update_statistics(
+    statistics: KeyStatistics,
+    query: jax.Array | None,
+    exists: jax.Array,
+    keys: jax.Array | None,
+    valid: jax.Array | None,
+    fix: jax.Array,
+    *,
+    center: bool,
+    smooth: bool,
+) -> KeyStatistics:
+    if query is not None:
+        statistics = observe_queries(statistics, query, exists)
+    if keys is not None and valid is not None:
+        statistics = fix_statistics(statistics, keys, valid, fix, center=center, smooth=smooth)
+    return statistics

@@ -1,0 +1,220 @@
+"""Compressed pages in memory that someone else allocated, as a serving engine does: written and attended to in place.
+
+The memory of a layer is cut into dense pools, one for each array of `pallas_kernels.pages.Pages`, so that the kernels
+and the reference read it as it is; block b of the engine is page b of every pool. A token is compressed when it is
+written, and attention reads everything from the codes, the newest tokens too: what is computed does not depend on how a
+sequence was cut into chunks. On the CPU JAX computes and torch writes; on a GPU torch launches the kernels.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from jaxtyping import Float
+
+import tq_jax as tq
+from interop.launcher.program import POINTER_ALIGNMENT
+from interop.torch import jax_calls
+from interop.torch.attend_on_gpu import AttendOptions
+from interop.torch.dlpack import CPU_ALIGNMENT, to_jax, to_torch
+from interop.torch.paged_on_gpu import PagedKernels
+from pallas_kernels.attention import LogitOptions
+from pallas_kernels.pages import Pages, empty_pages
+from tq_jax.paged import attend_paged
+
+
+def view_pages(memory: torch.Tensor, key: tq.QuantizerSpec, value: tq.QuantizerSpec) -> Pages:
+    """Pools over the memory of a layer, their leaves tensors.
+
+    Args:
+        memory: [blocks, h_kv, page_size, n] dense, of any type; n are at least the bytes of a token's key and value.
+        key: What keys are stored as.
+        value: What values are stored as.
+
+    Raises:
+        ValueError: For memory with gaps, too few bytes, or pools that would start off alignment.
+
+    Example:
+        >>> four = tq.QuantizerSpec(dim=64, bits=4)
+        >>> pages = view_pages(torch.zeros(3, 2, 32, 68, dtype=torch.uint8), four, four)
+        >>> pages.keys.packed.shape, pages.values.packed.shape
+        (torch.Size([3, 2, 32, 32]), torch.Size([3, 2, 32, 32]))
+    """
+    blocks, heads, page_size = memory.shape[:3]
+    shapes = jax.eval_shape(functools.partial(empty_pages, blocks, heads, page_size, key.format, value.format))
+    needed = key.bytes_per_vector + value.bytes_per_vector
+    if not memory.is_contiguous() or memory.shape[3] * memory.itemsize < needed:
+        raise ValueError(
+            f"expected dense memory of {needed} bytes a head and token, got {memory.shape[3] * memory.itemsize} with "
+            f"strides {memory.stride()}"
+        )
+    flat = memory.view(torch.uint8).reshape(-1)
+    alignment = CPU_ALIGNMENT if memory.device.type == "cpu" else POINTER_ALIGNMENT
+    start = 0
+
+    def take(leaf: jax.ShapeDtypeStruct) -> torch.Tensor:
+        nonlocal start
+        size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+        part = flat[start : start + size]
+        if part.data_ptr() % alignment:
+            raise ValueError(
+                f"expected pools that start at multiples of {alignment} bytes, got {part.data_ptr() % alignment} more; "
+                f"a page_size that {alignment} divides does it (it is {page_size})"
+            )
+        start += size
+        return part.view(getattr(torch, str(leaf.dtype))).view(leaf.shape)
+
+    return jax.tree.map(take, shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedRows:
+    """Sequences of one call; int32 tensors on the device of the pages, each allocated by torch.
+
+    Attributes:
+        table: [b, n], page of each run of page_size tokens of each sequence.
+        lengths: [b], tokens of each sequence, those of the queries included.
+        counts: [b], queries of each sequence: its last tokens, right-padded.
+    """
+
+    table: torch.Tensor
+    lengths: torch.Tensor
+    counts: torch.Tensor
+
+    @functools.cached_property
+    def as_jax(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """JAX views; the layers of a model share them."""
+        return to_jax((self.table, self.lengths, self.counts))
+
+
+class PagedPool:
+    """The compressed keys and values of one layer, for any number of sequences.
+
+    Args:
+        memory: As for `view_pages`.
+        key: Quantizer of keys, of JAX arrays.
+        value: Quantizer of values.
+        dtype: Type of the model's keys and values.
+        statistics: float32 mean and weight of the keys, [h_kv, d] each, see `tq_jax.statistics`; None for keys that are
+            stored as they are.
+
+    Example:
+        >>> quantizer = tq.make_quantizer(tq.QuantizerSpec(dim=64, bits=4))
+        >>> pool = PagedPool(torch.zeros(3, 2, 32, 68, dtype=torch.uint8), quantizer, quantizer, torch.float32)
+        >>> pool.write(torch.ones(40, 2, 64), torch.ones(40, 2, 64), torch.arange(32, 72))
+        >>> rows = PagedRows(*(torch.tensor(x, dtype=torch.int32) for x in ([[1, 2]], [40], [1])))
+        >>> pool.attend(torch.ones(1, 1, 8, 64), rows).shape
+        torch.Size([1, 1, 8, 64])
+    """
+
+    def __init__(
+        self,
+        memory: torch.Tensor,
+        key: tq.Quantizer,
+        value: tq.Quantizer,
+        dtype: torch.dtype,
+        statistics: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        self.pages: Any = view_pages(memory, key.spec, value.spec)
+        self.device, self.dtype = memory.device, dtype
+        self.quantizers = key, value
+        # Copies, because slices of a file's arrays start anywhere.
+        self.statistics = None if statistics is None else tuple(x.to(self.device).float().clone() for x in statistics)
+        self._expanded: dict[int, tuple[torch.Tensor, ...]] = {}
+
+    @functools.cached_property
+    def _jax_pages(self) -> Pages:
+        """The pages as JAX sees them on the CPU, current after every write of torch."""
+        return to_jax(self.pages)
+
+    @functools.cached_property
+    def _kernels(self) -> PagedKernels:
+        return PagedKernels(self.pages, *self.quantizers, self.dtype)
+
+    def write(
+        self, keys: Float[torch.Tensor, "n h_kv d"], values: Float[torch.Tensor, "n h_kv d"], slots: torch.Tensor
+    ) -> None:
+        """Compresses tokens into their places.
+
+        Args:
+            keys: After rotary embedding.
+            values: Values.
+            slots: Integers [n], page * page_size + place; a negative one skips its token.
+        """
+        keys, values = keys.detach(), values.detach()
+        for start in range(0, len(slots), jax_calls.LARGEST_BATCH):
+            part = slice(start, start + jax_calls.LARGEST_BATCH)
+            self._write(keys[part], values[part], slots[part])
+
+    def _write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        if self.device.type == "cuda":
+            self._kernels.write(keys, values, slots, self.statistics)
+            return
+        known = slots >= 0
+        if not bool(known.all()):
+            keys, values, slots = keys[known], values[known], slots[known]
+        if not len(slots):
+            return
+        keys, values = keys.float(), values.float()
+        if self.statistics is not None:
+            keys = (keys - self.statistics[0]) * self.statistics[1]
+        codes = jax_calls.encode_tokens(*self.quantizers, keys, values)
+        page_size = self.pages.values.packed.shape[-1]
+        slots = slots.long()
+        page, place = slots // page_size, slots % page_size
+        jax_calls.write_codes(self.pages.keys, codes[0], page, place, channel_major=False)
+        jax_calls.write_codes(self.pages.values, codes[1], page, place, channel_major=True)
+
+    def attend(
+        self,
+        query: Float[torch.Tensor, "b t h_q d"],
+        rows: PagedRows,
+        options: AttendOptions = AttendOptions(),  # noqa: B008
+        sink_logits: Float[torch.Tensor, "h_q"] | None = None,
+    ) -> Float[torch.Tensor, "b t h_q d"]:
+        """Causal attention of the last tokens of sequences, which `write` has written, over their pages.
+
+        Args:
+            query: After rotary embedding.
+            rows: The sequences.
+            options: Of the logits; `precise` is of the kernels for few queries, that for more always is.
+            sink_logits: float32, a learned logit a head that takes part in the softmax and has no value.
+
+        Returns:
+            Outputs, zero for padding.
+
+        Raises:
+            NotImplementedError: On a GPU, for shapes or formats outside the kernels' limits.
+        """
+        if self.device.type == "cuda":
+            given = None if self.statistics is None else self._statistics(query.shape[0])
+            return self._kernels.attend(
+                query.contiguous(), rows.table, rows.lengths, rows.counts, options, given, sink_logits
+            )
+        arrays = to_jax(
+            (jax_calls.fresh(query.detach()), None if sink_logits is None else jax_calls.fresh(sink_logits))
+        )
+        statistics = None
+        if self.statistics is not None:
+            statistics = to_jax(self._statistics(query.shape[0]))
+        scale = options.scale or float(np.float32(query.shape[-1] ** -0.5))
+        out = attend_paged(
+            arrays[0],
+            self._jax_pages,
+            self.quantizers,
+            *rows.as_jax,
+            options=LogitOptions(scale, options.softcap, options.sliding_window),
+            statistics=statistics,
+            sink_logits=arrays[1],
+        )
+        return to_torch(out)
+
+    def _statistics(self, count: int) -> tuple[torch.Tensor, ...]:
+        """Mean and weight for each of a number of sequences, which are few numbers."""
+        assert self.statistics is not None
+        if count not in self._expanded:
+            self._expanded[count] = tuple(x.expand(count, *x.shape).contiguous() for x in self.statistics)
+        return self._expanded[count]

@@ -1,0 +1,227 @@
+"""Launch of the Pallas Triton decode kernel."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention.decode.config import TileConfig, column_block, default_config, num_splits, padded_columns
+from pallas_kernels.attention.decode.kernel_triton import Inputs, Plan, attend
+from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
+from pallas_kernels.attention.options import LogitOptions
+from pallas_kernels.attention.partial import Partial
+from pallas_kernels.compat.device import compute_capability, multiprocessors
+from pallas_kernels.format import CodebookFormat, VectorFormat
+from pallas_kernels.pages import Pages
+from pallas_kernels.tiles.layout import key_parts, value_parts
+from pallas_kernels.tiles.loads_triton import shift_table
+
+MAX_QUERY_TOKENS, MAX_GROUP = 8, 16
+DIMS = (64, 80, 96, 128, 192, 256)
+"""Head dims that are tested."""
+
+
+def attend_pages(
+    query: Float[Array, "b t h_q d"],
+    pages: Pages,
+    block_table: Int[Array, "b n"],
+    lengths: Int[Array, "b"],
+    *,
+    positions: Int[Array, "b t"],
+    key_format: VectorFormat,
+    value_format: VectorFormat,
+    options: LogitOptions,
+    logit_bias: Float[Array, "b t h_q"] | None,
+    sketch_query: Float[Array, "b t h_q d"] | None,
+    config: TileConfig | None = None,
+    interpret: bool | None = None,
+) -> Partial:
+    """See `pallas_kernels.attention.decode_attention`.
+
+    Args:
+        query: As there, and likewise the arguments not listed here.
+        pages: As there.
+        block_table: As there.
+        lengths: As there.
+        positions: As there.
+        key_format: As there.
+        value_format: As there.
+        options: As there.
+        logit_bias: As there.
+        sketch_query: As there.
+        config: Tile sizes; by default those for the page size.
+        interpret: Whether to run the kernel as jnp; by default where JAX has no GPU.
+
+    Returns:
+        The partial attention, normalized: `acc` is the output, `peak` the log of the sum of exponentials, `total` 1 (0
+        where no key is visible).
+
+    Raises:
+        NotImplementedError: For shapes or formats outside the kernel's limits.
+    """
+    interpret = jax.default_backend() != "gpu" if interpret is None else interpret
+    plan, num_warps, num_stages = decode_plan(
+        query.shape,
+        pages,
+        block_table.shape[1],
+        key_format=key_format,
+        value_format=value_format,
+        options=options,
+        config=config,
+        interpret=interpret,
+    )
+    inputs = Inputs(
+        query=query.astype(jnp.float32),
+        pages=pages,
+        table=block_table.astype(jnp.int32),
+        lengths=lengths.astype(jnp.int32),
+        positions=positions.astype(jnp.int32),
+        bias=logit_bias,
+        sketch=sketch_query,
+    )
+    splits = decode(inputs, value_format.dim, plan, num_warps=num_warps, num_stages=num_stages)
+    shape = (*query.shape[:3], value_format.dim)
+    return Partial(
+        *merge_splits(
+            MergeInputs(splits),
+            merge_plan(shape, splits=plan.splits, dtype="float32", partial=True, interpret=interpret),
+        )
+    )
+
+
+def decode_plan(
+    query_shape: tuple[int, ...],
+    pages: Pages,
+    table_width: int,
+    *,
+    key_format: VectorFormat,
+    value_format: VectorFormat,
+    options: LogitOptions,
+    config: TileConfig | None,
+    precise: bool = False,
+    interpret: bool,
+) -> tuple[Plan, int, int]:
+    """The plan for queries [b, t, h_q, d] and a block table [b, table_width], warps and stages.
+
+    Raises:
+        NotImplementedError: For shapes or formats outside the kernel's limits.
+    """
+    batch, count, heads, _ = query_shape
+    kv_heads, page_size = pages.keys.packed.shape[1:3]
+    check_supported(query_shape, pages, key_format, value_format, config, precise=precise)
+    config = config_for(query_shape, pages, key_format, value_format, precise=precise) if config is None else config
+    group = heads // kv_heads
+    dim = max(query_shape[3], value_format.dim)
+    columns = padded_columns(count * group, dim=dim)
+    block = column_block(columns, dim=dim)
+    plan = Plan(
+        keys=key_parts(key_format),
+        values=value_parts(value_format, num_warps=config.num_warps),
+        options=options,
+        count=count,
+        group=group,
+        columns=block,
+        blocks=columns // block,
+        tile=config.tile,
+        page_size=page_size,
+        splits=num_splits(config, batch=batch, kv_heads=kv_heads, capacity=table_width * page_size),
+        num_warps=config.num_warps,
+        precise=config.precise,
+        interpret=interpret,
+    )
+    return plan, config.num_warps, stages_for(key_format, config)
+
+
+def stages_for(key_format: VectorFormat, config: TileConfig) -> int:
+    """Steps whose loads are in flight."""
+    # Pipelined loads of 4-bit keys of 192 channels came out wrong on an H100; those of other widths and dims did not.
+    wrong = isinstance(key_format, CodebookFormat) and any((b.bits, b.dim) == (4, 192) for b in key_format.segments)
+    return 1 if wrong else config.num_stages
+
+
+def decode(x: Inputs, value_dim: int, plan: Plan, *, num_warps: int, num_stages: int) -> Splits:
+    """Launches the kernel."""
+    batch, kv_heads = x.lengths.shape[0], x.pages.keys.packed.shape[1]
+    lead = (batch, kv_heads, plan.splits)
+    columns = plan.columns * plan.blocks
+    shapes = [(*lead, plan.count * plan.group, value_dim), (*lead, columns), (*lead, columns)]
+    pages = jax.tree.map(lambda pool: pool if pool.size else None, x.pages)
+    return Splits(
+        *pl.pallas_call(
+            functools.partial(attend, plan=plan),
+            grid=(plan.splits * plan.blocks, batch, kv_heads),
+            out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+            compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+            interpret=plan.interpret,
+            name="decode",
+        )(dataclasses.replace(x, pages=pages, shifts=shift_table(plan)))
+    )
+
+
+def config_for(
+    query_shape: tuple[int, ...],
+    pages: Pages,
+    key_format: VectorFormat,
+    value_format: VectorFormat,
+    *,
+    precise: bool = False,
+    capability: int | None = None,
+) -> TileConfig:
+    """The tiles that `attend_pages` takes by default on this device, or on one of a compute capability times ten."""
+    _, count, heads, _ = query_shape
+    kv_heads, page_size = pages.keys.packed.shape[1:3]
+    dim = max(query_shape[3], value_format.dim)
+    return default_config(
+        page_size,
+        columns=padded_columns(count * heads // kv_heads, dim=dim),
+        dim=dim,
+        value_parts=len(value_parts(value_format)),
+        precise=precise,
+        bits=(widest(key_format), widest(value_format)),
+        capability=compute_capability() if capability is None else capability,
+        multiprocessors=multiprocessors(),
+    )
+
+
+def widest(fmt: VectorFormat) -> int:
+    """Bits of a format's widest codes."""
+    return max(book.bits for book in fmt.segments) if isinstance(fmt, CodebookFormat) else fmt.bits
+
+
+def check_supported(
+    query_shape: tuple[int, ...],
+    pages: Pages,
+    key_format: VectorFormat,
+    value_format: VectorFormat,
+    config: TileConfig | None,
+    *,
+    precise: bool = False,
+) -> None:
+    """Raises NotImplementedError, naming value and limit, for what the kernel does not do."""
+    _, count, heads, dim = query_shape
+    kv_heads, page_size = pages.keys.packed.shape[1:3]
+    group = heads // kv_heads
+    if dim not in DIMS or value_format.dim not in DIMS:
+        raise NotImplementedError(f"the Triton kernel has head dims {DIMS}, got {dim} and {value_format.dim}")
+    if count > MAX_QUERY_TOKENS or group > MAX_GROUP:
+        raise NotImplementedError(
+            f"the Triton kernel has up to {MAX_QUERY_TOKENS} query tokens and {MAX_GROUP} query heads a KV head, "
+            f"got {count} and {group}"
+        )
+    key_parts(key_format)
+    config = config_for(query_shape, pages, key_format, value_format, precise=precise) if config is None else config
+    dim = max(dim, value_format.dim)
+    columns = column_block(padded_columns(count * group, dim=dim), dim=dim)
+    if config.num_warps > 2 and columns > 8:
+        raise NotImplementedError(
+            f"the Triton kernel has up to 2 warps for more than 8 query columns, got {config.num_warps} for {columns}"
+        )
+    if page_size % 16 or (page_size % config.tile and config.tile % page_size):
+        raise NotImplementedError(
+            f"the Triton kernel reads pages of a multiple of 16 tokens that divide {config.tile} or are a multiple of "
+            f"it, got {page_size=}"
+        )

@@ -1,0 +1,241 @@
+"""The merge kernel: combines the splits of decode and of full-precision slots, and leaves the rotated basis.
+
+Splits come as acc = sum of 2**(w - peak) * value, total = sum of 2**(w - peak) and peak, with w base 2. A program
+combines those of one query, applies the inverse rotation, adds full-precision splits and divides.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.numerics import FLOOR, HIDDEN, LOG2_E, power_of_two
+from pallas_kernels.tiles.intrinsics_triton import exp2
+from pallas_kernels.tiles.rotation_triton import Basis, Segment, apply_factors, channels_of, grid_of, load_signs
+
+LOADED, LOADED_MASKED = 2048, 1024
+"""Elements of acc a warp has in flight; dims that are no powers of two have masks, which take registers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MergePlan:
+    """What is static about the kernel.
+
+    Attributes:
+        shape: Of the queries, [b, t, h_q, d].
+        dtype: Of the output.
+        partial: Whether to write log-sums and whether a key was seen, too.
+        num_warps: Warps a program.
+        interpret: Whether the kernel runs as jnp.
+    """
+
+    shape: tuple[int, int, int, int]
+    dtype: str
+    partial: bool
+    num_warps: int
+    interpret: bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """Attention over disjoint sets of keys, base 2; arrays or references.
+
+    Attributes:
+        acc: float32 [b, h_kv, splits, t * g, d].
+        peak: float32 [b, h_kv, splits, t * g or more].
+        total: Likewise.
+    """
+
+    acc: Any
+    peak: Any
+    total: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MergeInputs:
+    """Arrays of the kernel, or references; None for what there is not.
+
+    Attributes:
+        packed: Splits over packed pages, in the basis.
+        exact: Splits over full-precision slots, in the original basis.
+        basis: Of the values; None to leave them as they are.
+        sink_logits: [h_q], learned logits without a value.
+        rows: int32 [b], cache row of each sequence; None for all in order.
+        counts: int32 [b], queries of each sequence, the others being padding; None for t.
+        overflow: bool [rows], rows whose outputs are NaN.
+    """
+
+    packed: Splits | None
+    exact: Splits | None = None
+    basis: Basis | None = None
+    sink_logits: Any = None
+    rows: Any = None
+    counts: Any = None
+    overflow: Any = None
+
+
+def merge_plan(shape: tuple[int, ...], *, splits: int, dtype: str, partial: bool, interpret: bool) -> MergePlan:
+    """The plan for outputs [b, t, h_q, d] of a number of packed splits."""
+    elements = power_of_two(splits) * power_of_two(shape[3])
+    # 32 elements a thread: ptxas keeps few loads in flight and waits for them in turns.
+    num_warps = max(2, min(8, elements // 1024))
+    batch, count, heads, dim = shape
+    return MergePlan((batch, count, heads, dim), dtype, partial, num_warps, interpret)
+
+
+def merge_splits(x: MergeInputs, plan: MergePlan) -> tuple[jax.Array, ...]:
+    """Launches the kernel.
+
+    Returns:
+        The output [b, t, h_q, d] and, if partial, the natural logarithm of the sum of exponentials (HIDDEN if there is
+        none) and 1.0 or 0.0, whether a key was seen [b, t, h_q].
+    """
+    batch, count, heads, _ = plan.shape
+    shapes = [jax.ShapeDtypeStruct(plan.shape, plan.dtype)]
+    if plan.partial:
+        shapes += [jax.ShapeDtypeStruct(plan.shape[:3], jnp.float32)] * 2
+    return tuple(
+        pl.pallas_call(
+            functools.partial(_body, plan=plan),
+            grid=(heads, count, batch),
+            out_shape=shapes,
+            compiler_params=plt.CompilerParams(num_warps=plan.num_warps, num_stages=2),
+            interpret=plan.interpret,
+            name="merge",
+        )(x)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Query:
+    """The query of a program: where it is, its column among those of its KV head, and the reference of exponents."""
+
+    sequence: jax.Array
+    token: jax.Array
+    head: jax.Array
+    kv_head: jax.Array
+    column: jax.Array
+    top: jax.Array
+
+
+def _body(x: MergeInputs, out_ref: Any, *partial_refs: Any, plan: MergePlan) -> None:
+    query, sums = _summed(x, plan)
+    seen = sums > 0
+    inverse = 1.0 / jnp.where(seen, sums, 1.0)
+    padding, overflow = None, None
+    if x.counts is not None:
+        padding = query.token >= x.counts[query.sequence]
+    if x.overflow is not None:
+        overflow = x.overflow[query.sequence if x.rows is None else x.rows[query.sequence]]
+
+    def write(channel: jax.Array, valid: jax.Array, values: jax.Array) -> None:
+        if x.exact is not None:
+            values = values + _combined(x.exact, query, channel, valid, plan)
+        values = values * inverse
+        if padding is not None:
+            values = jnp.where(padding, 0.0, values)
+        if overflow is not None:
+            values = jnp.where(overflow, jnp.nan, values)
+        at = [jnp.broadcast_to(i, channel.shape) for i in (query.sequence, query.token, query.head)]
+        plt.store(out_ref.at[(*at, channel)], values.astype(plan.dtype), mask=valid)
+
+    if x.packed is None or x.basis is None:
+        i = lax.broadcasted_iota(jnp.int32, (power_of_two(plan.shape[3]), 1), 0)
+        valid = i < plan.shape[3]
+        packed = None if x.packed is None else _combined(x.packed, query, i, valid, plan)
+        write(i, valid, jnp.zeros(i.shape, jnp.float32) if packed is None else packed)
+    else:
+        _turn(x.packed, x.basis, query, write, plan)
+    if plan.partial:
+        log_sum = (query.top + jnp.log2(jnp.where(seen, sums, 1.0))) * math.log(2)
+        peak_ref, seen_ref = partial_refs
+        peak_ref[query.sequence, query.token, query.head] = jnp.where(seen, log_sum, HIDDEN)
+        seen_ref[query.sequence, query.token, query.head] = jnp.where(seen, 1.0, 0.0)
+
+
+def _summed(x: MergeInputs, plan: MergePlan) -> tuple[_Query, jax.Array]:
+    """The query of this program and its sum of exponentials, relative to its reference."""
+    head, token, sequence = (pl.program_id(axis) for axis in range(3))
+    splits = [s for s in (x.packed, x.exact) if s is not None]
+    group = plan.shape[2] // splits[0].peak.shape[1]
+    kv_head, inner = lax.div(head, jnp.int32(group)), lax.rem(head, jnp.int32(group))
+    query = _Query(sequence, token, head, kv_head, token * group + inner, jnp.float32(FLOOR))
+    peaks = [_of_splits(s.peak, query, _split_index(s), HIDDEN) for s in splits]
+    totals = [_of_splits(s.total, query, _split_index(s), 0.0) for s in splits]
+    top = query.top
+    for peak in peaks:
+        top = jnp.maximum(top, jnp.max(peak))
+    sums = jnp.float32(0)
+    if x.sink_logits is not None:
+        sink = x.sink_logits[head].astype(jnp.float32) * LOG2_E
+        top = jnp.maximum(top, sink)
+        sums = jnp.exp2(sink - top)
+    for peak, total in zip(peaks, totals, strict=True):
+        sums = sums + jnp.sum(total * exp2(peak - top, interpret=plan.interpret))
+    return dataclasses.replace(query, top=top), sums
+
+
+def _turn(splits: Splits, basis: Basis, query: _Query, write: Callable[..., None], plan: MergePlan) -> None:
+    """Combines splits segment by segment and hands on their channels in the original basis."""
+    start = 0
+    for index, segment in enumerate(basis.segments):
+        i, j, valid = grid_of(segment)
+        sums = _combined(splits, query, start + i * segment.inner_size + j, valid, plan)
+
+        def consume(
+            place: jax.Array,
+            valid: jax.Array,
+            values: jax.Array,
+            state: jax.Array,
+            segment: Segment = segment,
+            index: int = index,
+        ) -> jax.Array:
+            signs = load_signs(segment, place, valid)
+            values = jnp.sum(values, axis=0)
+            write(channels_of(basis, index, place, valid), valid, values if signs is None else values * signs)
+            return state
+
+        apply_factors(segment, sums[:, None], consume, jnp.int32(0), inverse=True)
+        start += segment.dim
+
+
+def _split_index(splits: Splits) -> jax.Array:
+    return lax.broadcasted_iota(jnp.int32, (power_of_two(splits.peak.shape[2]),), 0)
+
+
+def _of_splits(ref: Any, query: _Query, split: jax.Array, other: float) -> jax.Array:
+    """A number [splits] of each split, padded with `other`."""
+    at = [jnp.broadcast_to(i, split.shape) for i in (query.sequence, query.kv_head, split, query.column)]
+    return plt.load(ref.at[tuple(at)], mask=split < ref.shape[2], other=other)
+
+
+def _combined(splits: Splits, query: _Query, place: jax.Array, valid: jax.Array, plan: MergePlan) -> jax.Array:
+    """Sum over splits of 2**(peak - top) * acc at places [n, k]."""
+    number = splits.acc.shape[2]
+    dim = plan.shape[3]
+    loaded = LOADED if dim == power_of_two(dim) else LOADED_MASKED
+    step = max(1, min(power_of_two(number), loaded * plan.num_warps // place.size))
+    shape = (step, *place.shape)
+
+    def add(index: jax.Array | int, sums: jax.Array) -> jax.Array:
+        split = index * step + lax.broadcasted_iota(jnp.int32, (step,), 0)
+        weight = exp2(_of_splits(splits.peak, query, split, HIDDEN) - query.top, interpret=plan.interpret)
+        at = (query.sequence, query.kv_head, split[:, None, None], query.column, place[None])
+        mask = (split < number)[:, None, None] & valid[None]
+        acc = plt.load(
+            splits.acc.at[tuple(jnp.broadcast_to(i, shape) for i in at)], mask=jnp.broadcast_to(mask, shape), other=0.0
+        )
+        return sums + jnp.sum(acc * weight[:, None, None], axis=0)
+
+    zero = jnp.zeros(place.shape, jnp.float32)
+    steps = -(-number // step)
+    return add(0, zero) if steps == 1 else lax.fori_loop(0, steps, add, zero)

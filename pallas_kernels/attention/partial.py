@@ -1,0 +1,39 @@
+"""Unfinished softmax attention over a part of the keys, and its merge."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """Attention of queries over a part of the keys, before division.
+
+    Attributes:
+        acc: float32 [b, t, h_q, d], sum of exp(logit - peak) * value.
+        peak: float32 [b, t, h_q], largest logit, or the log of the sum of exponentials of a part that is already
+            normalized (total is 1 there); `numerics.HIDDEN` where no key is visible.
+        total: float32 [b, t, h_q], sum of exp(logit - peak).
+    """
+
+    acc: Float[Array, "b t h_q d"]
+    peak: Float[Array, "b t h_q"]
+    total: Float[Array, "b t h_q"]
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Combines attention over two disjoint sets of keys.
+
+    Example:
+        >>> one = Partial(jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1)))
+        >>> both = merge(one, one)
+        >>> both.acc.tolist(), both.total.tolist()
+        ([[[[2.0, 2.0]]]], [[[2.0]]])
+    """
+    peak = jnp.maximum(a.peak, b.peak)
+    keep_a, keep_b = jnp.exp(a.peak - peak), jnp.exp(b.peak - peak)
+    acc = a.acc * keep_a[..., None] + b.acc * keep_b[..., None]
+    return Partial(acc, peak, a.total * keep_a + b.total * keep_b)

@@ -1,0 +1,1 @@
+"""Attention of many query tokens over packed pages."""

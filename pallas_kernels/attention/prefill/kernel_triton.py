@@ -1,0 +1,322 @@
+"""The prefill kernel: one program attends with a block of query rows over a run of tiles of one sequence and KV head.
+
+Query rows are the rows and tokens the columns of the logits, so that a tile is decoded once for up to 256 rows:
+
+    logits [rows, tokens] = q @ keys [tokens, channels]^T
+    acc [rows, channels] += p @ values [channels, tokens]^T
+
+All operands are float16: keys and values are centroids times the scale of their token, exact but for the rounding of
+that product; queries are multiplied by all that logits are, and p is at most 2**HEADROOM.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.attention.options import LogitOptions
+from pallas_kernels.numerics import FLOOR, HIDDEN, LOG2_E
+from pallas_kernels.tiles.float16_triton import UNIT, centroid_tile, min_max_tile
+from pallas_kernels.tiles.intrinsics_triton import exp2, log2, tanh
+from pallas_kernels.tiles.layout import Part, Tile
+from pallas_kernels.tiles.loads_triton import load_fields, load_scale, load_shifts, page_of, slot_of
+
+HEADROOM = 8.0
+"""log2 of the largest p of a row: float16 keeps its precision for p down to 2**-14."""
+
+
+LEAST_TILE = 32
+"""Tokens of a tile that is not halved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything static about a kernel.
+
+    Attributes:
+        keys: Parts of the keys.
+        values: Parts of the values.
+        options: Logit options.
+        count: Query tokens.
+        group: Query heads a KV head.
+        rows: Query rows a program.
+        tile: Tokens a step.
+        page_size: Tokens a page.
+        splits: Programs a block of rows.
+        interpret: Whether the kernel runs as jnp.
+    """
+
+    keys: tuple[Part, ...]
+    values: tuple[Part, ...]
+    options: LogitOptions
+    count: int
+    group: int
+    rows: int
+    tile: int
+    page_size: int
+    splits: int
+    interpret: bool
+
+
+MARKS = (3, 1, 2)
+"""Numbers that the kernel also finds in memory; XLA would write constant or counting ones by a kernel of its own."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Arrays of the kernel, or its references; see `prefill_attention`.
+
+    `query` is float16 [b, t, h_q, channels of all key parts]; its products with key tiles are logits times log2(e);
+    `positions` [b, blocks, rows] are those of the rows of each block, `bounds` [b, blocks, 2] their least and largest;
+    `shifts` is that of `shift_table`, and `marks` holds MARKS.
+    """
+
+    query: Any
+    pages: Any
+    table: Any
+    lengths: Any
+    positions: Any
+    bounds: Any
+    bias: Any
+    shifts: Any = None
+    marks: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """What a program works on: scalars, and of its query rows [rows] token, head and whether the row exists."""
+
+    block: jax.Array
+    split: jax.Array
+    sequence: jax.Array
+    kv_head: jax.Array
+    token: jax.Array
+    head: jax.Array
+    exists: jax.Array
+
+    def load(self, ref: Any, other: float) -> jax.Array:
+        """One number a row of an array [b, t, h_q]."""
+        return plt.load(
+            ref.at[jnp.full_like(self.token, self.sequence), self.token, self.head], mask=self.exists, other=other
+        )
+
+
+def attend(x: Inputs, out_ref: Any, peak_ref: Any, *, plan: Plan) -> None:
+    """The kernel body; writes its split of out [splits, b, t, h_q, d] and peak [splits, b, t, h_q].
+
+    `out` is normalized and `peak` the base-2 log of the sum of exponentials, FLOOR where no key is visible.
+    """
+    rows = _rows(x, plan)
+    tiles = _tiles_of_split(x, rows, plan)
+    queries = _load_queries(x, rows, plan)
+    shifts = load_shifts(x, plan)
+    acc = tuple(jnp.zeros((plan.rows, t.width), jnp.float32) for part in plan.values for t in part.tiles)
+    base = jnp.full((plan.rows,), FLOOR, jnp.float32)
+    sums = (acc, base, jnp.zeros_like(base))
+    if plan.options.sliding_window is None:
+        sums = _run(x, rows, tiles[:2], queries, shifts, sums, plan, masked=False)
+        rows = _rows(x, plan, 1)
+        tiles = _tiles_of_split(x, rows, plan)
+    sums = _run(x, rows, tiles[1:], queries, shifts, sums, plan, masked=True)
+    _store(x, sums, out_ref, peak_ref, _rows(x, plan, 2), plan)
+
+
+def _rows(x: Inputs, plan: Plan, time: int = 0) -> _Rows:
+    """The rows, for the first time or made anew, so that none of it is kept in registers over a loop."""
+    # Zero, which the compiler cannot know.
+    zero = x.marks[time].astype(jnp.int32) - MARKS[time] if time else jnp.int32(0)
+    block, split, lead = (pl.program_id(axis) + zero for axis in range(3))
+    kv_heads = jnp.int32(x.pages.values.packed.shape[1])
+    kv_head = lax.rem(lead, kv_heads)
+    row = block * plan.rows + lax.broadcasted_iota(jnp.int32, (plan.rows,), 0)
+    group = jnp.full_like(row, plan.group)
+    return _Rows(
+        block=block,
+        split=split,
+        sequence=lax.div(lead, kv_heads),
+        kv_head=kv_head,
+        token=lax.div(row, group),
+        head=kv_head * plan.group + lax.rem(row, group),
+        exists=row < plan.count * plan.group,
+    )
+
+
+def _run(
+    x: Inputs,
+    rows: _Rows,
+    tiles: tuple[jax.Array, jax.Array],
+    queries: list[jax.Array],
+    shifts: dict,
+    sums: tuple,
+    plan: Plan,
+    *,
+    masked: bool,
+) -> tuple:
+    """Adds to sums what the tiles of this program do that all rows see, or the others, half a tile at a time."""
+    sequence, kv_head = rows.sequence, rows.kv_head
+    # The last key that each row sees, window aside.
+    limit = jnp.minimum(x.positions[sequence, rows.block], x.lengths[sequence] - 1)
+    position = x.positions[sequence, rows.block] if plan.options.sliding_window is not None else limit
+    first, last = tiles
+    bias = rows.load(x.bias, 0.0) * LOG2_E if x.bias is not None and plan.options.softcap is not None else None
+    if masked and plan.tile > LEAST_TILE:
+        # Masks take registers, which the logits of half a tile leave.
+        plan, first, last = dataclasses.replace(plan, tile=plan.tile // 2), first * 2, last * 2
+
+    def key_scales(page: jax.Array, index: jax.Array) -> list[jax.Array]:
+        keys = x.pages.keys
+        refs = [keys.residual if part.sketch else keys.scale for part in plan.keys]
+        where = (page, kv_head, slot_of(index, plan))
+        return [load_scale(r, p, where, plan, dtype=jnp.float16) for r, p in zip(refs, plan.keys, strict=True)]
+
+    def step(index: jax.Array, state: tuple) -> tuple:
+        (page, scales, nearer), acc, base, total = state
+        where = (page, kv_head, slot_of(index, plan))
+        # Read early, as Triton pipelines no loads of two bytes a thread: scales a step, and their pages another.
+        ahead = (
+            page_of(x, sequence, index + 1, plan),
+            key_scales(nearer, index + 1),
+            page_of(x, sequence, index + 2, plan),
+        )
+        tokens = index * plan.tile + lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
+        seen = tokens < x.lengths[sequence] if masked else None
+        logits = _logits(x, where, scales, queries, shifts, plan)
+        if plan.options.softcap is not None:
+            logits = _soft_capped(logits, bias, plan)
+        if masked:
+            logits = jnp.where(_visible(tokens, position, limit, plan), logits, HIDDEN)
+        new_base = jnp.maximum(base, jnp.max(logits, axis=1) - HEADROOM)
+        p = exp2(logits - new_base[:, None], interpret=plan.interpret)
+        alpha = exp2(base - new_base, interpret=plan.interpret)
+        total = total * alpha + jnp.sum(p, axis=1)
+        weights, values = p.astype(jnp.float16), _values(x, where, seen, shifts, plan)
+        acc = tuple(_dot(weights, v, a * alpha[:, None]) for a, v in zip(acc, values, strict=True))
+        return ahead, acc, new_base, total
+
+    page = page_of(x, sequence, first, plan)
+    ahead = (page, key_scales(page, first), page_of(x, sequence, first + 1, plan))
+    return lax.fori_loop(first, last, step, (ahead, *sums))[1:]
+
+
+def _tiles_of_split(x: Inputs, rows: _Rows, plan: Plan) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The run of tiles of this program, an equal share of those that any row sees, and where masking starts in it."""
+    tile, length = jnp.int32(plan.tile), x.lengths[rows.sequence]
+    first, last = (x.bounds[rows.sequence, rows.block, i] for i in (0, 1))
+    stop = lax.div(jnp.maximum(jnp.minimum(length, last + 1), 0) + (plan.tile - 1), tile)
+    start = jnp.int32(0)
+    if plan.options.sliding_window is not None:
+        start = lax.div(jnp.maximum(first - (plan.options.sliding_window - 1), 0), tile)
+    share = lax.div(jnp.maximum(stop - start, 0) + (plan.splits - 1), jnp.int32(plan.splits))
+    begin = jnp.minimum(start + rows.split * share, stop)
+    end = jnp.minimum(begin + share, stop)
+    if plan.options.sliding_window is not None:
+        return begin, begin, end
+    # Full tiles that no query is before are seen by all.
+    whole = lax.div(jnp.maximum(jnp.minimum(length, first + 1), 0), tile)
+    return begin, jnp.clip(whole, begin, end), end
+
+
+def _visible(tokens: jax.Array, position: jax.Array, limit: jax.Array, plan: Plan) -> jax.Array:
+    """Which keys [rows, tile] each row sees, by position and length alone."""
+    visible = tokens[None, :] <= limit[:, None]
+    if plan.options.sliding_window is not None:
+        visible = visible & (tokens[None, :] > position[:, None] - plan.options.sliding_window)
+    return visible
+
+
+def _load_queries(x: Inputs, rows: _Rows, plan: Plan) -> list[jax.Array]:
+    """float16 queries [rows, width] of every key tile."""
+    tiles, start = [], 0
+    for tile in (tile for part in plan.keys for tile in part.tiles):
+        index, mask = _row_channels(rows, start, tile)
+        tiles.append(plt.load(x.query.at[tuple(index)], mask=mask, other=0.0))
+        start += tile.valid
+    return tiles
+
+
+def _row_channels(rows: _Rows, start: int, tile: Tile) -> tuple[list[jax.Array], jax.Array]:
+    """Indices [rows, width] of the channels of a tile, of which the first is `start`, and which exist."""
+    shape = (rows.token.shape[0], tile.width)
+    channel = lax.broadcasted_iota(jnp.int32, shape, 1)
+    mask = jnp.broadcast_to(rows.exists[:, None], shape)
+    if tile.valid < tile.width:
+        mask = mask & (channel < tile.valid)
+    return [
+        jnp.full(shape, rows.sequence),
+        *(jnp.broadcast_to(i[:, None], shape) for i in (rows.token, rows.head)),
+        start + channel,
+    ], mask
+
+
+def _logits(
+    x: Inputs,
+    where: tuple,
+    scales: list[jax.Array],
+    queries: list[jax.Array],
+    shifts: dict,
+    plan: Plan,
+) -> jax.Array:
+    """Logits [rows, tile] times log2(e)."""
+    logits, remaining = jnp.zeros((plan.rows, plan.tile), jnp.float32), iter(queries)
+    for part, scale in zip(plan.keys, scales, strict=True):
+        packed = x.pages.keys.signs if part.sketch else x.pages.keys.packed
+        for fields in load_fields(packed, part, where, 1, shifts, plan):
+            tile = centroid_tile(fields, part.book, scale[:, None], interpret=plan.interpret)
+            logits = _dot(next(remaining), tile, logits)
+    return logits
+
+
+def _known(scalar: jax.Array, seen: jax.Array | None) -> jax.Array:
+    """Scalars of the tokens of a tile, zero where not seen."""
+    return scalar if seen is None else jnp.where(seen, scalar, 0.0)
+
+
+def _soft_capped(logits: jax.Array, bias: jax.Array | None, plan: Plan) -> jax.Array:
+    """Biased and capped logits [rows, tile] times log2(e)."""
+    cap = plan.options.softcap
+    assert cap is not None
+    logits = logits if bias is None else logits + bias[:, None]
+    return cap * LOG2_E * tanh(logits * (1.0 / (cap * LOG2_E)), interpret=plan.interpret)
+
+
+def _values(x: Inputs, where: tuple, seen: jax.Array | None, shifts: dict, plan: Plan) -> list[jax.Array]:
+    """float16 tiles [width, tile] of all value parts, of codebooks in units of UNIT steps; zero where not seen."""
+    values, out = x.pages.values, []
+    for part in plan.values:
+        scale = _known(load_scale(values.scale, part, where, plan, dtype=jnp.float16), seen)[None, :]
+        if part.unsigned:
+            zero = _known(load_scale(values.zero, part, where, plan, dtype=jnp.float16), seen)[None, :]
+            convert = functools.partial(min_max_tile, scale=scale, zero=zero, interpret=plan.interpret)
+        else:
+            convert = functools.partial(centroid_tile, book=part.book, scale=scale, interpret=plan.interpret)
+        out += [convert(fields) for fields in load_fields(values.packed, part, where, 0, shifts, plan)]
+    return out
+
+
+def _dot(a: jax.Array, b: jax.Array, start: jax.Array) -> jax.Array:
+    """Returns start + a @ b^T."""
+    return start + lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _store(x: Inputs, sums: tuple, out_ref: Any, peak_ref: Any, rows: _Rows, plan: Plan) -> None:
+    acc, base, total = sums
+    if x.bias is not None and plan.options.softcap is None:
+        # The bias is the same for all keys of a query.
+        base = base + rows.load(x.bias, 0.0) * LOG2_E
+    seen = total > 0
+    known = jnp.where(seen, total, 1.0)
+    lead = [*(jnp.full_like(rows.token, i) for i in (rows.split, rows.sequence)), rows.token, rows.head]
+    log_sum = jnp.where(seen, base + log2(known, interpret=plan.interpret), FLOOR)
+    plt.store(peak_ref.at[tuple(lead)], log_sum, mask=rows.exists)
+    tiles = [(part, tile) for part in plan.values for tile in part.tiles]
+    for (part, tile), parts in zip(tiles, acc, strict=True):
+        index, mask = _row_channels(rows, part.channel + tile.start, tile)
+        unit = 1.0 if part.unsigned else part.book.step * UNIT
+        at = out_ref.at[(jnp.full(parts.shape, rows.split), *index)]
+        plt.store(at, parts * (unit / known)[:, None], mask=mask)

@@ -1,0 +1,375 @@
+"""The prepare kernel: everything that decode needs besides the pages, and attention over full-precision slots.
+
+Its programs do three things side by side: attend over a run of full-precision slots; rotate a block of queries, with
+the bias of centred keys and the sketch of Prod keys; and write where the pages of a row are and what its queries see.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.attention.full_precision_triton import attend_slots, query_block
+from pallas_kernels.attention.options import LogitOptions
+from pallas_kernels.numerics import power_of_two
+from pallas_kernels.tiles.rotation_triton import Basis, apply_factors, channels_of, grid_of, load_signs
+
+SKETCHED, TABLE_BLOCK = 16, 1024
+"""Coordinates of a program that sketches, entries of one that writes the block table."""
+
+TERMS = {"bfloat16": 1, "float16": 2}
+"""bfloat16 numbers that sum to a query of a type; three for others."""
+
+SLOT_PROGRAMS, ROTATE_PROGRAMS = 132 * 2, 128
+"""Programs to aim at for full-precision slots and for rotation: all run at once on an H100."""
+
+SHORT = 4
+"""Tiles of slots for which there are as many programs, however many sequences: they need no loop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparePlan:
+    """What is static about the kernel.
+
+    Attributes:
+        options: Logit options.
+        kv_heads: KV heads.
+        sinks: Full-precision slots before the ring.
+        pages_per_row: Pages of a cache row; 0 without compressed tokens.
+        sketch_gain: Factor of the sketch of queries.
+        slot_tile: Full-precision slots a step.
+        slot_queries: Queries of a KV head that a program attends with.
+        slot_splits: Programs for the slots of a sequence and KV head; 0 without slots.
+        rows: Queries that a program rotates.
+        num_warps: Warps a program.
+        interpret: Whether the kernel runs as jnp.
+    """
+
+    options: LogitOptions
+    kv_heads: int
+    sinks: int
+    pages_per_row: int
+    sketch_gain: float
+    slot_tile: int
+    slot_queries: int
+    slot_splits: int
+    rows: int
+    num_warps: int
+    interpret: bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrepareInputs:
+    """Arrays of the kernel, or references; None for what there is not.
+
+    Attributes:
+        query: [b, t, h_q, d] of any float type.
+        rows: int32 [b], cache row of each sequence; None for all in order.
+        counts: int32 [b], queries of each sequence; None for t.
+        length: int32 [rows], tokens.
+        compressed: int32 [rows], tokens in pages.
+        keys: [rows, h_kv, slots, d], full-precision keys.
+        values: Likewise.
+        mean: float32 [rows, h_kv, d], subtracted from compressed keys.
+        weight: float32 [rows, h_kv, d], multiplied to compressed keys.
+        basis: Of the keys.
+        sketch: float32 [d, d], matrix of Prod keys.
+    """
+
+    query: Any
+    rows: Any
+    counts: Any
+    length: Any
+    compressed: Any
+    keys: Any
+    values: Any
+    mean: Any
+    weight: Any
+    basis: Basis | None
+    sketch: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What the kernel writes; None for what there is not.
+
+    Attributes:
+        acc: float32 [b, h_kv, slot_splits, t * g, d], of full-precision slots, see `merge_triton`.
+        peak: float32 [b, h_kv, slot_splits, t * g].
+        total: Likewise.
+        query: float32 [b, t, h_q, d], rotated.
+        bias: float32 [b, t, h_q].
+        sketch: float32 [b, t, h_q, d].
+        table: int32 [b, pages_per_row].
+        lengths: int32 [b], tokens in pages.
+        positions: int32 [b, t], of queries, counted from the first token behind the sinks.
+    """
+
+    acc: Any = None
+    peak: Any = None
+    total: Any = None
+    query: Any = None
+    bias: Any = None
+    sketch: Any = None
+    table: Any = None
+    lengths: Any = None
+    positions: Any = None
+
+
+def prepare_plan(
+    query_shape: tuple[int, ...],
+    slots_shape: tuple[int, ...],
+    dtype: Any,
+    *,
+    options: LogitOptions,
+    sinks: int,
+    pages_per_row: int,
+    sketch_gain: float,
+    interpret: bool,
+) -> PreparePlan:
+    """The plan for queries [b, t, h_q, d] and slots [rows, h_kv, slots, d] of a type, uint16 for bfloat16."""
+    batch, count, heads, dim = query_shape
+    kv_heads, slots = slots_shape[1:3]
+    itemsize, bfloat16 = jnp.dtype(dtype).itemsize, jnp.dtype(dtype) == jnp.uint16
+    # What a tile and its products take of registers and shared memory.
+    largest = 64 * 128 * 2 // (power_of_two(dim) * itemsize)
+    tile = max(16, min(64, largest, power_of_two(slots))) if slots else 16
+    # Products of float32 cut all operands in registers in two: no more rows than one instruction has.
+    queries = query_block(count, heads // kv_heads, 64 * 128 // power_of_two(dim) if bfloat16 else 16)
+    blocks = -(-count * heads // kv_heads // queries)
+    most = max(SHORT, SLOT_PROGRAMS // (batch * kv_heads * blocks))
+    return PreparePlan(
+        options=options,
+        kv_heads=kv_heads,
+        sinks=sinks,
+        pages_per_row=pages_per_row,
+        sketch_gain=sketch_gain,
+        slot_tile=tile,
+        slot_queries=queries,
+        slot_splits=min(-(-slots // tile), most),
+        rows=min(4, power_of_two(max(1, batch * count * heads // ROTATE_PROGRAMS))),
+        num_warps=4 if dim * (2 if bfloat16 else 4) <= 256 else 8,
+        interpret=interpret,
+    )
+
+
+def prepare(x: PrepareInputs, plan: PreparePlan) -> Prepared:
+    """Launches the kernel."""
+    programs = _programs(x, plan)
+    [out] = pl.pallas_call(
+        functools.partial(_body, plan=plan),
+        grid=(sum(programs),),
+        out_shape=[_outputs(x, plan)],
+        compiler_params=plt.CompilerParams(num_warps=plan.num_warps, num_stages=2),
+        interpret=plan.interpret,
+        name="prepare",
+    )(x)
+    return out
+
+
+def _programs(x: PrepareInputs, plan: PreparePlan) -> tuple[int, int, int]:
+    """Programs for slots, for rotation and for block tables."""
+    batch, count, heads, dim = x.query.shape
+    kv_heads = plan.kv_heads
+    group = heads // kv_heads
+    blocks = -(-count * group // plan.slot_queries)
+    slots = batch * kv_heads * blocks * plan.slot_splits
+    if not plan.pages_per_row:
+        return slots, 0, 0
+    rotate = -(-batch * count * heads // plan.rows) * (1 if x.sketch is None else -(-dim // SKETCHED))
+    return slots, rotate, batch * -(-plan.pages_per_row // TABLE_BLOCK)
+
+
+def _outputs(x: PrepareInputs, plan: PreparePlan) -> Prepared:
+    batch, count, heads, dim = x.query.shape
+    kv_heads = plan.kv_heads
+
+    def floats(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    out = Prepared()
+    if plan.slot_splits:
+        lead = (batch, kv_heads, plan.slot_splits, count * heads // kv_heads)
+        out = dataclasses.replace(out, acc=floats(*lead, dim), peak=floats(*lead), total=floats(*lead))
+    if plan.pages_per_row:
+        out = dataclasses.replace(
+            out,
+            query=floats(*x.query.shape),
+            bias=None if x.mean is None else floats(batch, count, heads),
+            sketch=None if x.sketch is None else floats(*x.query.shape),
+            table=jax.ShapeDtypeStruct((batch, plan.pages_per_row), jnp.int32),
+            lengths=jax.ShapeDtypeStruct((batch,), jnp.int32),
+            positions=jax.ShapeDtypeStruct((batch, count), jnp.int32),
+        )
+    return out
+
+
+def _body(x: PrepareInputs, out: Prepared, *, plan: PreparePlan) -> None:
+    program = pl.program_id(0)
+    slots, rotate, tables = _programs(x, plan)
+    if rotate:
+        # They come first: their arithmetic hides behind the loads of the others.
+        pl.when(program < rotate)(lambda: _rotate(x, out, program, plan))
+    if slots:
+        here = (program >= rotate) & (program < rotate + slots)
+        pl.when(here)(lambda: _attend(x, out, program - rotate, plan))
+    if tables:
+        pl.when(program >= slots + rotate)(lambda: _write_table(x, out, program - slots - rotate, plan))
+
+
+def _row(x: PrepareInputs, sequence: jax.Array) -> jax.Array:
+    return sequence if x.rows is None else x.rows[sequence]
+
+
+def _first_position(x: PrepareInputs, sequence: jax.Array, row: jax.Array) -> jax.Array:
+    """Position of the first query of a sequence."""
+    return x.length[row] - (x.query.shape[1] if x.counts is None else x.counts[sequence])
+
+
+def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
+    """Attends over a share of the slots of a sequence and KV head."""
+    count, heads, dim = x.query.shape[1:]
+    kv_heads, slots = x.keys.shape[1:3]
+    group, padded = heads // kv_heads, power_of_two(dim)
+    size = plan.slot_queries
+    split, rest = _divided(program, plan.slot_splits)
+    block, rest = _divided(rest, -(-count * group // size))
+    head, sequence = _divided(rest, kv_heads)
+    row = _row(x, sequence)
+    length, compressed = x.length[row], x.compressed[row]
+
+    column = block * size + lax.broadcasted_iota(jnp.int32, (size,), 0)
+    token, query_head = _token_and_head(column, head, group)
+    shape = (size, padded)
+    channel = lax.broadcasted_iota(jnp.int32, shape, 1)
+    mask = jnp.broadcast_to((column < count * group)[:, None], shape) & (channel < dim)
+    index = [jnp.broadcast_to(i, shape) for i in (sequence, token[:, None], query_head[:, None])]
+    query = plt.load(x.query.at[(*index, channel)], mask=mask, other=jnp.zeros((), x.query.dtype))
+
+    single = plan.slot_splits * plan.slot_tile >= slots
+    used = lax.div(jnp.minimum(length, slots) + (plan.slot_tile - 1), jnp.int32(plan.slot_tile))
+    share = lax.div(used + (plan.slot_splits - 1), jnp.int32(plan.slot_splits))
+    begin = split if single else split * share
+    acc, peak, total = attend_slots(
+        query.astype(jnp.float32),
+        _first_position(x, sequence, row) + token,
+        x.keys,
+        x.values,
+        (row, head),
+        (begin, jnp.minimum(begin + share, used)),
+        (length, compressed),
+        tile=plan.slot_tile,
+        sinks=plan.sinks,
+        options=plan.options,
+        query_terms=TERMS.get(jnp.dtype(x.query.dtype).name, 3),
+        single=single,
+        interpret=plan.interpret,
+    )
+    at = [jnp.broadcast_to(i, shape) for i in (sequence, head, split, column[:, None])]
+    plt.store(out.acc.at[(*at, channel)], acc, mask=mask)
+    at = [jnp.broadcast_to(i, (size,)) for i in (sequence, head, split)]
+    for ref, value in ((out.peak, peak), (out.total, total)):
+        plt.store(ref.at[(*at, column)], value, mask=column < count * group)
+
+
+def _rotate(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
+    """Rotates a block of queries; with a sketch, as often as it has blocks of coordinates, each adding one of these."""
+    batch, count, heads, dim = x.query.shape
+    block, rest = _divided(program, 1 if x.sketch is None else -(-dim // SKETCHED))
+    query = rest * plan.rows + lax.broadcasted_iota(jnp.int32, (plan.rows,), 0)
+    exists = query < batch * count * heads
+    head, rest = _divided(query, heads)
+    token, sequence = _divided(rest, count)
+    row = sequence
+    if x.rows is not None and x.mean is not None:
+        row = plt.load(x.rows.at[sequence], mask=query < batch * count * heads, other=0)
+    kv_head = lax.div(head, jnp.full_like(head, heads // plan.kv_heads))
+    assert x.basis is not None
+    coordinate = block * SKETCHED + lax.broadcasted_iota(jnp.int32, (SKETCHED,), 0)
+    sketch = jnp.zeros((plan.rows, SKETCHED if x.sketch is not None else 1), jnp.float32)
+    bias, start = jnp.zeros((plan.rows,), jnp.float32), 0
+    for index, segment in enumerate(x.basis.segments):
+        i, j, valid = grid_of(segment)
+        place = i * segment.inner_size + j
+        shape = (place.shape[0], plan.rows, place.shape[1])
+        channel = jnp.broadcast_to(channels_of(x.basis, index, place, valid)[:, None], shape)
+        mask = jnp.broadcast_to(exists[None, :, None] & valid[:, None], shape)
+
+        def load(ref: Any, *lead: jax.Array, at: jax.Array = channel, mask: jax.Array = mask) -> jax.Array:
+            lead = tuple(jnp.broadcast_to(k[None, :, None], at.shape) for k in lead)
+            return plt.load(ref.at[(*lead, at)], mask=mask, other=jnp.zeros((), ref.dtype)).astype(jnp.float32)
+
+        values = load(x.query, sequence, token, head)
+        if x.mean is not None:
+            mean, weight = (load(ref, row, kv_head) for ref in (x.mean, x.weight))
+            bias = bias + jnp.sum(jnp.sum(values * mean, axis=0), axis=1)
+            values = values / jnp.where(mask, weight, 1.0)
+        signs = load_signs(segment, place, valid)
+        values = values if signs is None else values * signs[:, None]
+
+        def consume(
+            place: jax.Array, valid: jax.Array, y: jax.Array, sketch: jax.Array, start: int = start
+        ) -> jax.Array:
+            at = [jnp.broadcast_to(k[:, None, None], y.shape) for k in (sequence, token, head)]
+            at.append(jnp.broadcast_to(start + place[None], y.shape))
+            mask = jnp.broadcast_to(exists[:, None, None] & valid[None] & (block == 0), y.shape)
+            plt.store(out.query.at[tuple(at)], y, mask=mask)
+            return sketch if x.sketch is None else sketch + _sketched(x.sketch, coordinate, place, valid, y)
+
+        sketch = apply_factors(segment, values, consume, sketch, inverse=False)
+        start += segment.dim
+    if x.mean is not None:
+        at = out.bias.at[sequence, token, head]
+        plt.store(at, bias * plan.options.scale, mask=exists & (block == 0))
+    if x.sketch is not None:
+        at = [jnp.broadcast_to(k[:, None], sketch.shape) for k in (sequence, token, head)]
+        at.append(jnp.broadcast_to(coordinate[None, :], sketch.shape))
+        plt.store(
+            out.sketch.at[tuple(at)], sketch * plan.sketch_gain, mask=exists[:, None] & (coordinate < dim)[None, :]
+        )
+
+
+def _sketched(matrix: Any, coordinate: jax.Array, place: jax.Array, valid: jax.Array, y: jax.Array) -> jax.Array:
+    """What rotated queries y [rows, m, k] at places contribute to coordinates of the sketch."""
+    shape = (coordinate.shape[0], *place.shape)
+    mask = jnp.broadcast_to((coordinate < matrix.shape[0])[:, None, None] & valid[None], shape)
+    at = [jnp.broadcast_to(k, shape) for k in (coordinate[:, None, None], place[None])]
+    factors = plt.load(matrix.at[tuple(at)], mask=mask, other=0.0)
+    return jnp.sum(jnp.sum(y[:, None] * factors[None], axis=3), axis=2)
+
+
+def _write_table(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
+    """Writes a run of a sequence's block table and, with the first, its length and the positions of its queries."""
+    count = x.query.shape[1]
+    block, sequence = _divided(program, -(-plan.pages_per_row // TABLE_BLOCK))
+    row = _row(x, sequence)
+    size = min(TABLE_BLOCK, power_of_two(plan.pages_per_row))
+    page = block * TABLE_BLOCK + lax.broadcasted_iota(jnp.int32, (size,), 0)
+    at = out.table.at[jnp.full_like(page, sequence), page]
+    plt.store(at, row * plan.pages_per_row + page, mask=page < plan.pages_per_row)
+
+    @pl.when(block == 0)
+    def _() -> None:
+        out.lengths[sequence] = x.compressed[row]
+        token = lax.broadcasted_iota(jnp.int32, (power_of_two(count),), 0)
+        position = _first_position(x, sequence, row) - plan.sinks + token
+        plt.store(out.positions.at[jnp.full_like(token, sequence), token], position, mask=token < count)
+
+
+def _divided(x: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    """Remainder and quotient of what is not negative."""
+    divisor = jnp.full_like(x, by)
+    return lax.rem(x, divisor), lax.div(x, divisor)
+
+
+def _token_and_head(column: jax.Array, head: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+    """Query token and query head of each column of a KV head."""
+    inner, token = _divided(column, group)
+    return token, head * group + inner

@@ -1,0 +1,105 @@
+"""Compiles lowered Pallas Triton kernels for GPUs that need not be there, and says what they take.
+
+Needs the `triton` package, which brings its own assembler; neither a GPU nor CUDA.
+"""
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels.compat.lowering import TritonKernel
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+"""Ampere, Ada, Hopper and Blackwell, data centre and desktop."""
+
+INSTRUCTIONS = {
+    "mma": r"mma\.sync\.aligned\.m16n8k32\S*\.s8\.s8|wgmma\S*s8\.s8",
+    "half mma": r"mma\.sync\.aligned\.m16n8k16\S*\.f16|wgmma\S*\.f16|tcgen05\.mma\S*kind::f16",
+    "prmt": r"prmt\.b32",
+    "async": r"cp\.async",
+}
+"""PTX that kernels must contain: tensor-core products of bytes or halves, table lookups, asynchronous copies."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiled kernel takes.
+
+    Attributes:
+        registers: Registers a thread.
+        stack_bytes: Stack a thread; spilled registers live there and nothing else of these kernels does.
+        shared_bytes: Shared memory a program.
+        instructions: Occurrences in the PTX of each name of INSTRUCTIONS.
+        sass: Machine code as text.
+    """
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    instructions: dict[str, int]
+    sass: str
+
+
+def compile_for(kernel: TritonKernel, architecture: str, *, disassemble: bool = False) -> Compiled:
+    """Compiles a lowered kernel.
+
+    Args:
+        kernel: From `pallas_kernels.compat.lowering.triton_kernels`.
+        architecture: One of ARCHITECTURES.
+        disassemble: Whether to fill in `sass`.
+
+    Raises:
+        ImportError: Without the `triton` package.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    tools = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder) / "kernel.ttir", Path(folder) / "kernel.cubin"
+        source.write_text(kernel.ir)
+        options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+        source.write_text(_optimized(source, target, options))
+        built = triton.compile(str(source), target=target, options=options)
+        cubin.write_bytes(built.asm["cubin"])
+        usage = _run(tools / "cuobjdump", "-res-usage", cubin)
+        sass = _run(tools / "nvdisasm", "-c", cubin) if disassemble else ""
+    # Functions that the compiler adds to the kernel have lines of their own.
+    numbers = {name: max(map(int, re.findall(rf"{name}:(\d+)", usage))) for name in ("REG", "STACK", "LOCAL")}
+    ptx = built.asm["ptx"]
+    return Compiled(
+        registers=numbers["REG"],
+        stack_bytes=numbers["STACK"] + numbers["LOCAL"],
+        shared_bytes=built.metadata.shared,
+        instructions={name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()},
+        sass=sass,
+    )
+
+
+def _optimized(source: Path, target: Any, options: dict[str, int]) -> str:
+    """The passes over Triton IR that XLA runs and `triton.compile` skips when it is given IR."""
+    from triton._C.libtriton import ir
+    from triton.compiler.compiler import make_backend
+
+    backend: Any = make_backend(target)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = ir.parse_mlir_module(str(source), context)
+    module.context = context
+    return str(backend.make_ttir(module, {}, backend.parse_options(options), target.arch))
+
+
+def _run(tool: Path, *arguments: str | Path) -> str:
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def missing(compiled: Compiled, expected: Sequence[str]) -> list[str]:
+    """Which of the expected instructions are not there."""
+    return [name for name in expected if not compiled.instructions[name]]

@@ -1,0 +1,294 @@
+"""The encode kernel: one program encodes a tile of tokens of one head and writes it into their pages.
+
+    x [tokens, channels] -> centred, weighted -> y = x @ matrix -> codes -> bytes = codes @ packer -> pages
+
+Where codes are not packed in registers (`quads`) packing is a product too: a packer has 2**(w * i) where field i of a
+byte is a code's plane of width w, and sums below 2**23 are exact.
+
+Integers live in the low bits of floats: 2**23 + n has the bits of n, and so does, in half precision, 1024 + n.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.encode import codes_by_comparison_triton as by_comparison
+from pallas_kernels.encode import codes_by_table_triton as by_table
+from pallas_kernels.encode.loads_triton import (
+    Place,
+    find_place,
+    load,
+    mask_channels,
+    padded_size,
+    store_bytes,
+    store_scalar,
+)
+from pallas_kernels.encode.plan import Inputs, Plan
+from pallas_kernels.encode.reference import COARSE, FINE, LEAST_GROUP_SCALE, OWN_STEP, scale_of
+from pallas_kernels.encode.rotate_triton import hadamard_tiles, rotated, row_scale, times_columns, vectors
+from pallas_kernels.encode.sketch_triton import store_residual
+from pallas_kernels.format import Codebook, CodebookFormat, GroupFormat
+from pallas_kernels.numerics import HALF_ANCHOR_BITS, UNSIGNED_ANCHOR, UNSIGNED_ANCHOR_BITS
+from pallas_kernels.packing import packed_bytes, plane_widths
+from pallas_kernels.tiles.intrinsics_triton import above, floor, perform
+
+
+def encode_tiles(x: Sequence[Inputs], _: Any, pools: Sequence[Any], *, plans: Sequence[Plan]) -> None:
+    """The kernel body; the pools are updated in place. Of several tasks a program has the one of its number."""
+    head, block, row = (pl.program_id(axis) for axis in range(3))
+    if len(plans) == 1:
+        _encode_tile(x[0], pools[0], plans[0], head, block, row)
+        return
+    for i, task in enumerate(zip(x, pools, plans, strict=True)):
+        pl.when(row == i)(functools.partial(_encode_tile, *task, head, block, row))
+
+
+def _encode_tile(x: Inputs, pool: Any, plan: Plan, head: jax.Array, block: jax.Array, row: jax.Array) -> None:
+    at = find_place(x, pool, plan, head, block, row)
+    if isinstance(plan.fmt, GroupFormat):
+        _encode_groups(x, pool, at, plan.fmt, plan)
+    elif plan.width:
+        _encode_quads(x, pool, at, plan)
+    else:
+        _encode_segments(x, pool, at, plan.fmt, plan)
+
+
+def _encode_segments(x: Inputs, pool: Any, at: Place, fmt: CodebookFormat, plan: Plan) -> None:
+    rows, factor = vectors(x, at, plan)
+    byte, channel = 0, 0
+    for i, book in enumerate(fmt.segments):
+        y = rotated(x, rows, at, i, channel, plan)
+        scale, code, centroid = _quantize(x, y, factor, book, plan)
+        stored = scale.astype(fmt.scale_dtype)
+        store_scalar(pool.scale, stored, at, i if fmt.num_scales > 1 else None)
+        residual = None
+        if fmt.residual:
+            # First, for then neither the vectors nor their centroids are needed any more.
+            residual = y * factor[:, None]
+            if book.bits:
+                residual = residual - centroid * stored.astype(jnp.float32)[:, None]
+        if book.bits:
+            _store_code(pool.packed, code, x.packers[i], book.bits, book.dim, byte, at, plan)
+        if residual is not None:
+            up, down = row_scale([jnp.max(jnp.abs(residual), axis=1)])
+            store_residual(x, pool, [residual * up[:, None]], down, at, fmt, plan)
+        byte, channel = byte + packed_bytes(book.dim, book.bits), channel + book.dim
+
+
+def _quantize(
+    x: Inputs, y: jax.Array, factor: jax.Array, book: Codebook, plan: Plan
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scale, int32 codes and centroids of one segment; see `reference.quantize_segment`."""
+    scaled = perform("sqrt.rn.f32", jnp.sum(y * y, axis=1), interpret=plan.interpret)
+    norm = scaled * factor
+    if book.bits == 0:
+        return norm, y, y
+    steps = y * _inverse_unit(scaled, book, plan)[:, None]
+    magnitude = jnp.abs(steps)
+    near = magnitude
+    if plan.search and book.bits > 1:
+
+        def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+            _, level = _nearest(magnitude * inverse[:, None], book, plan)
+            return jnp.sum(magnitude * level, axis=1), jnp.sum(level * level, axis=1)
+
+        near = magnitude * _best_inverse_multiple(x, sums, plan)[:, None]
+    bits, level = _nearest(near, book, plan)
+    along, squared = jnp.sum(magnitude * level, axis=1), jnp.sum(level * level, axis=1)
+    negative = steps < 0
+    code = jnp.where(negative, bits ^ 255, bits) if book.bits == 8 else bits >> 8
+    if book.bits < 8:
+        code = (code & ((1 << (book.bits - 1)) - 1)) | jnp.where(negative, 1 << (book.bits - 1), 0)
+    centroid = jnp.where(negative, -level, level) * book.step
+    return _scale_of(norm, along, squared, book, plan), code, centroid
+
+
+def _encode_quads(x: Inputs, pool: Any, at: Place, plan: Plan) -> None:
+    """Encodes vectors that quads hold."""
+    fmt, interpret = plan.fmt, plan.interpret
+    assert isinstance(fmt, CodebookFormat)
+    [book] = fmt.segments
+    parts, factor, norm = _rotated_quads(x, at, plan)
+    if norm is None:
+        norm = (
+            perform("sqrt.approx.f32", by_comparison.squares(parts, interpret=interpret), interpret=interpret) * factor
+        )
+    codes, scale = [], norm
+    in_bytes = by_table.offset(book) is not None and not interpret
+    if book.bits:
+        inverse = perform("rcp.approx.f32", jnp.where(norm > 0, norm, 1.0) * book.step, interpret=interpret)
+        encode = _in_bytes if in_bytes else _in_floats
+        parts, codes, along, squared = encode(x, parts, factor * inverse, book, plan)
+        scale = _scale_of(norm, along, squared, book, plan)
+    scale = scale.astype(fmt.scale_dtype)
+    store_scalar(pool.scale, scale, at, None)
+    for byte, data in by_comparison.packed(codes, book.bits):
+        store_bytes(pool.packed, data.astype(jnp.uint8), plan.width, byte, at, channel_major=plan.channel_major)
+    if fmt.residual:
+        # Residuals are shorter than their vectors, but not by so much that planes would lose bits.
+        up, down = row_scale([norm])
+        steps = book.step / (by_table.SMALL if in_bytes else 1.0)
+        gain = scale.astype(jnp.float32) * (book.step * up)
+        rest = by_comparison.residuals(
+            parts, norm * up * steps if plan.search else factor * up, codes, gain, book, interpret
+        )
+        store_residual(x, pool, by_comparison.tiles(rest), down, at, fmt, plan)
+
+
+def _rotated_quads(x: Inputs, at: Place, plan: Plan) -> tuple[list[by_comparison.Quad], jax.Array, jax.Array | None]:
+    """The rotated vectors, the factor that they lack, and their norms where known."""
+    if plan.hadamard:
+        tiles, factor, norm = hadamard_tiles(x, at, plan)
+        return by_comparison.quads(tiles), factor, norm
+    rows, factor = vectors(x, at, plan)
+    width = plan.width
+    starts = range(0, plan.fmt.dim, width)
+    if x.matrices:
+        tiles = [times_columns(rows, x.matrices[0], slice(start, start + width)) for start in starts]
+    else:
+        # Adding zero leaves no negative zero.
+        tiles = [load(x, at, start, width, plan).astype(jnp.float32) + 0.0 for start in starts]
+    return by_comparison.quads(tiles), factor, None
+
+
+Encoded = tuple[list[by_comparison.Quad], list[jax.Array], jax.Array, jax.Array]
+"""Quads, as steps where steps are searched; their codes; <s, q> and <q, q> of magnitudes s in steps and levels q."""
+
+
+def _in_bytes(x: Inputs, parts: list[by_comparison.Quad], unit: jax.Array, book: Codebook, plan: Plan) -> Encoded:
+    """Encodes quads at unit steps per unit, by tables; searched, they become steps times SMALL."""
+    # Constants would be moved to a register before every use; so the compiler must not know that this is zero.
+    zero = lax.bitcast_convert_type(unit, jnp.int32) >> 31
+    words = [zero | int(word) for word in by_table.tables(book)]
+    small = unit * by_table.SMALL
+    if not plan.search:
+        codes, along, squared = by_table.codes(parts, small, words, book)
+        return parts, codes, along * unit, squared
+    parts = by_comparison.scaled(parts, small)
+    bytes_of = [by_table.cut(quad, book) for quad in parts]
+
+    def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return by_table.sums(parts, bytes_of, inverse, words, book)
+
+    codes, along, squared = by_table.codes(parts, _best_inverse_multiple(x, sums, plan), words, book)
+    return parts, codes, along * (1 / by_table.SMALL), squared
+
+
+def _in_floats(x: Inputs, parts: list[by_comparison.Quad], unit: jax.Array, book: Codebook, plan: Plan) -> Encoded:
+    """Encodes quads at unit steps per unit, by comparisons; searched, they become steps."""
+    if plan.search:
+        parts = by_comparison.scaled(parts, unit)
+
+        def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return by_comparison.sums(parts, inverse, book, searching=True, interpret=plan.interpret)
+
+        unit = _best_inverse_multiple(x, sums, plan)
+    return parts, *by_comparison.codes(parts, unit, book, searching=plan.search, interpret=plan.interpret)
+
+
+def _inverse_unit(scaled: jax.Array, book: Codebook, plan: Plan) -> jax.Array:
+    """Steps per unit of the rotated vectors as they are."""
+    one = jnp.ones_like(scaled)
+    return perform("div.rn.f32", one, jnp.where(scaled > 0, scaled, one) * book.step, interpret=plan.interpret)
+
+
+def _scale_of(norm: jax.Array, along: jax.Array, squared: jax.Array, book: Codebook, plan: Plan) -> jax.Array:
+    divide = functools.partial(perform, "div.rn.f32", interpret=plan.interpret)
+    root = functools.partial(perform, "sqrt.rn.f32", interpret=plan.interpret)
+    return scale_of(norm, along, squared, book, plan.scale, divide=divide, root=root)
+
+
+def _best_inverse_multiple(
+    x: Inputs, sums: Callable[[jax.Array], tuple[jax.Array, jax.Array]], plan: Plan
+) -> jax.Array:
+    """See `reference.best_inverse_multiple`; sums gives <|s|, q> and <q, q> of each row at inverse multiples."""
+
+    def consider(best: tuple[jax.Array, ...], place: jax.Array) -> tuple[jax.Array, ...]:
+        along, squared = sums(plt.load(x.inverse.at[place]))
+        new = along * along, squared, place
+        # Gains are quotients of the first two.
+        better = new[0] * best[1] > best[0] * new[1]
+        return tuple(jnp.where(better, a, b) for a, b in zip(new, best, strict=True))
+
+    def coarse(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return consider(best, jnp.full((plan.tile,), i * COARSE[1], jnp.int32))
+
+    def fine(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        offset = i - len(FINE) // 2
+        offset = offset + (offset >= 0).astype(jnp.int32)
+        return consider(best, jnp.clip(best_coarse[2] + offset, 0, COARSE[-1]))
+
+    one = jnp.ones((plan.tile,), jnp.float32)
+    start = -one, one, jnp.full((plan.tile,), OWN_STEP, jnp.int32)
+    best_coarse = lax.fori_loop(0, len(COARSE), coarse, start)
+    best = lax.fori_loop(0, len(FINE), fine, best_coarse)
+    return plt.load(x.inverse.at[best[2]])
+
+
+def _nearest(magnitude: jax.Array, book: Codebook, plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """Index (in the low byte at 8 bits, in the one above otherwise) and centroid in steps of the nearest levels."""
+    if book.bits == 8:
+        floored = floor(jnp.minimum(magnitude, 127.5), interpret=plan.interpret)
+        bits, level = lax.bitcast_convert_type(floored, jnp.int32) & 255, floored - (UNSIGNED_ANCHOR - 0.5)
+    else:
+        # Every threshold passed adds the gap of the levels to the low byte and one to the byte above.
+        weights = [float(gap + 256) for gap in np.diff(book.levels)]
+        count = above(magnitude, book.thresholds, weights, interpret=plan.interpret)
+        bits = lax.bitcast_convert_type(count, jnp.int32)
+        level = lax.bitcast_convert_type((bits & 255) | UNSIGNED_ANCHOR_BITS, jnp.float32) - (
+            UNSIGNED_ANCHOR - book.levels[0] - 0.5
+        )
+        bits = bits & 0xFFFF
+    return bits, mask_channels(level, book.dim)
+
+
+def _store_code(
+    ref: Any, code: jax.Array, packers: Sequence[Any], bits: int, dim: int, byte: int, at: Place, plan: Plan
+) -> None:
+    """Packs int32 codes plane by plane and stores them from a byte of the vector on."""
+    if bits == 8:
+        store_bytes(ref, code.astype(jnp.uint8), dim, byte, at, channel_major=plan.channel_major)
+        return
+    shift = 0
+    for width, packer in zip(plane_widths(bits), packers, strict=True):
+        plane = code if width == bits else (code >> shift) & ((1 << width) - 1)
+        size = packed_bytes(dim, width)
+        store_bytes(ref, _packed(plane, packer[...]), size, byte, at, channel_major=plan.channel_major)
+        byte, shift = byte + size, shift + width
+
+
+def _packed(plane: jax.Array, packer: jax.Array) -> jax.Array:
+    """Bytes of a tile of integers below 256; the halves' 1024 adds multiples of 256 to every byte."""
+    half = lax.bitcast_convert_type((plane | HALF_ANCHOR_BITS).astype(jnp.int16), jnp.float16)
+    total = lax.dot_general(half, packer, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.bitcast_convert_type(total + UNSIGNED_ANCHOR, jnp.int32).astype(jnp.uint8)
+
+
+def _encode_groups(x: Inputs, pool: Any, at: Place, fmt: GroupFormat, plan: Plan) -> None:
+    """Min-max codes; see `reference`."""
+    tile = load(x, at, 0, padded_size(fmt.dim), plan)
+    groups = tile.reshape(plan.tile, tile.shape[1] // fmt.group, fmt.group)
+    top = 2**fmt.bits - 1
+    # Minima skip NaN; the sum of zeros does not.
+    poison = jnp.sum(groups * 0.0, axis=2)
+    low, high = jnp.min(groups, axis=2) + poison, jnp.max(groups, axis=2) + poison
+    scale, zero = ((high - low) * (1 / top)).astype(fmt.scale_dtype), low.astype(fmt.scale_dtype)
+    number = lax.broadcasted_iota(jnp.int32, (1, low.shape[1]), 1)
+    index = [jnp.broadcast_to(i, low.shape) for i in (at.page[:, None], at.head, number, at.slot[:, None])]
+    mask = jnp.broadcast_to(at.valid[:, None], low.shape) & (number < fmt.num_scales)
+    plt.store(pool.scale.at[tuple(index)], scale, mask=mask)
+    plt.store(pool.zero.at[tuple(index)], zero, mask=mask)
+    wide = scale.astype(jnp.float32)
+    one = jnp.ones_like(wide)
+    inverse = perform("div.rn.f32", one, jnp.where(wide > LEAST_GROUP_SCALE, wide, one), interpret=plan.interpret)
+    codes = (groups - zero.astype(jnp.float32)[:, :, None]) * inverse[:, :, None]
+    codes = jnp.minimum(jnp.maximum(codes, 0.0), float(top)) + UNSIGNED_ANCHOR
+    plane = (lax.bitcast_convert_type(codes, jnp.int32) & top).reshape(tile.shape)
+    _store_code(pool.packed, plane, x.packers[0], fmt.bits, fmt.dim, 0, at, plan)

@@ -1,0 +1,281 @@
+"""Launch of the Pallas Triton encode kernel."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.encode import codes_by_comparison_triton as by_comparison
+from pallas_kernels.encode.config import TileConfig, default_config
+from pallas_kernels.encode.encoder import Encoder
+from pallas_kernels.encode.kernel_triton import encode_tiles
+from pallas_kernels.encode.loads_triton import padded_size
+from pallas_kernels.encode.plan import Inputs, Plan
+from pallas_kernels.encode.reference import INVERSE_MULTIPLES
+from pallas_kernels.encode.rotate_triton import MATRIX_GAIN
+from pallas_kernels.format import Code, CodebookFormat, GroupFormat
+from pallas_kernels.packing import pack, packed_bytes, plane_widths
+from pallas_kernels.pages import Pages
+
+DIMS = (64, 80, 96, 128, 192, 256)
+"""Head dims that are tested."""
+
+BITS = (0, 1, 2, 3, 4, 5, 8)
+"""Widths of codes; those of 7 bits, of Prod with 8, would not fit into registers."""
+
+LEAST_COLUMNS = 64
+"""Bytes of a packing product, eight a warp: one without would do over all that leads to the codes."""
+
+LEAST_ROW = 16
+"""Rows of fewer tokens share their tiles."""
+
+
+def encode_pages(
+    keys: Float[Array, "b t h d"],
+    values: Float[Array, "b t h d"],
+    pages: Pages,
+    slots: Int[Array, "b t"],
+    *,
+    key: Encoder,
+    value: Encoder,
+    mean: Float[Array, "rows h d"] | None,
+    weight: Float[Array, "rows h d"] | None,
+    rows: Int[Array, "b"] | None = None,
+    config: TileConfig | None = None,
+    interpret: bool | None = None,
+) -> Pages:
+    """See `pallas_kernels.encode.encode_pages`.
+
+    Args:
+        keys: As there, and likewise the arguments not listed here.
+        values: As there.
+        pages: As there.
+        slots: As there.
+        key: As there.
+        value: As there.
+        mean: As there.
+        weight: As there.
+        rows: Rows of mean and weight that tokens belong to; all in order by default.
+        config: Tile sizes; by default those for the number of tokens.
+        interpret: Whether to run the kernel as jnp; by default where JAX has no GPU.
+
+    Raises:
+        NotImplementedError: For shapes or formats outside the kernel's limits.
+    """
+    check_supported(pages, key, value)
+    if interpret is None:
+        interpret = jax.default_backend() != "gpu"
+    options: dict[str, Any] = dict(rows=rows, config=config, interpret=interpret)
+    slots = slots.astype(jnp.int32)
+    if keys.size == 0 or not pages.keys.scale.size:
+        return pages
+    tasks = [
+        _task(keys, pages.keys, slots, key, mean, weight, channel_major=False, **options),
+        _task(values, pages.values, slots, value, None, None, channel_major=True, **options),
+    ]
+    # A launch takes longer than a few tokens.
+    together = tasks[0].plan.flat and tasks[0].config == tasks[1].config
+    return Pages(*(_launch(*tasks) if together else [_launch(task)[0] for task in tasks]))
+
+
+def encode_pool(
+    x: Float[Array, "b t h d"],
+    pool: Code,
+    slots: Int[Array, "b t"],
+    encoder: Encoder,
+    mean: Float[Array, "b h d"] | None,
+    weight: Float[Array, "b h d"] | None,
+    *,
+    channel_major: bool,
+    config: TileConfig | None = None,
+    interpret: bool = False,
+) -> Code:
+    """Encodes keys or values into their pool; see `encode_pages`.
+
+    Args:
+        x: Vectors.
+        pool: Pool of pages.
+        slots: Place of each token.
+        encoder: The encoder.
+        mean: Subtracted from the vectors.
+        weight: Multiplied to them then; both or neither.
+        channel_major: Whether bytes come before tokens in a page.
+        config: Tile sizes.
+        interpret: Whether to run the kernel as jnp.
+    """
+    options: dict[str, Any] = dict(channel_major=channel_major, config=config, interpret=interpret)
+    return _launch(_task(x, pool, slots, encoder, mean, weight, **options))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """Vectors and the pool that they go to."""
+
+    inputs: Inputs
+    pool: Code
+    plan: Plan
+    config: TileConfig
+
+
+def _task(
+    x: Array,
+    pool: Code,
+    slots: Array,
+    encoder: Encoder,
+    mean: Array | None,
+    weight: Array | None,
+    *,
+    channel_major: bool,
+    rows: Array | None = None,
+    config: TileConfig | None,
+    interpret: bool,
+) -> _Task:
+    """See `encode_pages` and `encode_pool`."""
+    batch, tokens, _, dim = x.shape
+    fmt = encoder.format
+    flat = tokens < LEAST_ROW
+    config = config or default_config(batch * tokens if flat else tokens, encoder)
+    plan = Plan(
+        fmt=fmt,
+        scale=encoder.scale,
+        search=encoder.search and any(book.bits > 1 for book in getattr(fmt, "segments", ())),
+        factor=float(np.float32(dim**-0.5)) if encoder.hadamard else 1 / MATRIX_GAIN,
+        channel_major=channel_major,
+        page_size=pool.scale.shape[-1],
+        rows=batch,
+        tokens=tokens,
+        tile=config.tile,
+        chunk=min(config.chunk, padded_size(dim)),
+        flat=flat,
+        planes=_vector_planes(x, encoder, centred=mean is not None),
+        hadamard=encoder.hadamard,
+        width=by_comparison.tile_width(encoder),
+        interpret=interpret,
+    )
+    return _Task(_inputs(x, slots, encoder, mean, weight, rows, plan), pool, plan, config)
+
+
+def _launch(*tasks: _Task) -> list[Code]:
+    """The pools after one launch for all tasks, of which there may be several for tiles of any rows."""
+    plan, config = tasks[0].plan, tasks[0].config
+    inputs = [task.inputs for task in tasks]
+    stored = [jax.tree.map(lambda array: array if array.size else None, task.pool) for task in tasks]
+    first = len(jax.tree.leaves(inputs))
+    blocks = pl.cdiv(plan.rows * plan.tokens if plan.flat else plan.tokens, config.tile)
+    [new] = pl.pallas_call(
+        functools.partial(encode_tiles, plans=tuple(task.plan for task in tasks)),
+        grid=(inputs[0].x.shape[2], blocks, len(tasks) if plan.flat else plan.rows),
+        out_shape=[jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), stored)],
+        input_output_aliases={first + i: i for i in range(len(jax.tree.leaves(stored)))},
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
+        interpret=plan.interpret,
+        name="encode",
+    )(inputs, stored)
+    pools = [vars(task.pool) for task in tasks]
+    return [
+        Code(**{name: old if getattr(made, name) is None else getattr(made, name) for name, old in pool.items()})
+        for pool, made in zip(pools, new, strict=True)
+    ]
+
+
+def _vector_planes(x: Array, encoder: Encoder, *, centred: bool) -> int:
+    """fp16 planes that hold the vectors exactly, or to float32 rounding; 0 for bfloat16 as it is."""
+    if centred or x.dtype not in (jnp.bfloat16, jnp.float16):
+        return 2
+    return 0 if x.dtype == jnp.bfloat16 and encoder.hadamard else 1
+
+
+def _inputs(
+    x: Array,
+    slots: Array,
+    encoder: Encoder,
+    mean: Array | None,
+    weight: Array | None,
+    rows: Array | None,
+    plan: Plan,
+) -> Inputs:
+    fmt = plan.fmt
+    matrices: list[tuple[Array, ...]] = []
+    if isinstance(fmt, GroupFormat):
+        packers = [_packers(fmt.dim, fmt.bits)]
+    else:
+        packers = [_packers(book.dim, book.bits, LEAST_COLUMNS) for book in fmt.segments]
+        start = 0
+        matrix = encoder.matrix
+        for book in fmt.segments if matrix is not None else ():
+            part = matrix[:, start : start + book.dim]  # pyright: ignore[reportOptionalSubscript]
+            if plan.width and plan.hadamard:
+                part = part[:, : plan.width]
+            matrices.append(_planes(part, encoder.hadamard, bfloat16=plan.planes == 0))
+            start += book.dim
+    inverse = np.pad(INVERSE_MULTIPLES, (0, 64 - len(INVERSE_MULTIPLES)))
+    return Inputs(
+        x=x,
+        slots=slots,
+        mean=None if mean is None else mean.astype(jnp.float32),
+        weight=None if weight is None else weight.astype(jnp.float32),
+        rows=None if mean is None or rows is None else rows.astype(jnp.int32),
+        matrices=tuple(matrices),
+        packers=tuple(packers),
+        sketch=() if encoder.sketch is None else _planes(_by_bits(encoder.sketch.T), False, bfloat16=False),
+        inverse=jnp.asarray(inverse) if plan.search else None,
+    )
+
+
+def _by_bits(columns: Float[Array, "m n"]) -> Float[Array, "m padded"]:
+    """Columns by the bit that they are in a packed plane of single bits, padded to whole tiles of bytes."""
+    size = columns.shape[1] // 8
+    split = columns.reshape(-1, 8, size)
+    return jnp.pad(split, ((0, 0), (0, 0), (0, padded_size(8 * size) // 8 - size))).reshape(columns.shape[0], -1)
+
+
+def _planes(matrix: Float[Array, "m n"], signs: bool, *, bfloat16: bool) -> tuple[Array, ...]:
+    """A matrix as the planes that the kernel multiplies with, padded."""
+    padded = jnp.pad(matrix.astype(jnp.float32), [(0, padded_size(n) - n) for n in matrix.shape])
+    if signs:
+        return (jnp.sign(padded).astype(jnp.bfloat16 if bfloat16 else jnp.float16),)
+    padded = padded * MATRIX_GAIN
+    high = padded.astype(jnp.float16)
+    return high, (padded - high.astype(jnp.float32)).astype(jnp.float16)
+
+
+@functools.lru_cache(maxsize=64)
+def _packer_tables(dim: int, bits: int, least: int) -> tuple[np.ndarray, ...]:
+    """Of each plane, what `pack` makes of a 1 in each channel, padded: the matrix that packs."""
+    tables, start = [], 0
+    with jax.ensure_compile_time_eval():
+        for width in plane_widths(bits):
+            units = pack(jnp.eye(dim, dtype=jnp.uint8) << start, bits)
+            first = packed_bytes(dim, bits & -(2 * width)) if width < 8 else 0
+            table = np.asarray(units)[:, first : first + packed_bytes(dim, width)]
+            rows, columns = table.shape
+            tables.append(
+                np.pad(table, ((0, padded_size(rows) - rows), (0, max(least, padded_size(columns)) - columns)))
+            )
+            start += width
+    return tuple(table.astype(np.float16) for table in tables)
+
+
+def _packers(dim: int, bits: int, least: int = 0) -> tuple[Array, ...]:
+    return () if bits in (0, 8) else tuple(jnp.asarray(table) for table in _packer_tables(dim, bits, least))
+
+
+def check_supported(pages: Pages, key: Encoder, value: Encoder) -> None:
+    """Raises NotImplementedError, naming value and limit, for what the kernel does not do."""
+    for fmt in (key.format, value.format):
+        if fmt.dim not in DIMS:
+            raise NotImplementedError(f"the Triton kernel encodes head dims {DIMS}, got {fmt.dim}")
+        if isinstance(fmt, CodebookFormat) and any(book.bits not in BITS for book in fmt.segments):
+            raise NotImplementedError(
+                f"the Triton kernel encodes codes of {BITS} bits, got {[book.bits for book in fmt.segments]}"
+            )
+        if isinstance(fmt, GroupFormat) and fmt.group & (fmt.group - 1):
+            raise NotImplementedError(f"the Triton kernel encodes groups of a power of two, got group={fmt.group}")
+    if isinstance(value.format, CodebookFormat) and value.format.residual:
+        raise NotImplementedError("the Triton kernel encodes values without a sketch, got a residual")

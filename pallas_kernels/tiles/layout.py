@@ -1,0 +1,182 @@
+"""How the decode kernel cuts vectors into tiles: static geometry, no arrays.
+
+A part is a set of channels with one scale a token: a segment of a codebook format, a group of a min-max format, or the
+signs of a sketch. Its channels are cut into tiles of power-of-two width along the runs that the planes of
+`pallas_kernels.packing` give, so that a tile is one field of a contiguous run of bytes wherever possible.
+"""
+
+import dataclasses
+
+from pallas_kernels.format import Codebook, CodebookFormat, VectorFormat
+from pallas_kernels.packing import packed_bytes, plane_widths
+from pallas_kernels.tiles.int8_triton import PAIR_DISTANCE, SUPPORTED_BITS, plane_layout
+
+LEAST_KEY_TILE = 32
+"""Least channels of a key tile: what one 8-bit tensor-core instruction contracts."""
+
+LEAST_VALUE_TILE = 16
+"""Least channels of a value tile: the rows of one tensor-core instruction."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Channels start to start + valid of a part's vector, padded to a power of two.
+
+    Attributes:
+        start: First channel, counted in the vector whose planes hold it.
+        width: Channels of the tile, a power of two.
+        valid: Channels of it that exist.
+        partner: Start of the tile whose elements are mixed with this one's (see `lookup_triton`), None if pure.
+        half: Which half of the pair a mixed tile is.
+    """
+
+    start: int
+    width: int
+    valid: int
+    partner: int | None = None
+    half: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Channels that share a scale.
+
+    Attributes:
+        book: Codebook of the codes; for min-max groups one of unused levels.
+        unsigned: Whether the codes are unsigned integers (min-max groups).
+        sketch: Whether the bytes are the signs of the sketch instead of the packed codes.
+        byte: First byte of the vector's planes.
+        channel: Channel of the whole vector that the planes' first one is.
+        scale: Place in the axis of scales, None where there is no such axis.
+        words: Whether the planes of all tokens are whole words of memory, so that four neighbours are in one register.
+        tiles: The tiles.
+    """
+
+    book: Codebook
+    unsigned: bool
+    sketch: bool
+    byte: int
+    channel: int
+    scale: int | None
+    words: bool
+    tiles: tuple[Tile, ...]
+
+
+def cut(dim: int, bits: int, *, least: int, start: int = 0, stop: int | None = None) -> tuple[Tile, ...]:
+    """Cuts channels start to stop of a packed vector into tiles of at least `least` channels.
+
+    Example:
+        >>> [(tile.start, tile.width) for tile in cut(128, 4, least=32)]
+        [(0, 64), (64, 64)]
+        >>> cut(80, 4, least=32)[1].valid
+        8
+    """
+    stop = dim if stop is None else stop
+    run = -(-dim * plane_widths(bits)[0] // 8)
+    while run * 2 <= min(least, dim):
+        run *= 2
+    tiles, channel = [], start
+    while channel < stop:
+        left = min(stop, (channel // run + 1) * run) - channel
+        width = max(least, 1 << (left.bit_length() - 1))
+        tiles.append(Tile(channel, width, min(left, width)))
+        channel += min(left, width)
+    return tuple(tiles)
+
+
+def codebook_parts(fmt: CodebookFormat, *, least: int, smallest: int) -> tuple[Part, ...]:
+    """Parts of a codebook format: its segments, then the sketch if there is one.
+
+    Args:
+        fmt: The format.
+        least: Channels that a tile should have.
+        smallest: Those that it must have, and does where the segment is no power of two of more.
+    """
+    parts, byte, channel = [], 0, 0
+    for i, book in enumerate(fmt.segments):
+        if book.bits not in SUPPORTED_BITS and book.bits:
+            raise NotImplementedError(f"the kernel decodes codes of {SUPPORTED_BITS} bits, got bits={book.bits}")
+        if book.bits:
+            scale = i if fmt.num_scales > 1 else None
+            whole = book.dim >= least and book.dim & (book.dim - 1) == 0
+            tiles = cut(book.dim, book.bits, least=least if whole else min(least, smallest))
+            edges = [n for _, start, size in plane_layout(book.bits, book.dim) for n in (byte + start, size)]
+            words = not any(n % 4 for n in (fmt.packed_bytes, *edges))
+            parts.append(Part(book, False, False, byte, channel, scale, words, tiles))
+        byte, channel = byte + packed_bytes(book.dim, book.bits), channel + book.dim
+    if fmt.residual:
+        signs = Codebook(fmt.dim, 1, levels=(0,), step=2.0)
+        parts.append(Part(signs, False, True, 0, 0, None, fmt.dim % 32 == 0, cut(fmt.dim, 1, least=least)))
+    return tuple(parts)
+
+
+def mixed_pairs(part: Part) -> Part:
+    """The part with tiles that share their lookups mixed, wherever they come in pairs of whole words."""
+    distance = PAIR_DISTANCE.get(part.book.bits)
+    field_bytes = plane_layout(part.book.bits, part.book.dim)[0][2]
+    if distance is None or not part.words:
+        return part
+    found = {(tile.start, tile.width, tile.valid) for tile in part.tiles}
+    tiles, taken = [], set()
+    for tile in part.tiles:
+        partner = tile.start + distance * field_bytes
+        if tile.start in taken:
+            continue
+        # The fields must be the low and high nibble of a lookup, in this order.
+        low = tile.start // field_bytes % (2 * distance) < distance
+        if not low or (partner, tile.width, tile.valid) not in found:
+            tiles.append(tile)
+            continue
+        taken.add(partner)
+        tiles += [dataclasses.replace(tile, partner=partner, half=half) for half in (0, 1)]
+    return dataclasses.replace(part, tiles=tuple(tiles))
+
+
+def key_parts(fmt: VectorFormat) -> tuple[Part, ...]:
+    """Parts of the keys.
+
+    Raises:
+        NotImplementedError: For min-max keys and widths without a lookup.
+    """
+    if not isinstance(fmt, CodebookFormat):
+        raise NotImplementedError(f"the kernel reads keys of codebook formats, got {type(fmt).__name__}")
+    return tuple(mixed_pairs(part) for part in codebook_parts(fmt, least=LEAST_KEY_TILE, smallest=LEAST_KEY_TILE))
+
+
+def value_parts(fmt: VectorFormat, *, num_warps: int = 1) -> tuple[Part, ...]:
+    """Parts of the values.
+
+    Args:
+        fmt: Their format.
+        num_warps: Warps of a program, which share the rows of a tile; each needs those of one instruction.
+
+    Raises:
+        NotImplementedError: For sketched values and widths without a lookup.
+    """
+    least = LEAST_VALUE_TILE * num_warps
+    if isinstance(fmt, CodebookFormat):
+        if fmt.residual:
+            raise NotImplementedError("the kernel reads values without a sketch, got a residual")
+        return codebook_parts(fmt, least=least, smallest=LEAST_VALUE_TILE)
+    if fmt.bits not in (2, 4):
+        raise NotImplementedError(f"the kernel reads min-max values of 2 and 4 bits, got bits={fmt.bits}")
+    book = Codebook(fmt.dim, fmt.bits, levels=(), step=1.0)
+    return tuple(
+        Part(
+            book,
+            True,
+            False,
+            0,
+            0,
+            i,
+            True,
+            cut(fmt.dim, fmt.bits, least=LEAST_VALUE_TILE, start=c, stop=c + fmt.group),
+        )
+        for i, c in enumerate(range(0, fmt.dim, fmt.group))
+    )
+
+
+def planes_of(part: Part, tile: Tile) -> tuple[tuple[int, int, int, int], ...]:
+    """Of each plane of a part: width of a field, first byte, number of bytes, and the field where the tile starts."""
+    planes = plane_layout(part.book.bits, part.book.dim)
+    return tuple((width, part.byte + start, size, tile.start // size) for width, start, size in planes)

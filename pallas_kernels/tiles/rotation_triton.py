@@ -1,0 +1,147 @@
+"""The orthogonal map between channels and the coordinates that are quantized, as kernels read it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.numerics import power_of_two
+
+NOWHERE = 1 << 30
+"""A channel that does not exist."""
+
+BLOCK = 16
+"""Rows of an outer factor taken at a time."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Coordinates y = (outer (x) inner) (signs * x) of consecutive channels; arrays or references.
+
+    Attributes:
+        outer: float32 [n, n].
+        inner: float32 [k, k]; None for the number one.
+        signs: float32 [n * k]; None for ones.
+    """
+
+    outer: Any
+    inner: Any = None
+    signs: Any = None
+
+    @property
+    def inner_size(self) -> int:
+        """Side of the inner factor."""
+        return 1 if self.inner is None else self.inner.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """Channels."""
+        return self.outer.shape[0] * self.inner_size
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Basis:
+    """Segments one after the other; a pytree of arrays or references.
+
+    Attributes:
+        segments: The segments.
+        outliers: int32 [n], ascending channels that make up the first segment, the second having the others in order;
+            None for channels in order.
+    """
+
+    segments: tuple[Segment, ...]
+    outliers: Any = None
+
+
+def grid_of(segment: Segment, rows: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Outer index, inner index and validity of the elements [n, k] of a segment, or of a block of `rows` of it."""
+    n = power_of_two(segment.outer.shape[0]) if rows is None else rows
+    shape = (n, power_of_two(segment.inner_size))
+    i, j = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    return i, j, (i < segment.outer.shape[0]) & (j < segment.inner_size)
+
+
+def channels_of(basis: Basis, index: int, place: jax.Array, valid: jax.Array) -> jax.Array:
+    """Channels [n, k] at places of a segment."""
+    if basis.outliers is None:
+        return place + sum(segment.dim for segment in basis.segments[:index])
+    if index == 0:
+        return plt.load(basis.outliers.at[place], mask=valid, other=0)
+    count = basis.outliers.shape[0]
+    i = lax.broadcasted_iota(jnp.int32, (power_of_two(count),), 0)
+    outlier = plt.load(basis.outliers.at[i], mask=i < count, other=NOWHERE)
+    # Outlier i comes after outlier - i others.
+    return place + jnp.sum(((outlier - i)[None, None, :] <= place[:, :, None]).astype(jnp.int32), axis=2)
+
+
+def apply_factors(
+    segment: Segment,
+    x: jax.Array,
+    consume: Callable[[jax.Array, jax.Array, jax.Array, Any], Any],
+    state: Any,
+    *,
+    inverse: bool,
+) -> Any:
+    """Multiplies x [n, rows, k] by both factors, or by their transposes, and hands on one block after the other.
+
+    Args:
+        segment: The segment; its signs are not applied.
+        x: float32, padded with zeros. Sums are over the first axis, which a thread holds whole: no exchange of sums.
+        consume: Takes places [m, k] in the segment, their validity, the result [rows, m, k] and a state; returns that.
+        state: The first state.
+        inverse: Whether to transpose.
+
+    Returns:
+        The last state.
+    """
+    size = segment.outer.shape[0]
+    padded = x.shape[0]
+    rows = min(BLOCK, padded)
+    i, j, _ = grid_of(segment, rows)
+    inner = None
+    if segment.inner is not None:
+        # Loaded before the first sum: no load moves up past a barrier.
+        column, row = (lax.broadcasted_iota(jnp.int32, (x.shape[2],) * 2, axis) for axis in (0, 1))
+        inner = _factor(segment.inner, row, column, inverse)
+
+    def block(index: jax.Array | int, state: Any) -> Any:
+        shape = (padded, rows)
+        out_row = index * rows + lax.broadcasted_iota(jnp.int32, shape, 1)
+        column = lax.broadcasted_iota(jnp.int32, shape, 0)
+        outer = _factor(segment.outer, out_row, column, inverse)
+        y = jnp.sum(x[:, :, None, :] * outer[:, None, :, None], axis=0)
+        if inner is not None:
+            y = jnp.sum(jnp.transpose(y, (2, 0, 1))[:, :, :, None] * inner[:, None, None, :], axis=0)
+        outer_index = index * rows + i
+        valid = (outer_index < size) & (j < segment.inner_size)
+        return consume(outer_index * segment.inner_size + j, valid, y, state)
+
+    return block(0, state) if padded == rows else lax.fori_loop(0, padded // rows, block, state)
+
+
+def _factor(ref: Any, row: jax.Array, column: jax.Array, transpose: bool) -> jax.Array:
+    size = ref.shape[0]
+    at = ref.at[column, row] if transpose else ref.at[row, column]
+    return plt.load(at, mask=(row < size) & (column < size), other=0.0)
+
+
+def load_signs(segment: Segment, place: jax.Array, valid: jax.Array) -> jax.Array | None:
+    """Signs [n, k] at places of a segment."""
+    return None if segment.signs is None else plt.load(segment.signs.at[place], mask=valid, other=0.0)
+
+
+def float32_product(a: jax.Array, b: jax.Array, *, interpret: bool, transpose: bool = False) -> jax.Array:
+    """Multiplies a [m, k] by b [k, n] (or [n, k], transposed) with errors of float32 on tensor cores."""
+    return lax.dot_general(
+        a,
+        b,
+        (((1,), (1 if transpose else 0,)), ((), ())),
+        precision=lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3,
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,155 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from refusals import refused
+from typer.testing import CliRunner
+
+from tq_jax.commands import cli
+from tq_jax.commands.audit import command as audit
+from tq_jax.commands.claims import Claim
+from tq_jax.commands.output import write_json
+from tq_jax.commands.validate import command as distortion
+from tq_jax.data import persuasion
+
+MODULES = {"validate": distortion, "audit": audit}
+PICTURES = [("demo", "--plot"), ("eval", "--plot"), ("needle", "--plot"), ("search", "--plot"), ("bench", "--png")]
+
+
+def passing():
+    """A check that holds."""
+    return [Claim("holds", 1.0, ">=", 1.0)]
+
+
+def failing():
+    """A check that does not."""
+    return [Claim("does not hold", 0.0, ">=", 1.0)]
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.build(MODULES), list(arguments))
+
+
+@pytest.mark.parametrize("command", MODULES)
+def test_exit_code_says_whether_all_claims_hold(command, monkeypatch):
+    monkeypatch.setattr(MODULES[command], "CHECKS", (passing,))
+    assert run(command).exit_code == 0
+    monkeypatch.setattr(MODULES[command], "CHECKS", (passing, failing))
+    assert run(command).exit_code == 1
+
+
+@pytest.mark.parametrize("command", MODULES)
+def test_json_on_standard_output_is_one_object(command, monkeypatch):
+    monkeypatch.setattr(MODULES[command], "CHECKS", (passing, failing))
+    result = run(command, "--json", "-")
+    claims = json.loads(result.stdout)["claims"]
+    assert [(c["name"], c["ok"]) for c in claims] == [("holds", True), ("does not hold", False)]
+    assert "1 of 2 hold" in result.stderr
+
+
+def test_json_to_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(distortion, "CHECKS", (passing,))
+    path = tmp_path / "out.json"
+    result = run("validate", "--json", str(path))
+    assert result.exit_code == 0
+    assert json.loads(path.read_text())["claims"][0]["figure"] == 1.0
+    assert "1 of 1 hold" in result.stdout
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a file, a link to nowhere and a folder; at the end it has to be as it was."""
+    (tmp_path / "file.png").write_text("kept")
+    (tmp_path / "link.png").symlink_to(tmp_path / "missing" / "out")
+    (tmp_path / "folder.png").mkdir()
+    yield tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.png", "folder.png", "link.png"]
+    assert (tmp_path / "file.png").read_text() == "kept"
+
+
+UNWRITABLE = ["folder.png", "missing/out.png", "file.png/out.png", "link.png", f"{'x' * 300}.png", "/proc/out.png"]
+
+
+@pytest.mark.parametrize("name", [*UNWRITABLE, "/proc/version", ""])
+def test_figures_that_cannot_be_written_are_refused_before_the_work(name, folder):
+    result = refused("validate", "--json", str(folder / name) if name else "")
+    assert "expected a file that can be written, in an existing folder, got" in result
+
+
+@pytest.mark.parametrize("name", ["file.png", "new.json", "/dev/null"])
+def test_looking_whether_a_file_can_be_written_leaves_it_as_it_was(name, folder, monkeypatch):
+    monkeypatch.setattr(distortion, "conclude", lambda *arguments: None)
+    assert run("validate", "--json", str(folder / name)).exit_code == 0
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path):
+    path, link, pipe = tmp_path / "out.json", tmp_path / "link.json", tmp_path / "pipe"
+    path.write_text("old")
+    link.symlink_to(path)
+    write_json({"figure": 1}, str(link))
+    assert link.is_symlink()
+    assert json.loads(path.read_text()) == {"figure": 1}
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json({"figure": 2}, str(pipe))
+    assert json.loads(os.read(reader, 100)) == {"figure": 2}
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize(("command", "option"), PICTURES)
+def test_pictures_that_cannot_be_drawn_are_refused_before_the_work(command, option, folder, monkeypatch):
+    for name in UNWRITABLE:
+        assert "that can be written, in an existing folder" in refused(command, option, str(folder / name))
+    for name in ("out", "out.foo", "out.pgf", ".png", ""):
+        assert "the name of a picture that ends in .avif, .eps" in refused(command, option, name)
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    assert 'pip install "tq-jax[models]"' in refused(command, option, str(folder / "out.png"))
+
+
+def test_the_list_of_commands_needs_no_optional_package():
+    packages = {"matplotlib", "faiss", "torch", "transformers", "gguf", "tokenizers", "safetensors", "jinja2", "triton"}
+    code = "import sys; from tq_jax.commands.cli import build; build(); print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert not packages & set(ran.stdout.split())
+
+
+@pytest.mark.parametrize("command", cli.commands())
+def test_every_command_has_help_and_json(command):
+    result = CliRunner().invoke(cli.build([command]), [command, "--help"], env={"COLUMNS": "160", "NO_COLOR": "1"})
+    assert result.exit_code == 0
+    assert "--json" in result.output
+    assert "Args:" not in result.output
+
+
+def test_without_a_command_there_is_help():
+    result = run()
+    assert "validate" in result.output
+    assert "audit" in result.output
+
+
+def test_an_unknown_command_fails():
+    assert run("vaildate").exit_code == 2
+
+
+def test_the_installed_program_runs():
+    ran = subprocess.run(
+        [sys.executable, "-c", "from tq_jax.commands.cli import main; main()", "validate", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "Theorems 1-3" in ran.stdout
+
+
+def test_vendored_text_is_clean():
+    text = persuasion()
+    assert len(text) == 464_284
+    assert text.startswith("Chapter 1\n\nSir Walter Elliot")
+    assert text.count("\n\nChapter ") == 23
+    assert "  " not in text
+    assert "\n\n\n" not in text
+    assert "\r" not in text

@@ -1,0 +1,124 @@
+import json
+import shutil
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import typer  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from interop.hf.command import hf  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random model with a tokenizer of single characters."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("model")
+    letters = {chr(code): code for code in range(128)}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(path)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def test_the_command(folder, tmp_path):
+    app = typer.Typer()
+    app.command()(hf)
+    target = tmp_path / "figures.json"
+    options = ["--bits", "2/2", "--context", "700", "--positions", "32", "--new-tokens", "3", "--prompt", "hello"]
+    result = CliRunner().invoke(app, [str(folder), *options, "--json", str(target)])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(target.read_text())
+    baseline, two = figures["rows"]
+    assert figures["dtype"] == "float32" and "DynamicCache in float32" in result.output
+    assert figures["positions"] == 32 and baseline["kl_mean"] == 0 and baseline["top1"] == 1
+    assert 0 < two["kl_mean"] < two["kl_max"] < 0.1 and two["layers"] == 2
+    assert baseline["nbytes"] == 2 * 2 * 64 * 732 * 4 > 4 * two["nbytes"]
+    assert len(two["text"]) >= 3 and "K2/V2" in result.output
+
+
+def test_a_cache_that_does_not_shrink_fails(folder):
+    """A short text lies in the window and the pages reserved behind it: nothing is saved, and the command says so."""
+    app = typer.Typer()
+    app.command()(hf)
+    options = ["--bits", "8/8", "--context", "16", "--positions", "16", "--new-tokens", "1"]
+    assert CliRunner().invoke(app, [str(folder), *options]).exit_code == 1
+
+
+def test_misuse(folder, tmp_path):
+    app = typer.Typer()
+    app.command()(hf)
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "latin.txt").write_bytes(b"\xff")
+    cases = [
+        ("expected key/value bits like 4/4,3/3, got '4'", ["--bits", "4"]),
+        ("expected a text of more than context=512 tokens, got 9", ["--text", str(tmp_path / "short.txt")]),
+        ("expected a prompt of at least one token, got ''", ["--prompt", ""]),
+        ("expected key/value bits of 1, 2, 2.5, 3, 3.5, 4, 5, 8, got '9/4'", ["--bits", "9/4"]),
+        ("expected a text in UTF-8, got", ["--text", str(tmp_path / "latin.txt")]),
+        ("is a directory", ["--text", str(tmp_path)]),
+        ("expected a device that torch has, got 'nosuch'", ["--device", "nosuch"]),
+        ("expected a device that torch has, got 'meta'", ["--device", "meta"]),
+        ("CUDA graphs are of models on one GPU, got ['cpu']", ["--graphs"]),
+        ("expected at least 3128 tokens in all, got 2048", ["--context", "3000"]),
+        ("expected at least 2050 tokens in all, got 2048", ["--context", "1900", "--new-tokens", "150"]),
+    ]
+    for message, options in cases:
+        result = CliRunner().invoke(app, [str(folder), *options], env={"COLUMNS": "2000"})
+        assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_what_is_no_model_for_a_cache_is_refused(folder, tmp_path):
+    app = typer.Typer()
+    app.command()(hf)
+    result = CliRunner().invoke(app, [str(tmp_path)], env={"COLUMNS": "2000"})
+    assert result.exit_code == 2 and "Unrecognized model in" in result.output
+    shutil.copytree(folder, tmp_path / "thin")
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "thin")
+    result = CliRunner().invoke(app, [str(tmp_path / "thin")], env={"COLUMNS": "2000"})
+    assert result.exit_code == 2 and "dim from 16 to 512 is supported, got dim=8" in result.output
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_the_packages_are_needed(package, folder, monkeypatch):
+    app = typer.Typer()
+    app.command()(hf)
+    monkeypatch.delitem(sys.modules, "interop.hf.measure", raising=False)
+    monkeypatch.delattr("interop.hf.measure", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    result = CliRunner().invoke(app, [str(folder)], env={"COLUMNS": "2000"})
+    assert result.exit_code == 2 and 'pip install "tq-jax[torch,hf]"' in result.output
+
+
+def test_a_model_without_sdpa(folder, tmp_path):
+    """The baseline is the model with its own attention."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path)
+    config = transformers.Gemma2Config(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, sliding_window=32,
+    )  # fmt: skip
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    app, target = typer.Typer(), tmp_path / "figures.json"
+    app.command()(hf)
+    options = ["--bits", "4/4", "--context", "700", "--positions", "16", "--new-tokens", "1", "--json", str(target)]
+    result = CliRunner().invoke(app, [str(tmp_path), *options])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(target.read_text())
+    assert f"float32 with {figures['attention']} against" in result.output
+    assert figures["rows"][1]["layers"] == 1 and figures["rows"][1]["kl_mean"] < 0.1

@@ -1,0 +1,158 @@
+"""Attention over a cache in three launches, interpreted, against the reference."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tq_jax as tq
+from pallas_kernels.attention import LogitOptions, TileConfig, prepare_triton, whole_cache
+from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
+from pallas_kernels.compat.lowering import lower_for_cuda, triton_kernels
+from pallas_kernels.numerics import HIDDEN
+from tests.kernels.cases.whole_cache import CASES, attend_case, filled_cache, make_spec, relative_error
+from tq_jax import attention
+from tq_jax.quantizer import sketch_gain, sketch_query, to_rotated
+
+TILES = TileConfig(tile=64, programs=16)
+QUICK = {"5 queries, everything"}
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """Interpreted programs run one after the other."""
+    monkeypatch.setattr(prepare_triton, "SLOT_PROGRAMS", 16)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES])
+def test_parity_with_the_reference(name):
+    case = CASES[name]
+    attend, query, cache = attend_case(case)
+    want = attend(query, cache, implementation="reference")
+    got = attend(query, cache, implementation="triton", config=TILES)
+    assert got.dtype == query.dtype
+    assert relative_error(got, want) <= case.tolerance(precise=False)
+    np.testing.assert_array_equal(got, attend(query, cache, implementation="triton", config=TILES))
+
+
+@functools.cache
+def plain():
+    return attend_case(dataclasses.replace(CASES["plain"], lengths=(200, 0)))
+
+
+def test_rows_that_overflow_are_nan():
+    _, query, cache = plain()
+    cache = dataclasses.replace(cache, overflow=jnp.array([False, True]))
+    rows = jnp.array([1, 0])
+    out = tq.attend(query[rows], cache, rows=rows, implementation="triton", config=TILES)
+    assert np.isnan(out[0]).all()
+    assert np.isfinite(out[1]).all()
+
+
+def test_partial_attention():
+    """Log-sums and outputs in the original basis, as what another device attended to would be merged with."""
+    _, query, cache = plain()
+    plan = attention._plan(cache, LogitOptions(0.125), precise=False, config=None)
+    plan = dataclasses.replace(plan, partial=True, config=TILES)
+    part = whole_cache.attend_cache(query, attention.arrays_of(cache), plan)
+    assert np.asarray(part.total).tolist() == [[[1.0] * 8], [[0.0] * 8]]
+    np.testing.assert_array_equal(part.peak[1], np.full((1, 8), HIDDEN, np.float32))
+    want = tq.attend(query, cache, scale=0.125, implementation="reference")
+    assert relative_error(part.acc, want) <= 2e-4
+    # A learned logit as large as the log-sum takes half.
+    half = tq.attend(query[:1], cache, rows=jnp.array([0]), scale=0.125, sink_logits=part.peak[0, 0])
+    np.testing.assert_allclose(2 * half[0], part.acc[0], atol=1e-4)
+
+
+def test_merge_combines_splits():
+    rng = np.random.default_rng(0)
+    shape, group, splits = (2, 3, 6, 80), 3, (5, 2)
+    parts = [
+        Splits(
+            *(
+                jnp.asarray(x, jnp.float32)
+                for x in (
+                    rng.standard_normal((2, 2, n, 9, 80)),
+                    20 * rng.standard_normal((2, 2, n, columns)),
+                    rng.uniform(1, 2, (2, 2, n, columns)),
+                )
+            )
+        )
+        for n, columns in zip(splits, (16, 9), strict=True)
+    ]
+    plan = merge_plan(shape, splits=5, dtype="float32", partial=True, interpret=True)
+    out, log_sum, seen = merge_splits(MergeInputs(*parts), plan)
+    acc, peak, total = (
+        np.concatenate([np.asarray(getattr(p, name), np.float64)[:, :, :, :9] for p in parts], axis=2)
+        for name in ("acc", "peak", "total")
+    )
+    weight = np.exp2(peak - peak.max(2, keepdims=True))
+    sums = (weight * total).sum(2)
+    want = (weight[..., None] * acc).sum(2) / sums[..., None]
+
+    def per_query(x):
+        return np.moveaxis(x.reshape(2, 2, 3, group, *x.shape[3:]), 2, 1).reshape(2, 3, 6, *x.shape[3:])
+
+    np.testing.assert_allclose(out, per_query(want), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(log_sum, per_query(np.log(2) * peak.max(2) + np.log(sums)), rtol=1e-5)
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("bits", [3.5, 3])
+def test_prepared_queries(bits):
+    spec = make_spec(128, bits=(bits, 4), key=None if bits == 3.5 else {"kind": "prod", "bits": 3})
+    cache, query = filled_cache(spec, (300, 90), group=2)
+    rows, query = jnp.array([1, 0]), query[:, :3].astype(jnp.bfloat16)
+    plan = attention._plan(cache, LogitOptions(0.3), precise=False, config=None)
+    got = whole_cache.prepare_cache(query, attention.arrays_of(cache), plan, rows, jnp.array([2, 3]))
+    mean, weight = (jnp.repeat(x[rows], 2, axis=1)[:, None] for x in (cache.statistics.mean, cache.statistics.weight))
+    query = query.astype(jnp.float32)
+    want = to_rotated(cache.key_quantizer, query / weight)
+    np.testing.assert_allclose(got.query, want, atol=1e-5)
+    np.testing.assert_allclose(got.bias, 0.3 * jnp.sum(query * mean, axis=-1), rtol=1e-5)
+    if bits == 3:
+        sketch = sketch_query(cache.key_quantizer, want) * sketch_gain(128)
+        np.testing.assert_allclose(got.sketch, sketch, atol=1e-5)
+    assert got.table.tolist() == [[10 + i for i in range(10)], list(range(10))]
+    assert got.lengths.tolist() == [90 - 44, 300 - 44]
+    assert got.positions.tolist() == [[84, 85, 86], [293, 294, 295]]
+
+
+@pytest.mark.parametrize("kind", ["mse", "prod", "full precision"])
+def test_nothing_is_computed_between_the_kernels(kind):
+    """Pools, exact slots and queries reach the kernels as they are."""
+    options = {"num_kv_heads": 8, "head_dim": 128, "max_tokens": 4096}
+    spec = tq.CacheSpec.full_precision(**options)
+    if kind != "full precision":
+        spec = tq.CacheSpec(key=tq.QuantizerSpec(128, 3, kind=kind), value=tq.QuantizerSpec(128, 3.5), **options)
+    cache = jax.eval_shape(lambda: tq.init_cache(spec, batch=4))
+    plan = dataclasses.replace(
+        attention._plan(cache, LogitOptions(0.1, 30.0, 1000), precise=False, config=None), interpret=False
+    )
+    shape = jax.ShapeDtypeStruct
+    integers, sinks = shape((2,), jnp.int32), shape((32,), jnp.float32)
+
+    def run(query, cache, lengths, rows, sinks):
+        return attention._attend_fused(query, cache, lengths, rows, sinks, plan=plan)
+
+    lowered = lower_for_cuda(run, shape((2, 1, 32, 128), jnp.bfloat16), cache, integers, integers, sinks)
+    names = [kernel.name for kernel in triton_kernels(lowered)]
+    assert names == (["prepare", "merge"] if kind == "full precision" else ["prepare", "decode", "merge"])
+    assert set(re.findall(r"stablehlo\.(\w+)", lowered.as_text())) <= {"custom_call", "constant"}
+
+
+def test_limits_are_named():
+    def attend(spec, **options):
+        cache = tq.init_cache(spec, batch=1)
+        query = jnp.zeros((1, 1, 4, spec.head_dim))
+        return tq.attend(query, cache, implementation="triton", **options)
+
+    full = functools.partial(tq.CacheSpec.full_precision, num_kv_heads=2, max_tokens=64)
+    with pytest.raises(NotImplementedError, match="head dims .*, got 48"):
+        attend(full(head_dim=48))
+    with pytest.raises(NotImplementedError, match="that divide 64 or are a multiple of it, got page_size=96"):
+        attend(make_spec(page_size=96), config=TileConfig(tile=64))

@@ -1,0 +1,1 @@
+"""`tq-jax audit`: usual headlines about KV-cache compression, measured."""

@@ -1,0 +1,1 @@
+"""`tq-jax bench`: time of operations on the device at hand."""

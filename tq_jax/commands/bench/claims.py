@@ -1,0 +1,137 @@
+"""What the kernels claim against peers and against themselves, and what rows say to it."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from tq_jax.commands.bench.job import Row
+from tq_jax.commands.bench.shapes import DECODE, PREFILL, Shape
+from tq_jax.commands.claims import Claim
+
+CUDNN = ("cudnn_bf16", "jax_cudnn_bf16")
+"""cuDNN by either route; the faster one counts."""
+
+FP8 = ("flashinfer_fp8",)
+OURS = ("triton", "mosaic", "tq")
+SAME = ("batch", "seq", "q_len", "q_heads", "kv_heads", "head_dim")
+"""What rows agree in that can be compared."""
+
+PEERS_OF = {"attend": "decode"}
+"""Operations that are compared with the peers of another."""
+
+DECODE_BOUNDS = {
+    "batch 8": {"cudnn": (2.9, 3.0, 3.5), "fp8": 1.9},
+    "batch 32": {"cudnn": (2.9, 3.0, 3.5), "fp8": 1.9},
+    "long": {"cudnn": (2.5, 2.6, 3.0), "fp8": 1.7},
+    "single": {"cudnn": (2.0, 2.1, 2.2), "fp8": 1.5},
+}
+"""At each shape: how many times faster than cuDNN in bfloat16 at 4, 3 and 2 bits, and than FlashInfer in fp8 at 4."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """A bound on the ratio of two rows' figures.
+
+    Attributes:
+        name: What is claimed.
+        over: Fields of the row above the line; a tuple names alternatives, of which the fastest counts.
+        under: Likewise below the line.
+        relation: How the ratio has to stand to the bound.
+        bound: The bound.
+        figures: The figure of each row.
+    """
+
+    name: str
+    over: Row
+    under: Row
+    relation: Literal["<=", ">="]
+    bound: float
+    figures: tuple[str, str] = ("us", "us")
+
+    def measure(self, rows: Iterable[Row]) -> Claim | None:
+        """The claim with its figure; None if a row is missing.
+
+        Example:
+            >>> rows = [{"impl": "a", "us": 6.0}, {"impl": "b", "us": 2.0}]
+            >>> Ratio("3 times faster", {"impl": "a"}, {"impl": ("b", "c")}, ">=", 3).measure(rows).ok
+            True
+        """
+        over, under = (_find(rows, fields) for fields in (self.over, self.under))
+        if over is None or under is None:
+            return None
+        return Claim(self.name, over[self.figures[0]] / under[self.figures[1]], self.relation, self.bound)
+
+
+def _find(rows: Iterable[Row], fields: Row) -> Row | None:
+    def agrees(row: Row) -> bool:
+        wanted = ((row.get(name), value) for name, value in fields.items())
+        return all(found in value if isinstance(value, tuple) else found == value for found, value in wanted)
+
+    return min((row for row in rows if agrees(row)), key=lambda row: row["us"], default=None)
+
+
+def _fields(
+    shape: Shape, impl: Any, key: Any = None, value: Any = None, *, op: str = "decode", paged: bool | None = None
+) -> Row:
+    fields = {"op": op, "impl": impl, "key": key, "value": value, "paged": paged}
+    return {name: field for name, field in fields.items() if field is not None} | shape.as_dict()
+
+
+def _decode_ratios() -> Iterable[Ratio]:
+    for name, bounds in DECODE_BOUNDS.items():
+        shape = DECODE[name]
+        for bits, bound in zip((4, 3, 2), bounds["cudnn"], strict=True):
+            ours = _fields(shape, OURS, f"mse{bits}", f"mse{bits}", paged=True)
+            label = f"decode {shape.label}, K{bits}/V{bits}: times faster than"
+            yield Ratio(f"{label} cuDNN bf16", _fields(shape, CUDNN), ours, ">=", bound)
+            if bits == 4:
+                yield Ratio(f"{label} FlashInfer fp8", _fields(shape, FP8), ours, ">=", bounds["fp8"])
+    shape = DECODE["batch 8"]
+    ours, ordered = (_fields(shape, OURS, "mse4", "mse4", paged=paged) for paged in (True, False))
+    yield Ratio(f"decode {shape.label}, K4/V4: time of shuffled pages over ordered ones", ours, ordered, "<=", 1.05)
+    prod = _fields(shape, OURS, "prod3", "group2")
+    yield Ratio(
+        f"decode {shape.label}, prod 3, min-max 2: times faster than cuDNN bf16", _fields(shape, CUDNN), prod, ">=", 1.5
+    )
+    for name in ("dim 64", "dim 256"):
+        mine, cudnn = _fields(DECODE[name], OURS, "mse4", "mse4"), _fields(DECODE[name], CUDNN)
+        yield Ratio(f"decode {DECODE[name].label}, K4/V4: times faster than cuDNN bf16", cudnn, mine, ">=", 2.3)
+    verify = _fields(DECODE["verify"], OURS, "mse4", "mse4")
+    yield Ratio(f"decode {shape.label}, K4/V4: time of 4 queries over that of 1", verify, ours, "<=", 1.5)
+
+
+def _encode_ratios() -> Iterable[Ratio]:
+    row = {"op": "encode", "impl": OURS, "key": "mse4", "value": "mse4", "search": False, "vectors": 2**20}
+    name = "encode a million vectors, K4/V4 without search: speed as a share of the copy's"
+    yield Ratio(name, row, row, ">=", 0.5, ("floor_us", "us"))
+
+
+def _prefill_ratios() -> Iterable[Ratio]:
+    shape = PREFILL["chunk"]
+    ours = _fields(shape, OURS, "mse4", "mse4", op="prefill")
+    cudnn = _fields(shape, CUDNN, op="prefill")
+    name = f"prefill {shape.label}, K4/V4:"
+    yield Ratio(f"{name} time over cuDNN bf16", ours, cudnn, "<=", 1.3)
+    yield Ratio(f"{name} bytes of the prefix over those of bf16", ours, cudnn, "<=", 0.3, ("bytes", "bytes"))
+
+
+RATIOS = (*_decode_ratios(), *_encode_ratios(), *_prefill_ratios())
+"""Every claim."""
+
+
+def measure(rows: Sequence[Row]) -> tuple[list[Claim], list[str]]:
+    """Claims that can be measured from rows, and the names of the others."""
+    measured = {ratio.name: ratio.measure(rows) for ratio in RATIOS}
+    return [claim for claim in measured.values() if claim], [name for name, claim in measured.items() if not claim]
+
+
+def add_ratios(rows: Sequence[Row]) -> None:
+    """Adds to the project's rows how many times faster than each peer at the same shape they are, as "faster_than"."""
+    for row in rows:
+        if row["impl"] in OURS:
+            peers = [other for other in rows if other["impl"] not in OURS and _same(row, other)]
+            row["faster_than"] = {peer["impl"]: round(peer["us"] / row["us"], 2) for peer in peers}
+
+
+def _same(a: Row, b: Row) -> bool:
+    return PEERS_OF.get(a["op"], a["op"]) == b["op"] and all(a.get(name) == b.get(name) for name in SAME)

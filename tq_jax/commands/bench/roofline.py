@@ -1,0 +1,138 @@
+"""The picture of `tq-jax bench`: time against bytes, with the floor that memory sets."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from tq_jax.commands.bench.job import Row
+
+COLORS = {
+    "cudnn_bf16": "#444444",
+    "jax_cudnn_bf16": "#777777",
+    "flash_bf16": "#aaaaaa",
+    "float16": "#444444",
+    "flashinfer_bf16": "#e0a458",
+    "flashinfer_fp8": "#c8553d",
+}
+OWN = "#1b6ca8"
+COLUMNS = 4
+NAME_HEIGHT = 0.055
+"""Of a name of codes, as a share of a panel."""
+
+
+def draw(rows: Sequence[Row], path: Path, *, copy_gbps: float, title: str) -> None:
+    """Draws rows into an image file, one panel a shape of an operation.
+
+    Args:
+        rows: Rows of any operations.
+        path: Where to; the suffix says which format.
+        copy_gbps: Speed of the copy that sets the floor.
+        title: Heading.
+    """
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        panels.setdefault(row["op"] if row["op"] == "model" else f"{row['op']}, {_shape(row)}", []).append(row)
+    columns = min(COLUMNS, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(max(6.0, 3.6 * columns), 3.5 * lines + 0.6), layout="constrained")
+    seen: dict[str, Any] = {}
+    for index, (name, chosen) in enumerate(panels.items()):
+        axes = figure.add_subplot(lines, columns, index + 1)
+        axes.set_title(name, fontsize=9)
+        axes.grid(alpha=0.3)
+        if chosen[0]["op"] == "model":
+            _curve(axes, chosen)
+        else:
+            _panel(axes, chosen, copy_gbps, seen)
+    floor = f"; line: a copy at {copy_gbps:.0f} GB/s" if seen else ""
+    figure.suptitle(title + floor, fontsize=11)
+    if seen:
+        figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=len(seen), fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _panel(axes: Any, rows: Sequence[Row], copy_gbps: float, seen: dict[str, Any]) -> None:
+    """Microseconds against megabytes of one shape, the project's rows with their codes; `seen` is for the legend."""
+    for row in rows:
+        color = COLORS.get(row["impl"], OWN)
+        place = row["bytes"] / 1e6, row["us"]
+        own = row["impl"] not in COLORS
+        [mark] = axes.plot(*place, "o" if own else "s", color=color, markerfacecolor=color if own else "none", ms=6)
+        seen.setdefault(f"tq-jax ({row['impl']})" if own else row["impl"], mark)
+    wide, high = max(row["bytes"] for row in rows) * 1.15e-6, max(row["us"] for row in rows) * 1.2
+    axes.plot([0, wide], [0, wide * 1e3 / copy_gbps], color="black", linewidth=1)
+    axes.set(xlim=(0, wide), ylim=(0, high), xlabel="megabytes to move", ylabel="microseconds")
+    _name_codes(axes, [row for row in rows if row["impl"] not in COLORS and row.get("paged", True)], wide, high)
+
+
+def _name_codes(axes: Any, rows: Sequence[Row], wide: float, high: float) -> None:
+    """Names rows in one column beside all of them, right of them if there is room, one above the other."""
+    if not rows:
+        return
+    rows, places = sorted(rows, key=lambda row: row["us"]), [row["bytes"] / 1e6 for row in rows]
+    right = max(places) < wide / 2
+    column = (max(places) + 0.05 * wide) if right else (min(places) - 0.05 * wide)
+    for row, height in zip(rows, spread([row["us"] / high for row in rows]), strict=True):
+        axes.annotate(
+            _codes(row),
+            (row["bytes"] / 1e6, row["us"]),
+            xytext=(column, height * high),
+            ha="left" if right else "right",
+            va="center",
+            fontsize=7,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
+            arrowprops={"arrowstyle": "-", "color": OWN, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
+        )
+
+
+def spread(heights: Sequence[float], gap: float = NAME_HEIGHT, top: float = 1 - NAME_HEIGHT) -> list[float]:
+    """Moves ascending heights up where they are closer than a gap, and down again where that is above the top.
+
+    Example:
+        >>> spread([1, 2, 7], gap=2, top=9), spread([1, 7, 8], gap=2, top=9)
+        ([1, 3, 7], [1, 7, 9])
+        >>> spread([7, 8, 8], gap=2, top=9)
+        [5, 7, 9]
+    """
+    moved: list[float] = []
+    for height in heights:
+        moved.append(max(height, moved[-1] + gap) if moved else height)
+    for i, height in reversed(list(enumerate(moved))):
+        moved[i] = min(height, top - gap * (len(moved) - 1 - i))
+    return moved
+
+
+def _codes(row: Row) -> str:
+    """What a row stores, K4/V4 for two codes of mse, and whether it searched.
+
+    Example:
+        >>> _codes({"key": "mse4", "value": "mse2"}), _codes({"key": "prod3", "value": "group2", "search": True})
+        ('K4/V2', 'prod3/group2, search')
+    """
+    key, value = row["key"], row["value"]
+    both = key.startswith("mse") and value.startswith("mse")
+    name = f"K{key[3:]}/V{value[3:]}" if both else "/".join(filter(None, (key, value)))
+    return f"{name}, search" if row.get("search") else name
+
+
+def _curve(axes: Any, rows: Sequence[Row]) -> None:
+    """Milliseconds of a decoded token against tokens in the cache, one line a cache and capacity."""
+    lines = dict.fromkeys((row["capacity"], row["key"]) for row in rows)
+    capacities = sorted({capacity for capacity, _ in lines})
+    for capacity, stored in lines:
+        points = [(row["seq"], row["us"] / 1e3) for row in rows if (row["capacity"], row["key"]) == (capacity, stored)]
+        style = ("-", "--", ":")[capacities.index(capacity) % 3]
+        color = COLORS["jax_cudnn_bf16"] if stored == "bf16" else OWN
+        label = f"{stored}, room for {capacity}"
+        axes.plot(*zip(*points, strict=True), style, marker="o", color=color, label=label)
+    axes.set(xlabel="tokens in the cache", ylabel="milliseconds per decoded token", ylim=(0, None))
+    axes.legend(fontsize=8)
+
+
+def _shape(row: Row) -> str:
+    """The shape of a row in a few characters."""
+    parts = [f"{row['batch']} x {row['seq']}" if "seq" in row else f"{row['batch']}"]
+    parts += [f"dim {row['head_dim']}"] if row.get("head_dim", 128) != 128 else []
+    return ", ".join(parts + ([f"{row['q_len']} queries"] if row.get("q_len", 1) > 1 else []))

@@ -1,0 +1,1 @@
+"""`tq-jax demo`: a small language model answers from compressed caches."""

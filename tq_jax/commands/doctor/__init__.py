@@ -1,0 +1,1 @@
+"""`tq-jax doctor`: what this machine can run."""

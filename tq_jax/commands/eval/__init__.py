@@ -1,0 +1,1 @@
+"""`tq-jax eval`: divergence per stored bit against rivals."""

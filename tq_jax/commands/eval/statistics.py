@@ -1,0 +1,167 @@
+"""Other statistics of keys than those that caches take, for ablation.
+
+Rotary positions turn what all keys share, a bias of their projection above all, so that a constant mean leaves much of
+it. The mean of keys before they were turned, turned to each position, leaves less; to read it back, every logit needs a
+product of the query with features of the key's position.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+import tq_jax as tq
+from tq_jax.commands.eval.schemes import Packed
+from tq_jax.commands.language import Reference, fill_cache
+from tq_jax.commands.rivals.cache import attend_dense, with_tokens
+from tq_jax.models import Decoder
+from tq_jax.models.rope import rotary_frequencies, rotate
+from tq_jax.quantizer import Quantizer
+from tq_jax.statistics import BALANCE
+
+
+@dataclasses.dataclass(frozen=True)
+class Smoothed(Packed):
+    """A cache with other weights of channels, of the statistics of the same tokens.
+
+    Attributes:
+        powers: Of the queries' and of the keys' spread.
+    """
+
+    powers: tuple[float, float] = (BALANCE, BALANCE)
+
+    def start(self, decoder: Decoder, reference: Reference) -> tq.Cache:
+        """See `Runner`."""
+        query, key, _ = reference.projections
+        statistics = channel_statistics(query, key[:, self.scheme.cache.sinks :], self.powers)
+        cache = tq.init_cache(self.scheme.cache, batch=decoder.config.num_layers, statistics=statistics)
+        return fill_cache(cache, *reference.projections, jnp.int32(reference.prefix))
+
+
+@functools.partial(jax.jit, static_argnames="powers")
+def channel_statistics(
+    query: Float[Array, "rows n h_q d"], key: Float[Array, "rows m h_kv d"], powers: tuple[float, float]
+) -> tuple[Float[Array, "rows h_kv d"], Float[Array, "rows h_kv d"]]:
+    """Mean of the keys, and the queries' root mean square over the keys' deviation, each to its power.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        powers: Of the queries' spread and of the keys'.
+    """
+    mean = jnp.mean(key, axis=1)
+    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
+    spread = jnp.sqrt(jnp.mean(jnp.square(key - mean[:, None]), axis=1))
+    wanted = jnp.sqrt(jnp.mean(jnp.square(grouped), axis=(1, 3)))
+    floored = [jnp.maximum(x, 1e-2 * jnp.mean(x, axis=-1, keepdims=True)) for x in (wanted, spread)]
+    return mean, floored[0] ** powers[0] / floored[1] ** powers[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TurnedCache:
+    """Keys and values as they came; what of them is read is computed when it is read.
+
+    Attributes:
+        keys: bfloat16 [layers, n, h_kv, d].
+        values: Likewise.
+        mean: float32 [layers, h_kv, d], of keys before they were turned.
+        weight: float32 [layers, h_kv, d], multiplied to what is quantized.
+        frequency: float32 [layers, d / 2], of the layers' positions.
+        quantizers: Of keys and of values.
+        length: int32, tokens.
+        spec: What the packed cache beside it holds. Static.
+    """
+
+    keys: Float[Array, "rows n h_kv d"]
+    values: Float[Array, "rows n h_kv d"]
+    mean: Float[Array, "rows h_kv d"]
+    weight: Float[Array, "rows h_kv d"]
+    frequency: Float[Array, "rows half"]
+    quantizers: tuple[Quantizer, Quantizer]
+    length: Int[Array, ""]
+    spec: tq.CacheSpec = dataclasses.field(metadata={"static": True})
+
+
+@dataclasses.dataclass(frozen=True)
+class Turned(Packed):
+    """A cache whose keys lose a mean that turns, rounded as it would be stored."""
+
+    def start(self, decoder: Decoder, reference: Reference) -> TurnedCache:
+        """See `Runner`."""
+        return _start(decoder, reference.projections, jnp.int32(reference.prefix), self.scheme.cache)
+
+    def extend(
+        self, decoder: Decoder, tokens: Int[Array, "1 t"], cache: TurnedCache, *, count: Int[Array, ""] | None = None
+    ) -> tuple[Float[Array, "t vocab"], TurnedCache]:
+        """See `Runner`."""
+        return _extend(decoder, tokens, cache, count)
+
+    def read(self, decoder: Decoder, reference: Reference) -> tuple[Array, Array]:
+        """See `Candidate`."""
+        keys, values = _seen_everywhere(self.start(decoder, reference))
+        return keys[:, : reference.prefix], values[:, : reference.prefix]
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _start(
+    decoder: Decoder, projections: tuple[Array, Array, Array], length: Int[Array, ""], spec: tq.CacheSpec
+) -> TurnedCache:
+    query, key, value = projections
+    config = decoder.config
+    ropes = [config.rope(window) for window in config.layer_windows]
+    frequency = jnp.stack([rotary_frequencies(head_dim=config.head_dim, base=b, scaling=s) for b, s in ropes])
+    mean = jnp.mean(_turn(key, -frequency)[:, spec.sinks :], axis=1)
+    rest = key - _turn(jnp.broadcast_to(mean[:, None], key.shape), frequency)
+    _, weight = channel_statistics(query, rest[:, spec.sinks :], (BALANCE, BALANCE))
+    room = ((0, 0), (0, spec.max_tokens - key.shape[1]), (0, 0), (0, 0))
+    keys, values = (jnp.pad(x.astype(jnp.bfloat16), room) for x in (key, value))
+    assert spec.key is not None and spec.value is not None
+    quantizers = tq.make_quantizer(spec.key, seed=0), tq.make_quantizer(spec.value, seed=1)
+    return TurnedCache(keys, values, mean, weight, frequency, quantizers, length, spec)
+
+
+@functools.partial(jax.jit, donate_argnums=2)
+def _extend(
+    decoder: Decoder, tokens: Int[Array, "1 t"], cache: TurnedCache, count: Int[Array, ""] | None
+) -> tuple[Float[Array, "t vocab"], TurnedCache]:
+    start = cache.length
+
+    def store(query: Array, key: Array, value: Array, carried: TurnedCache, rows: Array) -> TurnedCache:
+        return with_tokens(carried, key, value, rows[0], start)
+
+    def attend(query: Array, key: Array, value: Array, stored: TurnedCache, rows: Array, *, window, scale) -> Array:
+        keys, values = _seen(stored, rows)
+        return attend_dense(query, keys, values, start, scale=scale, sliding_window=window).astype(query.dtype)
+
+    cache = dataclasses.replace(cache, length=start + (tokens.shape[1] if count is None else count))
+    hidden, cache = decoder.run(tokens, cache, start[None], store, attend)
+    return decoder.logits(hidden)[0], cache
+
+
+@jax.jit
+def _seen_everywhere(cache: TurnedCache) -> Any:
+    found = lax.map(lambda row: _seen(cache, row[None]), jnp.arange(cache.keys.shape[0], dtype=jnp.int32))
+    return jax.tree.map(lambda x: x[:, 0], found)
+
+
+def _seen(cache: TurnedCache, rows: Int[Array, "b"]) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h d"]]:
+    """Tokens of some layers as they are read, float32."""
+    spec, place = cache.spec, jnp.arange(cache.keys.shape[1], dtype=jnp.int32)
+    coded = ((place >= spec.sinks) & (place < cache.length - spec.window))[None, :, None, None]
+    keys, values = (x[rows].astype(jnp.float32) for x in (cache.keys, cache.values))
+    mean = _turn(jnp.broadcast_to(cache.mean[rows][:, None], keys.shape), cache.frequency[rows])
+    weight = cache.weight[rows][:, None]
+    key_quantizer, value_quantizer = cache.quantizers
+    rounded = tq.dequantize(key_quantizer, tq.quantize(key_quantizer, (keys - mean) * weight)) / weight + mean
+    kept = tq.dequantize(value_quantizer, tq.quantize(value_quantizer, values))
+    return jnp.where(coded, rounded, keys), jnp.where(coded, kept, values)
+
+
+def _turn(x: Float[Array, "b n h d"], frequency: Float[Array, "b half"]) -> Float[Array, "b n h d"]:
+    """Vectors turned to positions 0, 1, ...; back from them for negative frequencies."""
+    return rotate(x, jnp.arange(x.shape[1], dtype=jnp.float32)[None, :, None] * frequency[:, None])

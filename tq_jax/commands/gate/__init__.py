@@ -1,0 +1,1 @@
+"""`tq-jax gate`: the GPU kernels compiled without a GPU."""

@@ -1,0 +1,81 @@
+"""The kernels around encoding to compile: key statistics, and what moves tokens out of the window and into it."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.append import AppendPlan, append_cache
+from pallas_kernels.append.statistics_triton import Observed, update_statistics
+from tq_jax.append import statistics_plan
+from tq_jax.attention import arrays_of
+from tq_jax.cache import CacheSpec, from_storage, init_cache
+from tq_jax.commands.gate.case import Case
+from tq_jax.commands.gate.cases.decode import BATCH, KV_HEADS
+from tq_jax.quantizer import QuantizerSpec, encoder
+
+CHUNK = 256
+"""Tokens of a chunk."""
+
+
+def cases() -> Iterator[Case]:
+    """The cases, of which the quick ones stand for each class of code."""
+    for dim in (64, 80, 128, 256):
+        yield case(f"dim {dim}", dim, quick=dim == 128)
+    yield case("one token", 128, tokens=1, quick=True)
+    yield case("float32, no window", 128, dtype="float32", window=0, sink_tokens=0)
+    for dim in (64, 80, 128, 256):
+        yield statistics_case(dim, quick=dim == 128)
+
+
+def case(name: str, dim: int, *, tokens: int = CHUNK, quick: bool = False, **cache: Any) -> Case:
+    """A chunk into a cache of two quantizers of 4 bits.
+
+    Args:
+        name: What is special about it.
+        dim: Head dim.
+        tokens: Tokens of the chunk.
+        quick: Whether it is compiled by default.
+        **cache: Further options of the cache.
+    """
+    four = QuantizerSpec(dim, 4)
+    spec = CacheSpec(KV_HEADS, dim, 8192, key=four, value=four, page_size=128, **cache)
+
+    def parts() -> tuple[Any, ...]:
+        made = init_cache(spec, batch=BATCH)
+        arrays = dataclasses.replace(
+            arrays_of(made),
+            exact_keys=from_storage(spec, made.exact_keys).astype(spec.dtype),
+            exact_values=from_storage(spec, made.exact_values).astype(spec.dtype),
+            overflow=made.overflow.astype(jnp.uint8),
+        )
+        assert made.key_quantizer is not None and made.value_quantizer is not None
+        return arrays, encoder(made.key_quantizer), encoder(made.value_quantizer)
+
+    def run(keys: Any, values: Any, arrays: Any, key: Any, value: Any) -> Any:
+        plan = AppendPlan(spec.sinks, spec.max_tokens)
+        return append_cache(keys, values, arrays, plan, key=key, value=value)
+
+    chunk = jax.ShapeDtypeStruct((BATCH, tokens, KV_HEADS, dim), jnp.dtype(spec.dtype))
+    # Encode kernels have cases of their own.
+    return Case(name, run, (chunk, chunk, *jax.eval_shape(parts)), only=("leave", "enter"), donated=(2,), quick=quick)
+
+
+def statistics_case(dim: int, *, quick: bool) -> Case:
+    """The statistics of rows that get a token each."""
+    spec = CacheSpec(KV_HEADS, dim, 8192, key=QuantizerSpec(dim, 4), value=QuantizerSpec(dim, 4))
+    plan = statistics_plan(spec, interpret=False)
+
+    def run(query: Any, keys: Any, integers: Any, cache: Any, statistics: Any) -> Any:
+        observed = Observed(query, keys, integers, integers, cache.exact_keys, cache.length, cache.compressed)
+        return update_statistics(observed, statistics, plan)
+
+    shape = jax.ShapeDtypeStruct
+    query = shape((BATCH, 1, 4 * KV_HEADS, dim), jnp.bfloat16)
+    cache = jax.eval_shape(lambda: init_cache(spec, batch=BATCH))
+    arguments = (query, shape((BATCH, 1, KV_HEADS, dim), jnp.uint16), shape((BATCH,), jnp.int32))
+    statistics, others = cache.statistics, dataclasses.replace(cache, statistics=None)
+    arguments = (*arguments, others, statistics)
+    return Case(f"statistics, dim {dim}", run, arguments, only=("statistics",), donated=(4,), quick=quick)

@@ -1,0 +1,89 @@
+"""The kernels before and after decode to compile: types, head dims, bases, masks; not every combination."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import LogitOptions, whole_cache
+from tq_jax.attention import arrays_of
+from tq_jax.cache import CacheSpec, init_cache
+from tq_jax.commands.gate.case import Case
+from tq_jax.commands.gate.cases.decode import BATCH, EVERYTHING, KV_HEADS, PLAIN
+from tq_jax.quantizer import QuantizerSpec, sketch_gain
+
+
+def cases() -> Iterator[Case]:
+    """The cases, of which the quick ones stand for each class of code."""
+    spec = QuantizerSpec
+    for dim in (64, 80, 96, 128, 192, 256):
+        yield case(f"dim {dim}", spec(dim, 4), spec(dim, 4), quick=dim in (80, 128, 256))
+    four = spec(128, 4)
+    yield case("float32", four, four, query=jnp.float32, dtype="float32", quick=True)
+    for dtype in ("float16", "float32"):
+        yield case(f"{dtype}, 8 queries", four, four, query=jnp.dtype(dtype), dtype=dtype, count=8)
+    yield case("haar", *[spec(128, 4, rotation="haar")] * 2, query=jnp.float16, dtype="float16")
+    yield case("K2.5/V3.5", spec(128, 2.5), spec(128, 3.5), quick=True)
+    yield case("prod 3, min-max 2", spec(128, 3, kind="prod"), spec(128, 2, kind="group"), quick=True)
+    yield case("no statistics", four, four, center_keys=False, smooth_keys=False)
+    yield case("no window", four, four, window=0, sink_tokens=0)
+    yield case("group 16", four, four, group=16)
+    yield case(
+        "8 queries, sink logits, window, soft-cap", four, four, count=8, options=EVERYTHING, sinks=True, quick=True
+    )
+
+
+def case(
+    name: str,
+    key: QuantizerSpec,
+    value: QuantizerSpec,
+    *,
+    group: int = 4,
+    count: int = 1,
+    options: LogitOptions = PLAIN,
+    query: Any = jnp.bfloat16,
+    sinks: bool = False,
+    quick: bool = False,
+    **cache: Any,
+) -> Case:
+    """Attention over a cache of two quantizers.
+
+    Args:
+        name: What is special about it.
+        key: Key quantizer.
+        value: Value quantizer.
+        group: Query heads a KV head.
+        count: Query tokens.
+        options: Logit options.
+        query: Type of the queries.
+        sinks: Whether there are learned sink logits.
+        quick: Whether it is compiled by default.
+        **cache: Further options of the cache.
+    """
+    spec = CacheSpec(KV_HEADS, key.dim, 8192, key=key, value=value, page_size=128, **cache)
+    plan = whole_cache.AttendPlan(
+        options=options,
+        key_format=key.format,
+        value_format=value.format,
+        sinks=spec.sinks,
+        sketch_gain=sketch_gain(key.dim),
+    )
+    shape = jax.ShapeDtypeStruct
+    heads = KV_HEADS * group
+
+    def run(query: Any, cache: Any, rows: Any, counts: Any, sink_logits: Any) -> Any:
+        return whole_cache.attend_cache(
+            query, arrays_of(cache), plan, rows=rows, counts=counts, sink_logits=sink_logits
+        )
+
+    integers = shape((BATCH,), jnp.int32)
+    arguments = (
+        shape((BATCH, count, heads, key.dim), query),
+        jax.eval_shape(lambda: init_cache(spec, batch=BATCH)),
+        integers,
+        integers,
+        shape((heads,), jnp.float32) if sinks else None,
+    )
+    # Decode kernels have cases of their own.
+    return Case(name, run, arguments, only=("prepare", "merge"), quick=quick)

@@ -1,0 +1,139 @@
+"""Decode kernels to compile: every supported format, head dim, mask and row count; not every combination."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import LogitOptions, TileConfig
+from pallas_kernels.attention.decode.launch_triton import attend_pages, config_for, stages_for
+from pallas_kernels.pages import empty_pages
+from tq_jax.commands.gate.case import Case, by_tiles
+from tq_jax.quantizer import QuantizerSpec
+
+BATCH, PAGES, KV_HEADS, PAGE_SIZE = 2, 64, 2, 128
+LARGE = 3 * 2**30 // (BATCH * KV_HEADS * PAGE_SIZE * 64)
+"""Pages of a row for which pools of 4-bit codes take offsets of 64 bits."""
+
+PLAIN = LogitOptions(scale=0.1)
+EVERYTHING = LogitOptions(scale=0.1, softcap=30.0, sliding_window=512)
+
+
+def cases() -> Iterator[Case]:
+    """The cases, of which the quick ones stand for the classes of tiles and of code that nothing spills from."""
+    spec = QuantizerSpec
+    for bits in (1, 2, 3, 4, 8):
+        yield from cases_of(f"K{bits}/V{bits}", spec(128, bits), spec(128, bits), quick=bits > 1)
+        # Keys of 8 bits have two-byte queries anyway.
+        name = f"K{bits}/V{bits}, group 16, precise"
+        yield from cases_of(name, spec(128, bits), spec(128, bits), group=16, precise=True, quick=bits == 3)
+    for dim in (64, 80, 96, 192, 256):
+        yield from cases_of(f"K4/V4 dim {dim}", spec(dim, 4), spec(dim, 4), quick=dim in (64, 256))
+        low = 2 if dim == 80 else 3
+        yield from cases_of(f"K{low}/V2 dim {dim}", spec(dim, low), spec(dim, 2), quick=dim in (80, 96, 192))
+    four, two = spec(128, 4), spec(128, 2, kind="group")
+    for bits in (2.5, 3.5):
+        yield from cases_of(f"K{bits}/V{bits}", spec(128, bits), spec(128, bits), quick=bits == 3.5)
+    for bits in (1, 2, 3, 4):
+        yield from cases_of(f"prod {bits}, min-max 2", spec(128, bits, kind="prod"), two, quick=bits == 3)
+    yield from cases_of("min-max 4", four, spec(128, 4, kind="group"))
+    yield from cases_of("pools of 3 GiB", four, four, pages=LARGE, quick=True)
+    for group, count in ((1, 1), (8, 1), (16, 1), (4, 2), (4, 5), (4, 8)):
+        quick = (group, count) in ((16, 1), (4, 2))
+        yield from cases_of(f"group {group}, {count} queries", four, four, group=group, count=count, quick=quick)
+    name = "window, soft-cap, bias"
+    yield from cases_of(name, four, four, options=EVERYTHING, bias=True, quick=True)
+    yield from cases_of(f"{name}, 5 queries", four, four, options=EVERYTHING, bias=True, count=5)
+
+
+def cases_of(
+    name: str,
+    key: QuantizerSpec,
+    value: QuantizerSpec,
+    *,
+    group: int = 4,
+    count: int = 1,
+    options: LogitOptions = PLAIN,
+    bias: bool = False,
+    precise: bool = False,
+    pages: int = PAGES,
+    quick: bool = False,
+) -> Iterator[Case]:
+    """Attention of some query tokens over pages of two quantizers, for each choice of tiles.
+
+    Args:
+        name: What is special about it.
+        key: Key quantizer.
+        value: Value quantizer.
+        group: Query heads a KV head.
+        count: Query tokens.
+        options: Logit options.
+        bias: Whether logits are biased.
+        precise: Whether queries have two bytes.
+        pages: Pages of each of the rows.
+        quick: Whether it is compiled by default.
+    """
+    arguments = paged_arguments(key, value, group=group, count=count, bias=bias, pages=pages)
+
+    def tiles(capability: int) -> TileConfig:
+        formats = key.format, value.format
+        return config_for(arguments[0].shape, arguments[1], *formats, precise=precise, capability=capability)
+
+    for config, architectures in by_tiles(tiles).items():
+        stages = stages_for(key.format, config)
+        # Bytes need no lookup, and one stage no copies ahead.
+        found = ["mma", *(() if key.bits == value.bits == 8 else ("prmt",)), *(("async",) if stages > 1 else ())]
+        yield Case(
+            name if "sm_90" in architectures else f"{name}, {', '.join(architectures)}",
+            paged_function(attend_pages, key, value, options=options, config=config),
+            arguments,
+            config=f"{config.tile} tokens, {config.num_warps} warps, {stages} stages",
+            expected={"decode": found},
+            only=("decode",),
+            architectures=architectures,
+            quick=quick,
+        )
+
+
+def paged_arguments(
+    key: QuantizerSpec,
+    value: QuantizerSpec,
+    *,
+    group: int,
+    count: int,
+    bias: bool,
+    page_size: int = PAGE_SIZE,
+    pages: int = PAGES,
+) -> tuple:
+    """Shapes of the arguments of a function that `paged_function` makes."""
+    shape = jax.ShapeDtypeStruct
+    pools = jax.eval_shape(lambda: empty_pages(BATCH * pages, KV_HEADS, page_size, key.format, value.format))
+    query = shape((BATCH, count, KV_HEADS * group, key.dim), jnp.float32)
+    integers = [shape(s, jnp.int32) for s in ((BATCH, pages), (BATCH,), (BATCH, count))]
+    biases = shape(query.shape[:3], jnp.float32) if bias else None
+    return query, pools, *integers, biases, query if key.kind == "prod" else None
+
+
+def paged_function(
+    attend_pages: Callable, key: QuantizerSpec, value: QuantizerSpec, *, options: LogitOptions, config: Any
+) -> Callable:
+    """An op over pages as a function of arrays alone, compiled."""
+
+    def run(query: Any, pages: Any, table: Any, lengths: Any, positions: Any, bias: Any, sketch: Any) -> Any:
+        return attend_pages(
+            query,
+            pages,
+            table,
+            lengths,
+            positions=positions,
+            key_format=key.format,
+            value_format=value.format,
+            options=options,
+            logit_bias=bias,
+            sketch_query=sketch,
+            config=config,
+            interpret=False,
+        )
+
+    return run

@@ -1,0 +1,104 @@
+"""Encode kernels to compile: every format, head dim and kind of rotation; not every combination."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.encode import launch_triton
+from pallas_kernels.encode.config import default_config
+from pallas_kernels.pages import empty_pages
+from tq_jax.commands.gate.case import Case
+from tq_jax.commands.gate.cases.decode import BATCH, KV_HEADS, LARGE, PAGE_SIZE, PAGES
+from tq_jax.quantizer import QuantizerSpec, encoder, make_quantizer
+
+TOKENS = 4096
+
+
+def cases() -> Iterator[Case]:
+    """The cases, of which the quick ones stand for the classes of tiles and of code that nothing spills from."""
+    spec = QuantizerSpec
+    for bits in (1, 2, 3, 4, 5, 8):
+        yield case(f"V{bits}", spec(128, bits), quick=bits == 4)
+        if bits > 1:
+            searching = spec(128, bits, search=True, scale="unbiased")
+            yield case(f"K{bits} search", searching, keys=True)
+    for dim in (64, 80, 96, 192, 256):
+        yield case(f"K4 search dim {dim}", spec(dim, 4, search=True), keys=True)
+        yield case(f"V3 dim {dim}", spec(dim, 3))
+    for bits in (2.5, 3.5):
+        yield case(f"V{bits} search", spec(128, bits, search=True))
+    for bits in (1, 2, 3, 4, 5):
+        yield case(f"prod {bits}", spec(128, bits, kind="prod"), keys=True, quick=bits == 3)
+    for dim in (64, 80, 96, 192, 256):
+        yield case(f"prod 3 dim {dim}", spec(dim, 3, kind="prod"), keys=True)
+    yield case("prod 4 search", spec(128, 4, kind="prod", scale="unbiased", search=True), keys=True)
+    yield case("prod 4 haar", spec(128, 4, kind="prod", rotation="haar"), keys=True)
+    yield case("min-max 2", spec(128, 2, kind="group"), quick=True)
+    yield case("K4 haar", spec(128, 4, rotation="haar"), keys=True)
+    yield case("V4, pools of 3 GiB", spec(128, 4), pages=BATCH * LARGE)
+    for bits in (2, 3, 4):
+        yield together(bits, quick=bits == 4)
+    yield case("V4 search, 32 rows", spec(128, 4, search=True), rows=32, tokens=1, quick=True)
+
+
+def case(
+    name: str,
+    spec: QuantizerSpec,
+    *,
+    keys: bool = False,
+    rows: int = 1,
+    tokens: int = TOKENS,
+    pages: int = PAGES,
+    quick: bool = False,
+) -> Case:
+    """Raw bfloat16 vectors into pages.
+
+    Args:
+        name: What is special about it.
+        spec: Their quantizer.
+        keys: Whether they are keys, centred and weighted.
+        rows: Rows of the batch.
+        tokens: Tokens a row.
+        pages: Pages of the pool.
+        quick: Whether it is compiled by default.
+    """
+    shape = jax.ShapeDtypeStruct
+    pools = jax.eval_shape(lambda: empty_pages(pages, KV_HEADS, PAGE_SIZE, spec.format, spec.format))
+    encoded = jax.eval_shape(lambda: encoder(make_quantizer(spec)))
+    config = default_config(rows * tokens if tokens < launch_triton.LEAST_ROW else tokens, encoded)
+    statistics = shape((rows, KV_HEADS, spec.dim), jnp.float32) if keys else None
+    return Case(
+        name,
+        functools.partial(launch_triton.encode_pool, channel_major=not keys, config=config),
+        (
+            shape((rows, tokens, KV_HEADS, spec.dim), jnp.bfloat16),
+            pools.keys if keys else pools.values,
+            shape((rows, tokens), jnp.int32),
+            encoded,
+            statistics,
+            statistics,
+        ),
+        config=f"{config.tile} tokens, {config.num_warps} warps",
+        donated=(1,),
+        quick=quick,
+    )
+
+
+def together(bits: int, *, quick: bool) -> Case:
+    """Keys and values of a token of several rows in one launch."""
+    spec, rows = QuantizerSpec(128, bits, search=True), 32
+    shape = jax.ShapeDtypeStruct
+    pools = jax.eval_shape(lambda: empty_pages(PAGES, KV_HEADS, PAGE_SIZE, spec.format, spec.format))
+    encoded = jax.eval_shape(lambda: encoder(make_quantizer(spec)))
+
+    def run(tokens: Any, pages: Any, slots: Any, encoder: Any, statistics: Any, rows: Any) -> Any:
+        options = {"key": encoder, "value": encoder, "mean": statistics, "weight": statistics}
+        return launch_triton.encode_pages(tokens, tokens, pages, slots, rows=rows, interpret=False, **options)
+
+    tokens, slots = shape((rows, 1, KV_HEADS, spec.dim), jnp.bfloat16), shape((rows, 1), jnp.int32)
+    statistics = shape((2 * rows, KV_HEADS, spec.dim), jnp.float32)
+    arguments = (tokens, pools, slots, encoded, statistics, shape((rows,), jnp.int32))
+    return Case(f"K{bits}/V{bits} search, 32 rows", run, arguments, donated=(1,), quick=quick)

@@ -1,0 +1,1 @@
+"""`tq-jax inspect`: what a file holds."""

@@ -1,0 +1,1 @@
+"""`tq-jax needle`: numbers found in long texts."""

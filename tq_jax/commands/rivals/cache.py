@@ -1,0 +1,172 @@
+"""A cache that keeps all tokens, and shows those that left the window as a rival's codes would give them back.
+
+The procedure is that of the real cache: the same first and latest tokens in full precision, the same bfloat16 tokens
+given to the quantizer, the same chunks. Only what is in between differs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from tq_jax.commands.rivals.roundings import RIVALS, Rival, Rounding
+from tq_jax.models import Decoder
+
+Kept = TypeVar("Kept", bound=Any)
+"""A dataclass with pools of keys and of values, [rows, tokens, h_kv, d]."""
+
+ROUND_TO = 128
+"""Tokens that the length of a cache is a multiple of."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RivalCache:
+    """Keys and values as they came; what of them is read is computed when it is read.
+
+    Attributes:
+        keys: bfloat16 [rows, tokens, h_kv, d].
+        values: Likewise.
+        length: int32, tokens of every row.
+        window: int32, latest tokens that are read as they are.
+        sinks: int32, first tokens that are.
+        chosen: int32, which of the rivals it is.
+        layers: Layers of the model; row r is of layer r // (rows / layers). Static.
+        rivals: All that one compiled function serves. Static.
+    """
+
+    keys: Float[Array, "rows n h_kv d"]
+    values: Float[Array, "rows n h_kv d"]
+    length: Int[Array, ""]
+    window: Int[Array, ""]
+    sinks: Int[Array, ""]
+    chosen: Int[Array, ""]
+    layers: int = dataclasses.field(metadata={"static": True})
+    rivals: tuple[Rival, ...] = dataclasses.field(metadata={"static": True})
+
+
+def empty(
+    rival: Rival, *, rows: int, layers: int, max_tokens: int, heads: tuple[int, int], window: int, sinks: int
+) -> RivalCache:
+    """A cache without tokens.
+
+    Args:
+        rival: How tokens are rounded.
+        rows: Sequences times layers.
+        layers: Layers of the model.
+        max_tokens: Tokens a row.
+        heads: KV heads and their channels.
+        window: Latest tokens in full precision.
+        sinks: First tokens in full precision.
+    """
+    pool = jnp.zeros((rows, -(-max_tokens // ROUND_TO) * ROUND_TO, *heads), jnp.bfloat16)
+    rivals = RIVALS if rival in RIVALS else (rival,)
+    numbers = [jnp.asarray(x, jnp.int32) for x in (0, window, sinks, rivals.index(rival))]
+    return RivalCache(pool, jnp.zeros_like(pool), *numbers, layers=layers, rivals=rivals)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def fill(
+    cache: RivalCache,
+    key: Float[Array, "rows t h_kv d"],
+    value: Float[Array, "rows t h_kv d"],
+    length: Int[Array, ""],
+) -> RivalCache:
+    """Appends the first `length` tokens of a prompt to every row; the cache is donated."""
+    return dataclasses.replace(with_tokens(cache, key, value, 0, 0), length=length)
+
+
+def with_tokens(
+    cache: Kept,
+    key: Float[Array, "rows t h_kv d"],
+    value: Float[Array, "rows t h_kv d"],
+    row: Int[Array, ""] | int,
+    start: Int[Array, ""] | int,
+) -> Kept:
+    """A cache with new tokens from a place of some rows on."""
+    pools = [
+        lax.dynamic_update_slice(pool, new.astype(pool.dtype), (row, start, 0, 0))
+        for pool, new in ((cache.keys, key), (cache.values, value))
+    ]
+    return dataclasses.replace(cache, keys=pools[0], values=pools[1])
+
+
+@functools.partial(jax.jit, donate_argnums=2)
+def extend(
+    decoder: Decoder, tokens: Int[Array, "1 t"], cache: RivalCache, count: Int[Array, ""] | None
+) -> tuple[Float[Array, "t vocab"], RivalCache]:
+    """Appends a chunk, or the first `count` tokens of it, and predicts what follows each; see `Decoder.extend`."""
+    start = cache.length
+
+    def store(query: Array, key: Array, value: Array, carried: RivalCache, rows: Array) -> RivalCache:
+        return with_tokens(carried, key, value, rows[0], start)
+
+    def attend(query: Array, key: Array, value: Array, stored: RivalCache, rows: Array, *, window, scale) -> Array:
+        layer = rows[0] // (stored.keys.shape[0] // stored.layers)
+        keys, values = seen(stored, stored.keys[rows], stored.values[rows], layer)
+        return attend_dense(query, keys, values, start, scale=scale, sliding_window=window)
+
+    cache = dataclasses.replace(cache, length=start + (tokens.shape[1] if count is None else count))
+    hidden, cache = decoder.run(tokens, cache, start[None], store, attend)
+    return decoder.logits(hidden)[0], cache
+
+
+def seen(
+    cache: RivalCache, keys: Float[Array, "b n h d"], values: Float[Array, "b n h d"], layer: Int[Array, ""]
+) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h d"]]:
+    """Tokens of a layer as they are read, float32."""
+    place = jnp.arange(keys.shape[1], dtype=jnp.int32)
+    count = jnp.maximum(cache.length - cache.window - cache.sinks, 0)
+    edge = jnp.asarray([rival.exact_layers for rival in cache.rivals], jnp.int32)[cache.chosen]
+    coded = place < jnp.where((layer < edge) | (layer >= cache.layers - edge), 0, count)
+
+    def read(tokens: Array, rounding: Rounding) -> Array:
+        # Groups of tokens begin behind the first tokens that stay as they are.
+        tokens = jnp.roll(tokens.astype(jnp.float32), -cache.sinks, axis=1)
+        rounded = jnp.where(coded[None, :, None, None], rounding(tokens, coded), tokens)
+        return jnp.roll(rounded, cache.sinks, axis=1)
+
+    def read_both(rival: Rival) -> Callable[[], tuple[Array, Array]]:
+        return lambda: (read(keys, rival.key), read(values, rival.value))
+
+    return lax.switch(cache.chosen, [read_both(rival) for rival in cache.rivals])
+
+
+@jax.jit
+def seen_everywhere(cache: RivalCache) -> tuple[Float[Array, "rows n h_kv d"], Float[Array, "rows n h_kv d"]]:
+    """Tokens of all rows as they are read."""
+    layer = jnp.arange(cache.keys.shape[0], dtype=jnp.int32) // (cache.keys.shape[0] // cache.layers)
+
+    def read(arrays: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        keys, values = seen(cache, arrays[0][None], arrays[1][None], arrays[2])
+        return keys[0], values[0]
+
+    return lax.map(read, (cache.keys, cache.values, layer))
+
+
+def attend_dense(
+    query: Float[Array, "b t h_q d"],
+    keys: Float[Array, "b n h_kv d"],
+    values: Float[Array, "b n h_kv d"],
+    start: Int[Array, ""],
+    *,
+    scale: float,
+    sliding_window: int | Int[Array, ""] | None = None,
+) -> Float[Array, "b t h_q d"]:
+    """Causal attention of t tokens at positions start, start + 1, ... to tokens 0, 1, ..., plainly."""
+    logits = dense_logits(query, keys) * scale
+    age = start + jnp.arange(query.shape[1])[:, None] - jnp.arange(keys.shape[1])[None]
+    visible = (age >= 0) if sliding_window is None else (age >= 0) & (age < sliding_window)
+    weight = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+    return jnp.einsum("bhgtn,bnhd->bthgd", weight, values).reshape(query.shape)
+
+
+def dense_logits(query: Float[Array, "b t h_q d"], keys: Float[Array, "b n h_kv d"]) -> Float[Array, "b h_kv g t n"]:
+    """<q, k> of every query and key, float32."""
+    grouped = query.astype(jnp.float32).reshape(*query.shape[:2], keys.shape[2], -1, query.shape[3])
+    return jnp.einsum("bthgd,bnhd->bhgtn", grouped, keys)

@@ -1,0 +1,1 @@
+"""`tq-jax search`: nearest-neighbour search against other methods."""

@@ -1,0 +1,1 @@
+"""`tq-jax validate`: the theorems of the paper."""

@@ -1,1 +1,0 @@
-"""Measurements: the theorems, the audit of claims, and quality on language models."""
