@@ -59,7 +59,7 @@ def record_launches(monkeypatch):
         def run(self, *given):
             launched.append((self.name, *given))
 
-    monkeypatch.setattr(torch_kernels, "compile_kernel", Kernel)
+    monkeypatch.setattr(launcher, "compile_kernel", Kernel)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
     return launched

@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.attention.decode import launch_triton
 from pallas_kernels.attention.decode.config import TileConfig
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial

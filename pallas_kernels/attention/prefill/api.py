@@ -4,6 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
+from pallas_kernels.attention.prefill import launch_triton
 from pallas_kernels.attention.prefill.config import PrefillConfig
 from pallas_kernels.attention.run_pages import attend_pages
 from pallas_kernels.format import VectorFormat
@@ -27,9 +28,9 @@ def prefill_attention(
 ) -> Partial:
     """Attends with many query tokens over packed pages in the rotated basis, on tensor cores straight from the codes.
 
-    It computes what `pallas_kernels.attention.decode_attention` does, of which it takes the
-    arguments, for the chunks of a chunked prefill and for speculated tokens. What the chunk's own tokens add, as long as they are not in the pages, is
-    the caller's to `merge`.
+    It computes what `pallas_kernels.attention.decode_attention` does and takes the same arguments, for the chunks of a
+    chunked prefill and for speculated tokens. If the chunk's own tokens are not in the pages, the caller attends to
+    them and merges both parts with `merge`.
 
     Args:
         query: Rotated queries; h_q is a multiple of the pages' KV heads.

@@ -104,7 +104,7 @@ def test_the_package_is_needed_before_the_work(monkeypatch):
 
 
 def test_xla_needs_its_wheels(monkeypatch):
-    monkeypatch.setattr(gate_xla, "toolkit", lambda: None)
+    monkeypatch.setattr(xla, "toolkit", lambda: None)
     result = run("--xla")
     assert result.exit_code == 2
     assert "nothing compiled" in result.output and "jax-cuda13-pjrt" in result.output

@@ -13,7 +13,9 @@ from tiny_hf import tiny  # noqa: E402
 
 import tq_jax as tq  # noqa: E402
 from interop.hf import CACHE_ARGUMENT, TurboQuantCache  # noqa: E402
+from interop.hf import decoding_graphs as graphs_module  # noqa: E402
 from interop.hf.decoding_graphs import decoding_graphs  # noqa: E402
+from interop.torch import kernels as cache_kernels  # noqa: E402
 from interop.torch.cache import TorchCache  # noqa: E402
 
 D = 64
@@ -53,10 +55,10 @@ def captures(monkeypatch, interpreted):
             replaying.pop()
 
     layers = []
-    monkeypatch.setattr(hf_graph, "_captured", lambda given: layers.insert(0, given) or captured(given))
-    monkeypatch.setattr(hf_graph, "TensorGraph", Step)
-    monkeypatch.setattr(torch_extend, "TensorGraph", Replayed)
-    monkeypatch.setattr(hf_graph, "_require_one_gpu", lambda model: None)
+    monkeypatch.setattr(graphs_module, "_captured", lambda given: layers.insert(0, given) or captured(given))
+    monkeypatch.setattr(graphs_module, "TensorGraph", Step)
+    monkeypatch.setattr(cache_kernels, "TensorGraph", Replayed)
+    monkeypatch.setattr(graphs_module, "_require_one_gpu", lambda model: None)
     monkeypatch.setattr(TorchCache, "on_gpu", True)
     monkeypatch.setattr(TorchCache, "is_capturing", property(lambda cache: bool(replaying)))
     return made

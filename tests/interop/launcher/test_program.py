@@ -16,10 +16,14 @@ torch = pytest.importorskip("torch")
 from interpreted import Interpreted, record_launches  # noqa: E402
 
 import tq_jax as tq  # noqa: E402
+from interop.launcher import program  # noqa: E402
 from interop.launcher.constants import split_constants  # noqa: E402
 from interop.launcher.function import TorchFunction  # noqa: E402
 from interop.launcher.program import BoundProgram, Place, plan_launches, struct  # noqa: E402
-from interop.torch import attend_on_gpu  # noqa: E402
+from interop.torch import (
+    append_on_gpu,
+    attend_on_gpu,
+)
 from interop.torch.append_on_gpu import KernelAppend  # noqa: E402
 from interop.torch.attend_on_gpu import AttendOptions, KernelAttention, kernel_arrays, padded_size  # noqa: E402
 from interop.torch.cache import TorchCache  # noqa: E402
@@ -63,7 +67,7 @@ def test_attention_is_three_launches(cache):
 def test_appending_is_three_launches_in_place(cache, monkeypatch):
     """Every array of the cache is written where it lies; what leaves the window passes through the workspace."""
     made = []
-    monkeypatch.setattr(torch_kernels, "TorchProgram", lambda *given, device: made.append(given))
+    monkeypatch.setattr(program, "TorchProgram", lambda *given, device: made.append(given))
     k, v, _ = tokens(1, 0)
     with pytest.raises(AttributeError):
         KernelAppend(cache.arrays)(k, v)
@@ -96,7 +100,7 @@ def test_appending_gives_the_bytes_of_the_cpu(interpreted):
 
 
 def test_long_prompts_are_appended_in_parts(interpreted, monkeypatch):
-    monkeypatch.setattr(torch_append, "LONGEST", 16)
+    monkeypatch.setattr(append_on_gpu, "LONGEST", 16)
     want, found = (TorchCache(SMALL, 2, statistics=(jnp.zeros((2, 64)), jnp.ones((2, 64)))) for _ in range(2))
     k, v, _ = tokens(40, 0)
     want.append(k, v, lengths=[40, 20])
@@ -107,7 +111,7 @@ def test_long_prompts_are_appended_in_parts(interpreted, monkeypatch):
 
 def test_long_chunks_are_attended_to_as_by_jax(interpreted, monkeypatch):
     """Kernels, what torch computes between them, blocks of queries, padding and sinks, against the reference."""
-    monkeypatch.setattr(torch_attend, "LONGEST", 16)
+    monkeypatch.setattr(attend_on_gpu, "LONGEST", 16)
     cache = TorchCache(dataclasses.replace(SMALL, page_size=64), 2)
     k, v, query = tokens(40, 0)
     cache.append(k, v, query=query, lengths=[40, 25])

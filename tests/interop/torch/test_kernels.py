@@ -13,6 +13,7 @@ from interpreted import Replayed  # noqa: E402
 
 import tq_jax as tq  # noqa: E402
 from interop.launcher.cuda_graph import GraphPool, TensorGraph  # noqa: E402
+from interop.torch import kernels  # noqa: E402
 from interop.torch.cache import TorchCache  # noqa: E402
 
 SPEC = tq.CacheSpec(2, 64, 96, tq.QuantizerSpec(64, 4), tq.QuantizerSpec(64, 4), window=10, page_size=32)
@@ -74,7 +75,7 @@ def replayed(monkeypatch, interpreted):
         made.append(([tuple(x.shape) for x in examples], pool))
         return Replayed(function, examples, pool)
 
-    monkeypatch.setattr(torch_extend, "TensorGraph", graph)
+    monkeypatch.setattr(kernels, "TensorGraph", graph)
     monkeypatch.setattr(TorchCache, "on_gpu", True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return made

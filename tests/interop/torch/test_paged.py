@@ -10,7 +10,9 @@ torch = pytest.importorskip("torch")
 from interpreted import Interpreted, record_launches  # noqa: E402
 
 import tq_jax as tq  # noqa: E402
+from interop.launcher import program  # noqa: E402
 from interop.launcher.program import Place, plan_launches, struct  # noqa: E402
+from interop.torch import paged_on_gpu  # noqa: E402
 from interop.torch.attend_on_gpu import AttendOptions  # noqa: E402
 from interop.torch.cache import TorchCache  # noqa: E402
 from interop.torch.paged import PagedPool, PagedRows, view_pages  # noqa: E402
@@ -147,8 +149,8 @@ def test_long_chunks_take_their_kernel(monkeypatch):
 
 def test_kernels_compute_what_the_cpu_does(monkeypatch):
     """Interpreted: a decode and two ragged chunks in one step, centred, with sinks, over pages that hold NaN."""
-    monkeypatch.setattr(torch_kernels, "TorchProgram", Interpreted)
-    monkeypatch.setattr(torch_paged_kernels, "PagedAttend", functools.partial(PagedAttend, interpret=True))
+    monkeypatch.setattr(program, "TorchProgram", Interpreted)
+    monkeypatch.setattr(paged_on_gpu, "PagedAttend", functools.partial(PagedAttend, interpret=True))
     key, value = tq.QuantizerSpec(64, 4, scale="unbiased"), tq.QuantizerSpec(64, 4)
     quantizers, random = (tq.make_quantizer(key), tq.make_quantizer(value, seed=1)), torch.Generator().manual_seed(0)
     statistics = torch.randn(2, 64, generator=random), 0.5 + torch.rand(2, 64, generator=random)

@@ -43,8 +43,8 @@ class Rotary(torch.nn.Module):
 def find(monkeypatch):
     from interop.vllm import bias_statistics
 
-    monkeypatch.setattr(biased, "QKVParallelLinear", Projection)
-    monkeypatch.setattr(biased, "RotaryEmbeddingBase", Rotary)
+    monkeypatch.setattr(bias_statistics, "QKVParallelLinear", Projection)
+    monkeypatch.setattr(bias_statistics, "RotaryEmbeddingBase", Rotary)
 
     def find(*, config=None, **parts):
         owner = torch.nn.Module()
