@@ -1,6 +1,7 @@
 """The public operations of attention over packed pages."""
 
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any
 
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.arguments import PagedArguments
@@ -10,19 +11,6 @@ from pallas_kernels.attention.partial import Partial
 from pallas_kernels.attention.prefill import launch_triton as prefill
 from pallas_kernels.attention.prefill.config import PrefillConfig
 from pallas_kernels.dispatch import Implementation, choose
-
-
-class Kernel(Protocol):
-    """A module that launches a kernel over packed pages."""
-
-    def check_supported(
-        self, query_shape: tuple[int, ...], pages: Any, key_format: Any, value_format: Any, config: Any, /
-    ) -> None:
-        """Raises NotImplementedError, naming value and limit, if the kernel does not support the case."""
-
-    def attend_pages(self, x: PagedArguments, /, *, config: Any) -> Partial:
-        """Launches the kernel."""
-        ...
 
 
 def decode_attention(
@@ -69,8 +57,8 @@ def prefill_attention(
     return run_pages(arguments, prefill, "prefill_attention", implementation, config)
 
 
-def run_pages(x: PagedArguments, kernel: Kernel, op: str, implementation: str, config: Any) -> Partial:
-    """Runs an operation over packed pages by the reference or by a kernel; see `decode_attention`."""
+def run_pages(x: PagedArguments, kernel: ModuleType, op: str, implementation: str, config: Any) -> Partial:
+    """Runs an operation by the reference, or by a kernel's module with `check_supported` and `attend_pages`."""
     x.require_consistent()
     shapes = x.query.shape, x.pages, x.key_format, x.value_format
     chosen = choose(implementation, op=op, check=lambda: kernel.check_supported(*shapes, config), stacklevel=4)
