@@ -98,7 +98,7 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
 
 
 def _logit_unit(plan: Plan) -> float:
-    """Factor of queries and biases: log2(e), or 1 / cap below a soft-cap, whose tanh then takes its argument as it is."""
+    """Factor of queries and biases: log2(e), or 1 / cap with a soft-cap, whose tanh then needs no factor of its own."""
     return LOG2_E if plan.options.softcap is None else 1.0 / plan.options.softcap
 
 
