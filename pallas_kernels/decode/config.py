@@ -96,7 +96,7 @@ def default_config(
     while tile > 32 and page_size % tile and tile % page_size:
         tile //= 2
     # On Blackwell, 3-bit keys have no registers for a third stage: 8 bytes spilled with triton 3.7.1.
-    stages = 2 if capability >= 100 and columns == 8 and bits[0] == 3 else 3
+    stages = 2 if capability >= 100 and columns == 8 and bits[0] == 3 and value_parts == 1 else 3
     return TileConfig(tile=tile, num_warps=2, num_stages=stages, programs=multiprocessors * 4, precise=precise)
 
 
