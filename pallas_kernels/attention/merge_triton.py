@@ -21,7 +21,7 @@ from pallas_kernels.tiles.intrinsics_triton import exp2
 from pallas_kernels.tiles.rotation_triton import Basis, Segment, apply_factors, channels_of, grid_of, load_signs
 
 LOADED, LOADED_MASKED = 2048, 1024
-"""Elements of acc a warp has in flight; dims that are no powers of two have masks, which take registers."""
+"""Elements of acc a warp has in flight; dims that are no powers of two have masks, which take registers, as do 256."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _combined(splits: Splits, query: _Query, place: jax.Array, valid: jax.Array,
     """Sum over splits of 2**(peak - top) * acc at places [n, k]."""
     number = splits.acc.shape[2]
     dim = plan.shape[3]
-    loaded = LOADED if dim == power_of_two(dim) else LOADED_MASKED
+    loaded = LOADED if dim == power_of_two(dim) and dim <= 128 else LOADED_MASKED
     step = max(1, min(power_of_two(number), loaded * plan.num_warps // place.size))
     shape = (step, *place.shape)
 

@@ -24,6 +24,9 @@ INSTRUCTIONS = {
 }
 """PTX that kernels must contain: tensor-core products of bytes or halves, table lookups, asynchronous copies."""
 
+KNOWN_TO_HOLD = ("3.6.0", "3.7.1")
+"""Versions of the `triton` package with which every case of `tq-jax gate` is known to compile as it should."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
@@ -98,6 +101,29 @@ def _optimized(source: Path, target: Any, options: dict[str, int]) -> str:
 def _run(tool: Path, *arguments: str | Path) -> str:
     done = subprocess.run([tool, *arguments], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
+
+
+def is_known_to_hold(version: str) -> bool:
+    """Whether the gate is known to hold for a version of the `triton` package; a suffix after "+" counts for nothing.
+
+    Example:
+        >>> is_known_to_hold("3.7.1+git1"), is_known_to_hold("3.7.10")
+        (True, False)
+    """
+    return version.partition("+")[0] in KNOWN_TO_HOLD
+
+
+def version_note(version: str) -> str:
+    """What is known of the gate with a version of the `triton` package, for a reader.
+
+    Example:
+        >>> version_note("3.7.1")
+        'the gate is known to hold for this version'
+    """
+    if is_known_to_hold(version):
+        return "the gate is known to hold for this version"
+    known = " and ".join(KNOWN_TO_HOLD)
+    return f"the gate is known to hold for {known}, and newer versions to spill a few bytes in some kernels"
 
 
 def missing(compiled: Compiled, expected: Sequence[str]) -> list[str]:

@@ -92,10 +92,12 @@ def default_config(
         return TileConfig(tile=256, num_warps=4, num_stages=3, programs=multiprocessors * 2, precise=precise)
     # Two products of 3-bit codes for 16 columns: two registers too many; one too many on 10.0 at any width.
     wide = columns > 8 and ((capability == 100 and dim == 128) or (precise and min(bits) < 4))
-    tile = 128 if dim in (64, 128) and value_parts in (1, 4) and not wide else 64
+    tile = 128 if dim in (64, 128) and value_parts == 1 and not wide else 64
     while tile > 32 and page_size % tile and tile % page_size:
         tile //= 2
-    return TileConfig(tile=tile, num_warps=2, programs=multiprocessors * 4, precise=precise)
+    # On Blackwell, 3-bit keys have no registers for a third stage: 8 bytes spilled with triton 3.7.1.
+    stages = 2 if capability >= 100 and columns == 8 and bits[0] == 3 and value_parts == 1 else 3
+    return TileConfig(tile=tile, num_warps=2, num_stages=stages, programs=multiprocessors * 4, precise=precise)
 
 
 SETUP_TILES = 2

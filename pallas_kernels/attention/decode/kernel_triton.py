@@ -44,7 +44,7 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
     queries = [_quantized_query(x, part, row, token, head_column, plan) for part in plan.keys]
     bias = None
     if x.bias is not None:
-        bias = plt.load(x.bias.at[jnp.full_like(token, row), token, head_column]) * LOG2_E
+        bias = plt.load(x.bias.at[jnp.full_like(token, row), token, head_column]) * _logit_unit(plan)
     position = None
     if plan.count > 1:
         position = plt.load(x.positions.at[jnp.full_like(token, row), token])
@@ -83,6 +83,11 @@ def attend(x: Inputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: Plan
     columns = pl.ds(block * plan.columns, peak.shape[0])
     peak_ref[row, head, split, columns] = peak
     total_ref[row, head, split, columns] = total
+
+
+def _logit_unit(plan: Plan) -> float:
+    """Factor of queries and biases: log2(e), or 1 / cap with a soft-cap, whose tanh then needs no factor of its own."""
+    return LOG2_E if plan.options.softcap is None else 1.0 / plan.options.softcap
 
 
 def _query_index(column: jax.Array, head: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -174,7 +179,7 @@ def _quantized_query(x: Inputs, part: Part, row: jax.Array, token: jax.Array, he
             integer = _byte_of_column(integer, plan)
         total = total + jnp.sum(integer, axis=0)
         quantized.append(_bytes_of(integer) if plan.precise and not plan.pairs else (integer.astype(jnp.int8),))
-    factor = largest * (part.book.step * plan.options.scale * LOG2_E / plan.query_top)
+    factor = largest * (part.book.step * plan.options.scale * _logit_unit(plan) / plan.query_top)
     if plan.pairs:
         factor = factor * _weight_of_byte(plan)
     # The half of a step that an odd sum loses is 1e-5 of a logit.
@@ -239,7 +244,7 @@ def _logits(
         logits = term if logits is None else term + logits
     assert logits is not None
     cap = plan.options.softcap
-    return logits if cap is None else cap * LOG2_E * tanh(logits * (1.0 / (cap * LOG2_E)), interpret=plan.interpret)
+    return logits if cap is None else cap * LOG2_E * tanh(logits, interpret=plan.interpret)
 
 
 def _products(tiles: list[jax.Array], queries: list[jax.Array], start: jax.Array) -> jax.Array:

@@ -42,12 +42,14 @@ def default_config(
     dim: int = 128,
     lean: bool = True,
     heavy: bool = False,
+    mixed: bool = False,
     capability: int = 90,
     multiprocessors: int = H100_MULTIPROCESSORS,
 ) -> PrefillConfig:
     """The configuration for pages of a size: the largest tiles that spill no registers.
 
-    Two stages, as with three Triton does not compile the kernel for compute capability 10.0.
+    Two stages, as with three Triton does not compile the kernel for compute capability 10.0; three where 32 rows of
+    several segments spill with two.
 
     Args:
         page_size: Tokens a page.
@@ -55,6 +57,7 @@ def default_config(
         dim: Head dim of keys or values, the larger one.
         lean: Whether keys and values have 4 bits and one scale a token; others take more registers.
         heavy: Whether vectors have several segments of different bits, or codes that take as many registers.
+        mixed: Whether vectors have several segments of different bits.
         capability: Compute capability of the device, times ten.
         multiprocessors: Of the device.
     """
@@ -66,7 +69,8 @@ def default_config(
     # Elsewhere queries and sums are both in registers, of which 64 rows of 128 channels leave enough.
     most = 64 if dim <= 128 and (capability in (90, 100) or not heavy) else 32
     rows = next(r for r in ROWS if r >= min(query_rows, most))
-    return PrefillConfig(rows=rows, tile=tile, num_warps=4, programs=multiprocessors * 4)
+    stages = 3 if mixed and dim <= 128 and most == 32 else 2
+    return PrefillConfig(rows=rows, tile=tile, num_warps=4, num_stages=stages, programs=multiprocessors * 4)
 
 
 def num_splits(config: PrefillConfig, *, blocks: int, capacity: int) -> int:

@@ -134,12 +134,14 @@ def config_for(
     capability = compute_capability() if capability is None else capability
     # Codes of 8 bits take more registers where all operands of products are in registers.
     bits = 0 if capability in (90, 100) else max(decode.widest(key_format), decode.widest(value_format))
+    mixed = _is_mixed(key_format) or _is_mixed(value_format)
     return default_config(
         page_size,
         query_rows=count * heads // kv_heads,
         dim=max(dim, value_format.dim),
         lean=_is_lean(key_format) and _is_lean(value_format),
-        heavy=bits == 8 or _is_mixed(key_format) or _is_mixed(value_format),
+        heavy=bits == 8 or mixed,
+        mixed=mixed,
         capability=capability,
         multiprocessors=multiprocessors(),
     )

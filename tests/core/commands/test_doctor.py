@@ -28,6 +28,24 @@ def test_findings():
     assert "No NVIDIA GPU: everything runs as the reference" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("version", "known", "said"),
+    [
+        ("3.7.1", True, "3.7.1 (torch on a GPU, tq-jax gate; the gate is known to hold for this version)"),
+        ("3.9.0", False, "the gate is known to hold for 3.6.0 and 3.7.1, and newer versions to spill"),
+        (None, None, "not installed (torch on a GPU, tq-jax gate)"),
+    ],
+)
+def test_it_says_whether_the_gate_holds_for_the_installed_triton(version, known, said, monkeypatch):
+    monkeypatch.setattr(doctor, "version", lambda name: version if name == "triton" else None)
+    monkeypatch.setattr(doctor, "OPERATIONS", {})
+    result = run("--json", "-")
+    assert said in " ".join(result.stderr.split())
+    found = json.loads(result.stdout)
+    assert found["gate_known_to_hold"] is known
+    assert {"triton", "faiss-cpu", "safetensors", "tokenizers"} <= set(found["packages"])
+
+
 @pytest.mark.parametrize("error", [0.5, float("nan")])
 def test_wrong_attention_fails(error, monkeypatch):
     bad = {"error": error, "tolerance": doctor.TOLERANCE, "warnings": [], "ok": error <= doctor.TOLERANCE}

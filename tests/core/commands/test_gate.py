@@ -10,12 +10,12 @@ import pytest
 from refusals import refused
 from typer.testing import CliRunner
 
-from pallas_kernels.compat.compile import ARCHITECTURES, Compiled, compile_for
+from pallas_kernels.compat.compile import ARCHITECTURES, KNOWN_TO_HOLD, Compiled, compile_for, version_note
 from tq_jax.commands import cli
 from tq_jax.commands.gate import xla
 from tq_jax.commands.gate.cases import all_cases
 from tq_jax.commands.gate.cases.prefill import DEVICES
-from tq_jax.commands.gate.command import make_row, make_table
+from tq_jax.commands.gate.command import FAILURES_NAMED, make_row, make_table, summarize
 
 CASES = {f"{op} {case.name}": (op, case) for op, case in all_cases()}
 
@@ -78,6 +78,27 @@ def test_rows_say_what_is_wrong():
     assert (row["ok"], row["error"]) == (False, "RuntimeError('no such instruction')")
 
 
+def test_the_last_line_names_what_fails():
+    def row(kernel, arch, ok=False):
+        return {"kernel": kernel, "arch": arch, "ok": ok}
+
+    good = [row("encode V4", "sm_80", ok=True), row("encode V4", "sm_90", ok=True)]
+    assert summarize(good, "compile as they should") == "2 of 2 compile as they should"
+    bad = [row("attend dim 256: merge", "sm_90"), row("decode K3/V3", "sm_80"), row("decode K3/V3", "sm_120")]
+    assert summarize(good + bad, "compile as they should") == (
+        "2 of 5 compile as they should; these do not: attend dim 256: merge (sm_90); decode K3/V3 (sm_80, sm_120)"
+    )
+    many = [row(f"kernel {i}", "sm_90") for i in range(FAILURES_NAMED + 3)]
+    said = summarize(many, "compile as they should")
+    assert f"kernel {FAILURES_NAMED - 1} (sm_90)" in said and f"kernel {FAILURES_NAMED} " not in said
+    assert said.endswith("; and 3 more kernels")
+
+
+def test_versions_of_triton_that_the_gate_is_known_to_hold_for():
+    assert all(version_note(version).endswith("for this version") for version in KNOWN_TO_HOLD)
+    assert "newer versions to spill a few bytes" in version_note("3.8.0")
+
+
 def run(*arguments):
     return CliRunner().invoke(cli.build(["gate"]), ["gate", *arguments])
 
@@ -127,3 +148,5 @@ def test_the_command_compiles():
     assert rows and result.exit_code == 0
     assert {row["arch"] for row in rows} == {"sm_90"}
     assert all(row["ok"] for row in rows)
+    assert f"Compiled by triton {sys.modules['triton'].__version__}: the gate is known to hold for" in result.stderr
+    assert result.stderr.splitlines()[-1] == f"{len(rows)} of {len(rows)} compile as they should"

@@ -201,3 +201,6 @@ def test_tiles_of_formats():
     assert tile(four, four) == 64
     for other in (QuantizerSpec(128, 2), QuantizerSpec(128, 2.5), QuantizerSpec(128, 2, kind="group")):
         assert tile(four, other) == 32
+    assert default_config(128, query_rows=1024, heavy=True, mixed=True, capability=120).num_stages == 3
+    assert default_config(128, query_rows=1024, heavy=True, mixed=True, capability=90).num_stages == 2
+    assert default_config(128, query_rows=1024, heavy=True, capability=120).num_stages == 2

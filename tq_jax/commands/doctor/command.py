@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pallas_kernels.attention.decode import launch_triton as decode
 from pallas_kernels.attention.prefill import launch_triton as prefill
+from pallas_kernels.compat.compile import is_known_to_hold, version_note
 from pallas_kernels.encode import launch_triton as encode
 from pallas_kernels.pages import empty_pages
 from tq_jax.append import append
@@ -26,7 +27,10 @@ NEEDED_FOR = {
     "torch": "caches of PyTorch models, peers of tq-jax bench",
     "transformers": "Hugging Face caches",
     "vllm": "the vLLM backend",
-    "triton": "tq-jax gate",
+    "triton": "torch on a GPU, tq-jax gate",
+    "faiss-cpu": "peers of tq-jax search",
+    "safetensors": "files of caches, indexes and models",
+    "tokenizers": "texts for language models and tq-jax search",
     "gguf": "tq-jax demo",
     "matplotlib": "pictures",
 }
@@ -61,6 +65,8 @@ def doctor(json: JsonTarget = None) -> None:
     console = open_console(json)
     found = environment() | {"backend": jax.default_backend(), "gpu": describe_gpu()}
     found["packages"] = {name: version(name) for name in NEEDED_FOR}
+    triton = found["packages"]["triton"]
+    found["gate_known_to_hold"] = triton and is_known_to_hold(triton)
     found["kernels"] = {op: list(kernel_axes(op)) for op in OPERATIONS}
     found["check"] = check_attention()
     found["ok"] = found["check"]["ok"]
@@ -147,7 +153,8 @@ def print_findings(found: dict[str, Any], console: Console) -> None:
     line("versions", ", ".join(f"{name} {number}" for name, number in found["versions"].items()))
     line("commit", found["commit"] or "unknown")
     for name, number in found["packages"].items():
-        line(name, f"{number or 'not installed'} ({NEEDED_FOR[name]})")
+        note = f"; {version_note(number)}" if name == "triton" and number else ""
+        line(name, f"{number or 'not installed'} ({NEEDED_FOR[name]}{note})")
     where = (
         "Kernels run" if found["gpu"] else "No NVIDIA GPU: everything runs as the reference. On one, kernels would run"
     )

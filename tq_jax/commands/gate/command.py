@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pallas_kernels.compat.compile import ARCHITECTURES, Compiled, compile_for, missing
+from pallas_kernels.compat.compile import ARCHITECTURES, Compiled, compile_for, missing, version_note
 from pallas_kernels.compat.lowering import TritonKernel
 from tq_jax.commands.gate.case import Case
 from tq_jax.commands.gate.cases import all_cases
@@ -26,6 +26,8 @@ from tq_jax.commands.output import (
 )
 
 MOST_REGISTERS = 255
+FAILURES_NAMED = 8
+"""Most kernels that the last line names."""
 
 
 def make_row(op: str, case: Case, kernel: TritonKernel, architecture: str, job: Future[Compiled]) -> dict[str, Any]:
@@ -78,19 +80,44 @@ def gate(
         verdict = "spill no more than is known and copy nothing of the cache"
     else:
         with refusing("gate"):
-            importlib.import_module("triton")
+            version = importlib.import_module("triton").__version__
         every = [(op, case) for op, case in all_cases() if set(architectures) & set(case.architectures)]
         require_labels((f"{op} {case.name}" for op, case in every), only)
         cases = [(op, case) for op, case in every if only in f"{op} {case.name}"]
         chosen = [(op, case) for op, case in cases if full or only or case.quick]
         rows = compile_cases(chosen, architectures, workers or os.cpu_count(), console)
         console.print(f"{len(chosen)} of {len(cases)} cases; --full compiles all")
+        console.print(f"Compiled by triton {version}: {version_note(version)}", soft_wrap=True)
         verdict = "compile as they should"
     console.print(make_table(rows))
-    console.print(f"{sum(row['ok'] for row in rows)} of {len(rows)} {verdict}")
+    console.print(summarize(rows, verdict), soft_wrap=True, markup=False)
     write_json(environment() | {"rows": rows}, json)
     if not rows or not all(row["ok"] for row in rows):
         raise typer.Exit(1)
+
+
+def summarize(rows: Sequence[dict[str, Any]], verdict: str) -> str:
+    """The last line: how many rows are as they should be, and which kernels are not on which architectures.
+
+    Args:
+        rows: What `make_row` makes.
+        verdict: What rows do that are as they should be.
+
+    Example:
+        >>> rows = [{"kernel": "encode V4", "arch": arch, "ok": arch == "sm_80"} for arch in ("sm_80", "sm_90")]
+        >>> summarize(rows, "compile as they should")
+        '1 of 2 compile as they should; these do not: encode V4 (sm_90)'
+    """
+    failing: dict[str, list[str]] = {}
+    for row in rows:
+        if not row["ok"]:
+            failing.setdefault(row["kernel"], []).append(row["arch"])
+    said = f"{sum(row['ok'] for row in rows)} of {len(rows)} {verdict}"
+    if not failing:
+        return said
+    named = [f"{kernel} ({', '.join(architectures)})" for kernel, architectures in failing.items()]
+    more = f"; and {len(named) - FAILURES_NAMED} more kernels" if len(named) > FAILURES_NAMED else ""
+    return f"{said}; these do not: {'; '.join(named[:FAILURES_NAMED])}{more}"
 
 
 def compile_by_xla() -> list[dict[str, Any]]:
