@@ -10,11 +10,11 @@ from pallas_kernels.attention.decode.config import TileConfig
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.attention.prefill import launch_triton as prefill
 from pallas_kernels.attention.prefill.config import PrefillConfig
-from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.dispatch import choose
 
 
 def decode_attention(
-    arguments: PagedArguments, *, implementation: Implementation = "auto", config: TileConfig | None = None
+    arguments: PagedArguments, *, implementation: str = "auto", config: TileConfig | None = None
 ) -> Partial:
     """Attends with a few query tokens over packed pages, in the rotated basis.
 
@@ -34,7 +34,7 @@ def decode_attention(
 
 
 def prefill_attention(
-    arguments: PagedArguments, *, implementation: Implementation = "auto", config: PrefillConfig | None = None
+    arguments: PagedArguments, *, implementation: str = "auto", config: PrefillConfig | None = None
 ) -> Partial:
     """Attends with many query tokens over packed pages, on tensor cores straight from the codes.
 

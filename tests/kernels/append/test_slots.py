@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.append.slots import left, slot_of, stays, token_in_slot
@@ -10,6 +10,7 @@ from pallas_kernels.append.slots import left, slot_of, stays, token_in_slot
 SIZES = {"sink_slots": st.integers(0, 4), "ring": st.integers(0, 7), "length": st.integers(0, 40)}
 
 
+@settings(deadline=None)
 @given(**SIZES)
 def test_slots_hold_what_entered_them_last(sink_slots, ring, length):
     held = np.full(sink_slots + ring, -1)
@@ -26,6 +27,7 @@ def test_slots_hold_what_entered_them_last(sink_slots, ring, length):
         np.testing.assert_array_equal(np.where(stored, position, -1), held)
 
 
+@settings(deadline=None)
 @given(**SIZES, more=st.integers(0, 20))
 def test_what_stays_is_what_has_not_left(sink_slots, ring, length, more):
     position = np.arange(length + more, dtype=np.int32)
