@@ -15,7 +15,7 @@ from pallas_kernels.append.statistics_triton import Observed, StatisticsPlan, up
 from pallas_kernels.dispatch import Chosen, Implementation, choose, interprets
 from pallas_kernels.encode import Encoder, encode_pages
 from pallas_kernels.pages import Pages
-from tq_jax.attention import arrays_of
+from tq_jax.attention import SHARED_FIELDS, arrays_of
 from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers, to_storage
 from tq_jax.quantizer import encoder, is_traced
 from tq_jax.statistics import BALANCE, EQUAL, FLOOR, MIN_TOKENS, KeyStatistics, fix_statistics, observe_queries
@@ -275,15 +275,7 @@ def _append_by_kernels(
         counts=lengths,
         rows=rows,
     )
-    return dataclasses.replace(
-        cache,
-        pages=new.pages,
-        exact_keys=new.exact_keys,
-        exact_values=new.exact_values,
-        length=new.length,
-        compressed=new.compressed,
-        overflow=new.overflow,
-    )
+    return dataclasses.replace(cache, **{name: getattr(new, name) for name in SHARED_FIELDS})
 
 
 def _fix(

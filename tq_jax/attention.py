@@ -33,6 +33,9 @@ from tq_jax.rotation import mixing_factors
 EXACT_BLOCK = 512
 """Full-precision slots attended to at a time."""
 
+SHARED_FIELDS = ("pages", "exact_keys", "exact_values", "length", "compressed", "overflow")
+"""Fields that a `Cache` and the `CacheArrays` of its kernels both have."""
+
 LONGEST = 1024
 """Query tokens that the kernels take at a time; bounds what they hand on to each other."""
 
@@ -192,12 +195,7 @@ def arrays_of(cache: Cache) -> CacheArrays:
     """The arrays that the kernels read, without a copy."""
     statistics, key = cache.statistics, cache.key_quantizer
     return CacheArrays(
-        pages=cache.pages,
-        exact_keys=cache.exact_keys,
-        exact_values=cache.exact_values,
-        length=cache.length,
-        compressed=cache.compressed,
-        overflow=cache.overflow,
+        **{name: getattr(cache, name) for name in SHARED_FIELDS},
         mean=None if statistics is None else statistics.mean,
         weight=None if statistics is None else statistics.weight,
         key_basis=basis_of(key),

@@ -47,21 +47,9 @@ def attend_packed(
     rotated = to_rotated(key_quantizer, query)
     key, value = key_quantizer.spec, value_quantizer.spec
     sketch = sketch_query(key_quantizer, rotated) * sketch_gain(key.dim) if key.kind == "prod" else None
-    partial = decode_attention(
-        PagedArguments(
-            query=rotated,
-            pages=pages,
-            block_table=table,
-            lengths=lengths,
-            positions=positions,
-            key_format=key.format,
-            value_format=value.format,
-            options=options,
-            logit_bias=bias,
-            sketch_query=sketch,
-        ),
-        implementation="reference",
-    )
+    formats = key.format, value.format
+    arguments = PagedArguments(rotated, pages, table, lengths, positions, *formats, options, bias, sketch)
+    partial = decode_attention(arguments, implementation="reference")
     return Partial(from_rotated(value_quantizer, partial.acc), partial.peak, partial.total)
 
 

@@ -1,11 +1,14 @@
 """What attention over packed pages is given, in one pytree."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.options import LogitOptions
+from pallas_kernels.attention.partial import Partial
 from pallas_kernels.format import VectorFormat
 from pallas_kernels.pages import Pages
 
@@ -65,3 +68,16 @@ class PagedArguments:
         given = self.sketch_query is not None
         if given != getattr(self.key_format, "residual", False):
             raise ValueError(f"expected sketch_query exactly for Prod keys, got sketch_query={given}")
+
+
+def from_fields(operation: Callable[..., Partial]) -> Callable[..., Partial]:
+    """An operation on `PagedArguments` as a function of their fields.
+
+    Args:
+        operation: `decode_attention` or `prefill_attention`.
+    """
+
+    def run(*arrays: Any, implementation: str = "auto", config: Any = None, **fields: Any) -> Partial:
+        return operation(PagedArguments(*arrays, **fields), implementation=implementation, config=config)
+
+    return run

@@ -164,17 +164,10 @@ def prepare_queries(
 def _attend_pages(prepared: Prepared, pages: Pages, plan: AttendPlan) -> Splits:
     """Attends with prepared queries, of any number, over packed pages; many queries come as one split."""
     assert plan.key_format is not None and plan.value_format is not None
+    where = prepared.table, prepared.lengths, prepared.positions
+    formats = plan.key_format, plan.value_format
     arguments = PagedArguments(
-        query=prepared.query,
-        pages=pages,
-        block_table=prepared.table,
-        lengths=prepared.lengths,
-        positions=prepared.positions,
-        key_format=plan.key_format,
-        value_format=plan.value_format,
-        options=plan.options,
-        logit_bias=prepared.bias,
-        sketch_query=prepared.sketch,
+        prepared.query, pages, *where, *formats, plan.options, logit_bias=prepared.bias, sketch_query=prepared.sketch
     )
     if prepared.query.shape[1] <= MAX_QUERY_TOKENS:
         return attend_splits(arguments, config=plan.config, precise=plan.precise, interpret=plan.interpret)

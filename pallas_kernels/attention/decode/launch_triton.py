@@ -35,8 +35,7 @@ def attend_pages(x: PagedArguments, *, config: TileConfig | None = None, interpr
         interpret: Whether to run the kernel as jnp; by default where JAX has no GPU.
 
     Returns:
-        The partial attention, normalized: `acc` is the output, `peak` the log of the sum of exponentials, `total` 1 (0
-        where no key is visible).
+        The normalized partial attention, see `Partial`.
 
     Raises:
         NotImplementedError: For shapes or formats outside the kernel's limits.

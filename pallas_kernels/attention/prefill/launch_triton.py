@@ -27,16 +27,15 @@ from pallas_kernels.tiles.loads_triton import shift_table
 
 
 def attend_pages(x: PagedArguments, *, config: PrefillConfig | None = None, interpret: bool | None = None) -> Partial:
-    """Attends over packed pages by the prefill kernel and merges its splits.
+    """Attends with many query tokens by the prefill kernel and merges its splits.
 
     Args:
-        x: Queries, pages and options.
-        config: Tile sizes; by default those for the shapes.
+        x: Many queries over packed pages.
+        config: Query rows and tokens of a program; by default those for the shapes.
         interpret: Whether to run the kernel as jnp; by default where JAX has no GPU.
 
     Returns:
-        The partial attention, normalized: `acc` is the output, `peak` the log of the sum of exponentials, `total` 1 (0
-        where no key is visible).
+        The normalized partial attention, see `Partial`.
 
     Raises:
         NotImplementedError: For shapes or formats outside the kernel's limits.

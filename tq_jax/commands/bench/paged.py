@@ -128,20 +128,9 @@ def run_case(operation: Operation, case: Case, setting: Setting) -> Iterator[Row
         run = functools.partial(operation.function, implementation=implementation, config=config)
         return jax.jit(run).lower(*inputs[0]).compile()
 
+    options = LogitOptions(shape.head_dim**-0.5)
     inputs = [
-        (
-            PagedArguments(
-                query=query,
-                pages=pages,
-                block_table=table,
-                lengths=lengths,
-                positions=positions,
-                key_format=key,
-                value_format=value,
-                options=LogitOptions(shape.head_dim**-0.5),
-                sketch_query=sketch,
-            ),
-        )
+        (PagedArguments(query, pages, table, lengths, positions, key, value, options, sketch_query=sketch),)
         for table in tables
     ]
     kernel = compiled(implementation)

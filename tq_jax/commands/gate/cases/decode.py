@@ -113,15 +113,7 @@ def paged_arguments(
     query = shape((BATCH, count, KV_HEADS * group, key.dim), jnp.float32)
     pools = jax.eval_shape(lambda: empty_pages(BATCH * pages, KV_HEADS, page_size, key.format, value.format))
     table, lengths, positions = (shape(s, jnp.int32) for s in ((BATCH, pages), (BATCH,), (BATCH, count)))
-    return PagedArguments(
-        query=query,
-        pages=pools,
-        block_table=table,
-        lengths=lengths,
-        positions=positions,
-        key_format=key.format,
-        value_format=value.format,
-        options=options,
-        logit_bias=shape(query.shape[:3], jnp.float32) if bias else None,
-        sketch_query=query if key.kind == "prod" else None,
-    )
+    biases = shape(query.shape[:3], jnp.float32) if bias else None
+    sketch = query if key.kind == "prod" else None
+    formats = key.format, value.format
+    return PagedArguments(query, pools, table, lengths, positions, *formats, options, biases, sketch)
