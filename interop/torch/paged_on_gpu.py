@@ -14,8 +14,8 @@ from interop.launcher.program import BoundProgram
 from interop.torch.attend_on_gpu import AttendOptions
 from interop.torch.chunk import packed_splits
 from pallas_kernels.attention import LogitOptions
-from pallas_kernels.attention.decode.kernel_triton import Inputs
 from pallas_kernels.attention.decode.launch_triton import MAX_QUERY_TOKENS, decode, decode_plan
+from pallas_kernels.attention.decode.plan import DecodeInputs
 from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.attention.prepare_triton import Prepared, PrepareInputs, prepare, prepare_plan
 from pallas_kernels.encode import launch_triton as encode
@@ -147,8 +147,8 @@ class PagedAttend:
                 mean=mean, weight=weight, basis=arrays.key_basis, sketch=arrays.sketch,
             ),
             prepare_plan(
-                query.shape, (batch, heads, 0, dim), np.float32, options=options, sinks=0, pages_per_row=table.shape[1],
-                sketch_gain=sketch_gain(dim), interpret=self.interpret,
+                query.shape, (batch, heads, 0, dim), np.float32, options=options, sink_slots=0,
+                pages_per_row=table.shape[1], sketch_gain=sketch_gain(dim), interpret=self.interpret,
             ),
         )  # fmt: skip
         prepared = dataclasses.replace(prepared, table=table)  # it knows rows of pages only
@@ -169,7 +169,7 @@ class PagedAttend:
             value_format=self.value.format, options=options, config=None, precise=self.options.precise,
             interpret=self.interpret,
         )  # fmt: skip
-        inputs = Inputs(
+        inputs = DecodeInputs(
             query=prepared.query, pages=pages, table=prepared.table, lengths=prepared.lengths,
             positions=prepared.positions, bias=prepared.bias, sketch=prepared.sketch,
         )  # fmt: skip

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.decode.config import TileConfig
-from pallas_kernels.attention.decode.kernel_triton import Inputs
 from pallas_kernels.attention.decode.launch_triton import DIMS, check_supported, decode, decode_plan
+from pallas_kernels.attention.decode.plan import DecodeInputs
 from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
@@ -163,7 +163,7 @@ def prepare_cache(query: Any, cache: CacheArrays, plan: AttendPlan, rows: Any, c
             cache.exact_keys.shape,
             cache.exact_keys.dtype,
             options=plan.options,
-            sinks=plan.sinks,
+            sink_slots=plan.sinks,
             pages_per_row=0 if cache.pages is None else cache.pages.keys.packed.shape[0] // cache.length.shape[0],
             sketch_gain=plan.sketch_gain,
             interpret=plan.interpret,
@@ -186,7 +186,7 @@ def _decode(prepared: Prepared, cache: CacheArrays, plan: AttendPlan) -> Splits 
         precise=plan.precise,
         interpret=plan.interpret,
     )
-    inputs = Inputs(
+    inputs = DecodeInputs(
         query=prepared.query,
         pages=cache.pages,
         table=prepared.table,

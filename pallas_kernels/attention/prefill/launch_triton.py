@@ -15,7 +15,7 @@ from pallas_kernels.attention.decode import launch_triton as decode
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.attention.prefill.config import PrefillConfig, default_config, num_splits
-from pallas_kernels.attention.prefill.kernel_triton import MARKS, Inputs, Plan, attend
+from pallas_kernels.attention.prefill.kernel_triton import MARKS, PrefillInputs, PrefillPlan, attend
 from pallas_kernels.compat.device import compute_capability, multiprocessors
 from pallas_kernels.format import CodebookFormat, VectorFormat
 from pallas_kernels.numerics import FLOOR, HIDDEN, LARGEST_HALF, LOG2_E
@@ -71,7 +71,7 @@ def attend_pages(
     config = config_for(query.shape, pages, key_format, value_format) if config is None else config
     blocks = -(-count * group // config.rows)
     splits = num_splits(config, blocks=batch * kv_heads * blocks, capacity=block_table.shape[1] * page_size)
-    plan = Plan(
+    plan = PrefillPlan(
         keys=codebook_parts(key_format, least=LEAST_VALUE_TILE, smallest=LEAST_VALUE_TILE),
         values=value_parts(value_format),
         options=options,
@@ -84,7 +84,7 @@ def attend_pages(
         interpret=jax.default_backend() != "gpu" if interpret is None else interpret,
     )
     rows = _rows(positions.astype(jnp.int32), plan)
-    inputs = Inputs(
+    inputs = PrefillInputs(
         query=_scaled_queries(query, sketch_query, plan),
         pages=jax.tree.map(lambda pool: pool if pool.size else None, pages),
         table=block_table.astype(jnp.int32),
@@ -108,7 +108,7 @@ def attend_pages(
 
 
 def _scaled_queries(
-    query: Float[Array, "b t h_q d"], sketch_query: Float[Array, "b t h_q d"] | None, plan: Plan
+    query: Float[Array, "b t h_q d"], sketch_query: Float[Array, "b t h_q d"] | None, plan: PrefillPlan
 ) -> Float[Array, "b t h_q c"]:
     """float16 queries for the key parts, times all that logits are multiplied by, so that the kernel need not."""
     parts = []
@@ -120,7 +120,7 @@ def _scaled_queries(
     return jnp.clip(jnp.concatenate(parts, axis=-1), -LARGEST_HALF, LARGEST_HALF).astype(jnp.float16)
 
 
-def _rows(positions: Int[Array, "b t"], plan: Plan) -> Int[Array, "b n r"]:
+def _rows(positions: Int[Array, "b t"], plan: PrefillPlan) -> Int[Array, "b n r"]:
     """Positions of the rows of each block, of which the last is filled up."""
     blocks, batch = -(-plan.count * plan.group // plan.rows), positions.shape[0]
     rows = jnp.broadcast_to(positions[:, :, None], (*positions.shape, plan.group)).reshape(batch, -1)
