@@ -1,8 +1,8 @@
-"""Appending to a cache in at most four launches: leave, encode keys, encode values, enter; docs/decode_step.md draws them.
+"""Appending to a cache in at most four launches: leave, encode keys, encode values, enter.
 
 If a chunk has few tokens, one launch encodes both keys and values. Nothing is computed between the launches, every size
 is static and every counter is read and written in place, so that another framework can launch the same kernels on the
-same arrays and a CUDA graph can repeat them.
+same arrays and a CUDA graph can repeat them. docs/decode_step.md draws the launches.
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ def multiprocessors() -> int:
 
 
 def compute_capability() -> int:
-    """Compute capability of the GPU, times ten; that of Hopper where there is none."""
+    """Compute capability of JAX's GPU, times ten; that of Hopper where there is none."""
     if jax.default_backend() != "gpu":
         return HOPPER
     major, minor = str(jax.devices()[0].compute_capability).split(".")
