@@ -5,7 +5,7 @@ fewer tokens than a tile, page and place are [tile], one per token; otherwise th
 channels: 1 for keys, whose tiles are [tile, width], and 0 for values, whose tiles are [width, tile].
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from pallas_kernels.tiles.int8_triton import Field, codebook_tile, integer_tile
 from pallas_kernels.tiles.layout import Part, Tile, planes_of
 
 
+@runtime_checkable
 class TilePlan(Protocol):
     """The part of a kernel's plan that loads need: `DecodePlan` and `PrefillPlan` have it."""
 
