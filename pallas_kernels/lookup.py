@@ -1,4 +1,4 @@
-"""From packed bytes to centroids, in plain jnp: the definition of what kernels decode."""
+"""From packed bytes to centroids, in plain jnp: the definition that kernels follow."""
 
 import jax.numpy as jnp
 import numpy as np

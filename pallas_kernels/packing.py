@@ -38,8 +38,26 @@ def plane_widths(bits: int) -> tuple[int, ...]:
     return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
-def _plane_bytes(dim: int, width: int) -> int:
-    return -(-dim * width // 8)
+def plane_layout(bits: int, dim: int) -> tuple[tuple[int, int, int], ...]:
+    """Width, first byte and bytes of each plane of the codes of a vector.
+
+    Args:
+        bits: Bits per code, 0 to 8.
+        dim: Codes per vector.
+
+    Raises:
+        NotImplementedError: For other widths.
+
+    Example:
+        >>> plane_layout(3, 128)
+        ((2, 0, 32), (1, 32, 16))
+    """
+    planes, start = [], 0
+    for width in plane_widths(bits):
+        size = -(-dim * width // 8)
+        planes.append((width, start, size))
+        start += size
+    return tuple(planes)
 
 
 def packed_bytes(dim: int, bits: int) -> int:
@@ -53,7 +71,7 @@ def packed_bytes(dim: int, bits: int) -> int:
         >>> packed_bytes(128, 3), packed_bytes(128, 4), packed_bytes(80, 1)
         (48, 64, 10)
     """
-    return sum(_plane_bytes(dim, width) for width in plane_widths(bits))
+    return sum(size for _, _, size in plane_layout(bits, dim))
 
 
 def pack(codes: UInt8[Array, "*batch dim"], bits: int) -> UInt8[Array, "*batch bytes"]:
@@ -71,8 +89,7 @@ def pack(codes: UInt8[Array, "*batch dim"], bits: int) -> UInt8[Array, "*batch b
         Array([49, 66], dtype=uint8)
     """
     dim, planes, shift = codes.shape[-1], [], 0
-    for width in plane_widths(bits):
-        size = _plane_bytes(dim, width)
+    for width, _, size in plane_layout(bits, dim):
         fields = (codes >> shift) & ((1 << width) - 1)
         padding = [(0, 0)] * (codes.ndim - 1) + [(0, size * (8 // width) - dim)]
         fields = jnp.pad(fields, padding).reshape(*codes.shape[:-1], 8 // width, size)
@@ -109,14 +126,14 @@ def unpack(packed: UInt8[Array, "..."], bits: int, dim: int, *, axis: int = -1) 
         )
     lead, trail = packed.shape[: packed.ndim + axis], packed.shape[packed.ndim + axis + 1 :]
     codes = jnp.zeros((*lead, dim, *trail), jnp.uint8)
-    start, shift = 0, 0
-    for width in plane_widths(bits):
-        size, fields = _plane_bytes(dim, width), 8 // width
+    shift = 0
+    for width, start, size in plane_layout(bits, dim):
+        fields = 8 // width
         plane = lax.slice_in_dim(packed, start, start + size, axis=axis)
         # Channel i * size + j is field i of byte j, so one broadcast shift and a free reshape unpack all fields.
         shifts = np.arange(0, 8, width, dtype=np.uint8).reshape((1,) * len(lead) + (fields, 1) + (1,) * len(trail))
         spread = (plane.reshape(*lead, 1, size, *trail) >> shifts) & ((1 << width) - 1)
         spread = spread.reshape(*lead, fields * size, *trail)
         codes = codes | (lax.slice_in_dim(spread, 0, dim, axis=axis) << shift)
-        start, shift = start + size, shift + width
+        shift += width
     return codes

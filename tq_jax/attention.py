@@ -145,7 +145,7 @@ def _plan(cache: Cache, options: LogitOptions, precise: bool, config: TileConfig
         options=options,
         key_format=None if key is None else key.format,
         value_format=None if value is None else value.format,
-        sinks=cache.spec.sinks,
+        sink_slots=cache.spec.sinks,
         sketch_gain=sketch_gain(cache.spec.head_dim),
         config=config,
         precise=precise,

@@ -119,7 +119,7 @@ class _Static:
             options=LogitOptions(scale, options.softcap, options.sliding_window),
             key_format=None if spec.key is None else spec.key.format,
             value_format=None if spec.value is None else spec.value.format,
-            sinks=spec.sinks,
+            sink_slots=spec.sinks,
             sketch_gain=sketch_gain(spec.head_dim),
             precise=options.precise,
             interpret=self.interpret,

@@ -34,7 +34,7 @@ SHORT = 4
 """Tiles of slots for which there are as many programs, however many sequences: such programs need no loop."""
 
 MOST_SLOTS, LEAST_SLOTS = 64, 16
-"""Slots that a tile may have; 16 are those that one tensor-core instruction contracts."""
+"""Slots that a tile may have; one tensor-core instruction contracts 16."""
 
 TILE_CHANNELS = 64 * 128
 """Channels of the largest tile of bfloat16 slots or queries: as many as registers and shared memory hold."""
@@ -226,7 +226,7 @@ def _outputs(x: PrepareInputs, plan: PreparePlan) -> Prepared:
 
 
 def _body(x: PrepareInputs, out: Prepared, *, plan: PreparePlan) -> None:
-    """The kernel body; a program has one of the three tasks by its number. All arguments are references."""
+    """The kernel body; the number of a program says which of the three tasks it has. All arguments are references."""
     program = pl.program_id(0)
     slots, rotate, tables = _programs(x, plan)
     if rotate:

@@ -63,7 +63,7 @@ class AttendPlan:
         options: Logit options.
         key_format: Of compressed keys; None without pages.
         value_format: Likewise.
-        sinks: Full-precision slots before the ring.
+        sink_slots: Full-precision slots before the ring.
         sketch_gain: Factor of the sketch of queries.
         config: Tiles of the decode kernel; None for those of the page size.
         precise: Whether the tiles by default are precise ones.
@@ -74,7 +74,7 @@ class AttendPlan:
     options: LogitOptions
     key_format: VectorFormat | None
     value_format: VectorFormat | None
-    sinks: int
+    sink_slots: int
     sketch_gain: float = 1.0
     config: TileConfig | None = None
     precise: bool = False
@@ -163,7 +163,7 @@ def prepare_cache(query: Any, cache: CacheArrays, plan: AttendPlan, rows: Any, c
             cache.exact_keys.shape,
             cache.exact_keys.dtype,
             options=plan.options,
-            sink_slots=plan.sinks,
+            sink_slots=plan.sink_slots,
             pages_per_row=0 if cache.pages is None else cache.pages.keys.packed.shape[0] // cache.length.shape[0],
             sketch_gain=plan.sketch_gain,
             interpret=plan.interpret,

@@ -24,7 +24,6 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.format import Codebook
 from pallas_kernels.lookup import integers
-from pallas_kernels.packing import plane_widths
 
 SUPPORTED_BITS = (1, 2, 3, 4, 8)
 """Widths of codebook codes that have a lookup."""
@@ -254,22 +253,3 @@ def _four_bits_ptx(levels: Sequence[int], field: int, mixed: int | None) -> str:
     if mixed is not None:
         signs = f"shl.b32 t, p0, 4;\nprmt.b32 t, t, p0, {_MIXED_SIGNS[mixed]};\n"
     return lookup + signs + "xor.b32 $0, u, t;"
-
-
-def plane_layout(bits: int, dim: int) -> tuple[tuple[int, int, int], ...]:
-    """Width, first byte and bytes of each plane of the codes of a vector.
-
-    Args:
-        bits: Bits per code.
-        dim: Channels of the vector.
-
-    Example:
-        >>> plane_layout(3, 128)
-        ((2, 0, 32), (1, 32, 16))
-    """
-    planes, start = [], 0
-    for width in plane_widths(bits):
-        size = -(-dim * width // 8)
-        planes.append((width, start, size))
-        start += size
-    return tuple(planes)

@@ -14,8 +14,8 @@ import dataclasses
 
 from pallas_kernels.format import Codebook, CodebookFormat, VectorFormat
 from pallas_kernels.numerics import INSTRUCTION_ROWS
-from pallas_kernels.packing import packed_bytes, plane_widths
-from pallas_kernels.tiles.int8_triton import PAIR_DISTANCE, SUPPORTED_BITS, plane_layout
+from pallas_kernels.packing import packed_bytes, plane_layout
+from pallas_kernels.tiles.int8_triton import PAIR_DISTANCE, SUPPORTED_BITS
 
 LEAST_KEY_TILE = 32
 """Least channels of a key tile: one 8-bit tensor-core instruction contracts as many."""
@@ -86,7 +86,7 @@ def cut(dim: int, bits: int, *, least: int, start: int = 0, stop: int | None = N
         8
     """
     stop = dim if stop is None else stop
-    run = -(-dim * plane_widths(bits)[0] // 8)
+    run = plane_layout(bits, dim)[0][2]
     while run * 2 <= min(least, dim):
         run *= 2
     tiles, channel = [], start

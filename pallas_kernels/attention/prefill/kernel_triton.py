@@ -107,7 +107,7 @@ class _Rows:
         kv_head: KV head.
         token: Query token.
         head: Query head.
-        exists: Whether there is such a query row.
+        exists: Whether the query row exists; the last block has rows behind the last one.
     """
 
     block: jax.Array

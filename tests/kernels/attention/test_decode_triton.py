@@ -43,7 +43,7 @@ def attend(case, implementation, **config):
 
 
 def log_sum_tolerance(variant, case):
-    """Error of a logit, for keys of norm sqrt(dim), by rounding queries: 4 standard deviations if they have one byte."""
+    """Error of logits of keys of norm sqrt(dim) by rounding queries: 4 standard deviations if those have one byte."""
     query = case.arrays[0]
     if has_pairs(variant.count * variant.group, dim=variant.dim) or variant.key["bits"] == 8:
         return np.full(query.shape[:3], 5e-3 if variant.key.get("kind") == "prod" else 1e-3)
