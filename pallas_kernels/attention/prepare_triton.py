@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.attention.full_precision_triton import attend_slots, query_block
 from pallas_kernels.attention.options import LogitOptions
+from pallas_kernels.compat.device import H100_MULTIPROCESSORS
 from pallas_kernels.numerics import INSTRUCTION_ROWS, power_of_two
 from pallas_kernels.tiles.rotation_triton import Basis, apply_factors, channels_of, grid_of, load_signs
 
@@ -27,7 +28,7 @@ SKETCHED, TABLE_BLOCK = 16, 1024
 TERMS = {"bfloat16": 1, "float16": 2}
 """bfloat16 numbers that sum to a query of a type; three for other types."""
 
-SLOT_PROGRAMS, ROTATE_PROGRAMS = 132 * 2, 128
+SLOT_PROGRAMS, ROTATE_PROGRAMS = H100_MULTIPROCESSORS * 2, 128
 """Programs to aim at for full-precision slots and for rotation: all run at once on an H100."""
 
 SHORT = 4
@@ -264,10 +265,10 @@ def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
     column = block * size + lax.broadcasted_iota(jnp.int32, (size,), 0)  # [queries], query rows
     token, query_head = _token_and_head(column, head, group)  # [queries] each
     shape = (size, padded)
-    channel = lax.broadcasted_iota(jnp.int32, shape, 1)  # [queries, d padded]
+    channel = lax.broadcasted_iota(jnp.int32, shape, 1)  # [queries, d padded], as are mask and query
     mask = jnp.broadcast_to((column < count * group)[:, None], shape) & (channel < dim)
     index = [jnp.broadcast_to(i, shape) for i in (sequence, token[:, None], query_head[:, None])]
-    query = plt.load(x.query.at[(*index, channel)], mask=mask, other=jnp.zeros((), x.query.dtype))  # [queries, d]
+    query = plt.load(x.query.at[(*index, channel)], mask=mask, other=jnp.zeros((), x.query.dtype))
 
     single = plan.slot_splits * plan.slot_tile >= slots
     used = lax.div(jnp.minimum(length, slots) + (plan.slot_tile - 1), jnp.int32(plan.slot_tile))

@@ -86,7 +86,7 @@ def channels_of(basis: Basis, index: int, place: jax.Array, valid: jax.Array) ->
     count = basis.outliers.shape[0]
     i = lax.broadcasted_iota(jnp.int32, (power_of_two(count),), 0)  # [outliers]
     outlier = plt.load(basis.outliers.at[i], mask=i < count, other=NOWHERE)  # [outliers]
-    # Before outlier i there are outlier - i channels that are none.
+    # Before outlier i there are outlier - i channels that are no outliers.
     return place + jnp.sum(((outlier - i)[None, None, :] <= place[:, :, None]).astype(jnp.int32), axis=2)
 
 

@@ -36,7 +36,10 @@ LEAST_TILE = 32
 """Tokens of a tile that is not halved where logits are masked."""
 
 MARKS = (3, 1, 2)
-"""Numbers that the kernel also finds in memory; XLA would write constant or counting ones by a kernel of its own."""
+"""Numbers that the kernel also loads: differences are zeros that the compiler cannot know.
+
+XLA would write equal or consecutive numbers by a kernel of its own.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
