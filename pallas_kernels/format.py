@@ -1,4 +1,4 @@
-"""What the bytes of one quantized vector mean: static formats and the arrays they describe."""
+"""The meaning of the bytes of one quantized vector: static formats, and the arrays that they describe."""
 
 import dataclasses
 from typing import Literal
@@ -17,13 +17,13 @@ ScaleDtype = Literal["float16", "float32"]
 class Codebook:
     """A symmetric scalar codebook of half-integers times a step, for coordinates of unit vectors of `dim` dimensions.
 
-    A code is sign and magnitude: its top bit is the sign, the others index `levels`; its centroid is (m + 1/2) * step
-    with m = levels[i] for the positive half and m = ~levels[i] = -levels[i] - 1 for the negative, so negation is
-    bitwise NOT. At 8 bits the stored byte is m itself (two's complement) and the grid is uniform.
+    A code is sign and magnitude: its top bit is the sign, the other bits are an index i into `levels`. Its centroid is
+    (m + 1/2) * step with m = levels[i] for a positive and m = ~levels[i] = -levels[i] - 1 for a negative sign, so that
+    negation is bitwise NOT. At 8 bits the stored byte is m itself (two's complement) and the grid is uniform.
 
     Attributes:
-        dim: Dimensions of the unit vectors it is made for.
-        bits: Bits a code; 0 is the empty codebook, whose one centroid is zero.
+        dim: Dimensions of the unit vectors that the codebook is made for.
+        bits: Bits per code; 0 is the empty codebook, whose only centroid is zero.
         levels: The 2**(bits-1) non-negative integers m, ascending, each at most 127.
         step: Width of one integer step, in units of the unit vector.
     """
@@ -49,11 +49,11 @@ class Codebook:
 
 @dataclasses.dataclass(frozen=True)
 class CodebookFormat:
-    """Vectors as codebook indices and one scale a segment, optionally with the signs of a sketch of the residual.
+    """Vectors as codebook indices and one scale per segment, with or without the signs of a sketch of the residual.
 
     Attributes:
-        segments: Codebooks of consecutive runs of rotated channels; one, or two for a fractional width.
-        residual: Whether signs of S r and the norm of the residual r are stored too (TurboQuant Prod).
+        segments: Codebooks of consecutive runs of rotated channels: one, or two for a fractional width.
+        residual: Whether the signs of S r and the norm of the residual r are stored, too (TurboQuant Prod).
         scale_dtype: Type of the stored scalars.
     """
 
@@ -63,22 +63,22 @@ class CodebookFormat:
 
     @property
     def dim(self) -> int:
-        """Channels of a vector."""
+        """Channels per vector."""
         return sum(segment.dim for segment in self.segments)
 
     @property
     def num_scales(self) -> int:
-        """Stored scales a vector, the residual's norm not counted."""
+        """Stored scales per vector, without the norm of the residual."""
         return len(self.segments)
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of packed codes a vector."""
+        """Bytes of packed codes per vector."""
         return sum(packed_bytes(segment.dim, segment.bits) for segment in self.segments)
 
     @property
     def bytes_per_vector(self) -> int:
-        """All stored bytes a vector."""
+        """All stored bytes per vector."""
         scalars = self.num_scales + self.residual
         signs = packed_bytes(self.dim, 1) if self.residual else 0
         return self.packed_bytes + signs + scalars * np.dtype(self.scale_dtype).itemsize
@@ -86,11 +86,11 @@ class CodebookFormat:
 
 @dataclasses.dataclass(frozen=True)
 class GroupFormat:
-    """Vectors as unsigned min-max codes with a scale and a zero a group of channels; not rotated.
+    """Vectors as unsigned min-max codes, with a scale and a zero per group of channels; not rotated.
 
     Attributes:
-        dim: Channels of a vector.
-        bits: Bits a code.
+        dim: Channels per vector.
+        bits: Bits per code.
         group: Channels that share a scale and a zero; divides dim.
         scale_dtype: Type of the stored scalars.
     """
@@ -102,17 +102,17 @@ class GroupFormat:
 
     @property
     def num_scales(self) -> int:
-        """Groups a vector."""
+        """Groups per vector."""
         return self.dim // self.group
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of packed codes a vector."""
+        """Bytes of packed codes per vector."""
         return packed_bytes(self.dim, self.bits)
 
     @property
     def bytes_per_vector(self) -> int:
-        """All stored bytes a vector."""
+        """All stored bytes per vector."""
         return self.packed_bytes + 2 * self.num_scales * np.dtype(self.scale_dtype).itemsize
 
 
@@ -125,15 +125,16 @@ class Code:
     """The stored arrays of a batch of quantized vectors; a pytree.
 
     Invariants: `packed` is uint8 and its last axis is `format.packed_bytes`; the scalars have the format's scale_dtype;
-    batch axes agree. Where a format has several scales a vector they are the last axis of `scale` (and `zero`).
-    In cache pages the same arrays are laid out as `pallas_kernels.decode` says.
+    batch axes agree. If a format has several scales per vector, they are the last axis of `scale` (and `zero`). Cache
+    pages hold the same arrays in another layout, see `pallas_kernels.pages`.
 
     Attributes:
         packed: uint8 [*batch, bytes], see `pallas_kernels.packing`.
         scale: [*batch], or [*batch, num_scales] for fractional widths and groups.
         zero: [*batch, num_scales], the minimum of each group; None unless the format is a GroupFormat.
-        signs: uint8 [*batch, ceil(dim/8)], packed signs of the sketched residual (1 is negative); None unless Prod.
-        residual: [*batch], the norm of the residual; None unless Prod.
+        signs: uint8 [*batch, ceil(dim/8)], packed signs of the sketched residual (1 is negative); None unless the
+            format has a residual.
+        residual: [*batch], the norm of the residual; None unless the format has a residual.
     """
 
     packed: jax.Array

@@ -1,4 +1,4 @@
-"""From packed bytes to centroids: what every reader of a code does, in plain jnp."""
+"""From packed bytes to centroids, in plain jnp: the definition that kernels follow."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +12,10 @@ from pallas_kernels.packing import packed_bytes, unpack
 def integers(codes: UInt8[Array, "*batch dim"], book: Codebook) -> Int8[Array, "*batch dim"]:
     """The int8 integers m of sign-magnitude codes; the centroid is (m + 1/2) * book.step.
 
+    Args:
+        codes: One code per byte.
+        book: The codebook.
+
     Example:
         >>> book = Codebook(dim=64, bits=2, levels=(38, 127), step=0.0015)
         >>> integers(jnp.array([0, 1, 2, 3], jnp.uint8), book)
@@ -19,7 +23,7 @@ def integers(codes: UInt8[Array, "*batch dim"], book: Codebook) -> Int8[Array, "
     """
     if book.bits == 8:
         return lax.bitcast_convert_type(codes, jnp.int8)
-    # A sum of selected gaps and no table, so that kernels, which cannot capture one, may run this too.
+    # A sum of selected gaps instead of a table, because kernels cannot capture a table and run this, too.
     index = codes & (len(book.levels) - 1)
     magnitude = jnp.full(codes.shape, book.levels[0], jnp.int8)
     for i, gap in enumerate(np.diff(np.asarray(book.levels, np.int8))):
@@ -28,14 +32,20 @@ def integers(codes: UInt8[Array, "*batch dim"], book: Codebook) -> Int8[Array, "
 
 
 def _look_up(table: np.ndarray, codes: UInt8[Array, "..."]) -> Array:
-    """table[codes] without the bounds check that keeps compilers from vectorizing it: codes are below 2**bits."""
+    """Entries of a table; codes are below 2**bits, and without a bounds check compilers vectorize the lookup."""
     return jnp.asarray(table).at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
 def centroid_vectors(
     packed: UInt8[Array, "..."], fmt: CodebookFormat, *, axis: int = -1
 ) -> tuple[Float[Array, "..."], ...]:
-    """Centroids of packed codes before scaling, float32, one array a segment; bytes and channels lie along `axis`."""
+    """Centroids of packed codes before scaling, float32, one array per segment.
+
+    Args:
+        packed: Packed bytes along `axis`.
+        fmt: The format that they were written in.
+        axis: Axis of the bytes, which becomes the axis of the channels; counted from the end, so negative.
+    """
     parts, start = [], 0
     for book in fmt.segments:
         size = packed_bytes(book.dim, book.bits)
@@ -57,12 +67,12 @@ def decode(code: Code, fmt: VectorFormat, *, axis: int = -1) -> Float[Array, "..
     """Reconstructs vectors in the rotated basis, float32, without the sketch of the residual.
 
     Args:
-        code: Arrays as `Code` documents them, or with bytes, channels and several scales along another axis.
-        fmt: The format they were written in.
-        axis: Negative; where bytes are in `packed` and channels shall be.
+        code: Arrays as `Code` documents them, or with bytes and several scales along another axis.
+        fmt: The format that they were written in.
+        axis: Axis of the bytes and of several scales, which becomes the axis of the channels; negative.
 
     Returns:
-        Rotated vectors (for a GroupFormat, which does not rotate, the vectors themselves).
+        Rotated vectors; for a GroupFormat, which does not rotate, the vectors themselves.
     """
     scale = code.scale.astype(jnp.float32)
     if isinstance(fmt, GroupFormat):
@@ -80,6 +90,11 @@ def decode(code: Code, fmt: VectorFormat, *, axis: int = -1) -> Float[Array, "..
 
 
 def residual_signs(code: Code, fmt: CodebookFormat) -> Float[Array, "*batch dim"]:
-    """Signs of the sketched residual as float32 +1 and -1."""
+    """Signs of the sketched residual, +1 and -1.
+
+    Args:
+        code: Codes with `signs`.
+        fmt: The format that they were written in.
+    """
     assert code.signs is not None
     return 1.0 - 2.0 * unpack(code.signs, 1, fmt.dim).astype(jnp.float32)

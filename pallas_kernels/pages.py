@@ -1,15 +1,14 @@
-"""Pools of packed pages: how the codes of a token lie in memory.
+"""Pools of packed pages: the place of a token's codes in memory.
 
-A page holds `page_size` consecutive tokens of one sequence for every KV head. Keys are token-major and values are
-channel-major, because each matrix product contracts over the contiguous axis; scalars lie beside the codes, tokens
-last:
+A page holds `page_size` consecutive tokens of one sequence for every KV head. Keys are token-major and values
+channel-major, so that each matrix product sums over the contiguous axis. Scalars lie beside the codes, tokens last:
 
     keys.packed   uint8 [pages, h_kv, page_size, bytes]       values.packed   uint8 [pages, h_kv, bytes, page_size]
     keys.scale    [pages, h_kv, page_size]                    values.scale    [pages, h_kv, page_size]
     keys.signs    uint8 [pages, h_kv, page_size, dim/8]       values.zero     [pages, h_kv, groups, page_size]
     keys.residual [pages, h_kv, page_size]
 
-Formats with several scales a vector have them before the token axis: [pages, h_kv, num_scales, page_size].
+If a format has several scales per vector, they lie before the token axis: [pages, h_kv, num_scales, page_size].
 """
 
 import dataclasses
@@ -25,14 +24,27 @@ from pallas_kernels.packing import packed_bytes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pages:
-    """Pools of key and value pages; a pytree of arrays laid out as the module says."""
+    """Pools of key and value pages; a pytree of arrays, laid out as in the module's docstring.
+
+    Attributes:
+        keys: Pools of keys, token-major.
+        values: Pools of values, channel-major.
+    """
 
     keys: Code
     values: Code
 
 
 def empty_pages(num_pages: int, kv_heads: int, page_size: int, keys: VectorFormat, values: VectorFormat) -> Pages:
-    """Zeroed pools."""
+    """Pools of zeros.
+
+    Args:
+        num_pages: Pages of the pools.
+        kv_heads: KV heads.
+        page_size: Tokens per page.
+        keys: Format of the keys.
+        values: Format of the values.
+    """
     return Pages(
         _empty((num_pages, kv_heads), page_size, keys, channel_major=False),
         _empty((num_pages, kv_heads), page_size, values, channel_major=True),
@@ -61,10 +73,13 @@ def write_tokens(pages: Pages, page: Int[Array, "b t"], slot: Int[Array, "b t"],
 
     Args:
         pages: The pools.
-        page: Page of each token; one at or beyond the pool's end skips the token.
+        page: Page of each token; a token whose page is at or beyond the pool's end is skipped.
         slot: Place of each token in its page.
-        keys: Codes with batch axes [b, t, h_kv].
-        values: Likewise.
+        keys: Codes of the keys with batch axes [b, t, h_kv].
+        values: Codes of the values with batch axes [b, t, h_kv].
+
+    Returns:
+        The pools with the tokens.
     """
 
     def tokens_then_bytes(pool: Array, new: Array) -> Array:
@@ -90,9 +105,13 @@ def write_tokens(pages: Pages, page: Int[Array, "b t"], slot: Int[Array, "b t"],
 def read_pages(pages: Pages, ids: Int[Array, "b n"]) -> tuple[Code, Code]:
     """Gathers n pages of every sequence.
 
+    Args:
+        pages: The pools.
+        ids: Pages of each sequence.
+
     Returns:
-        Keys with batch axes [b, n, h_kv, page_size] and channels last; values with batch axes [b, n, h_kv], channels
-        and then tokens.
+        Keys with batch axes [b, n, h_kv, page_size] and channels last; values with batch axes [b, n, h_kv], then
+        channels, then tokens.
     """
     keys, values = jax.tree.map(lambda pool: pool[ids], (pages.keys, pages.values))
     if keys.scale.ndim == 5:

@@ -243,7 +243,7 @@ def _update_by_kernel(cache: Cache, k: Array, query: Array | None, lengths: Arra
 def statistics_plan(spec: CacheSpec, *, interpret: bool) -> StatisticsPlan:
     """What is static about the kernel of statistics."""
     return StatisticsPlan(
-        sinks=spec.sinks,
+        sink_slots=spec.sinks,
         max_tokens=spec.max_tokens,
         center=spec.center_keys,
         smooth=spec.smooth_keys,

@@ -1,8 +1,8 @@
 """Appending to a cache in at most four launches: leave, encode keys, encode values, enter.
 
-Keys and values of few tokens are encoded in one. Nothing is computed between them, every size is static and every
-counter is read and written where it lies, so that another framework can launch the same kernels on the same arrays and
-a CUDA graph can repeat them.
+If a chunk has few tokens, one launch encodes both keys and values. Nothing is computed between the launches, every size
+is static and every counter is read and written in place, so that another framework can launch the same kernels on the
+same arrays and a CUDA graph can repeat them. docs/decode_step.md draws the launches.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, Shaped
 
-from pallas_kernels.append.window_triton import New, Window, WindowPlan, enter, leave
+from pallas_kernels.append.window_triton import NewTokens, Window, WindowPlan, enter, leave
 from pallas_kernels.attention.whole_cache import CacheArrays
 from pallas_kernels.encode import launch_triton as encode
 from pallas_kernels.encode.encoder import Encoder
@@ -20,21 +20,28 @@ from pallas_kernels.encode.encoder import Encoder
 
 @dataclasses.dataclass(frozen=True)
 class AppendPlan:
-    """What is static about appending.
+    """Static configuration of appending.
 
     Attributes:
-        sinks: Full-precision slots for the first tokens.
-        max_tokens: Tokens that a row can hold; a chunk that does not fit is left out and its row marked as overflowed.
+        sink_slots: Full-precision slots for the first tokens.
+        max_tokens: Tokens that a cache row can hold; a chunk that does not fit is left out and its row marked as
+            overflowed.
         interpret: Whether the kernels run as jnp.
     """
 
-    sinks: int
+    sink_slots: int
     max_tokens: int
     interpret: bool = False
 
 
 def check_append(cache: CacheArrays, key: Encoder | None, value: Encoder | None) -> None:
-    """Raises NotImplementedError, naming value and limit, for what the kernels do not do."""
+    """Raises NotImplementedError, naming value and limit, for a cache or encoders that the kernels do not support.
+
+    Args:
+        cache: The cache.
+        key: Encoder of keys; None without pages.
+        value: Encoder of values; None without pages.
+    """
     dim = cache.exact_keys.shape[-1]
     if dim not in encode.DIMS:
         raise NotImplementedError(f"the Triton kernels have head dims {encode.DIMS}, got {dim}")
@@ -54,27 +61,27 @@ def append_cache(
     counts: Int[Array, "b"] | None = None,
     rows: Int[Array, "b"] | None = None,
 ) -> CacheArrays:
-    """Appends a chunk to every row, in place where the arrays are donated or another framework's.
+    """Appends a chunk to every given cache row, in place where the arrays are donated or another framework's.
 
     Args:
-        keys: Of the type of full-precision tokens; bfloat16 may come as its bits in uint16.
-        values: Likewise.
-        cache: The cache; bases and sketch are not read. `overflow` is bool, or uint8.
-        plan: What is static.
-        key: How keys are encoded; None without pages.
-        value: Likewise.
-        counts: int32, tokens of each row's chunk that exist; t by default.
-        rows: int32, the rows that chunks are for, all different; all in order by default.
+        keys: New keys, of the type of full-precision tokens; bfloat16 may come as its bits in uint16.
+        values: New values, of the type of the keys.
+        cache: The cache; bases and sketch are not read. `overflow` is bool or uint8.
+        plan: Static configuration.
+        key: Encoder of keys; None without pages.
+        value: Encoder of values; None without pages.
+        counts: int32, tokens of each chunk that exist; t by default.
+        rows: int32, the cache row of each chunk, all different; all in order by default.
 
     Returns:
-        The cache with what has changed.
+        The cache with the chunk.
 
     Raises:
         NotImplementedError: For shapes or formats outside the kernels' limits.
     """
     pages = cache.pages
     window = WindowPlan(
-        sinks=plan.sinks,
+        sink_slots=plan.sink_slots,
         max_tokens=plan.max_tokens,
         pages_per_row=0 if pages is None else pages.keys.packed.shape[0] // cache.length.shape[0],
         page_size=1 if pages is None else pages.keys.packed.shape[2],
@@ -83,15 +90,15 @@ def append_cache(
     )
     exact = (cache.exact_keys, cache.exact_values) if cache.exact_keys.size else (None, None)
     kept = Window(*exact, cache.length, cache.compressed, cache.overflow)
-    new = New(keys, values, counts, rows)
-    left = leave(new, kept, window)
+    new = NewTokens(keys, values, counts, rows)
+    leaving = leave(new, kept, window)
     if window.leaves:
         assert pages is not None and key is not None and value is not None
         pages = encode.encode_pages(
-            _numbers(left.keys),
-            _numbers(left.values),
+            _numbers(leaving.keys),
+            _numbers(leaving.values),
             pages,
-            left.slots,
+            leaving.page_slots,
             key=key,
             value=value,
             mean=cache.mean,
@@ -99,7 +106,7 @@ def append_cache(
             rows=rows,
             interpret=plan.interpret,
         )
-    entered = enter(new, kept, left.counters, window)
+    entered = enter(new, kept, leaving.counters, window)
     return dataclasses.replace(
         cache,
         pages=pages,
@@ -112,4 +119,5 @@ def append_cache(
 
 
 def _numbers(tokens: jax.Array) -> jax.Array:
+    """Tokens as bfloat16 if they are its bits."""
     return lax.bitcast_convert_type(tokens, jnp.bfloat16) if tokens.dtype == jnp.uint16 else tokens

@@ -1,4 +1,8 @@
-"""Attention over full-precision slots, as programs of the prepare kernel: sinks, then a ring of the latest tokens."""
+"""Attention over full-precision slots, as programs of the prepare kernel.
+
+The slots of a cache row are one per sink token, then a ring of the latest tokens. Their keys and values stay in the
+original basis; docs/decode_step.md shows where they join the packed tokens.
+"""
 
 from typing import Any
 
@@ -8,11 +12,12 @@ from jax import lax
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.attention.options import LogitOptions
-from pallas_kernels.numerics import FLOOR, HIDDEN, LOG2_E, power_of_two
+from pallas_kernels.numerics import FLOOR, HIDDEN, INSTRUCTION_ROWS, LOG2_E, power_of_two
 from pallas_kernels.tiles.intrinsics_triton import exp2, tanh
 from pallas_kernels.tiles.rotation_triton import float32_product
 
 UPPER_HALF = -65536
+"""Mask of the upper half of an int32: the bits of a float32 that bfloat16 keeps."""
 
 
 def attend_slots(
@@ -22,10 +27,10 @@ def attend_slots(
     values: Any,
     where: tuple[jax.Array, jax.Array],
     tiles: tuple[jax.Array, jax.Array],
-    counts: tuple[jax.Array, jax.Array],
+    lengths: tuple[jax.Array, jax.Array],
     *,
     tile: int,
-    sinks: int,
+    sink_slots: int,
     options: LogitOptions,
     query_terms: int,
     single: bool,
@@ -34,53 +39,56 @@ def attend_slots(
     """Attends over a run of tiles of slots.
 
     Args:
-        query: float32 [queries, d], d padded to a power of two.
+        query: float32 [queries, d padded], one query row each, d padded to a power of two.
         position: int32 [queries], positions in the sequence.
-        keys: Reference [rows, h_kv, slots, d], bfloat16 as its bits.
-        values: Likewise.
-        where: Row and KV head.
+        keys: Reference [rows, h_kv, slots, d]; uint16 are the bits of bfloat16.
+        values: Reference [rows, h_kv, slots, d], of the type of the keys.
+        where: Cache row and KV head.
         tiles: First tile and the one behind the last.
-        counts: Tokens of the row and, of them, tokens in pages.
-        tile: Slots of a tile.
-        sinks: Slots before the ring.
+        lengths: Tokens of the cache row, and how many of them are in pages.
+        tile: Slots per tile.
+        sink_slots: Slots before the ring.
         options: Logit options.
-        query_terms: bfloat16 numbers that a query is the sum of.
-        single: Whether the run is the first tile alone, whatever the one behind the last.
+        query_terms: bfloat16 numbers that sum to a query.
+        single: Whether the run is the first tile alone, whatever the tile behind the last.
         interpret: Whether the kernel runs as jnp.
 
     Returns:
-        Sum of 2**(w - peak) * value [queries, d], peak and sum of 2**(w - peak) [queries].
+        Sum of 2**(w - peak) * value [queries, d padded], peak [queries] and sum of 2**(w - peak) [queries], with w =
+        logit * log2(e).
     """
     slots, dim = keys.shape[2:]
     padded = query.shape[1]
     shape = (tile, padded)
-    channel = lax.broadcasted_iota(jnp.int32, shape, 1)
-    queries = _terms(query, query_terms)
+    channel = lax.broadcasted_iota(jnp.int32, shape, 1)  # [tile, d padded]
+    queries = _terms(query, query_terms)  # [queries, d padded] each
 
     def step(index: jax.Array, state: tuple) -> tuple:
-        acc, peak, total = state
-        slot = index * tile + lax.broadcasted_iota(jnp.int32, (tile,), 0)
-        token, stored = slot_positions(slot, *counts, sinks=sinks, slots=slots)
-        # A tile alone is loaded before the counts are known: one trip to memory less.
-        mask = jnp.broadcast_to((slot < slots if single else stored)[:, None], shape)
+        acc, peak, total = state  # [queries, d padded], [queries], [queries]
+        slot = index * tile + lax.broadcasted_iota(jnp.int32, (tile,), 0)  # [tile]
+        token, stored = slot_positions(slot, *lengths, sink_slots=sink_slots, slots=slots)  # [tile] each
+        # A single tile is loaded before the lengths are known: one trip to memory less.
+        mask = jnp.broadcast_to((slot < slots if single else stored)[:, None], shape)  # [tile, d padded]
         if dim < padded:
             mask = mask & (channel < dim)
         at = (*(jnp.broadcast_to(i, shape) for i in (*where, slot[:, None])), channel)
-        k, v = (plt.load(pool.at[at], mask=mask, other=_zero(pool)) for pool in (keys, values))
+        k, v = (plt.load(pool.at[at], mask=mask, other=_zero(pool)) for pool in (keys, values))  # [tile, d padded]
         if single:
+            # Slots that were never written may hold NaN.
             v = jnp.where(stored[:, None], v, _zero(values))
+        # [queries, tile]
         logits = _product(queries, _widened(k), transpose=True, interpret=interpret) * (options.scale * LOG2_E)
         if options.softcap is not None:
             cap = options.softcap * LOG2_E
             logits = cap * tanh(logits * (1.0 / cap), interpret=interpret)
-        distance = position[:, None] - token[None, :]
-        visible = stored[None, :] & (distance >= 0)
+        distance = position[:, None] - token[None, :]  # [queries, tile]
+        visible = stored[None, :] & (distance >= 0)  # [queries, tile]
         if options.sliding_window is not None:
             visible = visible & (distance < options.sliding_window)
         w = jnp.where(visible, logits, HIDDEN)
-        new = jnp.maximum(jnp.maximum(peak, jnp.max(w, axis=1)), FLOOR)
-        p = exp2(w - new[:, None], interpret=interpret)
-        alpha = exp2(peak - new, interpret=interpret)
+        new = jnp.maximum(jnp.maximum(peak, jnp.max(w, axis=1)), FLOOR)  # [queries]
+        p = exp2(w - new[:, None], interpret=interpret)  # [queries, tile]
+        alpha = exp2(peak - new, interpret=interpret)  # [queries]
         parts = _terms(p, max(query_terms, 2))
         acc = acc * alpha[:, None] + _product(parts, _widened(v), transpose=False, interpret=interpret)
         return acc, new, total * alpha + jnp.sum(p, axis=1)
@@ -91,23 +99,23 @@ def attend_slots(
 
 
 def slot_positions(
-    slot: jax.Array, length: jax.Array, compressed: jax.Array, *, sinks: int, slots: int
+    slot: jax.Array, length: jax.Array, compressed: jax.Array, *, sink_slots: int, slots: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Position of the token in each slot, and whether there is one."""
-    in_sinks = slot < sinks
-    if slots == sinks:
-        return slot, in_sinks & (slot < length)
-    ring = slots - sinks
-    latest = length - sinks - 1
-    behind = lax.rem(latest - (slot - sinks) + ring, jnp.full_like(slot, ring))
-    address = latest - behind
-    in_ring = (slot < slots) & (latest >= 0) & (address >= compressed)
-    return jnp.where(in_sinks, slot, sinks + address), jnp.where(in_sinks, slot < length, in_ring)
+    """Position of the token in each slot [tile], and whether there is a token, of a row of `length` tokens."""
+    is_sink = slot < sink_slots  # [tile]
+    if slots == sink_slots:
+        return slot, is_sink & (slot < length)
+    ring = slots - sink_slots
+    latest = length - sink_slots - 1
+    behind = lax.rem(latest - (slot - sink_slots) + ring, jnp.full_like(slot, ring))  # [tile], tokens after this one
+    address = latest - behind  # [tile], positions counted from the first token behind the sink tokens
+    in_ring = (slot < slots) & (latest >= 0) & (address >= compressed)  # [tile]
+    return jnp.where(is_sink, slot, sink_slots + address), jnp.where(is_sink, slot < length, in_ring)
 
 
 def query_block(count: int, group: int, largest: int) -> int:
-    """Queries of one KV head that a program takes: what one tensor-core instruction has rows for, or several."""
-    return max(16, min(largest, power_of_two(count * group)))
+    """Query rows per program: those of one tensor-core instruction, or of several instructions up to `largest` rows."""
+    return max(INSTRUCTION_ROWS, min(largest, power_of_two(count * group)))
 
 
 def _zero(pool: Any) -> jax.Array:
@@ -115,15 +123,15 @@ def _zero(pool: Any) -> jax.Array:
 
 
 def _widened(x: jax.Array) -> jax.Array:
-    """Stored tokens as numbers that products take."""
+    """Stored tokens as numbers that products take: bfloat16 or float32."""
     return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x.astype(jnp.float32)
 
 
 def _terms(x: jax.Array, count: int) -> list[jax.Array]:
-    """float32 numbers that bfloat16 holds and that sum to x, largest first; three are exact."""
+    """`count` float32 numbers that bfloat16 holds exactly and that sum to x, largest first; three lose nothing."""
     terms = []
     for _ in range(count):
-        # Cut, not rounded: a compiler may skip the way to bfloat16 and back.
+        # Cut, not rounded: a compiler may drop a conversion to bfloat16 and back.
         upper = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & UPPER_HALF, jnp.float32)
         terms.append(upper)
         x = x - upper
@@ -131,7 +139,7 @@ def _terms(x: jax.Array, count: int) -> list[jax.Array]:
 
 
 def _product(terms: list[jax.Array], b: jax.Array, *, transpose: bool, interpret: bool) -> jax.Array:
-    """Sum of the terms times b [k, n] or, transposed, [n, k]."""
+    """Sum of the terms [m, k] times b [k, n] or, transposed, [n, k]: [m, n]."""
     if b.dtype == jnp.float32:
         whole = terms[0]
         for term in terms[1:]:

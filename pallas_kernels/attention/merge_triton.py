@@ -1,7 +1,8 @@
 """The merge kernel: combines the splits of decode and of full-precision slots, and leaves the rotated basis.
 
-Splits come as acc = sum of 2**(w - peak) * value, total = sum of 2**(w - peak) and peak, with w base 2. A program
-combines those of one query, applies the inverse rotation, adds full-precision splits and divides.
+A split is acc = sum of 2**(w - peak) * value, total = sum of 2**(w - peak) and peak, with w = logit * log2(e). One
+program combines the packed splits of one query, rotates their sum back, adds the full-precision splits, which never
+were rotated, and divides. docs/decode_step.md draws the launches before.
 """
 
 import dataclasses
@@ -21,18 +22,22 @@ from pallas_kernels.tiles.intrinsics_triton import exp2
 from pallas_kernels.tiles.rotation_triton import Basis, Segment, apply_factors, channels_of, grid_of, load_signs
 
 LOADED, LOADED_MASKED = 2048, 1024
-"""Elements of acc a warp has in flight; dims that are no powers of two have masks, which take registers, as do 256."""
+"""Elements of acc that a warp has in flight: fewer above 128 channels and for dims with masks, which take registers."""
+
+
+ELEMENTS_PER_WARP = 1024
+"""Elements of acc per warp, 32 per thread: ptxas keeps few loads in flight and waits for them in turns."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MergePlan:
-    """What is static about the kernel.
+    """Static configuration of the kernel.
 
     Attributes:
-        shape: Of the queries, [b, t, h_q, d].
-        dtype: Of the output.
-        partial: Whether to write log-sums and whether a key was seen, too.
-        num_warps: Warps a program.
+        shape: Shape of the queries, [b, t, h_q, d].
+        dtype: Type of the output.
+        partial: Whether to write also the log-sum-exp of each query and whether it saw a key.
+        num_warps: Warps per program.
         interpret: Whether the kernel runs as jnp.
     """
 
@@ -46,12 +51,12 @@ class MergePlan:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """Attention over disjoint sets of keys, base 2; arrays or references.
+    """Partial attention over disjoint sets of keys, exponents base 2; arrays or references.
 
     Attributes:
-        acc: float32 [b, h_kv, splits, t * g, d].
-        peak: float32 [b, h_kv, splits, t * g or more].
-        total: Likewise.
+        acc: float32 [b, h_kv, splits, t * g, d], sum of 2**(w - peak) * value of each query row.
+        peak: float32 [b, h_kv, splits, t * g or more], exponent that acc and total are relative to.
+        total: float32 [b, h_kv, splits, t * g or more], sum of 2**(w - peak).
     """
 
     acc: Any
@@ -62,16 +67,16 @@ class Splits:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MergeInputs:
-    """Arrays of the kernel, or references; None for what there is not.
+    """Arrays of the kernel, or references; None where a field does not apply.
 
     Attributes:
-        packed: Splits over packed pages, in the basis.
+        packed: Splits over packed pages, in the rotated basis.
         exact: Splits over full-precision slots, in the original basis.
-        basis: Of the values; None to leave them as they are.
+        basis: Rotated basis of the values; None for values that are not rotated.
         sink_logits: [h_q], learned logits without a value.
         rows: int32 [b], cache row of each sequence; None for all in order.
-        counts: int32 [b], queries of each sequence, the others being padding; None for t.
-        overflow: bool [rows], rows whose outputs are NaN.
+        counts: int32 [b], query tokens of each sequence, the rest being padding; None for t.
+        overflow: bool [rows], cache rows whose outputs are NaN.
     """
 
     packed: Splits | None
@@ -86,8 +91,7 @@ class MergeInputs:
 def merge_plan(shape: tuple[int, ...], *, splits: int, dtype: str, partial: bool, interpret: bool) -> MergePlan:
     """The plan for outputs [b, t, h_q, d] of a number of packed splits."""
     elements = power_of_two(splits) * power_of_two(shape[3])
-    # 32 elements a thread: ptxas keeps few loads in flight and waits for them in turns.
-    num_warps = max(2, min(8, elements // 1024))
+    num_warps = max(2, min(8, elements // ELEMENTS_PER_WARP))
     batch, count, heads, dim = shape
     return MergePlan((batch, count, heads, dim), dtype, partial, num_warps, interpret)
 
@@ -96,8 +100,8 @@ def merge_splits(x: MergeInputs, plan: MergePlan) -> tuple[jax.Array, ...]:
     """Launches the kernel.
 
     Returns:
-        The output [b, t, h_q, d] and, if partial, the natural logarithm of the sum of exponentials (HIDDEN if there is
-        none) and 1.0 or 0.0, whether a key was seen [b, t, h_q].
+        The output [b, t, h_q, d]. If partial, also the natural log-sum-exp float32 [b, t, h_q], HIDDEN where no key is
+        seen, and float32 [b, t, h_q] that is 1.0 where a key is seen and 0.0 elsewhere.
     """
     batch, count, heads, _ = plan.shape
     shapes = [jax.ShapeDtypeStruct(plan.shape, plan.dtype)]
@@ -117,7 +121,16 @@ def merge_splits(x: MergeInputs, plan: MergePlan) -> tuple[jax.Array, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Query:
-    """The query of a program: where it is, its column among those of its KV head, and the reference of exponents."""
+    """The query of a program; all are numbers.
+
+    Attributes:
+        sequence: Sequence of the batch.
+        token: Query token.
+        head: Query head.
+        kv_head: KV head.
+        column: Its query row among those of the KV head, token * group + head.
+        top: Exponent that sums are relative to, the largest peak.
+    """
 
     sequence: jax.Array
     token: jax.Array
@@ -128,6 +141,14 @@ class _Query:
 
 
 def _body(x: MergeInputs, out_ref: Any, *partial_refs: Any, plan: MergePlan) -> None:
+    """The kernel body; program (query head, token, sequence) writes one query.
+
+    Args:
+        x: References, see `MergeInputs`.
+        out_ref: [b, t, h_q, d], output.
+        *partial_refs: float32 [b, t, h_q] each, log-sum-exp and whether a key is seen; none unless partial.
+        plan: Static configuration.
+    """
     query, sums = _summed(x, plan)
     seen = sums > 0
     inverse = 1.0 / jnp.where(seen, sums, 1.0)
@@ -138,6 +159,7 @@ def _body(x: MergeInputs, out_ref: Any, *partial_refs: Any, plan: MergePlan) -> 
         overflow = x.overflow[query.sequence if x.rows is None else x.rows[query.sequence]]
 
     def write(channel: jax.Array, valid: jax.Array, values: jax.Array) -> None:
+        """Finishes and writes packed sums, values of existing channels in the original basis; all [n, k]."""
         if x.exact is not None:
             values = values + _combined(x.exact, query, channel, valid, plan)
         values = values * inverse
@@ -149,12 +171,12 @@ def _body(x: MergeInputs, out_ref: Any, *partial_refs: Any, plan: MergePlan) -> 
         plt.store(out_ref.at[(*at, channel)], values.astype(plan.dtype), mask=valid)
 
     if x.packed is None or x.basis is None:
-        i = lax.broadcasted_iota(jnp.int32, (power_of_two(plan.shape[3]), 1), 0)
+        i = lax.broadcasted_iota(jnp.int32, (power_of_two(plan.shape[3]), 1), 0)  # [d padded, 1]
         valid = i < plan.shape[3]
         packed = None if x.packed is None else _combined(x.packed, query, i, valid, plan)
         write(i, valid, jnp.zeros(i.shape, jnp.float32) if packed is None else packed)
     else:
-        _turn(x.packed, x.basis, query, write, plan)
+        _rotate_back(x.packed, x.basis, query, write, plan)
     if plan.partial:
         log_sum = (query.top + jnp.log2(jnp.where(seen, sums, 1.0))) * math.log(2)
         peak_ref, seen_ref = partial_refs
@@ -169,8 +191,8 @@ def _summed(x: MergeInputs, plan: MergePlan) -> tuple[_Query, jax.Array]:
     group = plan.shape[2] // splits[0].peak.shape[1]
     kv_head, inner = lax.div(head, jnp.int32(group)), lax.rem(head, jnp.int32(group))
     query = _Query(sequence, token, head, kv_head, token * group + inner, jnp.float32(FLOOR))
-    peaks = [_of_splits(s.peak, query, _split_index(s), HIDDEN) for s in splits]
-    totals = [_of_splits(s.total, query, _split_index(s), 0.0) for s in splits]
+    peaks = [_of_splits(s.peak, query, _split_index(s), HIDDEN) for s in splits]  # [splits] each
+    totals = [_of_splits(s.total, query, _split_index(s), 0.0) for s in splits]  # [splits] each
     top = query.top
     for peak in peaks:
         top = jnp.maximum(top, jnp.max(peak))
@@ -184,12 +206,12 @@ def _summed(x: MergeInputs, plan: MergePlan) -> tuple[_Query, jax.Array]:
     return dataclasses.replace(query, top=top), sums
 
 
-def _turn(splits: Splits, basis: Basis, query: _Query, write: Callable[..., None], plan: MergePlan) -> None:
-    """Combines splits segment by segment and hands on their channels in the original basis."""
+def _rotate_back(splits: Splits, basis: Basis, query: _Query, write: Callable[..., None], plan: MergePlan) -> None:
+    """Combines splits segment by segment and passes their sums to `write`, in the original basis."""
     start = 0
     for index, segment in enumerate(basis.segments):
-        i, j, valid = grid_of(segment)
-        sums = _combined(splits, query, start + i * segment.inner_size + j, valid, plan)
+        i, j, valid = grid_of(segment)  # [n, k] each
+        sums = _combined(splits, query, start + i * segment.inner_size + j, valid, plan)  # [n, k]
 
         def consume(
             place: jax.Array,
@@ -199,8 +221,8 @@ def _turn(splits: Splits, basis: Basis, query: _Query, write: Callable[..., None
             segment: Segment = segment,
             index: int = index,
         ) -> jax.Array:
-            signs = load_signs(segment, place, valid)
-            values = jnp.sum(values, axis=0)
+            signs = load_signs(segment, place, valid)  # [m, k]
+            values = jnp.sum(values, axis=0)  # [1, m, k] -> [m, k]
             write(channels_of(basis, index, place, valid), valid, values if signs is None else values * signs)
             return state
 
@@ -209,17 +231,18 @@ def _turn(splits: Splits, basis: Basis, query: _Query, write: Callable[..., None
 
 
 def _split_index(splits: Splits) -> jax.Array:
+    """Numbers of splits, [splits padded]."""
     return lax.broadcasted_iota(jnp.int32, (power_of_two(splits.peak.shape[2]),), 0)
 
 
 def _of_splits(ref: Any, query: _Query, split: jax.Array, other: float) -> jax.Array:
-    """A number [splits] of each split, padded with `other`."""
+    """The query's number of each split [n], from ref [b, h_kv, splits, query rows]; `other` where there is no split."""
     at = [jnp.broadcast_to(i, split.shape) for i in (query.sequence, query.kv_head, split, query.column)]
     return plt.load(ref.at[tuple(at)], mask=split < ref.shape[2], other=other)
 
 
 def _combined(splits: Splits, query: _Query, place: jax.Array, valid: jax.Array, plan: MergePlan) -> jax.Array:
-    """Sum over splits of 2**(peak - top) * acc at places [n, k]."""
+    """Sum over splits of 2**(peak - top) * acc at places [n, k] of the last axis, where valid: [n, k]."""
     number = splits.acc.shape[2]
     dim = plan.shape[3]
     loaded = LOADED if dim == power_of_two(dim) and dim <= 128 else LOADED_MASKED
@@ -227,13 +250,13 @@ def _combined(splits: Splits, query: _Query, place: jax.Array, valid: jax.Array,
     shape = (step, *place.shape)
 
     def add(index: jax.Array | int, sums: jax.Array) -> jax.Array:
-        split = index * step + lax.broadcasted_iota(jnp.int32, (step,), 0)
-        weight = exp2(_of_splits(splits.peak, query, split, HIDDEN) - query.top, interpret=plan.interpret)
+        split = index * step + lax.broadcasted_iota(jnp.int32, (step,), 0)  # [step]
+        weight = exp2(_of_splits(splits.peak, query, split, HIDDEN) - query.top, interpret=plan.interpret)  # [step]
         at = (query.sequence, query.kv_head, split[:, None, None], query.column, place[None])
-        mask = (split < number)[:, None, None] & valid[None]
+        mask = (split < number)[:, None, None] & valid[None]  # [step, n, k]
         acc = plt.load(
             splits.acc.at[tuple(jnp.broadcast_to(i, shape) for i in at)], mask=jnp.broadcast_to(mask, shape), other=0.0
-        )
+        )  # [step, n, k]
         return sums + jnp.sum(acc * weight[:, None, None], axis=0)
 
     zero = jnp.zeros(place.shape, jnp.float32)

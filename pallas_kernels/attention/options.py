@@ -1,4 +1,4 @@
-"""Static options of attention logits."""
+"""Static options of attention logits; docs/decode_step.md shows where kernels apply them."""
 
 import dataclasses
 
@@ -7,12 +7,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class LogitOptions:
-    """What happens to a logit besides the inner product; static.
+    """Treatment of a logit besides the inner product; static.
 
     Attributes:
-        scale: Factor of the inner product, 1/sqrt(head_dim) as a rule.
-        softcap: Logits x become softcap * tanh(x / softcap); None for none.
-        sliding_window: A query sees itself and the sliding_window - 1 positions before it; None for all.
+        scale: Factor of the inner product, usually 1/sqrt(head_dim).
+        softcap: Logits x become softcap * tanh(x / softcap); None for no soft-cap.
+        sliding_window: A query sees itself and the sliding_window - 1 positions before it; None for all positions.
     """
 
     scale: float

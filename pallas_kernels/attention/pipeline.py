@@ -151,7 +151,7 @@ def prepare_queries(
             without_slots if x.keys is None else x.keys.shape,
             stored_dtype,
             options=plan.options,
-            sinks=plan.sink_slots,
+            sink_slots=plan.sink_slots,
             pages_per_row=pages_per_row,
             sketch_gain=plan.sketch_gain,
             interpret=plan.interpret,

@@ -1,7 +1,9 @@
-"""The prepare kernel: everything that decode needs besides the pages, and attention over full-precision slots.
+"""The prepare kernel: every input of decode besides the pages, and attention over full-precision slots.
 
 Its programs do three things side by side: attend over a run of full-precision slots; rotate a block of queries, with
-the bias of centred keys and the sketch of Prod keys; and write where the pages of a row are and what its queries see.
+the bias of centred keys and the sketch of Prod keys; and write the block table of a sequence, the number of its tokens
+in pages and the positions of its queries. The rotated basis begins here and ends in `merge_triton`; docs/decode_step.md
+draws all three launches.
 """
 
 import dataclasses
@@ -16,49 +18,62 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.attention.full_precision_triton import attend_slots, query_block
 from pallas_kernels.attention.options import LogitOptions
-from pallas_kernels.numerics import power_of_two
+from pallas_kernels.compat.device import H100_MULTIPROCESSORS
+from pallas_kernels.numerics import INSTRUCTION_ROWS, power_of_two
 from pallas_kernels.tiles.rotation_triton import Basis, apply_factors, channels_of, grid_of, load_signs
 
 SKETCHED, TABLE_BLOCK = 16, 1024
-"""Coordinates of a program that sketches, entries of one that writes the block table."""
+"""Coordinates per program that sketches, entries per program that writes a block table."""
 
 TERMS = {"bfloat16": 1, "float16": 2}
-"""bfloat16 numbers that sum to a query of a type; three for others."""
+"""bfloat16 numbers that sum to a query of a type; three for other types."""
 
-SLOT_PROGRAMS, ROTATE_PROGRAMS = 132 * 2, 128
+SLOT_PROGRAMS, ROTATE_PROGRAMS = H100_MULTIPROCESSORS * 2, 128
 """Programs to aim at for full-precision slots and for rotation: all run at once on an H100."""
 
 SHORT = 4
-"""Tiles of slots for which there are as many programs, however many sequences: they need no loop."""
+"""Tiles of slots for which there are as many programs, however many sequences: such programs need no loop."""
+
+MOST_SLOTS, LEAST_SLOTS = 64, 16
+"""Slots that a tile may have; one tensor-core instruction contracts 16."""
+
+TILE_CHANNELS = 64 * 128
+"""Channels of the largest tile of bfloat16 slots or queries: as many as registers and shared memory hold."""
+
+MOST_ROTATED = 4
+"""Most queries that a program rotates."""
+
+FOUR_WARP_BYTES = 256
+"""Bytes of a full-precision key up to which a program has four warps, not eight."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparePlan:
-    """What is static about the kernel.
+    """Static configuration of the kernel.
 
     Attributes:
         options: Logit options.
         kv_heads: KV heads.
-        sinks: Full-precision slots before the ring.
-        pages_per_row: Pages of a cache row; 0 without compressed tokens.
+        sink_slots: Full-precision slots before the ring, one per sink token.
+        pages_per_row: Pages per cache row; 0 without compressed tokens.
         sketch_gain: Factor of the sketch of queries.
-        slot_tile: Full-precision slots a step.
-        slot_queries: Queries of a KV head that a program attends with.
-        slot_splits: Programs for the slots of a sequence and KV head; 0 without slots.
-        rows: Queries that a program rotates.
-        num_warps: Warps a program.
+        slot_tile: Full-precision slots per step.
+        slot_queries: Query rows of a KV head that a program attends with.
+        slot_splits: Programs that share the slots of a sequence and KV head; 0 without slots.
+        rotated: Queries that a program rotates.
+        num_warps: Warps per program.
         interpret: Whether the kernel runs as jnp.
     """
 
     options: LogitOptions
     kv_heads: int
-    sinks: int
+    sink_slots: int
     pages_per_row: int
     sketch_gain: float
     slot_tile: int
     slot_queries: int
     slot_splits: int
-    rows: int
+    rotated: int
     num_warps: int
     interpret: bool
 
@@ -66,19 +81,19 @@ class PreparePlan:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrepareInputs:
-    """Arrays of the kernel, or references; None for what there is not.
+    """Arrays of the kernel, or references; None where a field does not apply.
 
     Attributes:
         query: [b, t, h_q, d] of any float type.
         rows: int32 [b], cache row of each sequence; None for all in order.
-        counts: int32 [b], queries of each sequence; None for t.
-        length: int32 [rows], tokens.
+        counts: int32 [b], query tokens of each sequence; None for t.
+        length: int32 [rows], tokens of each cache row.
         compressed: int32 [rows], tokens in pages.
-        keys: [rows, h_kv, slots, d], full-precision keys.
-        values: Likewise.
+        keys: [rows, h_kv, slots, d], full-precision keys; uint16 are the bits of bfloat16.
+        values: [rows, h_kv, slots, d], full-precision values, of the type of the keys.
         mean: float32 [rows, h_kv, d], subtracted from compressed keys.
         weight: float32 [rows, h_kv, d], multiplied to compressed keys.
-        basis: Of the keys.
+        basis: Rotated basis of compressed keys.
         sketch: float32 [d, d], matrix of Prod keys.
     """
 
@@ -98,18 +113,18 @@ class PrepareInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What the kernel writes; None for what there is not.
+    """Outputs of the kernel; None where a field does not apply.
 
     Attributes:
-        acc: float32 [b, h_kv, slot_splits, t * g, d], of full-precision slots, see `merge_triton`.
+        acc: float32 [b, h_kv, slot_splits, t * g, d], attention over full-precision slots, see `merge_triton.Splits`.
         peak: float32 [b, h_kv, slot_splits, t * g].
-        total: Likewise.
-        query: float32 [b, t, h_q, d], rotated.
-        bias: float32 [b, t, h_q].
-        sketch: float32 [b, t, h_q, d].
-        table: int32 [b, pages_per_row].
+        total: float32 [b, h_kv, slot_splits, t * g].
+        query: float32 [b, t, h_q, d], divided by the weight and rotated.
+        bias: float32 [b, t, h_q], logits of the queries with the key mean.
+        sketch: float32 [b, t, h_q, d], sketch of the rotated queries times its gain.
+        table: int32 [b, pages_per_row], block table.
         lengths: int32 [b], tokens in pages.
-        positions: int32 [b, t], of queries, counted from the first token behind the sinks.
+        positions: int32 [b, t], positions of the queries, counted from the first token behind the sink tokens.
     """
 
     acc: Any = None
@@ -129,33 +144,33 @@ def prepare_plan(
     dtype: Any,
     *,
     options: LogitOptions,
-    sinks: int,
+    sink_slots: int,
     pages_per_row: int,
     sketch_gain: float,
     interpret: bool,
 ) -> PreparePlan:
-    """The plan for queries [b, t, h_q, d] and slots [rows, h_kv, slots, d] of a type, uint16 for bfloat16."""
+    """The plan for queries [b, t, h_q, d] and slots [rows, h_kv, slots, d] of a dtype; uint16 stands for bfloat16."""
     batch, count, heads, dim = query_shape
     kv_heads, slots = slots_shape[1:3]
     itemsize, bfloat16 = jnp.dtype(dtype).itemsize, jnp.dtype(dtype) == jnp.uint16
-    # What a tile and its products take of registers and shared memory.
-    largest = 64 * 128 * 2 // (power_of_two(dim) * itemsize)
-    tile = max(16, min(64, largest, power_of_two(slots))) if slots else 16
-    # Products of float32 cut all operands in registers in two: no more rows than one instruction has.
-    queries = query_block(count, heads // kv_heads, 64 * 128 // power_of_two(dim) if bfloat16 else 16)
+    largest = TILE_CHANNELS * 2 // (power_of_two(dim) * itemsize)
+    tile = max(LEAST_SLOTS, min(MOST_SLOTS, largest, power_of_two(slots))) if slots else LEAST_SLOTS
+    # Products of float32 cut all operands in two in registers: no more query rows than one instruction has.
+    most_queries = TILE_CHANNELS // power_of_two(dim) if bfloat16 else INSTRUCTION_ROWS
+    queries = query_block(count, heads // kv_heads, most_queries)
     blocks = -(-count * heads // kv_heads // queries)
     most = max(SHORT, SLOT_PROGRAMS // (batch * kv_heads * blocks))
     return PreparePlan(
         options=options,
         kv_heads=kv_heads,
-        sinks=sinks,
+        sink_slots=sink_slots,
         pages_per_row=pages_per_row,
         sketch_gain=sketch_gain,
         slot_tile=tile,
         slot_queries=queries,
         slot_splits=min(-(-slots // tile), most),
-        rows=min(4, power_of_two(max(1, batch * count * heads // ROTATE_PROGRAMS))),
-        num_warps=4 if dim * (2 if bfloat16 else 4) <= 256 else 8,
+        rotated=min(MOST_ROTATED, power_of_two(max(1, batch * count * heads // ROTATE_PROGRAMS))),
+        num_warps=4 if dim * (2 if bfloat16 else 4) <= FOUR_WARP_BYTES else 8,
         interpret=interpret,
     )
 
@@ -183,7 +198,7 @@ def _programs(x: PrepareInputs, plan: PreparePlan) -> tuple[int, int, int]:
     slots = batch * kv_heads * blocks * plan.slot_splits
     if not plan.pages_per_row:
         return slots, 0, 0
-    rotate = -(-batch * count * heads // plan.rows) * (1 if x.sketch is None else -(-dim // SKETCHED))
+    rotate = -(-batch * count * heads // plan.rotated) * (1 if x.sketch is None else -(-dim // SKETCHED))
     return slots, rotate, batch * -(-plan.pages_per_row // TABLE_BLOCK)
 
 
@@ -212,10 +227,11 @@ def _outputs(x: PrepareInputs, plan: PreparePlan) -> Prepared:
 
 
 def _body(x: PrepareInputs, out: Prepared, *, plan: PreparePlan) -> None:
+    """The kernel body; the number of a program says which of the three tasks it has. All arguments are references."""
     program = pl.program_id(0)
     slots, rotate, tables = _programs(x, plan)
     if rotate:
-        # They come first: their arithmetic hides behind the loads of the others.
+        # Rotations come first: their arithmetic hides behind the loads of the other tasks.
         pl.when(program < rotate)(lambda: _rotate(x, out, program, plan))
     if slots:
         here = (program >= rotate) & (program < rotate + slots)
@@ -225,6 +241,7 @@ def _body(x: PrepareInputs, out: Prepared, *, plan: PreparePlan) -> None:
 
 
 def _row(x: PrepareInputs, sequence: jax.Array) -> jax.Array:
+    """Cache row of a sequence."""
     return sequence if x.rows is None else x.rows[sequence]
 
 
@@ -234,7 +251,7 @@ def _first_position(x: PrepareInputs, sequence: jax.Array, row: jax.Array) -> ja
 
 
 def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
-    """Attends over a share of the slots of a sequence and KV head."""
+    """Attends with a block of query rows over a share of the slots of a sequence and KV head."""
     count, heads, dim = x.query.shape[1:]
     kv_heads, slots = x.keys.shape[1:3]
     group, padded = heads // kv_heads, power_of_two(dim)
@@ -245,10 +262,10 @@ def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
     row = _row(x, sequence)
     length, compressed = x.length[row], x.compressed[row]
 
-    column = block * size + lax.broadcasted_iota(jnp.int32, (size,), 0)
-    token, query_head = _token_and_head(column, head, group)
+    column = block * size + lax.broadcasted_iota(jnp.int32, (size,), 0)  # [queries], query rows
+    token, query_head = _token_and_head(column, head, group)  # [queries] each
     shape = (size, padded)
-    channel = lax.broadcasted_iota(jnp.int32, shape, 1)
+    channel = lax.broadcasted_iota(jnp.int32, shape, 1)  # [queries, d padded], as are mask and query
     mask = jnp.broadcast_to((column < count * group)[:, None], shape) & (channel < dim)
     index = [jnp.broadcast_to(i, shape) for i in (sequence, token[:, None], query_head[:, None])]
     query = plt.load(x.query.at[(*index, channel)], mask=mask, other=jnp.zeros((), x.query.dtype))
@@ -257,6 +274,7 @@ def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
     used = lax.div(jnp.minimum(length, slots) + (plan.slot_tile - 1), jnp.int32(plan.slot_tile))
     share = lax.div(used + (plan.slot_splits - 1), jnp.int32(plan.slot_splits))
     begin = split if single else split * share
+    # acc [queries, d padded], peak and total [queries]
     acc, peak, total = attend_slots(
         query.astype(jnp.float32),
         _first_position(x, sequence, row) + token,
@@ -266,7 +284,7 @@ def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
         (begin, jnp.minimum(begin + share, used)),
         (length, compressed),
         tile=plan.slot_tile,
-        sinks=plan.sinks,
+        sink_slots=plan.sink_slots,
         options=plan.options,
         query_terms=TERMS.get(jnp.dtype(x.query.dtype).name, 3),
         single=single,
@@ -280,43 +298,44 @@ def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
 
 
 def _rotate(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
-    """Rotates a block of queries; with a sketch, as often as it has blocks of coordinates, each adding one of these."""
+    """Rotates a block of queries; with a sketch, one program per block of the sketch's coordinates repeats this."""
     batch, count, heads, dim = x.query.shape
     block, rest = _divided(program, 1 if x.sketch is None else -(-dim // SKETCHED))
-    query = rest * plan.rows + lax.broadcasted_iota(jnp.int32, (plan.rows,), 0)
-    exists = query < batch * count * heads
-    head, rest = _divided(query, heads)
-    token, sequence = _divided(rest, count)
+    query = rest * plan.rotated + lax.broadcasted_iota(jnp.int32, (plan.rotated,), 0)  # [rotated]
+    exists = query < batch * count * heads  # [rotated]
+    head, rest = _divided(query, heads)  # [rotated] each
+    token, sequence = _divided(rest, count)  # [rotated] each
     row = sequence
     if x.rows is not None and x.mean is not None:
         row = plt.load(x.rows.at[sequence], mask=query < batch * count * heads, other=0)
     kv_head = lax.div(head, jnp.full_like(head, heads // plan.kv_heads))
     assert x.basis is not None
-    coordinate = block * SKETCHED + lax.broadcasted_iota(jnp.int32, (SKETCHED,), 0)
-    sketch = jnp.zeros((plan.rows, SKETCHED if x.sketch is not None else 1), jnp.float32)
-    bias, start = jnp.zeros((plan.rows,), jnp.float32), 0
+    coordinate = block * SKETCHED + lax.broadcasted_iota(jnp.int32, (SKETCHED,), 0)  # [coordinates]
+    sketch = jnp.zeros((plan.rotated, SKETCHED if x.sketch is not None else 1), jnp.float32)
+    bias, start = jnp.zeros((plan.rotated,), jnp.float32), 0
     for index, segment in enumerate(x.basis.segments):
-        i, j, valid = grid_of(segment)
-        place = i * segment.inner_size + j
-        shape = (place.shape[0], plan.rows, place.shape[1])
-        channel = jnp.broadcast_to(channels_of(x.basis, index, place, valid)[:, None], shape)
-        mask = jnp.broadcast_to(exists[None, :, None] & valid[:, None], shape)
+        i, j, valid = grid_of(segment)  # [n, k] each
+        place = i * segment.inner_size + j  # [n, k]
+        shape = (place.shape[0], plan.rotated, place.shape[1])
+        channel = jnp.broadcast_to(channels_of(x.basis, index, place, valid)[:, None], shape)  # [n, rotated, k]
+        mask = jnp.broadcast_to(exists[None, :, None] & valid[:, None], shape)  # [n, rotated, k]
 
         def load(ref: Any, *lead: jax.Array, at: jax.Array = channel, mask: jax.Array = mask) -> jax.Array:
             lead = tuple(jnp.broadcast_to(k[None, :, None], at.shape) for k in lead)
             return plt.load(ref.at[(*lead, at)], mask=mask, other=jnp.zeros((), ref.dtype)).astype(jnp.float32)
 
-        values = load(x.query, sequence, token, head)
+        values = load(x.query, sequence, token, head)  # [n, rotated, k]
         if x.mean is not None:
             mean, weight = (load(ref, row, kv_head) for ref in (x.mean, x.weight))
-            bias = bias + jnp.sum(jnp.sum(values * mean, axis=0), axis=1)
+            bias = bias + jnp.sum(jnp.sum(values * mean, axis=0), axis=1)  # [rotated]
             values = values / jnp.where(mask, weight, 1.0)
-        signs = load_signs(segment, place, valid)
+        signs = load_signs(segment, place, valid)  # [n, k]
         values = values if signs is None else values * signs[:, None]
 
         def consume(
             place: jax.Array, valid: jax.Array, y: jax.Array, sketch: jax.Array, start: int = start
         ) -> jax.Array:
+            # place, valid [m, k]; y [rotated, m, k]; sketch [rotated, coordinates]
             at = [jnp.broadcast_to(k[:, None, None], y.shape) for k in (sequence, token, head)]
             at.append(jnp.broadcast_to(start + place[None], y.shape))
             mask = jnp.broadcast_to(exists[:, None, None] & valid[None] & (block == 0), y.shape)
@@ -337,39 +356,39 @@ def _rotate(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
 
 
 def _sketched(matrix: Any, coordinate: jax.Array, place: jax.Array, valid: jax.Array, y: jax.Array) -> jax.Array:
-    """What rotated queries y [rows, m, k] at places contribute to coordinates of the sketch."""
+    """Contribution [rotated, coordinates] to the sketch by rotated queries y [rotated, m, k] at places [m, k]."""
     shape = (coordinate.shape[0], *place.shape)
     mask = jnp.broadcast_to((coordinate < matrix.shape[0])[:, None, None] & valid[None], shape)
     at = [jnp.broadcast_to(k, shape) for k in (coordinate[:, None, None], place[None])]
-    factors = plt.load(matrix.at[tuple(at)], mask=mask, other=0.0)
+    factors = plt.load(matrix.at[tuple(at)], mask=mask, other=0.0)  # [coordinates, m, k]
     return jnp.sum(jnp.sum(y[:, None] * factors[None], axis=3), axis=2)
 
 
 def _write_table(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
-    """Writes a run of a sequence's block table and, with the first, its length and the positions of its queries."""
+    """Writes a run of a sequence's block table; the first run's program also writes its length and query positions."""
     count = x.query.shape[1]
     block, sequence = _divided(program, -(-plan.pages_per_row // TABLE_BLOCK))
     row = _row(x, sequence)
     size = min(TABLE_BLOCK, power_of_two(plan.pages_per_row))
-    page = block * TABLE_BLOCK + lax.broadcasted_iota(jnp.int32, (size,), 0)
+    page = block * TABLE_BLOCK + lax.broadcasted_iota(jnp.int32, (size,), 0)  # [pages]
     at = out.table.at[jnp.full_like(page, sequence), page]
     plt.store(at, row * plan.pages_per_row + page, mask=page < plan.pages_per_row)
 
     @pl.when(block == 0)
     def _() -> None:
         out.lengths[sequence] = x.compressed[row]
-        token = lax.broadcasted_iota(jnp.int32, (power_of_two(count),), 0)
-        position = _first_position(x, sequence, row) - plan.sinks + token
+        token = lax.broadcasted_iota(jnp.int32, (power_of_two(count),), 0)  # [t padded]
+        position = _first_position(x, sequence, row) - plan.sink_slots + token
         plt.store(out.positions.at[jnp.full_like(token, sequence), token], position, mask=token < count)
 
 
 def _divided(x: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
-    """Remainder and quotient of what is not negative."""
+    """Remainder and quotient of integers that are not negative."""
     divisor = jnp.full_like(x, by)
     return lax.rem(x, divisor), lax.div(x, divisor)
 
 
 def _token_and_head(column: jax.Array, head: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
-    """Query token and query head of each column of a KV head."""
+    """Query token and query head of each query row [queries] of a KV head."""
     inner, token = _divided(column, group)
     return token, head * group + inner

@@ -1,4 +1,4 @@
-"""What this package asks of private parts of JAX and of the `triton` package, and what it knows of devices.
+"""Private parts of JAX and of the `triton` package, and facts about devices.
 
 Every switch between versions of JAX and every private import is in one of these modules.
 """

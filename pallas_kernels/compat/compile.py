@@ -1,6 +1,6 @@
-"""Compiles lowered Pallas Triton kernels for GPUs that need not be there, and says what they take.
+"""Compiles lowered Pallas Triton kernels for GPUs that need not be present, and measures their resources.
 
-Needs the `triton` package, which brings its own assembler; neither a GPU nor CUDA.
+The `triton` package brings its own assembler; neither a GPU nor CUDA is needed.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ INSTRUCTIONS = {
     "prmt": r"prmt\.b32",
     "async": r"cp\.async",
 }
-"""PTX that kernels must contain: tensor-core products of bytes or halves, table lookups, asynchronous copies."""
+"""PTX that kernels must contain, by name: tensor-core products of bytes or halves, lookups, asynchronous copies."""
 
 KNOWN_TO_HOLD = ("3.6.0", "3.7.1")
 """Versions of the `triton` package with which every case of `tq-jax gate` is known to compile as it should."""
@@ -30,14 +30,14 @@ KNOWN_TO_HOLD = ("3.6.0", "3.7.1")
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What a compiled kernel takes.
+    """Resources of a compiled kernel.
 
     Attributes:
-        registers: Registers a thread.
-        stack_bytes: Stack a thread; spilled registers live there and nothing else of these kernels does.
-        shared_bytes: Shared memory a program.
+        registers: Registers per thread.
+        stack_bytes: Stack bytes per thread; in these kernels spilled registers alone are there.
+        shared_bytes: Bytes of shared memory per program.
         instructions: Occurrences in the PTX of each name of INSTRUCTIONS.
-        sass: Machine code as text.
+        sass: Machine code as text; empty unless asked for.
     """
 
     registers: int
@@ -54,6 +54,9 @@ def compile_for(kernel: TritonKernel, architecture: str, *, disassemble: bool = 
         kernel: From `pallas_kernels.compat.lowering.triton_kernels`.
         architecture: One of ARCHITECTURES.
         disassemble: Whether to fill in `sass`.
+
+    Returns:
+        The resources of the compiled kernel.
 
     Raises:
         ImportError: Without the `triton` package.
@@ -72,7 +75,7 @@ def compile_for(kernel: TritonKernel, architecture: str, *, disassemble: bool = 
         cubin.write_bytes(built.asm["cubin"])
         usage = _run(tools / "cuobjdump", "-res-usage", cubin)
         sass = _run(tools / "nvdisasm", "-c", cubin) if disassemble else ""
-    # Functions that the compiler adds to the kernel have lines of their own.
+    # Functions that the compiler adds to the kernel have lines of their own: the largest number counts.
     numbers = {name: max(map(int, re.findall(rf"{name}:(\d+)", usage))) for name in ("REG", "STACK", "LOCAL")}
     ptx = built.asm["ptx"]
     return Compiled(
@@ -85,7 +88,7 @@ def compile_for(kernel: TritonKernel, architecture: str, *, disassemble: bool = 
 
 
 def _optimized(source: Path, target: Any, options: dict[str, int]) -> str:
-    """The passes over Triton IR that XLA runs and `triton.compile` skips when it is given IR."""
+    """The kernel after the passes over Triton IR that XLA runs, and that `triton.compile` skips if it is given IR."""
     from triton._C.libtriton import ir
     from triton.compiler.compiler import make_backend
 
@@ -127,5 +130,10 @@ def version_note(version: str) -> str:
 
 
 def missing(compiled: Compiled, expected: Sequence[str]) -> list[str]:
-    """Which of the expected instructions are not there."""
+    """Names of the expected instructions that the kernel does not have.
+
+    Args:
+        compiled: The kernel.
+        expected: Names of INSTRUCTIONS.
+    """
     return [name for name in expected if not compiled.instructions[name]]

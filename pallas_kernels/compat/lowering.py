@@ -1,4 +1,4 @@
-"""Lowering of Pallas kernels to Triton IR, which needs no GPU: they become custom calls that carry the IR."""
+"""Lowering of Pallas kernels to Triton IR, without a GPU: kernels become custom calls that carry the IR."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ from pallas_kernels.compat.device import H100_MULTIPROCESSORS
 from pallas_kernels.compat.versions import LOWERING_NAMES_DEVICE
 
 ABSTRACT_DEVICE_KIND = "NVIDIA H100 80GB HBM3"
-"""A device kind that JAX knows; the Triton IR of these kernels is the same for all of them."""
+"""A device kind that JAX knows; the Triton IR of these kernels is the same for every device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +21,10 @@ class TritonKernel:
     """A lowered Pallas kernel before compilation.
 
     Attributes:
-        name: Name of the entry.
+        name: Name of the kernel.
         ir: Triton IR as text.
         grid: Programs along x, y and z.
-        num_warps: Warps a program.
+        num_warps: Warps per program.
         num_stages: Stages of software pipelining.
     """
 
@@ -52,7 +52,7 @@ def lower_for_cuda(function: Callable, *arguments: Any, donated: Sequence[int] =
     """Lowers a function of arrays (or of their `jax.ShapeDtypeStruct`) for NVIDIA GPUs, with or without one.
 
     Args:
-        function: Function to trace; anything static is bound already.
+        function: Function to trace, of arrays alone.
         *arguments: Pytrees of arrays or shapes.
         donated: Numbers of the arguments that results may overwrite.
 
@@ -64,7 +64,11 @@ def lower_for_cuda(function: Callable, *arguments: Any, donated: Sequence[int] =
 
 
 def triton_kernels(lowered: Any) -> list[TritonKernel]:
-    """The Triton kernels of a lowered computation, in order of appearance."""
+    """The Triton kernels of a lowered computation, in order of appearance.
+
+    Args:
+        lowered: A `jax.stages.Lowered`.
+    """
     found: list[TritonKernel] = []
     _walk(lowered.compiler_ir().operation, found)
     return found

@@ -1,6 +1,6 @@
-"""What Pallas Triton lacks up to jax 0.12: offsets of 64 bits, and inline PTX with several results.
+"""Additions to Pallas Triton up to jax 0.12: offsets of 64 bits, and inline PTX with several results.
 
-Importing this module puts the offsets in place for every kernel of the process; `pallas_kernels` does so.
+Importing this module puts the offsets in place for every kernel of the process; `pallas_kernels` imports it.
 """
 
 import dataclasses
@@ -13,18 +13,21 @@ import jax.extend
 from jax._src.pallas.triton import lowering as triton_lowering
 from jax._src.pallas.triton import primitives as triton_primitives
 
+MOST_NARROW, WIDE = 2**31, 2**33
+"""Elements of an array whose offsets fit 32 bits with a sign; a size for which Pallas takes 64 bits."""
+
 _narrow_offsets = triton_lowering._compute_offsets_from_indices
 
 
 def _compute_offsets(block_info: Any, indexer: Any) -> Any:
-    """Pallas's offsets of a tile's elements, of 64 bits from 2**31 elements on.
+    """Pallas's offsets of a tile's elements, of 64 bits for arrays of more than MOST_NARROW elements.
 
-    Up to jax 0.12 it takes 32 bits for arrays of up to 2**32 bytes, and Triton has them signed.
+    Up to jax 0.12, Pallas takes 32 bits for arrays of up to 2**32 bytes, and Triton reads them as signed.
     """
     whole = block_info.full_shape_dtype
-    if math.prod(whole.shape) > 2**31:
-        # The first axis has no part in strides, so that an array that is longer is addressed alike.
-        longer = jax.ShapeDtypeStruct((2**33, *whole.shape[1:]), whole.dtype)
+    if math.prod(whole.shape) > MOST_NARROW:
+        # Strides do not depend on the first axis, so that offsets into a longer array are the same.
+        longer = jax.ShapeDtypeStruct((WIDE, *whole.shape[1:]), whole.dtype)
         block_info = dataclasses.replace(block_info, full_shape_dtype=longer)
     return _narrow_offsets(block_info, indexer)
 
@@ -51,13 +54,16 @@ def _lower_assembly(context: Any, *x: Any, result_types: tuple[Any, ...], **opti
 def elementwise_assembly(
     text: str, constraints: str, x: Sequence[jax.Array], result_types: Sequence[Any]
 ) -> list[jax.Array]:
-    """Pallas Triton's `elementwise_inline_asm`, which up to jax 0.11 lowers one result only, with several.
+    """Pallas Triton's `elementwise_inline_asm` with any number of results; up to jax 0.11 it lowers one only.
 
     Args:
-        text: Instructions.
-        constraints: Of results and arguments, as LLVM has them.
+        text: PTX instructions.
+        constraints: Constraints of results and arguments, in LLVM's notation.
         x: Arguments, tiles of one shape.
         result_types: Types of the results.
+
+    Returns:
+        The results, in the shape of the arguments.
     """
     types = tuple(jax.numpy.dtype(kind) for kind in result_types)
     return _assembly_p.bind(*x, asm=text, constraints=constraints, pack=1, result_types=types)

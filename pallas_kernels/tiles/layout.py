@@ -1,21 +1,27 @@
-"""How the decode kernel cuts vectors into tiles: static geometry, no arrays.
+"""How kernels over pages cut vectors into tiles: static geometry, no arrays.
 
-A part is a set of channels with one scale a token: a segment of a codebook format, a group of a min-max format, or the
-signs of a sketch. Its channels are cut into tiles of power-of-two width along the runs that the planes of
+A part is a set of channels with one scale per token: a segment of a codebook format, a group of a min-max format, or
+the signs of a sketch. Its channels are cut into tiles of power-of-two width along the runs that the planes of
 `pallas_kernels.packing` give, so that a tile is one field of a contiguous run of bytes wherever possible.
+
+Mixed tiles: one lookup of four bytes yields eight integers, four of one tile and four of another, its partner, whose
+fields share the nibbles of the same bytes. If both tiles enter products that sum over the channels, the integers need
+not be sorted: two mixed tiles hold the elements of both in the order that `int8_triton.mixed_index` gives, and queries
+are loaded in the same order.
 """
 
 import dataclasses
 
 from pallas_kernels.format import Codebook, CodebookFormat, VectorFormat
-from pallas_kernels.packing import packed_bytes, plane_widths
-from pallas_kernels.tiles.int8_triton import PAIR_DISTANCE, SUPPORTED_BITS, plane_layout
+from pallas_kernels.numerics import INSTRUCTION_ROWS
+from pallas_kernels.packing import packed_bytes, plane_layout
+from pallas_kernels.tiles.int8_triton import PAIR_DISTANCE, SUPPORTED_BITS
 
 LEAST_KEY_TILE = 32
-"""Least channels of a key tile: what one 8-bit tensor-core instruction contracts."""
+"""Least channels of a key tile: one 8-bit tensor-core instruction contracts as many."""
 
-LEAST_VALUE_TILE = 16
-"""Least channels of a value tile: the rows of one tensor-core instruction."""
+LEAST_VALUE_TILE = INSTRUCTION_ROWS
+"""Least channels of a value tile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +31,9 @@ class Tile:
     Attributes:
         start: First channel, counted in the vector whose planes hold it.
         width: Channels of the tile, a power of two.
-        valid: Channels of it that exist.
-        partner: Start of the tile whose elements are mixed with this one's (see `lookup_triton`), None if pure.
-        half: Which half of the pair a mixed tile is.
+        valid: Channels of the tile that exist.
+        partner: First channel of the tile that this one is mixed with; None for a tile of its own channels alone.
+        half: For a mixed tile 0 or 1: which of the two tiles that hold the elements of both.
     """
 
     start: int
@@ -42,14 +48,15 @@ class Part:
     """Channels that share a scale.
 
     Attributes:
-        book: Codebook of the codes; for min-max groups one of unused levels.
+        book: Codebook of the codes; for min-max groups its levels are unused.
         unsigned: Whether the codes are unsigned integers (min-max groups).
         sketch: Whether the bytes are the signs of the sketch instead of the packed codes.
-        byte: First byte of the vector's planes.
-        channel: Channel of the whole vector that the planes' first one is.
+        byte: First byte of the part's planes in the packed vector.
+        channel: Channel of the whole vector that is the first of the part's planes.
         scale: Place in the axis of scales, None where there is no such axis.
-        words: Whether the planes of all tokens are whole words of memory, so that four neighbours are in one register.
-        tiles: The tiles.
+        words: Whether every plane of every token starts and ends at a 4-byte word of memory, so that four neighbouring
+            bytes lie in one register.
+        tiles: Tiles of the channels.
     """
 
     book: Codebook
@@ -65,6 +72,13 @@ class Part:
 def cut(dim: int, bits: int, *, least: int, start: int = 0, stop: int | None = None) -> tuple[Tile, ...]:
     """Cuts channels start to stop of a packed vector into tiles of at least `least` channels.
 
+    Args:
+        dim: Channels of the vector.
+        bits: Bits per code.
+        least: Least width of a tile; a tile at the end may have fewer valid channels.
+        start: First channel.
+        stop: The channel behind the last; dim by default.
+
     Example:
         >>> [(tile.start, tile.width) for tile in cut(128, 4, least=32)]
         [(0, 64), (64, 64)]
@@ -72,7 +86,7 @@ def cut(dim: int, bits: int, *, least: int, start: int = 0, stop: int | None = N
         8
     """
     stop = dim if stop is None else stop
-    run = -(-dim * plane_widths(bits)[0] // 8)
+    run = plane_layout(bits, dim)[0][2]
     while run * 2 <= min(least, dim):
         run *= 2
     tiles, channel = [], start
@@ -89,8 +103,11 @@ def codebook_parts(fmt: CodebookFormat, *, least: int, smallest: int) -> tuple[P
 
     Args:
         fmt: The format.
-        least: Channels that a tile should have.
-        smallest: Those that it must have, and does where the segment is no power of two of more.
+        least: Least channels of a tile of a segment whose dim is a power of two and no less.
+        smallest: Least channels of a tile of any other segment, unless `least` is less.
+
+    Raises:
+        NotImplementedError: For widths without a lookup.
     """
     parts, byte, channel = [], 0, 0
     for i, book in enumerate(fmt.segments):
@@ -111,7 +128,7 @@ def codebook_parts(fmt: CodebookFormat, *, least: int, smallest: int) -> tuple[P
 
 
 def mixed_pairs(part: Part) -> Part:
-    """The part with tiles that share their lookups mixed, wherever they come in pairs of whole words."""
+    """The part with tiles mixed that share their lookups, wherever planes are whole words and tiles come in pairs."""
     distance = PAIR_DISTANCE.get(part.book.bits)
     field_bytes = plane_layout(part.book.bits, part.book.dim)[0][2]
     if distance is None or not part.words:
@@ -122,7 +139,7 @@ def mixed_pairs(part: Part) -> Part:
         partner = tile.start + distance * field_bytes
         if tile.start in taken:
             continue
-        # The fields must be the low and high nibble of a lookup, in this order.
+        # The fields must be the low and the high nibble of a lookup, in this order.
         low = tile.start // field_bytes % (2 * distance) < distance
         if not low or (partner, tile.width, tile.valid) not in found:
             tiles.append(tile)
@@ -134,6 +151,9 @@ def mixed_pairs(part: Part) -> Part:
 
 def key_parts(fmt: VectorFormat) -> tuple[Part, ...]:
     """Parts of the keys.
+
+    Args:
+        fmt: Format of the keys.
 
     Raises:
         NotImplementedError: For min-max keys and widths without a lookup.
@@ -147,8 +167,8 @@ def value_parts(fmt: VectorFormat, *, num_warps: int = 1) -> tuple[Part, ...]:
     """Parts of the values.
 
     Args:
-        fmt: Their format.
-        num_warps: Warps of a program, which share the rows of a tile; each needs those of one instruction.
+        fmt: Format of the values.
+        num_warps: Warps of a program, which share the rows of a tile; each needs the rows of one instruction.
 
     Raises:
         NotImplementedError: For sketched values and widths without a lookup.
@@ -177,6 +197,6 @@ def value_parts(fmt: VectorFormat, *, num_warps: int = 1) -> tuple[Part, ...]:
 
 
 def planes_of(part: Part, tile: Tile) -> tuple[tuple[int, int, int, int], ...]:
-    """Of each plane of a part: width of a field, first byte, number of bytes, and the field where the tile starts."""
+    """Per plane of a part: width of a field, first byte, number of bytes, and the field where the tile starts."""
     planes = plane_layout(part.book.bits, part.book.dim)
     return tuple((width, part.byte + start, size, tile.start // size) for width, start, size in planes)

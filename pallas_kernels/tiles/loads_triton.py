@@ -1,6 +1,11 @@
-"""Loads of the kernels over pages: pages of tokens to scales and planes of codes, or int8 tiles."""
+"""Loads of the kernels over pages: scales, planes of codes and int8 tiles of a tile's tokens.
 
-from typing import Any
+Everywhere below, `where` is the page, the KV head and the place in the page of the tile's first token. If pages hold
+fewer tokens than a tile, page and place are [tile], one per token; otherwise they are numbers. `axis` is the axis of
+channels: 1 for keys, whose tiles are [tile, width], and 0 for values, whose tiles are [width, tile].
+"""
+
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,33 +17,66 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.tiles.int8_triton import Field, codebook_tile, integer_tile
 from pallas_kernels.tiles.layout import Part, Tile, planes_of
 
-Plan = Any
-"""A `decode.plan.Plan`, or another with its keys, values, tile, page_size and interpret."""
+
+@runtime_checkable
+class TilePlan(Protocol):
+    """The part of a kernel's plan that loads need: `DecodePlan` and `PrefillPlan` have it."""
+
+    @property
+    def keys(self) -> tuple[Part, ...]:
+        """Parts of the keys."""
+        ...
+
+    @property
+    def values(self) -> tuple[Part, ...]:
+        """Parts of the values."""
+        ...
+
+    @property
+    def tile(self) -> int:
+        """Tokens per step."""
+        ...
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        ...
+
+    @property
+    def interpret(self) -> bool:
+        """Whether the kernel runs as jnp."""
+        ...
 
 
-def page_of(x: Any, row: jax.Array, index: jax.Array, plan: Plan) -> jax.Array:
-    """Page of a tile or, where pages are smaller, of each of its tokens [tile].
+def page_of(x: Any, row: jax.Array, index: jax.Array, plan: TilePlan) -> jax.Array:
+    """Page of tile number `index` of a sequence or, if pages are smaller, of each of its tokens [tile].
 
     Quotients and remainders are those of C, whose divisibility Triton understands.
+
+    Args:
+        x: References with a block table, `table` int32 [b, n].
+        row: The sequence.
+        index: Number of the tile.
+        plan: Static configuration.
     """
     last = x.table.shape[1] - 1
     if plan.tile <= plan.page_size:
         return x.table[row, jnp.minimum(lax.div(index, jnp.int32(plan.page_size // plan.tile)), last)]
-    token = lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
+    token = lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)  # [tile]
     place = index * (plan.tile // plan.page_size) + lax.div(token, jnp.full_like(token, plan.page_size))
     return plt.load(x.table.at[jnp.full_like(token, row), jnp.minimum(place, last)])
 
 
-def slot_of(index: jax.Array, plan: Plan) -> jax.Array:
-    """Place in its page of a tile's first token or, where pages are smaller, of each of its tokens [tile]."""
+def slot_of(index: jax.Array, plan: TilePlan) -> jax.Array:
+    """Place in its page of a tile's first token or, if pages are smaller, of each of the tile's tokens [tile]."""
     if plan.tile <= plan.page_size:
         return lax.rem(index, jnp.int32(plan.page_size // plan.tile)) * plan.tile
-    token = lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
+    token = lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)  # [tile]
     return lax.rem(token, jnp.full_like(token, plan.page_size))
 
 
-def load_scale(ref: Any, part: Part, where: tuple, plan: Plan, *, dtype: Any = jnp.float32) -> jax.Array:
-    """Scales [tile] of a part."""
+def load_scale(ref: Any, part: Part, where: tuple, plan: TilePlan, *, dtype: Any = jnp.float32) -> jax.Array:
+    """Scales [tile] of a part, from ref [pages, h_kv, page_size] or [pages, h_kv, num_scales, page_size]."""
     page, head, slot = where
     place = () if part.scale is None else (part.scale,)
     if not page.ndim:
@@ -48,12 +86,21 @@ def load_scale(ref: Any, part: Part, where: tuple, plan: Plan, *, dtype: Any = j
 
 
 def load_tiles(
-    ref: Any, part: Part, where: tuple, axis: int, shifts: dict, plan: Plan, *, again: bool = False
+    ref: Any, part: Part, where: tuple, axis: int, shifts: dict, plan: TilePlan, *, again: bool = False
 ) -> list[jax.Array]:
     """int8 tiles of a part, [tile, width] with axis 1 (keys) or [width, tile] with axis 0 (values).
 
-    A tile may enter one product only: of two, the compiled kernel gets the second wrong for some layouts of operands.
-    A second product takes the tile looked up `again`, which is different code to the compiler.
+    A tile may enter one product only: for some layouts of operands, a second product is compiled wrongly. The second
+    product takes the tile looked up `again`, by code that is different to the compiler.
+
+    Args:
+        ref: uint8 [pages, h_kv, page_size, bytes] with axis 1, [pages, h_kv, bytes, page_size] with axis 0.
+        part: The part.
+        where: Page, KV head and place of the tokens.
+        axis: Axis of channels.
+        shifts: See `load_shifts`.
+        plan: Static configuration.
+        again: Whether the same tiles have been loaded before.
     """
     out = []
     for tile, fields in zip(part.tiles, load_fields(ref, part, where, axis, shifts, plan), strict=True):
@@ -65,14 +112,14 @@ def load_tiles(
     return out
 
 
-def load_fields(ref: Any, part: Part, where: tuple, axis: int, shifts: dict, plan: Plan) -> list[list[Field]]:
-    """The planes of every tile of a part."""
+def load_fields(ref: Any, part: Part, where: tuple, axis: int, shifts: dict, plan: TilePlan) -> list[list[Field]]:
+    """The planes of every tile of a part; arguments as for `load_tiles`."""
     loaded: dict[tuple, tuple[jax.Array, jax.Array | None]] = {}
     out = []
     for tile in part.tiles:
         fields = []
         for width, start, size, field in planes_of(part, tile):
-            # Tiles of other fields of the same bytes, mixed ones included, share them.
+            # Tiles of other fields of the same bytes, mixed ones included, share one load.
             key = (start, tile.start % size, tile.width, tile.valid)
             if key not in loaded:
                 loaded[key] = _load_bytes(ref, where, part, (width, start, size), tile, axis, shifts, plan)
@@ -83,24 +130,27 @@ def load_fields(ref: Any, part: Part, where: tuple, axis: int, shifts: dict, pla
 
 
 def _load_bytes(
-    ref: Any, where: tuple, part: Part, plane: tuple[int, int, int], tile: Tile, axis: int, shifts: dict, plan: Plan
+    ref: Any, where: tuple, part: Part, plane: tuple[int, int, int], tile: Tile, axis: int, shifts: dict, plan: TilePlan
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Bytes of one plane for a tile, and the shift in fields where the tile covers several."""
+    """Bytes of one plane for a tile and, if the tile covers several fields, how many fields to shift each element.
+
+    Both have the tile's shape. `plane` is the width of a field, the first byte and the number of bytes.
+    """
     width, start, size = plane
     first = tile.start % size
     several = first + tile.valid > size
     whole = tile.valid == tile.width
     shape = (plan.tile, tile.width) if axis else (tile.width, plan.tile)
-    # Repeated bytes are repeated by views alone, which leaves the operand of the product a load.
+    # Bytes are repeated by views alone, so that the operand of the product is still a load.
     repeated = several and whole and first == 0 and tile.width % size == 0 and _is_power(size)
     if repeated or (whole and not several):
         count = size if repeated else tile.width
-        data = _load_run(ref, where, start + first, count, axis, plan)
+        data = _load_run(ref, where, start + first, count, axis, plan)  # [tile, count] or [count, tile]
         if repeated:
             views = (plan.tile, tile.width // size, size) if axis else (tile.width // size, size, plan.tile)
             data = jnp.broadcast_to(jnp.expand_dims(data, axis), views).reshape(shape)
     else:
-        channel = lax.broadcasted_iota(jnp.int32, shape, axis)
+        channel = lax.broadcasted_iota(jnp.int32, shape, axis)  # the tile's shape, as all below
         byte = start + lax.rem(first + channel, jnp.full_like(channel, size))
         at = ref.at[_byte_index(where, byte, axis, plan)]
         data = plt.load(at) if whole else plt.load(at, mask=channel < tile.valid, other=jnp.uint8(0))
@@ -108,13 +158,13 @@ def _load_bytes(
         return data, None
     shift = jnp.broadcast_to(jnp.expand_dims(shifts[first, size, tile.width], 1 - axis), shape)
     if axis and not part.words:
-        # Four neighbours do not share their field: shift each by itself.
+        # Four neighbours may be of different fields: shift each by itself.
         return data >> (lax.bitcast_convert_type(shift, jnp.uint8) * width), None
     return data, shift
 
 
-def _load_run(ref: Any, where: tuple, start: int, count: int, axis: int, plan: Plan) -> jax.Array:
-    """Bytes start to start + count of the tokens of a tile, along an axis."""
+def _load_run(ref: Any, where: tuple, start: int, count: int, axis: int, plan: TilePlan) -> jax.Array:
+    """Bytes start to start + count of the tokens of a tile: [tile, count] with axis 1, [count, tile] with axis 0."""
     page, head, slot = where
     if not page.ndim:
         token, byte = pl.ds(slot, plan.tile), pl.ds(start, count)
@@ -123,8 +173,8 @@ def _load_run(ref: Any, where: tuple, start: int, count: int, axis: int, plan: P
     return plt.load(ref.at[_byte_index(where, start + lax.broadcasted_iota(jnp.int32, shape, axis), axis, plan)])
 
 
-def _byte_index(where: tuple, byte: jax.Array, axis: int, plan: Plan) -> tuple[jax.Array, ...]:
-    """Index of bytes given as an array of the tile's shape."""
+def _byte_index(where: tuple, byte: jax.Array, axis: int, plan: TilePlan) -> tuple[jax.Array, ...]:
+    """Indices, in the tile's shape, of byte numbers in that shape."""
     page, head, slot = where
     if page.ndim:
         page, slot = jnp.expand_dims(page, axis), jnp.expand_dims(slot, axis)
@@ -139,18 +189,24 @@ def _is_power(n: int) -> bool:
     return n & (n - 1) == 0
 
 
-def shift_table(plan: Plan) -> np.ndarray | None:
-    """What `load_shifts` reads: the shifts of all tiles, one after the other; None if no tile has any.
+def shift_table(plan: TilePlan) -> np.ndarray | None:
+    """The array that `load_shifts` reads: the shifts of all tiles, one after the other; None if no tile needs shifts.
 
-    They come from memory: Triton moves the layout of a product's operands up through arithmetic to loads, but not to
-    numbers that are made on the spot, and would send the whole tile through shared memory instead.
+    Shifts are loaded, not computed: Triton moves the layout of a product's operands up through arithmetic to loads, but
+    not to numbers that the kernel makes, and would send the whole tile through shared memory instead.
+
+    Args:
+        plan: Static configuration.
+
+    Returns:
+        int8 [sum of the widths of the tiles that need shifts].
     """
     runs = [(first + np.arange(width)) // size for first, size, width in _shift_keys(plan)]
     return np.concatenate(runs).astype(np.int8) if runs else None
 
 
-def load_shifts(x: Any, plan: Plan) -> dict[tuple[int, int, int], jax.Array]:
-    """For tiles that cover several fields: how many fields to add for each channel, int8 [width]."""
+def load_shifts(x: Any, plan: TilePlan) -> dict[tuple[int, int, int], jax.Array]:
+    """For tiles that cover several fields, by `_shift_keys`: how many fields to add for each channel, int8 [width]."""
     shifts, start = {}, 0
     for key in _shift_keys(plan):
         shifts[key] = x.shifts[pl.ds(start, key[2])]
@@ -158,8 +214,8 @@ def load_shifts(x: Any, plan: Plan) -> dict[tuple[int, int, int], jax.Array]:
     return shifts
 
 
-def _shift_keys(plan: Plan) -> list[tuple[int, int, int]]:
-    """First channel, bytes of the plane and width of the tiles that cover several fields."""
+def _shift_keys(plan: TilePlan) -> list[tuple[int, int, int]]:
+    """First channel in its plane, bytes of the plane and width of each kind of tile that covers several fields."""
     keys = {}
     for part in plan.keys + plan.values:
         for tile in part.tiles:

@@ -1,4 +1,9 @@
-"""The orthogonal map between channels and the coordinates that are quantized, as kernels read it."""
+"""The orthogonal map between channels and the coordinates that are quantized, as kernels read it.
+
+A segment of n * k channels is handled as an array [n, k]: element (i, j) is channel, or coordinate, i * k + j, its
+place. The map of a segment is a Kronecker product, so that one factor applies to each axis. The prepare kernel rotates
+queries, the merge kernel rotates outputs back (docs/decode_step.md).
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,16 +17,16 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.numerics import power_of_two
 
 NOWHERE = 1 << 30
-"""A channel that does not exist."""
+"""A channel behind all channels."""
 
 BLOCK = 16
-"""Rows of an outer factor taken at a time."""
+"""Rows of an outer factor per step."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Coordinates y = (outer (x) inner) (signs * x) of consecutive channels; arrays or references.
+    """Coordinates y = (outer (x) inner) (signs * x) of consecutive channels x; arrays or references.
 
     Attributes:
         outer: float32 [n, n].
@@ -35,12 +40,12 @@ class Segment:
 
     @property
     def inner_size(self) -> int:
-        """Side of the inner factor."""
+        """Rows, and columns, of the inner factor."""
         return 1 if self.inner is None else self.inner.shape[0]
 
     @property
     def dim(self) -> int:
-        """Channels."""
+        """Channels of the segment."""
         return self.outer.shape[0] * self.inner_size
 
 
@@ -51,8 +56,8 @@ class Basis:
 
     Attributes:
         segments: The segments.
-        outliers: int32 [n], ascending channels that make up the first segment, the second having the others in order;
-            None for channels in order.
+        outliers: int32 [n], ascending channels that make up the first segment; the second has the other channels in
+            order. None if the segments have all channels in order.
     """
 
     segments: tuple[Segment, ...]
@@ -60,7 +65,12 @@ class Basis:
 
 
 def grid_of(segment: Segment, rows: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Outer index, inner index and validity of the elements [n, k] of a segment, or of a block of `rows` of it."""
+    """Outer index, inner index and existence of the elements of a segment, [n, k] each, padded to powers of two.
+
+    Args:
+        segment: The segment.
+        rows: Rows n of the arrays; all rows of the segment by default.
+    """
     n = power_of_two(segment.outer.shape[0]) if rows is None else rows
     shape = (n, power_of_two(segment.inner_size))
     i, j = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
@@ -68,15 +78,15 @@ def grid_of(segment: Segment, rows: int | None = None) -> tuple[jax.Array, jax.A
 
 
 def channels_of(basis: Basis, index: int, place: jax.Array, valid: jax.Array) -> jax.Array:
-    """Channels [n, k] at places of a segment."""
+    """Channels [n, k] at valid places [n, k] of segment number `index`."""
     if basis.outliers is None:
         return place + sum(segment.dim for segment in basis.segments[:index])
     if index == 0:
         return plt.load(basis.outliers.at[place], mask=valid, other=0)
     count = basis.outliers.shape[0]
-    i = lax.broadcasted_iota(jnp.int32, (power_of_two(count),), 0)
-    outlier = plt.load(basis.outliers.at[i], mask=i < count, other=NOWHERE)
-    # Outlier i comes after outlier - i others.
+    i = lax.broadcasted_iota(jnp.int32, (power_of_two(count),), 0)  # [outliers]
+    outlier = plt.load(basis.outliers.at[i], mask=i < count, other=NOWHERE)  # [outliers]
+    # Before outlier i there are outlier - i channels that are no outliers.
     return place + jnp.sum(((outlier - i)[None, None, :] <= place[:, :, None]).astype(jnp.int32), axis=2)
 
 
@@ -88,14 +98,15 @@ def apply_factors(
     *,
     inverse: bool,
 ) -> Any:
-    """Multiplies x [n, rows, k] by both factors, or by their transposes, and hands on one block after the other.
+    """Multiplies vectors x [n, vectors, k] by both factors, or by their transposes, and passes on block after block.
 
     Args:
         segment: The segment; its signs are not applied.
-        x: float32, padded with zeros. Sums are over the first axis, which a thread holds whole: no exchange of sums.
-        consume: Takes places [m, k] in the segment, their validity, the result [rows, m, k] and a state; returns that.
+        x: float32, padded with zeros. A thread holds the whole first axis, over which sums are: no exchange of sums.
+        consume: Takes places [m, k] in the segment, whether they exist [m, k], the result [vectors, m, k] and a state;
+            returns the next state.
         state: The first state.
-        inverse: Whether to transpose.
+        inverse: Whether to transpose the factors.
 
     Returns:
         The last state.
@@ -106,19 +117,20 @@ def apply_factors(
     i, j, _ = grid_of(segment, rows)
     inner = None
     if segment.inner is not None:
-        # Loaded before the first sum: no load moves up past a barrier.
+        # Loaded before the first sum, since no load moves up past a barrier: [k, k].
         column, row = (lax.broadcasted_iota(jnp.int32, (x.shape[2],) * 2, axis) for axis in (0, 1))
         inner = _factor(segment.inner, row, column, inverse)
 
     def block(index: jax.Array | int, state: Any) -> Any:
-        shape = (padded, rows)
+        shape = (padded, rows)  # [n, m]
         out_row = index * rows + lax.broadcasted_iota(jnp.int32, shape, 1)
         column = lax.broadcasted_iota(jnp.int32, shape, 0)
-        outer = _factor(segment.outer, out_row, column, inverse)
-        y = jnp.sum(x[:, :, None, :] * outer[:, None, :, None], axis=0)
+        outer = _factor(segment.outer, out_row, column, inverse)  # [n, m]
+        y = jnp.sum(x[:, :, None, :] * outer[:, None, :, None], axis=0)  # [vectors, m, k]
         if inner is not None:
+            # [k, vectors, m, 1] * [k, 1, 1, k], summed over the first axis: [vectors, m, k]
             y = jnp.sum(jnp.transpose(y, (2, 0, 1))[:, :, :, None] * inner[:, None, None, :], axis=0)
-        outer_index = index * rows + i
+        outer_index = index * rows + i  # [m, k]
         valid = (outer_index < size) & (j < segment.inner_size)
         return consume(outer_index * segment.inner_size + j, valid, y, state)
 
@@ -126,18 +138,19 @@ def apply_factors(
 
 
 def _factor(ref: Any, row: jax.Array, column: jax.Array, transpose: bool) -> jax.Array:
+    """Elements of a square factor at rows and columns of one shape, zero outside."""
     size = ref.shape[0]
     at = ref.at[column, row] if transpose else ref.at[row, column]
     return plt.load(at, mask=(row < size) & (column < size), other=0.0)
 
 
 def load_signs(segment: Segment, place: jax.Array, valid: jax.Array) -> jax.Array | None:
-    """Signs [n, k] at places of a segment."""
+    """Signs [n, k] at valid places [n, k] of a segment; None for ones."""
     return None if segment.signs is None else plt.load(segment.signs.at[place], mask=valid, other=0.0)
 
 
 def float32_product(a: jax.Array, b: jax.Array, *, interpret: bool, transpose: bool = False) -> jax.Array:
-    """Multiplies a [m, k] by b [k, n] (or [n, k], transposed) with errors of float32 on tensor cores."""
+    """Product [m, n] of a [m, k] and b [k, n] (or [n, k], transposed) on tensor cores, with the errors of float32."""
     return lax.dot_general(
         a,
         b,

@@ -1,11 +1,21 @@
-"""Tile sizes of the decode kernel."""
+"""Tile sizes of the decode kernel. Columns and query rows: see `decode.plan`."""
 
 import dataclasses
 
-from pallas_kernels.compat.device import H100_MULTIPROCESSORS
+from pallas_kernels.compat.device import BLACKWELL, H100_MULTIPROCESSORS, HOPPER
+from pallas_kernels.numerics import INSTRUCTION_COLUMNS, power_of_two
 
 TILES = (32, 64, 128, 256)
-"""Tokens a tile may have."""
+"""Tokens that a tile may have."""
+
+MOST_COLUMNS = 16
+"""Most columns of a program."""
+
+ACCUMULATORS = 2048
+"""Values (channels times columns) for whose accumulators two warps have registers."""
+
+SETUP_TILES = 2
+"""Tiles that a program could read in the time that its start and end take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,12 +23,12 @@ class TileConfig:
     """How the work is cut; static, and without influence on the result beyond rounding.
 
     Attributes:
-        tile: Tokens a step; a page holds a whole number of tiles.
-        num_warps: Warps a program.
+        tile: Tokens per step; a page holds a whole number of tiles.
+        num_warps: Warps per program.
         num_stages: Steps whose loads are in flight.
-        programs: Programs that the device runs at a time; sequences are split so that it is busy to the end.
-        precise: Two-byte queries also where query rows have no room for pairs of columns (see `has_pairs`), which
-            takes a second product: relative errors under 1e-4 instead of up to 1 %, where 4-bit codes cost over 10 %.
+        programs: Programs resident at once; sequences are split so that the last wave is full.
+        precise: Two-byte queries even where query rows have no room for pairs of columns (see `has_pairs`). They take
+            a second product: relative errors are under 1e-4 instead of up to 1 %, where 4-bit codes cost over 10 %.
     """
 
     tile: int = 64
@@ -35,19 +45,19 @@ class TileConfig:
 
 
 def column_block(columns: int, *, dim: int) -> int:
-    """Columns of one program: two warps have registers for the accumulators of 2048 values."""
-    return min(columns, 16, max(8, 2048 // (1 << (dim - 1).bit_length())))
+    """Columns of one program: as many as leave two warps registers for their accumulators."""
+    return min(columns, MOST_COLUMNS, max(INSTRUCTION_COLUMNS, ACCUMULATORS // power_of_two(dim)))
 
 
 def padded_columns(rows: int, *, dim: int) -> int:
-    """Columns of a number of query rows: two a row (see `Plan.pairs`) where a program has room, padded."""
-    columns = max(8, 1 << (rows - 1).bit_length())
+    """Columns, padding included, of a number of query rows: two per row where one program has room, else one."""
+    columns = max(INSTRUCTION_COLUMNS, power_of_two(rows))
     room = 2 * columns <= column_block(2 * columns, dim=dim)
     return 2 * columns if 2 * rows > columns and room else columns
 
 
 def has_pairs(rows: int, *, dim: int) -> bool:
-    """Whether queries have two bytes at no price: up to 8 query rows a KV head, or 4 above 128 channels.
+    """Whether queries have two bytes without a second product: up to 8 query rows per KV head, 4 above 128 channels.
 
     Example:
         >>> has_pairs(8, dim=128), has_pairs(8, dim=256)
@@ -59,53 +69,57 @@ def has_pairs(rows: int, *, dim: int) -> bool:
 def default_config(
     page_size: int,
     *,
-    columns: int = 8,
+    columns: int = INSTRUCTION_COLUMNS,
     dim: int = 128,
     value_parts: int = 1,
     precise: bool = False,
     bits: tuple[int, int] = (4, 4),
-    capability: int = 90,
+    capability: int = HOPPER,
     multiprocessors: int = H100_MULTIPROCESSORS,
 ) -> TileConfig:
     """The configuration for pages of a size.
 
-    The tiles are those that `python benchmarks/tiles.py decode` found best on an H100 (docs/kernels.md), for other
-    devices too; programs are what a device runs at a time, since a grid of a wave and a half takes as long as two.
+    `python benchmarks/tiles.py decode` found these tiles best on an H100 (docs/kernels.md); other devices take them
+    too. The number of programs is that which a device runs at once: a grid of a wave and a half takes as long as two.
 
-    A tile has 64 tokens a warp, so that each thread copies two 2-byte scales, the least that is copied asynchronously.
-    Four warps need 8 columns: with more, Triton takes the asynchronous products of Hopper, which it gets wrong here.
-    What does not fit the registers so takes smaller tiles.
+    A tile has 64 tokens per warp, so that each thread copies two 2-byte scales, the least that has an asynchronous
+    copy. Programs of four warps have 8 columns: with more, Triton takes Hopper's asynchronous products, which it
+    compiles wrongly for this kernel. Where registers are short, tiles are smaller.
 
     Args:
-        page_size: Tokens a page.
-        columns: Query rows of a KV head, padded.
+        page_size: Tokens per page.
+        columns: Columns per KV head, padding included.
         dim: Head dim.
-        value_parts: Value scales a token.
+        value_parts: Value scales per token.
         precise: See `TileConfig`.
         bits: Bits of the widest codes of keys and of values.
         capability: Compute capability of the device, times ten.
-        multiprocessors: Of the device.
+        multiprocessors: Multiprocessors of the device.
     """
-    # One byte of a query is no better than 8-bit keys.
+    # A query of one byte would waste the precision of 8-bit keys.
     precise = precise or bits[0] == 8
-    if columns == 8 and dim == 128 and value_parts == 1 and min(bits) >= 4 and page_size % 256 == 0:
+    narrow = columns == INSTRUCTION_COLUMNS
+    if narrow and dim == 128 and value_parts == 1 and min(bits) >= 4 and page_size % 256 == 0:
         return TileConfig(tile=256, num_warps=4, num_stages=3, programs=multiprocessors * 2, precise=precise)
-    # Two products of 3-bit codes for 16 columns: two registers too many; one too many on 10.0 at any width.
-    wide = columns > 8 and ((capability == 100 and dim == 128) or (precise and min(bits) < 4))
-    tile = 128 if dim in (64, 128) and value_parts == 1 and not wide else 64
+    # With 16 columns, two products of 3-bit codes take two registers too many; on 10.0 any width takes one too many.
+    short = not narrow and ((capability == BLACKWELL and dim == 128) or (precise and min(bits) < 4))
+    tile = 128 if dim in (64, 128) and value_parts == 1 and not short else 64
     while tile > 32 and page_size % tile and tile % page_size:
         tile //= 2
     # On Blackwell, 3-bit keys have no registers for a third stage: 8 bytes spilled with triton 3.7.1.
-    stages = 2 if capability >= 100 and columns == 8 and bits[0] == 3 and value_parts == 1 else 3
+    stages = 2 if capability >= BLACKWELL and narrow and bits[0] == 3 and value_parts == 1 else 3
     return TileConfig(tile=tile, num_warps=2, num_stages=stages, programs=multiprocessors * 4, precise=precise)
 
 
-SETUP_TILES = 2
-"""Tiles that a program could read in the time that its start and end take."""
-
-
 def num_splits(config: TileConfig, *, batch: int, kv_heads: int, capacity: int) -> int:
-    """Programs a sequence and KV head: those that end first when `config.programs` run at a time."""
+    """Programs per sequence and KV head: the number that finishes first when `config.programs` run at once.
+
+    Args:
+        config: The configuration.
+        batch: Sequences.
+        kv_heads: KV heads.
+        capacity: Tokens that the pages of a sequence can hold.
+    """
     tiles, rows = -(-capacity // config.tile), batch * kv_heads
 
     def time(splits: int) -> int:

@@ -10,7 +10,8 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.attention.arguments import PagedArguments
 from pallas_kernels.attention.decode.config import TileConfig, column_block, default_config, num_splits, padded_columns
-from pallas_kernels.attention.decode.kernel_triton import Inputs, Plan, attend
+from pallas_kernels.attention.decode.kernel_triton import attend
+from pallas_kernels.attention.decode.plan import DecodeInputs, DecodePlan
 from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
@@ -75,7 +76,7 @@ def attend_splits(x: PagedArguments, *, config: TileConfig | None, precise: bool
         precise=precise,
         interpret=interpret,
     )
-    inputs = Inputs(
+    inputs = DecodeInputs(
         query=x.query.astype(jnp.float32),
         pages=x.pages,
         table=x.block_table.astype(jnp.int32),
@@ -98,7 +99,7 @@ def decode_plan(
     config: TileConfig | None,
     precise: bool = False,
     interpret: bool,
-) -> tuple[Plan, int, int]:
+) -> tuple[DecodePlan, int, int]:
     """The plan for queries [b, t, h_q, d] and a block table [b, table_width], warps and stages.
 
     Raises:
@@ -112,7 +113,7 @@ def decode_plan(
     dim = max(query_shape[3], value_format.dim)
     columns = padded_columns(count * group, dim=dim)
     block = column_block(columns, dim=dim)
-    plan = Plan(
+    plan = DecodePlan(
         keys=key_parts(key_format),
         values=value_parts(value_format, num_warps=config.num_warps),
         options=options,
@@ -137,7 +138,7 @@ def stages_for(key_format: VectorFormat, config: TileConfig) -> int:
     return 1 if wrong else config.num_stages
 
 
-def decode(x: Inputs, value_dim: int, plan: Plan, *, num_warps: int, num_stages: int) -> Splits:
+def decode(x: DecodeInputs, value_dim: int, plan: DecodePlan, *, num_warps: int, num_stages: int) -> Splits:
     """Launches the kernel."""
     batch, kv_heads = x.lengths.shape[0], x.pages.keys.packed.shape[1]
     lead = (batch, kv_heads, plan.splits)

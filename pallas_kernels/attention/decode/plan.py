@@ -1,4 +1,17 @@
-"""What is static about a launch of the decode kernel, and its arrays."""
+"""Static configuration of a launch of the decode kernel, and its arrays.
+
+Words of the kernel:
+
+    query row   a query token and a query head of the program's KV head, numbered token * group + head
+    column      a column of every product: a query row or, in pairs, the high or the low byte of one; columns behind
+                the last query row are padding
+    pair        columns 2 i and 2 i + 1: the high and the low byte of query row i, and of its probabilities
+    precise     queries of two bytes where columns have no room for pairs: the low byte takes a second product
+    part        channels that share a scale per token (`tiles.layout.Part`); keys and values are one part or several
+    tile        the tokens of one step; also the channels of one product (`tiles.layout.Tile`)
+    split       one of the programs that share the tokens of a sequence
+    reference   the base-2 exponent that sums of a column are relative to, so that they neither overflow nor vanish
+"""
 
 import dataclasses
 from typing import Any
@@ -6,28 +19,29 @@ from typing import Any
 import jax
 
 from pallas_kernels.attention.options import LogitOptions
+from pallas_kernels.numerics import BYTE_BITS, INSTRUCTION_ROWS
 from pallas_kernels.tiles.layout import Part
 
-ONE_BYTE, TWO_BYTES = 127.0, 127.0 * 256
-"""Largest integers of quantized numbers."""
+LARGEST_ONE_BYTE, LARGEST_TWO_BYTES = 127.0, 127.0 * (1 << BYTE_BITS)
+"""Largest integers of numbers that are quantized to one byte and to two."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about a kernel.
+class DecodePlan:
+    """Static configuration of the kernel.
 
     Attributes:
         keys: Parts of the keys.
         values: Parts of the values.
         options: Logit options.
         count: Query tokens.
-        group: Query heads a KV head.
-        columns: Columns of a program.
-        blocks: Programs that share the columns, count * group padded.
-        tile: Tokens a step.
-        page_size: Tokens a page.
-        splits: Programs a sequence and KV head.
-        num_warps: Warps a program.
+        group: Query heads per KV head.
+        columns: Columns per program.
+        blocks: Programs that share the columns of a KV head, count * group query rows padded.
+        tile: Tokens per step.
+        page_size: Tokens per page.
+        splits: Programs per sequence and KV head that share its tokens.
+        num_warps: Warps per program.
         precise: Whether queries have two bytes even if that takes two products.
         interpret: Whether the kernel runs as jnp.
     """
@@ -48,19 +62,35 @@ class Plan:
 
     @property
     def pairs(self) -> bool:
-        """Whether columns come in pairs, the high and the low byte of a query and of its probabilities."""
+        """Whether columns come in pairs: the high and the low byte of a query row and of its probabilities."""
         return self.blocks == 1 and 2 * self.count * self.group <= self.columns
 
     @property
-    def query_top(self) -> float:
+    def largest_query(self) -> float:
         """Largest integer of a quantized query."""
-        return TWO_BYTES if self.pairs or self.precise else ONE_BYTE
+        return LARGEST_TWO_BYTES if self.pairs or self.precise else LARGEST_ONE_BYTE
+
+    @property
+    def folded_rows(self) -> int:
+        """Rows that remain of a tile once every thread has added up the rows that it holds."""
+        return min(self.tile, INSTRUCTION_ROWS * self.num_warps)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Inputs:
-    """Arrays of the kernel, or its references; see `decode_attention`, and for shifts `shift_table`."""
+class DecodeInputs:
+    """Arrays of the kernel, or its references.
+
+    Attributes:
+        query: float32 [b, t, h_q, d], rotated.
+        pages: `Pages`; pools without elements are None.
+        table: int32 [b, n], page of each run of page_size tokens.
+        lengths: int32 [b], tokens in the pages.
+        positions: int32 [b, t], positions of the queries, counted like the tokens of the pages.
+        bias: float32 [b, t, h_q], added to the logits of a query; None for zero.
+        sketch: float32 [b, t, h_q, d], S y of the queries; None unless keys are Prod.
+        shifts: int8, see `shift_table`; None where no tile needs shifts.
+    """
 
     query: Any
     pages: Any

@@ -15,7 +15,7 @@ from pallas_kernels.attention.arguments import PagedArguments
 from pallas_kernels.attention.decode import launch_triton as decode
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.attention.prefill.config import PrefillConfig, default_config, num_splits
-from pallas_kernels.attention.prefill.kernel_triton import MARKS, Inputs, Plan, attend
+from pallas_kernels.attention.prefill.kernel_triton import MARKS, PrefillInputs, PrefillPlan, attend
 from pallas_kernels.compat.device import compute_capability, multiprocessors
 from pallas_kernels.dispatch import interprets
 from pallas_kernels.format import CodebookFormat, VectorFormat
@@ -47,7 +47,7 @@ def attend_pages(x: PagedArguments, *, config: PrefillConfig | None = None, inte
     config = config_for(x.query.shape, x.pages, x.key_format, x.value_format) if config is None else config
     blocks = -(-count * group // config.rows)
     splits = num_splits(config, blocks=batch * kv_heads * blocks, capacity=x.block_table.shape[1] * x.page_size)
-    plan = Plan(
+    plan = PrefillPlan(
         keys=codebook_parts(x.key_format, least=LEAST_VALUE_TILE, smallest=LEAST_VALUE_TILE),
         values=value_parts(x.value_format),
         options=x.options,
@@ -60,7 +60,7 @@ def attend_pages(x: PagedArguments, *, config: PrefillConfig | None = None, inte
         interpret=interprets() if interpret is None else interpret,
     )
     rows = _rows(x.positions.astype(jnp.int32), plan)
-    inputs = Inputs(
+    inputs = PrefillInputs(
         query=_scaled_queries(x.query, x.sketch_query, plan),
         pages=jax.tree.map(lambda pool: pool if pool.size else None, x.pages),
         table=x.block_table.astype(jnp.int32),
@@ -84,7 +84,7 @@ def attend_pages(x: PagedArguments, *, config: PrefillConfig | None = None, inte
 
 
 def _scaled_queries(
-    query: Float[Array, "b t h_q d"], sketch_query: Float[Array, "b t h_q d"] | None, plan: Plan
+    query: Float[Array, "b t h_q d"], sketch_query: Float[Array, "b t h_q d"] | None, plan: PrefillPlan
 ) -> Float[Array, "b t h_q c"]:
     """float16 queries for the key parts, times all that logits are multiplied by, so that the kernel need not."""
     parts = []
@@ -96,7 +96,7 @@ def _scaled_queries(
     return jnp.clip(jnp.concatenate(parts, axis=-1), -LARGEST_HALF, LARGEST_HALF).astype(jnp.float16)
 
 
-def _rows(positions: Int[Array, "b t"], plan: Plan) -> Int[Array, "b n r"]:
+def _rows(positions: Int[Array, "b t"], plan: PrefillPlan) -> Int[Array, "b n r"]:
     """Positions of the rows of each block, of which the last is filled up."""
     blocks, batch = -(-plan.count * plan.group // plan.rows), positions.shape[0]
     rows = jnp.broadcast_to(positions[:, :, None], (*positions.shape, plan.group)).reshape(batch, -1)

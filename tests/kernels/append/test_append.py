@@ -33,7 +33,7 @@ def chunk(spec: tq.CacheSpec, count: int, seed: int):
 
 
 def append(cache: tq.Cache, k, v, counts=None, **options) -> tq.Cache:
-    """What `append_cache` makes of a cache."""
+    """Appends to a cache by `append_cache`."""
     spec = cache.spec
     keys, values = (from_storage(spec, x).astype(spec.dtype) for x in (cache.exact_keys, cache.exact_values))
     arrays = dataclasses.replace(
@@ -63,7 +63,7 @@ QUICK = {"window and sinks", "neither"}
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SPECS])
 def test_the_bytes_of_append(name, monkeypatch):
-    """Chunks longer and shorter than the window, ragged, single, with NaN behind the end, beyond the room."""
+    """Chunks longer and shorter than the window, ragged, single, with NaN behind the end, too long for the cache."""
     monkeypatch.setattr(encode, "encode_pages", encode_by_reference)
     spec = SPECS[name]
     found = want = tq.init_cache(spec, 3, statistics=_statistics(spec))
@@ -97,7 +97,7 @@ def test_rows_by_kernels(name, monkeypatch):
     assert bool(want.overflow.any()) == (spec.max_tokens < 97)
 
 
-def test_rows_that_there_are_not_change_nothing(monkeypatch):
+def test_rows_outside_the_cache_change_nothing(monkeypatch):
     monkeypatch.setattr(encode, "encode_pages", encode_by_reference)
     run = jax.jit(functools.partial(tq.append, implementation="triton"))
     k, v = chunk(SPEC, 8, 0)
@@ -117,7 +117,7 @@ STATISTICS = {
 
 @pytest.mark.parametrize("name", STATISTICS)
 def test_statistics_by_kernel(name, monkeypatch):
-    """They are fixed when the first token of a row leaves, from the ring and a chunk of up to 8 tokens."""
+    """When the first token of a row leaves, its statistics are fixed, from the ring and a chunk of up to 8 tokens."""
     monkeypatch.setattr(encode, "encode_pages", encode_by_reference)
     options, told = STATISTICS[name]
     spec = dataclasses.replace(SPEC, **({"window": 40, "max_tokens": 60} | options))

@@ -24,7 +24,7 @@ FORMAT_IDS = [f"{k.kind}{k.bits}-{v.kind}{v.bits}" for k, v in FORMATS]
 
 
 def pool(key_spec, value_spec, lengths, *, shuffle, seed=0):
-    """Pages with ragged sequences, everything never written poisoned, and what a dense attention needs."""
+    """Pages with ragged sequences, poisoned wherever nothing was written, and the inputs of dense attention."""
     rng = np.random.default_rng(seed)
     batch, per_row = len(lengths), -(-max(lengths) // PAGE) + 1
     order = rng.permutation(batch * per_row) if shuffle else np.arange(batch * per_row)
@@ -38,7 +38,7 @@ def pool(key_spec, value_spec, lengths, *, shuffle, seed=0):
     page = np.where(step[None] < np.array(lengths)[:, None], table[:, step // PAGE], batch * per_row)
     slot = np.broadcast_to(step % PAGE, page.shape)
     pages = write_tokens(pages, jnp.asarray(page), jnp.asarray(slot), *codes)
-    # In the quantized basis, where unrotated reconstructions are the identity of the rotation.
+    # Keys and values for dense attention are in the rotated basis, as queries are.
     dense = [np.asarray(rotated_estimate(q, c)) for q, c in zip(quantizers, codes, strict=True)]
     return pages, jnp.asarray(table), quantizers, dense
 
@@ -111,7 +111,7 @@ def test_windows_caps_and_several_queries(sliding_window, softcap, count):
     rng = np.random.default_rng(2)
     query = rng.standard_normal((2, count, 4, DIM)).astype(np.float32)
     bias = rng.standard_normal((2, count, 4)).astype(np.float32)
-    # Also queries older than the last stored token: a chunk that has already been compressed.
+    # Some queries are older than the last stored token: a chunk that is in the pages already.
     positions = np.array([[598], [38]], np.int32) + np.arange(count, dtype=np.int32)
     options = LogitOptions(scale=0.4, softcap=softcap, sliding_window=sliding_window)
     got = run(pages, table, quantizers, lengths, jnp.asarray(query), jnp.asarray(positions), options, jnp.asarray(bias))

@@ -43,7 +43,7 @@ def attend(case, implementation, **config):
 
 
 def log_sum_tolerance(variant, case):
-    """What rounding a query moves the logit of a key of norm sqrt(dim): 4 standard deviations where it has one byte."""
+    """Error of logits of keys of norm sqrt(dim) by rounding queries: 4 standard deviations if those have one byte."""
     query = case.arrays[0]
     if has_pairs(variant.count * variant.group, dim=variant.dim) or variant.key["bits"] == 8:
         return np.full(query.shape[:3], 5e-3 if variant.key.get("kind") == "prod" else 1e-3)
@@ -137,7 +137,7 @@ def test_limits_are_named():
 
 
 def test_tiles_of_devices():
-    """16 columns take half a tile where registers spilled; those of 8 are the same for all devices."""
+    """With 16 columns tiles are halved where registers spilled; with 8 columns all devices have the same tiles."""
     shapes = (8, 128), (16, 128), (16, 64)
     tiles = {
         c: [default_config(128, columns=n, dim=d, capability=c).tile for n, d in shapes] for c in (80, 90, 100, 120)

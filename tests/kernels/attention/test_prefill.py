@@ -28,7 +28,7 @@ CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for
 
 
 def chunk_case(variant, count=9):
-    """The variant with a chunk of queries, ragged in the pages: the chunk's first tokens see less than all of them."""
+    """The variant with a chunk of queries that is in the pages itself: its first queries do not see all tokens."""
     return make_case(dataclasses.replace(variant, count=count))
 
 
@@ -37,7 +37,7 @@ def reference(case):
 
 
 def prefill(case, config=SMALL):
-    """The kernel's result, which two runs agree on."""
+    """The kernel's result, the same in two runs."""
     run = jax.jit(lambda x: prefill_attention(x, implementation="triton", config=config))
     first, second = run(case.arguments), run(case.arguments)
     jax.tree.map(np.testing.assert_array_equal, first, second)
@@ -65,7 +65,7 @@ def test_blocks_tiles_and_splits_do_not_matter(config):
 
 
 def test_queries_in_any_order_and_beyond_the_pages():
-    """Every query has its own position; those of a chunk that is not in the pages yet see all of them."""
+    """Every query has its own position; queries that come after the pages see all of their tokens."""
     case = chunk_case(Variant(lengths=(100, 33)))
     rng = np.random.default_rng(3)
     positions = rng.integers(-2, 140, case.options["positions"].shape).astype(np.int32)
@@ -106,7 +106,7 @@ def test_no_expanded_copy_of_the_prefix():
 
 
 def test_chunks_of_a_cache():
-    """A chunk, of which the window has let go of the first tokens, over what was there before it."""
+    """A chunk whose first tokens have left the window already, over the tokens before it."""
     spec = tq.CacheSpec(
         1, 64, 256, key=QuantizerSpec(64), value=QuantizerSpec(64), window=8, sink_tokens=2, page_size=64
     )
@@ -121,7 +121,7 @@ def test_chunks_of_a_cache():
 
 @pytest.mark.parametrize("name", ["k4v4", "prod2 group4", "k2.5v3.5", "softcap bias"])
 def test_lowers_for_cuda(name):
-    """What runs where there is a GPU: the PTX that interpretation passes by, in operands that it can have."""
+    """The kernel as a GPU runs it: inline PTX, which interpretation leaves out, and operands that it accepts."""
     case = chunk_case(dataclasses.replace(VARIANTS[name], lengths=(40,), page_size=64))
     query, pages, *_ = case.arrays
     config = config_for(query.shape, pages, case.options["key_format"], case.options["value_format"])

@@ -26,7 +26,7 @@ QUICK = {"5 queries, everything"}
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    """Interpreted programs run one after the other."""
+    """Few programs, because interpreted programs run one after the other."""
     monkeypatch.setattr(prepare_triton, "SLOT_PROGRAMS", 16)
 
 
@@ -56,7 +56,7 @@ def test_rows_that_overflow_are_nan():
 
 
 def test_partial_attention():
-    """Log-sums and outputs in the original basis, as what another device attended to would be merged with."""
+    """Log-sum-exps and outputs in the original basis, ready for a merge with the attention of another device."""
     _, query, cache = plain()
     plan = attention._plan(cache, LogitOptions(0.125), precise=False, config=None)
     plan = dataclasses.replace(plan, partial=True, config=TILES)
@@ -65,7 +65,7 @@ def test_partial_attention():
     np.testing.assert_array_equal(part.peak[1], np.full((1, 8), HIDDEN, np.float32))
     want = tq.attend(query, cache, scale=0.125, implementation="reference")
     assert relative_error(part.acc, want) <= 2e-4
-    # A learned logit as large as the log-sum takes half.
+    # A learned logit as large as the log-sum-exp takes half.
     half = tq.attend(query[:1], cache, rows=jnp.array([0]), scale=0.125, sink_logits=part.peak[0, 0])
     np.testing.assert_allclose(2 * half[0], part.acc[0], atol=1e-4)
 

@@ -64,7 +64,7 @@ def int8s(word):
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_ptx_of_levels_of_codes(bits):
-    """What encoding subtracts from vectors: levels by the codes, signs by the vectors."""
+    """The numbers that encoding subtracts from vectors: levels by the codes, signs by the vectors."""
     book, rng = codebook(128, bits), np.random.default_rng(bits)
     for codes in rng.integers(0, 2**bits, (20, 4)).astype(np.uint8):
         negative = codes >> (bits - 1) == 1
@@ -110,7 +110,7 @@ def test_ptx_of_plain_and_mixed_tiles(bits, dim):
 
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_ptx_of_four_elements_of_different_fields(width):
-    """Triton lays tiles out as it likes: a thread's four elements need not be neighbours."""
+    """Triton chooses the layout of tiles: the four elements of a thread need not be neighbours."""
     rng = np.random.default_rng(width)
     for last in range(1, 8 // width):
         plane = lt.Field(data=None, width=width, field=0, shift=None, last=last)
