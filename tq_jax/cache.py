@@ -128,7 +128,8 @@ class CacheSpec:
             ('unbiased', 'least_squares', True, True)
         """
         key, value = recommended_quantizers(head_dim, key_bits, value_bits)
-        return cls(num_kv_heads, head_dim, max_tokens, **({"key": key, "value": value} | fields))
+        fields = {"key": key, "value": value, **fields}
+        return cls(num_kv_heads, head_dim, max_tokens, **fields)
 
     @classmethod
     def full_precision(
