@@ -1,1 +1,1 @@
-"""Doors to other frameworks: torch, transformers and vLLM over the same compressed bytes."""
+"""Bridges of tq-jax to other frameworks: torch, transformers and vLLM over the same compressed bytes."""

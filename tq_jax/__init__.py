@@ -1,7 +1,7 @@
 """KV-cache compression for LLM inference by TurboQuant (arXiv 2504.19874): pure functions over pytrees."""
 
 from pallas_kernels.format import Code
-from tq_jax import codebook
+from tq_jax import _installation, codebook
 from tq_jax.append import append
 from tq_jax.attention import attend
 from tq_jax.cache import Cache, CacheDtype, CacheSpec, init_cache, resize
@@ -14,6 +14,7 @@ from tq_jax.quantizer import (
     outlier_channels,
     quantize,
 )
+from tq_jax.recommended import recommended_quantizers
 from tq_jax.store import load_cache, load_statistics, save_cache, save_statistics
 
 __all__ = [
@@ -34,7 +35,11 @@ __all__ = [
     "make_quantizer",
     "outlier_channels",
     "quantize",
+    "recommended_quantizers",
     "resize",
     "save_cache",
     "save_statistics",
 ]
+
+__version__ = _installation.version()
+_installation.warn_if_interop_is_hidden()

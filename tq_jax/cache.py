@@ -1,15 +1,15 @@
 """The compressed KV cache: its spec, its arrays and their bytes.
 
-The first `sink_tokens` and the latest `window` tokens of a sequence are kept in full precision; when a token leaves the
-window it is quantized and moves to the packed pages. A cache has independent rows: one sequence each, or, for a whole
-model, one sequence of one layer each.
+The first `sink_tokens` and the latest `window` tokens of a sequence are kept in full precision. When a token leaves the
+window, it is quantized and moves to the packed pages. The rows of a cache are independent: each holds one sequence, or,
+for a whole model, one sequence of one layer.
 
     tokens   0 .. sinks-1 | sinks .. sinks+compressed-1 | sinks+compressed .. length-1
     live in  exact slots  | pages, in order             | exact ring
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.pages import Pages, empty_pages
 from tq_jax.quantizer import Quantizer, QuantizerSpec, is_traced, make_quantizer
+from tq_jax.recommended import recommended_quantizers
 from tq_jax.statistics import KeyStatistics, empty_statistics, given_statistics, require_statistics
 
 CacheDtype = Literal["bfloat16", "float16", "float32"]
@@ -29,31 +30,37 @@ KEY_KINDS, VALUE_KINDS = ("mse", "prod"), ("mse", "group")
 class CacheSpec:
     """What a cache holds; static and hashable.
 
+    `CacheSpec.recommended` makes the spec that the measurements use. The bare defaults of `QuantizerSpec` are the
+    paper's Algorithm 1 with the scale of least error; everything else, step search too, is an option to set.
+
     Attributes:
-        num_kv_heads: Key-value heads.
+        num_kv_heads: KV heads.
         head_dim: Channels of a head.
         max_tokens: Tokens that a row can hold.
-        key: How keys are quantized, "mse" or "prod"; scale None becomes "unbiased" for mse. None, together with value,
-            keeps everything in full precision (see `full_precision`).
-        value: How values are quantized, "mse" or "group".
+        key: How keys are quantized, kind "mse" or "prod"; for "mse", scale None becomes "unbiased". If key and value
+            are both None, everything stays in full precision (see `full_precision`).
+        value: How values are quantized, kind "mse" or "group".
         window: Latest tokens kept in full precision.
         sink_tokens: First tokens kept in full precision.
-        center_keys: Subtract a mean from the keys before quantizing, see `tq_jax.statistics`.
-        smooth_keys: Weight the channels of keys before quantizing. Needs the queries (`append(..., query=)`) to know
-            which channels matter; without them only the keys' own spread is balanced.
-        page_size: Tokens a page.
+        center_keys: Whether a mean is subtracted from the keys before they are quantized, see `tq_jax.statistics`.
+        smooth_keys: Whether the channels of keys are weighted before they are quantized. The queries
+            (`append(..., query=)`) tell which channels matter; without them only the spread of the keys is balanced.
+        page_size: Tokens per page.
         dtype: Type of full-precision tokens.
 
     Raises:
         ValueError: For sizes that do not fit each other.
-        NotImplementedError: For kinds that are not supported in this place.
+        NotImplementedError: For a kind that keys or values do not support.
 
     Example:
-        >>> spec = CacheSpec(num_kv_heads=8, head_dim=128, max_tokens=32768,
-        ...                  key=QuantizerSpec(dim=128, bits=4), value=QuantizerSpec(dim=128, bits=4))
+        >>> spec = CacheSpec.recommended(8, 128, max_tokens=32768, key_bits=4, value_bits=4)
         >>> full = CacheSpec.full_precision(num_kv_heads=8, head_dim=128, max_tokens=32768)
         >>> spec.bytes_per_token(), full.bytes_per_token()
         (1056, 4096)
+        >>> prod = CacheSpec(num_kv_heads=8, head_dim=128, max_tokens=32768,
+        ...                  key=QuantizerSpec(dim=128, bits=4, kind="prod"), value=QuantizerSpec(dim=128, bits=4))
+        >>> prod.bytes_per_token()
+        1072
     """
 
     num_kv_heads: int
@@ -88,10 +95,47 @@ class CacheSpec:
             object.__setattr__(self, "key", dataclasses.replace(self.key, scale="unbiased"))
 
     @classmethod
+    def recommended(
+        cls,
+        num_kv_heads: int,
+        head_dim: int,
+        max_tokens: int,
+        key_bits: float = 4,
+        value_bits: float = 4,
+        **fields: Any,
+    ) -> "CacheSpec":
+        """The recommended compressed cache: the one that demo and evaluation measure.
+
+        Keys have the "unbiased" scale and values the "least_squares" scale, both with step search (see
+        `recommended_quantizers`); keys are centred and smoothed; window and sink tokens are the defaults.
+
+        Args:
+            num_kv_heads: KV heads.
+            head_dim: Channels of a head.
+            max_tokens: Tokens that a row can hold.
+            key_bits: Bits per key coordinate, see `QuantizerSpec`.
+            value_bits: Bits per value coordinate.
+            **fields: Further fields of `CacheSpec`: `window`, `dtype`, ..., or a whole `key` or `value` spec in place
+                of its bits.
+
+        Raises:
+            ValueError: For sizes that do not fit each other.
+            NotImplementedError: For bits and dimensions that `QuantizerSpec` does not support.
+
+        Example:
+            >>> spec = CacheSpec.recommended(8, 128, 32768, key_bits=4, value_bits=3, window=256)
+            >>> spec.key.scale, spec.value.scale, spec.key.search, spec.center_keys
+            ('unbiased', 'least_squares', True, True)
+        """
+        key, value = recommended_quantizers(head_dim, key_bits, value_bits)
+        fields = {"key": key, "value": value, **fields}
+        return cls(num_kv_heads, head_dim, max_tokens, **fields)
+
+    @classmethod
     def full_precision(
         cls, *, num_kv_heads: int, head_dim: int, max_tokens: int, dtype: CacheDtype = "bfloat16"
     ) -> "CacheSpec":
-        """A cache that keeps every token as it is: the baseline."""
+        """A cache that keeps every token in full precision: the baseline."""
         return cls(
             num_kv_heads, head_dim, max_tokens, None, None,
             window=max_tokens, sink_tokens=0, center_keys=False, smooth_keys=False, dtype=dtype,
@@ -99,23 +143,23 @@ class CacheSpec:
 
     @property
     def compressed(self) -> bool:
-        """Whether tokens that leave the window are quantized (not the case for `full_precision`)."""
+        """Whether tokens that leave the window are quantized; False for `full_precision`."""
         return self.key is not None
 
     @property
     def sinks(self) -> int:
-        """Exact slots for the first tokens."""
+        """Sink slots: slots of the first tokens, in full precision."""
         return min(self.sink_tokens, self.max_tokens) if self.compressed else 0
 
     @property
     def ring(self) -> int:
-        """Exact slots for the latest tokens."""
+        """Slots of the latest tokens, in full precision."""
         room = self.max_tokens - self.sinks
         return min(self.window, room) if self.compressed else room
 
     @property
     def pages_per_row(self) -> int:
-        """Pages of a row: what is left of max_tokens beside sinks and ring, rounded up."""
+        """Pages of a row: they hold the max_tokens less sinks and ring, rounded up to whole pages."""
         return -(-(self.max_tokens - self.sinks - self.ring) // self.page_size)
 
     @property
@@ -124,7 +168,7 @@ class CacheSpec:
         return self.compressed and (self.center_keys or self.smooth_keys)
 
     def bytes_per_token(self) -> int:
-        """Bytes that one compressed token takes in all heads, scales included (of one layer)."""
+        """Bytes per compressed token of one layer: keys and values of all KV heads, scales included."""
         if self.key is None or self.value is None:
             return 2 * self.num_kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
         return self.num_kv_heads * (self.key.bytes_per_vector + self.value.bytes_per_vector)
@@ -133,19 +177,19 @@ class CacheSpec:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """The arrays of a cache; a pytree. Make one with `init_cache`, change it with `append`.
+    """The arrays of a cache; a pytree. `init_cache` makes one, `append` adds tokens to it.
 
     Attributes:
-        pages: Packed pages, page p of row r at r * pages_per_row + p; None if no token is ever compressed.
-        exact_keys: [rows, h_kv, sinks + ring, d], full-precision keys: the first tokens, then the ring. bfloat16 is
-            held as its bits in uint16, see `to_storage`.
-        exact_values: Likewise.
+        pages: Packed pages; page p of row r is at r * pages_per_row + p. None if no token is ever compressed.
+        exact_keys: [rows, h_kv, sinks + ring, d], full-precision keys: the sink slots, then the ring. bfloat16 is held
+            as its bits in uint16, see `to_storage`.
+        exact_values: Full-precision values, shaped like the keys.
         length: int32 [rows], tokens appended.
         compressed: int32 [rows], tokens in the pages.
-        overflow: bool [rows], set when, under jit, a chunk did not fit and was left out; `attend` then returns NaN.
+        overflow: bool [rows], set if, under jit, a chunk did not fit and was left out; `attend` then returns NaN.
         statistics: Key statistics; None if keys are neither centred nor smoothed.
-        key_quantizer: Shared by all rows; None in full precision.
-        value_quantizer: Likewise.
+        key_quantizer: Quantizer of the keys of all rows; None in full precision.
+        value_quantizer: Quantizer of the values of all rows; None in full precision.
         spec: The spec (static).
     """
 
@@ -167,7 +211,7 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every array that the cache owns: pages, ring, sinks, statistics, rotations, counters."""
+        """Bytes of all arrays of the cache: pages, ring, sinks, statistics, rotations, counters."""
         return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
 
 
@@ -180,25 +224,26 @@ def init_cache(
     key_quantizer: Quantizer | None = None,
     value_quantizer: Quantizer | None = None,
 ) -> Cache:
-    """An empty cache.
+    """Makes an empty cache.
 
     Args:
-        spec: What it holds.
-        batch: Rows: sequences, or sequences times layers. Zero is allowed.
-        seed: Seed of the quantizers; keys use it, values seed + 1.
+        spec: What the cache holds.
+        batch: Rows of the cache: sequences, or sequences times layers. Zero is allowed.
+        seed: Seed of the key quantizer; the value quantizer has seed + 1.
         statistics: Key mean and channel weights known beforehand, [h_kv, d] or [rows, h_kv, d] each. By default they
             are taken from the tokens at hand when the first one is compressed (usually the whole prompt).
-        key_quantizer: To use instead of a new one, e.g. with outlier channels; its spec must be that of the cache.
-        value_quantizer: Likewise.
+        key_quantizer: Quantizer of spec.key to use in place of a new one, e.g. one with outlier channels.
+        value_quantizer: Quantizer of spec.value to use in place of a new one.
+
+    Returns:
+        The cache.
 
     Raises:
         ValueError: For a negative batch, statistics or quantizers that do not fit the spec, or, outside jit, means that
             are not finite or weights that are not positive and finite.
 
     Example:
-        >>> spec = CacheSpec(num_kv_heads=2, head_dim=64, max_tokens=512,
-        ...                  key=QuantizerSpec(dim=64, bits=4), value=QuantizerSpec(dim=64, bits=4))
-        >>> cache = init_cache(spec, batch=2)
+        >>> cache = init_cache(CacheSpec.recommended(2, 64, max_tokens=512), batch=2)
         >>> cache.length.tolist(), cache.nbytes < init_cache(
         ...     CacheSpec.full_precision(num_kv_heads=2, head_dim=64, max_tokens=512), batch=2).nbytes
         ([0, 0], True)
@@ -225,30 +270,29 @@ def init_cache(
 
 
 def resize(cache: Cache, max_tokens: int) -> Cache:
-    """The cache with room for another number of tokens a row; what it holds stays as it is.
+    """The cache with room for another number of tokens per row; the tokens in it stay as they are.
 
     Args:
         cache: The cache.
-        max_tokens: Tokens that a row shall have room for.
+        max_tokens: Tokens that a row of the new cache can hold.
 
     Returns:
         A new cache; pages are copied. Under jit it can only grow.
 
     Raises:
-        ValueError: If a row holds more tokens than that, or if sinks and window would change: a compressed cache has
-            at least as many tokens as they take, before and after.
+        ValueError: If a row holds more than max_tokens tokens, or if sinks and window would change: before and after, a
+            compressed cache must have room for both.
 
     Example:
-        >>> spec = CacheSpec(num_kv_heads=2, head_dim=64, max_tokens=512,
-        ...                  key=QuantizerSpec(dim=64, bits=4), value=QuantizerSpec(dim=64, bits=4))
-        >>> resize(init_cache(spec, batch=1), 1024).spec.pages_per_row
+        >>> cache = init_cache(CacheSpec.recommended(2, 64, max_tokens=512), batch=1)
+        >>> resize(cache, 1024).spec.pages_per_row
         7
     """
     old = cache.spec
     new = dataclasses.replace(old, max_tokens=max_tokens, window=old.window if old.compressed else max_tokens)
     if old.compressed and (new.sinks, new.ring) != (old.sinks, old.ring):
         raise ValueError(
-            f"expected at least {old.sink_tokens + old.window} tokens a row (sinks and window) before and after, "
+            f"expected at least {old.sink_tokens + old.window} tokens per row (sinks and window) before and after, "
             f"got {old.max_tokens} and {max_tokens}"
         )
     if max_tokens < old.max_tokens and is_traced(cache.length):
@@ -268,7 +312,7 @@ def resize(cache: Cache, max_tokens: int) -> Cache:
 
 
 def _cut(array: Array, axis: int, size: int) -> Array:
-    """The first entries along an axis, with zeros behind them if there are not as many."""
+    """The first `size` entries along an axis, with zeros behind them if there are fewer."""
     padding = [(0, max(size - n, 0) if i == axis else 0) for i, n in enumerate(array.shape)]
     return lax.slice_in_dim(jnp.pad(array, padding), 0, size, axis=axis)
 
@@ -276,7 +320,7 @@ def _cut(array: Array, axis: int, size: int) -> Array:
 def to_storage(spec: CacheSpec, tokens: Float[Array, "..."]) -> Shaped[Array, "..."]:
     """Full-precision tokens as the cache holds them: in its dtype, bfloat16 as bits.
 
-    XLA's CPU compiler widens the whole operand of a bfloat16 scatter to float32; of a scatter of integers it does not.
+    XLA's CPU compiler widens the whole operand of a bfloat16 scatter to float32, but not that of an integer scatter.
     """
     tokens = tokens.astype(spec.dtype)
     return lax.bitcast_convert_type(tokens, jnp.uint16) if spec.dtype == "bfloat16" else tokens
@@ -289,25 +333,25 @@ def from_storage(spec: CacheSpec, stored: Shaped[Array, "..."]) -> Float[Array, 
 
 
 def require_row_integers(batch: int, **arrays: Array | None) -> None:
-    """Raises ValueError unless each named array is None or one integer a row."""
+    """Raises ValueError unless each named array is None or holds one integer per row of a chunk."""
     for name, array in arrays.items():
         if array is not None and (array.shape != (batch,) or not jnp.issubdtype(array.dtype, jnp.integer)):
             raise ValueError(f"expected {name} to be integers of shape ({batch},), got {array.dtype} {array.shape}")
 
 
 def require_counters(spec: CacheSpec, length: list[int], compressed: list[int]) -> None:
-    """Raises ValueError unless each row can have so many tokens, of them so many in its pages."""
+    """Raises ValueError unless each row can hold its `length` tokens with `compressed` of them in its pages."""
     for total, packed in zip(length, compressed, strict=True):
         exact = total - min(total, spec.sinks) - packed
         if not 0 <= total <= spec.max_tokens or packed < 0 or not 0 <= exact <= spec.ring:
             raise ValueError(
-                f"expected at most {spec.max_tokens} tokens a row, all but {spec.sinks} first and at most {spec.ring} "
-                f"latest ones compressed; got length={length}, compressed={compressed}"
+                f"expected at most {spec.max_tokens} tokens per row, all compressed but the first {spec.sinks} and at "
+                f"most {spec.ring} of the latest; got length={length}, compressed={compressed}"
             )
 
 
 def _empty_pages(spec: CacheSpec, rows: int) -> Pages | None:
-    """Zeroed pages of all rows; None if no token is ever compressed."""
+    """Pages of zeros for all rows; None if no token is ever compressed."""
     if not spec.pages_per_row:
         return None
     assert spec.key is not None and spec.value is not None

@@ -2,7 +2,7 @@
 
 The density of one coordinate of a uniformly random unit vector in d dimensions is proportional to
 (1 - x^2)^((d-3)/2) on [-1, 1] (arXiv 2504.19874, section 3.1, Lemma 1). Codebooks for common d and bits ship as data;
-others are solved on demand with scipy.
+scipy solves the others on demand.
 """
 
 import functools
@@ -20,17 +20,18 @@ MAX_INTEGER = 127
 SHIPPED_BITS = (1, 2, 3, 4, 5, 7, 8)
 SHIPPED_DIMS = (4, 8, 12, 16, 20, 24, 32, 40, 48, 60, 64, 72, 80, 96, 112, 120, 128, 144, 160, 192, 256, 384, 512)
 _DATA = "codebooks.json"
+"""File of the shipped codebooks, in `tq_jax.data`."""
 
 
 def codebook(dim: int, bits: int) -> Codebook:
-    """The codebook of `bits` bits for unit vectors of `dim` dimensions.
+    """The codebook of `bits` bits for the coordinates of unit vectors of `dim` dimensions.
 
-    The exact Lloyd-Max centroids are rounded to half-integers times a step, which costs under 0.1 % of distortion up to
-    4 bits (0.5 % at 5) and is the definition that references and kernels share; at 8 bits the grid is uniform.
+    The exact Lloyd-Max centroids are rounded to half-integers times a step. This costs under 0.1 % of distortion up to
+    4 bits (0.5 % at 5) and is the definition that references and kernels share. At 8 bits the grid is uniform.
 
     Args:
         dim: Dimensions of the vectors, at least 4.
-        bits: 0 to 5, 7 or 8 (7 and 0 serve the first stage of Prod at 8 and 1 bits).
+        bits: 0 to 5, 7 or 8 (7 and 0 are for the first stage of kind "prod" at 8 and 1 bits).
 
     Returns:
         The codebook.
@@ -54,7 +55,7 @@ def codebook(dim: int, bits: int) -> Codebook:
 
 
 def distortion(book: Codebook) -> float:
-    """Expected squared error of a unit vector quantized with nearest centroids and its norm as scale (D_mse).
+    """Expected squared error D_mse of a unit vector that is quantized to nearest centroids with its norm as scale.
 
     Example:
         >>> round(distortion(codebook(128, 4)), 5)
@@ -65,14 +66,14 @@ def distortion(book: Codebook) -> float:
 
 
 def index_entropy(book: Codebook) -> float:
-    """Entropy of the code of one coordinate, in bits (section 3.1 of the paper suggests coding it; not done)."""
+    """Entropy of the code of one coordinate, in bits; entropy coding (section 3.1 of the paper) is not done."""
     mass, _ = _moments((np.asarray(book.levels, np.float64) + 0.5) * book.step, book.dim)
     return float(-np.sum(mass * np.log2(mass))) + 1.0
 
 
 @functools.lru_cache(maxsize=256)
 def solve(dim: int, bits: int) -> Codebook:
-    """Solves a codebook with scipy; what `codebook` does for sizes that are not shipped."""
+    """Solves a codebook with scipy, as `codebook` does for sizes that are not shipped."""
     if bits == 8:
         grid = np.arange(MAX_INTEGER + 1) + 0.5
         bound = 16.0 / (dim**0.5 * 2**bits)
@@ -93,7 +94,7 @@ def solve(dim: int, bits: int) -> Codebook:
 
 
 def lloyd_max(dim: int, bits: int) -> np.ndarray:
-    """Exact positive Lloyd-Max centroids of the coordinate density, ascending, float64 [2**(bits-1)]."""
+    """Solves for the positive Lloyd-Max centroids of the coordinate density; ascending, float64 [2**(bits-1)]."""
     count = 2 ** (bits - 1)
     centroids = special.ndtri(0.5 + (np.arange(count) + 0.5) / (2 * count)) / dim**0.5
     centroids = np.minimum(centroids, np.linspace(0.5 / count, 1 - 0.5 / count, count))
@@ -122,12 +123,13 @@ def _moments(centroids: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _distortion(centroids: np.ndarray, dim: int) -> float:
+    """D_mse of the codebook with these positive centroids and their negatives."""
     mass, first = _moments(centroids, dim)
     return float(1 + dim * np.sum(centroids * (centroids * mass - 2 * first)))
 
 
 def _best_step(halves: np.ndarray, step: float, dim: int) -> float:
-    """The step of least distortion for given half-integers, by alternating cells and least squares."""
+    """The step of least distortion for half-integer centroids, by alternating cells and least squares from a step."""
     for _ in range(30):
         mass, first = _moments(halves * step, dim)
         step = float(np.sum(halves * first) / np.sum(halves**2 * mass))
@@ -136,6 +138,7 @@ def _best_step(halves: np.ndarray, step: float, dim: int) -> float:
 
 @functools.cache
 def _shipped() -> dict[tuple[int, int], Codebook]:
+    """The shipped codebooks by dim and bits."""
     text = importlib.resources.files("tq_jax.data").joinpath(_DATA).read_text("utf-8")
     return {
         (entry["dim"], entry["bits"]): Codebook(entry["dim"], entry["bits"], tuple(entry["levels"]), entry["step"])
@@ -144,7 +147,7 @@ def _shipped() -> dict[tuple[int, int], Codebook]:
 
 
 def shipped_text() -> str:
-    """The JSON text of the shipped codebooks, solved anew: the source of the data file."""
+    """The JSON text of the shipped codebooks, solved anew; the data file holds this text."""
     books = [solve(dim, bits) for dim in SHIPPED_DIMS for bits in SHIPPED_BITS]
     rows = [json.dumps({"dim": b.dim, "bits": b.bits, "levels": b.levels, "step": b.step}) for b in books]
     return "[\n" + ",\n".join(rows) + "\n]\n"

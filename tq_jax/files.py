@@ -1,4 +1,4 @@
-"""Files of arrays: safetensors with a JSON header of ours, replaced whole and checked whole."""
+"""Files of arrays: safetensors with a JSON header, written and checked as a whole."""
 
 import hashlib
 import json
@@ -14,16 +14,16 @@ Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """Type and shape of each array by name."""
 
 HEADER, DIGEST = "tq_jax", "sha256"
-"""Name of the JSON header in the metadata of a file, and in it of the digest of everything else."""
+"""Name of the JSON header in the metadata of a file, and name of the digest in that header."""
 
 
 def write_arrays(path: str | os.PathLike, header: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a file; needs the `safetensors` package.
 
     Args:
-        path: Where to; an existing file is replaced only once the new one is complete.
-        header: Plain data, its "format" among them.
-        arrays: By name.
+        path: The file to write; an existing one is replaced only when the new one is complete.
+        header: Plain data, with a "format".
+        arrays: The arrays by name.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -47,14 +47,14 @@ def read_arrays(
 
     Args:
         path: The file.
-        expected: Finds in the header what arrays there are; may raise ValueError, KeyError or TypeError.
+        expected: Returns the types and shapes that a header promises; may raise ValueError, KeyError or TypeError.
 
     Returns:
         The header and the arrays.
 
     Raises:
-        FileNotFoundError: If there is no file.
-        ValueError: If it is damaged or another kind of file: header, names, types, shapes and every byte are checked.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is damaged or of another kind: header, names, types, shapes and every byte are checked.
     """
     text, arrays = _load(Path(path), with_arrays=True)
     try:
@@ -72,7 +72,7 @@ def read_arrays(
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Any]:
-    """The header alone, its "format" among it; raises as `read_arrays`, and does not look at the arrays."""
+    """Reads the header alone, which has a "format"; raises as `read_arrays` does, but does not check the arrays."""
     text, _ = _load(Path(path), with_arrays=False)
     try:
         return _parsed(text)
@@ -81,13 +81,13 @@ def read_header(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def require_format(header: dict[str, Any], wanted: str) -> None:
-    """Raises ValueError for the header of another kind or version of file."""
+    """Raises ValueError if a header has another format than the wanted one."""
     if header["format"] != wanted:
         raise ValueError(f"expected format {wanted!r}, got {header['format']!r}")
 
 
 def _load(path: Path, *, with_arrays: bool) -> tuple[str, dict[str, np.ndarray]]:
-    """The text of the header, "" without one, and the arrays if wanted."""
+    """Reads the text of the header ("" if there is none) and, if wanted, the arrays."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -101,6 +101,7 @@ def _load(path: Path, *, with_arrays: bool) -> tuple[str, dict[str, np.ndarray]]
 
 
 def _parsed(text: str) -> dict[str, Any]:
+    """The header of a text; raises ValueError if it is none."""
     try:
         header = json.loads(text)
     except json.JSONDecodeError:
@@ -111,6 +112,7 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def _require_shapes(arrays: Mapping[str, np.ndarray], expected: Shapes) -> None:
+    """Raises ValueError unless the arrays have the expected names, types and shapes."""
     found = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
     wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if wrong:
@@ -118,6 +120,7 @@ def _require_shapes(arrays: Mapping[str, np.ndarray], expected: Shapes) -> None:
 
 
 def _digest(header: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of a header and of the names, types, shapes and bytes of arrays."""
     state = hashlib.sha256(json.dumps(header).encode())
     for name in sorted(arrays):
         state.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())

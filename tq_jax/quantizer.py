@@ -1,7 +1,7 @@
 """TurboQuant vector quantizers as pure functions over pytrees.
 
 A `QuantizerSpec` says what to do, `make_quantizer` draws the random parts once, and `quantize`, `dequantize` and
-`inner_product` work on batches of vectors under jit, vmap, scan and shard_map.
+`inner_product` work on batches of vectors, under jit, vmap, scan and shard_map as well.
 """
 
 import dataclasses
@@ -33,26 +33,26 @@ GROUP_BITS = (2, 4)
 
 @dataclasses.dataclass(frozen=True)
 class QuantizerSpec:
-    """What a quantizer does; static and hashable.
+    """What a quantizer does; static and hashable. See `recommended_quantizers` for the specs that measurements use.
 
     Attributes:
         dim: Dimensions of a vector, 16 to 512.
-        bits: Bits a coordinate: 1, 2, 3, 4, 5, 8, or 2.5 and 3.5 (a quarter of the channels, the outliers, gets one bit
-            more than the rest; kind "mse" only); 2 or 4 for kind "group".
+        bits: Bits per coordinate: 1, 2, 3, 4, 5, 8, or 2.5 and 3.5 (a quarter of the channels, the outliers, get one
+            bit more than the others; kind "mse" only); 2 or 4 for kind "group".
         kind: "mse" (arXiv 2504.19874, Algorithm 1), "prod" (Algorithm 2: bits - 1 bits and the signs of a Gaussian
             sketch of the residual, unbiased for inner products) or "group" (min-max codes in groups, not rotated).
         rotation: "hadamard" or "haar", see `tq_jax.rotation`.
         scale: Which scalar is stored with the centroid vector q of the rotated vector y: "norm" |y| (as published),
             "matched" |y| / |q|, "least_squares" <y, q> / |q|^2 (least error), "unbiased" |y|^2 / <y, q> (the estimate
-            of <x, x> is exact; arXiv 2604.18555). None means "least_squares", "norm" for prod; in a `CacheSpec` the
-            keys' None means "unbiased".
-        search: Try multiples of the codebook's step for every vector, from coarse to fine, and keep the one of least
-            squared error (what trying 31 multiples one by one gives).
+            of <x, x> is exact; arXiv 2604.18555). None means "norm" for kind "prod" and "least_squares" for the others;
+            for the "mse" keys of a `CacheSpec` it means "unbiased".
+        search: Whether multiples of the codebook's step are tried for every vector, from coarse to fine, and the one
+            of least squared error is kept (to three digits the error of trying 31 of them one by one).
         group: Channels that share a scale and a zero (kind "group").
         scale_dtype: Type of stored scalars. float16 holds norms up to 65504.
 
     Raises:
-        ValueError: For values outside the sets above.
+        ValueError: For values and combinations that do not exist.
         NotImplementedError: For widths and dimensions outside the limits above.
 
     Example:
@@ -70,16 +70,14 @@ class QuantizerSpec:
     scale_dtype: ScaleDtype = "float16"
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("kind", self.kind, get_args(Kind)),
-            ("rotation", self.rotation, get_args(rot.RotationKind)),
-            ("scale", self.scale, (None, *get_args(ScaleRule))),
-            ("scale_dtype", self.scale_dtype, get_args(ScaleDtype)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"expected {name} in {allowed}, got {value!r}")
-        if not MIN_DIM <= self.dim <= MAX_DIM:
-            raise NotImplementedError(f"dim from {MIN_DIM} to {MAX_DIM} is supported, got dim={self.dim}")
+        require_choices(
+            self,
+            kind=get_args(Kind),
+            rotation=get_args(rot.RotationKind),
+            scale=(None, *get_args(ScaleRule)),
+            scale_dtype=get_args(ScaleDtype),
+        )
+        require_dim(self.dim, MIN_DIM, MAX_DIM)
         widths = {"mse": INTEGER_BITS + FRACTIONAL_BITS, "prod": INTEGER_BITS, "group": GROUP_BITS}[self.kind]
         if self.bits not in widths:
             raise NotImplementedError(f"kind={self.kind!r} has bits in {widths}, got bits={self.bits!r}")
@@ -100,7 +98,7 @@ class QuantizerSpec:
 
     @property
     def num_outliers(self) -> int:
-        """Channels of a fractional width that get one bit more; 0 for other widths."""
+        """Outlier channels, which get one bit more in a fractional width; 0 for whole widths."""
         return self.dim // 4 if self.bits in FRACTIONAL_BITS else 0
 
     @property
@@ -121,15 +119,28 @@ class QuantizerSpec:
         return self.format.bytes_per_vector
 
 
+def require_choices(spec: Any, **choices: tuple) -> None:
+    """Raises ValueError unless each named attribute of a spec is one of its choices."""
+    for name, allowed in choices.items():
+        if getattr(spec, name) not in allowed:
+            raise ValueError(f"expected {name} in {allowed}, got {getattr(spec, name)!r}")
+
+
+def require_dim(dim: int, least: int, most: int) -> None:
+    """Raises NotImplementedError unless the dimensions of a vector are within limits."""
+    if not least <= dim <= most:
+        raise NotImplementedError(f"dim from {least} to {most} is supported, got dim={dim}")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
     """The random parts of a quantizer; a pytree. The codebook follows from the spec.
 
     Attributes:
-        rotations: One rotation a segment of the format (see `tq_jax.rotation`); empty for kind "group".
-        sketch: Gaussian matrix S [dim, dim] of Prod, in the rotated basis; None otherwise.
-        outliers: int32 [num_outliers], ascending channels that get one bit more; None for integer widths.
+        rotations: One rotation per segment of the format (see `tq_jax.rotation`); empty for kind "group".
+        sketch: Gaussian matrix S [dim, dim] of kind "prod", in the rotated basis; None for other kinds.
+        outliers: int32 [num_outliers], channels that get one bit more, ascending; None for whole widths.
         spec: The spec (static).
     """
 
@@ -151,15 +162,15 @@ def make_quantizer(spec: QuantizerSpec, *, seed: int = 0, outliers: Sequence[int
 
     Args:
         spec: What the quantizer does.
-        seed: An integer of 64 bits, not negative. Rotations and sketch use independent streams of it.
-        outliers: For fractional widths, the dim / 4 channels that get one bit more; `outlier_channels` finds them from
-            data. The first dim / 4 by default.
+        seed: An integer from 0 to 2**64 - 1. Rotations and sketch use independent streams of it.
+        outliers: For fractional widths, the dim / 4 channels that get one bit more; `outlier_channels` finds them in
+            data. By default the first dim / 4.
 
     Returns:
         The quantizer.
 
     Raises:
-        ValueError: For a seed that is no integer from 0 to 2**64 - 1 or a wrong set of outliers.
+        ValueError: For a seed outside these limits or a wrong set of outliers.
 
     Example:
         >>> q = make_quantizer(QuantizerSpec(dim=128, bits=4, scale="unbiased", search=True), seed=0)
@@ -181,22 +192,22 @@ def make_quantizer(spec: QuantizerSpec, *, seed: int = 0, outliers: Sequence[int
 
 
 def outlier_channels(x: Float[Array, "*batch dim"], count: int) -> Int[Array, "count"]:
-    """The channels of largest mean square, ascending: the outliers of a fractional width."""
+    """Returns the channels of largest mean square, ascending: the outliers of a fractional width."""
     energy = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=tuple(range(x.ndim - 1)))
     return jnp.sort(lax.top_k(energy, count)[1])
 
 
 def to_rotated(q: Quantizer, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-    """Vectors in the basis that is quantized: outliers first, each segment rotated; float32.
+    """Maps vectors to the basis that is quantized: outliers first, each segment rotated; float32.
 
-    The map is orthogonal, so inner products may be taken on this side: <x, y> = <to_rotated(x), to_rotated(y)>.
+    The map is orthogonal, so it keeps inner products: <x, y> = <to_rotated(x), to_rotated(y)>.
     """
     if q.outliers is None:
         return rot.rotate(q.rotations[0], x) if q.rotations else x.astype(jnp.float32)
     x = jnp.take(x, _order(q), axis=-1)
-    split = q.spec.num_outliers
+    first = q.spec.num_outliers
     return jnp.concatenate(
-        [rot.rotate(q.rotations[0], x[..., :split]), rot.rotate(q.rotations[1], x[..., split:])], axis=-1
+        [rot.rotate(q.rotations[0], x[..., :first]), rot.rotate(q.rotations[1], x[..., first:])], axis=-1
     )
 
 
@@ -204,13 +215,13 @@ def from_rotated(q: Quantizer, y: Float[Array, "*batch dim"]) -> Float[Array, "*
     """Inverse of `to_rotated`."""
     if q.outliers is None:
         return rot.unrotate(q.rotations[0], y) if q.rotations else y
-    split = q.spec.num_outliers
-    x = [rot.unrotate(q.rotations[0], y[..., :split]), rot.unrotate(q.rotations[1], y[..., split:])]
+    first = q.spec.num_outliers
+    x = [rot.unrotate(q.rotations[0], y[..., :first]), rot.unrotate(q.rotations[1], y[..., first:])]
     return jnp.take(jnp.concatenate(x, axis=-1), jnp.argsort(_order(q)), axis=-1)
 
 
 def _order(q: Quantizer) -> Int[Array, "dim"]:
-    """Channels with the outliers first."""
+    """The order of channels in which the outliers come first."""
     assert q.outliers is not None
     rest = jnp.ones(q.spec.dim, jnp.int32).at[q.outliers].set(0)
     return jnp.argsort(rest, stable=True)
@@ -219,18 +230,18 @@ def _order(q: Quantizer) -> Int[Array, "dim"]:
 def quantize(q: Quantizer, x: Float[Array, "*batch dim"]) -> Code:
     """Quantizes vectors.
 
-    Its gradient is that of the stored scalars with the codes held, and zero for a zero vector.
+    The gradient is that of the stored scalars while the codes stay as they are; it is zero for a zero vector.
 
     Args:
         q: The quantizer.
-        x: Vectors, any float type; computed in float32. A zero vector is stored exactly.
+        x: Vectors of any float type; the arithmetic is float32. A zero vector is stored exactly.
 
     Returns:
-        The code; its batch axes are those of x.
+        The code, with the batch axes of x.
 
     Raises:
         ValueError: If the last axis is not spec.dim, x is not floating point, or, outside jit, a vector holds NaN or
-            infinity or has a norm that scale_dtype cannot hold. Under jit such a vector gets a NaN or infinite scale.
+            infinity or has a norm too large for scale_dtype. Under jit such a vector gets a NaN or infinite scale.
     """
     code = encode_rotated(q, to_rotated(q, checked(q, x)))
     require_finite(code, q.spec)
@@ -243,7 +254,7 @@ def encode_rotated(q: Quantizer, y: Float[Array, "*batch dim"]) -> Code:
 
 
 def encoder(q: Quantizer) -> Encoder:
-    """What the encode op needs of a quantizer: its rotation as one matrix, outliers and segments included."""
+    """The quantizer as the encode op takes it: one rotation matrix, order of outliers and segments included."""
     matrices = [rot.matrix(rotation) for rotation in q.rotations]
     matrix = None if not matrices else matrices[0] if len(matrices) == 1 else block_diag(*matrices)
     if q.outliers is not None and matrix is not None:
@@ -290,7 +301,7 @@ def dequantize(q: Quantizer, code: Code) -> Float[Array, "*batch dim"]:
     """Reconstructs vectors in the original basis, float32.
 
     Raises:
-        ValueError: If the code was not written by a quantizer of this spec.
+        ValueError: If the code does not fit the spec.
     """
     check_code(q.spec, code)
     y = decode(code, q.spec.format)
@@ -330,18 +341,18 @@ def inner_product(q: Quantizer, y: Float[Array, "*batch dim"], code: Code) -> Fl
 
 
 def sketch_query(q: Quantizer, rotated: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-    """S y of rotated queries: what the stored signs are multiplied with."""
+    """Sketches S y of rotated queries y, to be multiplied with the stored signs."""
     assert q.sketch is not None
     return jnp.einsum("ij,...j->...i", q.sketch, rotated, precision="highest")
 
 
 def sketch_gain(dim: int) -> float:
-    """sqrt(pi/2) / dim, the factor of the sketch for Gaussian S (Algorithm 2, line 9)."""
+    """The factor of products with the signs of a Gaussian sketch, sqrt(pi/2) / dim (Algorithm 2, line 9)."""
     return math.sqrt(math.pi / 2) / dim
 
 
 def check_code(spec: QuantizerSpec, code: Code) -> None:
-    """Raises ValueError unless the arrays of a code have the shapes and types that the spec writes."""
+    """Raises ValueError unless the arrays of a code have the shapes and types that the spec prescribes."""
     fmt = spec.format
     found = {name: array is not None for name, array in vars(code).items()}
     group, prod = isinstance(fmt, GroupFormat), spec.kind == "prod"

@@ -1,9 +1,9 @@
-"""Random rotations: dense Haar matrices and randomized Hadamard transforms, as matrix products.
+"""Random rotations: randomized Hadamard transforms and dense Haar matrices, as matrix products.
 
-"hadamard" multiplies the channels by random signs and then by the orthogonal matrix C_m (x) H_p, where p is the largest
-power of two that divides the dimension, m = dim / p, H_p the Walsh-Hadamard matrix (block-diagonal over the m blocks)
-and C_m the discrete Hartley matrix that mixes the blocks; for powers of two C is 1. "haar" is a uniformly random
-orthogonal matrix (arXiv 2504.19874, Algorithm 1). Both give the same distortion on real data.
+"hadamard" multiplies the channels by random signs and then by the orthogonal matrix C_m (x) H_p. Here p is the largest
+power of two that divides the dimension, m = dim / p, H_p is the Walsh-Hadamard matrix of each of the m blocks, and C_m
+is the discrete Hartley matrix, which mixes the blocks; if the dimension is a power of two, C_m is 1. "haar" is a
+uniformly random orthogonal matrix (arXiv 2504.19874, Algorithm 1). Both give the same distortion on real data.
 """
 
 import functools
@@ -20,9 +20,9 @@ RotationKind = Literal["hadamard", "haar"]
 
 
 def random_rotation(kind: RotationKind, dim: int, seed: tuple[int, int]) -> Float[Array, "..."]:
-    """The stored part of a rotation: signs [dim] for "hadamard", the matrix [dim, dim] for "haar"; float32.
+    """Draws the stored part of a rotation: signs [dim] for "hadamard", a matrix [dim, dim] for "haar"; float32.
 
-    The random numbers are Philox bits, so the same seed gives the same rotation on every platform and version.
+    The random numbers come from Philox bits, so the same seed gives the same rotation on every platform and version.
     """
     if kind == "hadamard":
         bits = np.random.Philox(key=np.asarray(seed, np.uint64)).random_raw(dim)
@@ -32,7 +32,7 @@ def random_rotation(kind: RotationKind, dim: int, seed: tuple[int, int]) -> Floa
 
 
 def gaussian(shape: tuple[int, ...], seed: tuple[int, int]) -> np.ndarray:
-    """Independent standard normals, float64, the same on every platform."""
+    """Draws independent standard normals, float64; the same seed gives the same numbers on every platform."""
     bits = np.random.Philox(key=np.asarray(seed, np.uint64)).random_raw(int(np.prod(shape)))
     return special.ndtri(((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53).reshape(shape)
 
@@ -41,8 +41,11 @@ def rotate(rotation: Float[Array, "..."], x: Float[Array, "*batch dim"]) -> Floa
     """Applies a rotation to the last axis, in float32 at full precision on every device.
 
     Args:
-        rotation: What `random_rotation` returned.
-        x: Vectors.
+        rotation: Signs or matrix from `random_rotation`.
+        x: Vectors of any float type.
+
+    Returns:
+        The rotated vectors, float32.
 
     Example:
         >>> signs = random_rotation("hadamard", 64, seed=(0, 0))
@@ -57,7 +60,7 @@ def rotate(rotation: Float[Array, "..."], x: Float[Array, "*batch dim"]) -> Floa
 
 
 def unrotate(rotation: Float[Array, "..."], y: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-    """Inverse of `rotate`."""
+    """Applies the inverse of `rotate`."""
     y = y.astype(jnp.float32)
     if rotation.ndim == 1:
         return _times(y, mixing_matrix(rotation.shape[0]).T) * _along_last(rotation, y.ndim)
@@ -91,7 +94,7 @@ def mixing_matrix(dim: int) -> np.ndarray:
 
 
 def mixing_factors(dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two small symmetric orthogonal matrices whose Kronecker product is `mixing_matrix`, float32.
+    """Two small symmetric orthogonal matrices, float32, whose Kronecker product is `mixing_matrix`.
 
     Example:
         >>> outer, inner = mixing_factors(96)
@@ -103,6 +106,7 @@ def mixing_factors(dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _factors(dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of `mixing_matrix`, float64; the inner one is a Hadamard matrix of at most 16 rows."""
     power = dim & -dim
     blocks, inner = dim // power, min(power, 16)
     angle = 2 * np.pi / blocks * np.outer(np.arange(blocks), np.arange(blocks))

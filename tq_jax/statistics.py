@@ -1,9 +1,9 @@
-"""Key statistics: what is subtracted from keys and how channels are weighted before they are quantized.
+"""Key statistics: the mean subtracted from keys and the weights of their channels, both before they are quantized.
 
 Softmax does not see a mean that all keys of a head share, but a quantizer spends its bits on it; and channels in which
-queries are large deserve smaller errors. So keys are stored as quantize(w * (k - mean)) and read with q / w, the lost
-q . mean being added back to the logit; w = (rms(q) / std(k)) ** 0.4 a channel balances both sides. The square root of
-theory leaves more divergence on real models.
+queries are large deserve smaller errors. So keys are stored as quantize(w * (k - mean)) and read with the query q / w,
+and the lost q . mean is added back to the logit. The weight of a channel, w = (rms(q) / std(k)) ** 0.4, balances both
+sides; the square root that theory suggests leaves more divergence on real models.
 """
 
 import dataclasses
@@ -14,27 +14,28 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 MIN_TOKENS = 32
-"""Keys that statistics need; with fewer at the moment they are fixed, keys are stored as they are."""
+"""Keys that statistics need. If a row has fewer when its statistics are fixed, its keys are stored as they are."""
 
 BALANCE = 0.4
-"""Power of the ratio of queries to keys that weighs a channel; measured on SmolLM2-135M and Qwen2.5-1.5B."""
+"""Power of the ratio of queries to keys in the weight of a channel; measured on SmolLM2-135M and Qwen2.5-1.5B."""
 
 FLOOR = 1e-2
-"""Smallest spread of a channel relative to the mean spread of its head; keeps weights of dead channels bounded."""
+"""Smallest spread of a channel, relative to the mean spread of its head; it bounds the weights of dead channels."""
 
 EQUAL = 1e-5
-"""Keys of a head that spread less than this, relative to their size, are equal but for rounding: nothing to weigh."""
+"""If keys of a head spread less than this, relative to their size, they differ by rounding only: nothing to weigh."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyStatistics:
-    """Statistics of the keys of each row and head of a cache; a pytree.
+    """Statistics of the keys of each cache row and KV head; a pytree.
 
     Attributes:
         mean: float32 [rows, h_kv, d], subtracted from keys.
-        weight: float32 [rows, h_kv, d], multiplied to keys and divided from queries.
-        query_power: float32 [rows, h_kv, d], sum of squares of the queries seen so far, mean over the heads of a group.
+        weight: float32 [rows, h_kv, d]; keys are multiplied by it, queries divided.
+        query_power: float32 [rows, h_kv, d], sum of squares of the queries seen so far, averaged over the query heads
+            of each KV head.
         query_count: float32 [rows], queries seen so far.
         ready: bool [rows], whether mean and weight are fixed.
     """
@@ -47,7 +48,7 @@ class KeyStatistics:
 
 
 def empty_statistics(rows: int, kv_heads: int, head_dim: int) -> KeyStatistics:
-    """Statistics that change nothing and are still to be fixed."""
+    """Makes statistics that change nothing and are still to be fixed."""
     shape = (rows, kv_heads, head_dim)
     return KeyStatistics(
         mean=jnp.zeros(shape, jnp.float32),
@@ -63,12 +64,15 @@ def given_statistics(
     mean: Float[Array, "*lead h_kv d"],
     weight: Float[Array, "*lead h_kv d"],
 ) -> KeyStatistics:
-    """Statistics fixed from the start, e.g. calibrated once for a model.
+    """Makes statistics that are fixed from the start, e.g. calibrated once for a model.
 
     Args:
         rows: Rows of the cache.
-        mean: [h_kv, d] for all rows or [rows, h_kv, d].
-        weight: Likewise, positive.
+        mean: Mean of the keys, [h_kv, d] for all rows or [rows, h_kv, d].
+        weight: Positive weights of their channels, shaped like the mean.
+
+    Returns:
+        The statistics.
     """
     start = empty_statistics(rows, *mean.shape[-2:])
     shape = start.mean.shape
@@ -81,7 +85,7 @@ def given_statistics(
 
 
 def require_statistics(mean: np.ndarray, weight: np.ndarray) -> None:
-    """Raises ValueError for values that are no statistics."""
+    """Raises ValueError unless means are finite and weights are finite and positive."""
     if not np.isfinite(mean).all() or not (np.isfinite(weight) & (weight > 0)).all():
         raise ValueError(
             "expected finite means and positive, finite weights of channels, "
@@ -116,12 +120,12 @@ def fix_statistics(
     smooth: bool,
 ) -> KeyStatistics:
     """Fixes mean and weight of the rows in `fix` from their keys and the queries seen so far."""
-    keys, weight = keys.astype(jnp.float32), valid.astype(jnp.float32)[:, :, None, None]
+    keys, counted = keys.astype(jnp.float32), valid.astype(jnp.float32)[:, :, None, None]
     count = jnp.maximum(jnp.sum(valid, axis=1, dtype=jnp.float32), 1.0)[:, None, None]
-    # where, not only the product: keys of tokens that do not exist may be NaN.
-    keys = jnp.where(weight > 0, keys, 0.0)
+    # A product with 0 is not enough: keys that are not valid may be NaN.
+    keys = jnp.where(counted > 0, keys, 0.0)
     mean = jnp.sum(keys, axis=1) / count
-    deviation = (keys - mean[:, None]) * weight
+    deviation = (keys - mean[:, None]) * counted
     spread = jnp.sqrt(jnp.sum(deviation * deviation, axis=1) / count)
     size = jnp.sqrt(jnp.sum(keys * keys, axis=1) / count)
     enough = fix & (jnp.sum(valid, axis=1) >= MIN_TOKENS)
@@ -139,14 +143,14 @@ def fix_statistics(
 
 
 def _query_rms(stats: KeyStatistics) -> Float[Array, "b h_kv d"]:
-    """Root mean square of the queries a channel; ones for rows that were not told any or only zeros."""
+    """Root mean square of the queries per channel; ones for a row without queries, or with zeros only."""
     count = stats.query_count[:, None, None]
     rms = jnp.sqrt(stats.query_power / jnp.maximum(count, 1.0))
     return jnp.where(count > 0, _floored(rms, least=jnp.zeros_like(count)), 1.0)
 
 
 def _floored(spread: Float[Array, "b h_kv d"], *, least: Float[Array, "b _ 1"]) -> Float[Array, "b h_kv d"]:
-    """Spread with a floor for single channels; ones for heads of no more than the least mean spread."""
+    """Spread, at least FLOOR times its mean over the head; ones for a head whose mean spread is at most `least`."""
     mean = _head_mean(spread)
     return jnp.where(mean > least, jnp.maximum(spread, FLOOR * mean), 1.0)
 

@@ -1,7 +1,7 @@
 """Caches and key statistics on disk: the bytes that memory holds, in one safetensors file.
 
 A file has the arrays of a cache under their dotted names ("pages.keys.packed", "exact_keys", "statistics.mean", ...).
-Pools of pages are [rows, pages, ...] there and end with the last page in use.
+In a file, pools of pages are [rows, pages, ...] and end with the last page in use.
 """
 
 import dataclasses
@@ -23,22 +23,21 @@ CACHE_FORMAT, STATISTICS_FORMAT = "tq-jax cache 1", "tq-jax key statistics 1"
 
 
 def save_cache(cache: Cache, path: str | os.PathLike) -> None:
-    """Writes a cache, its quantizers included; needs the `safetensors` package.
+    """Writes a cache with its quantizers; needs the `safetensors` package.
 
     Args:
         cache: The cache, outside of jit.
-        path: Where to; an existing file is replaced only once the new one is complete.
+        path: The file to write; an existing one is replaced only when the new one is complete.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: For a cache that is being traced.
+        ValueError: If the cache is being traced.
 
     Example:
         >>> import tempfile
         >>> import tq_jax as tq
-        >>> quantizer = QuantizerSpec(dim=64, bits=4)
-        >>> spec = CacheSpec(num_kv_heads=2, head_dim=64, max_tokens=4096, key=quantizer, value=quantizer)
-        >>> cache = tq.append(init_cache(spec, batch=1), jnp.ones((1, 300, 2, 64)), jnp.ones((1, 300, 2, 64)))
+        >>> cache = init_cache(CacheSpec.recommended(2, 64, max_tokens=4096), batch=1)
+        >>> cache = tq.append(cache, jnp.ones((1, 300, 2, 64)), jnp.ones((1, 300, 2, 64)))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_cache(cache, f"{folder}/prompt.safetensors")
         ...     again = load_cache(f"{folder}/prompt.safetensors", max_tokens=8192)
@@ -62,16 +61,16 @@ def load_cache(path: str | os.PathLike, *, max_tokens: int | None = None) -> Cac
     """Reads a cache; needs the `safetensors` package.
 
     Args:
-        path: What `save_cache` wrote.
-        max_tokens: Tokens that a row shall have room for, see `tq_jax.resize`; as many as before by default.
+        path: A file that `save_cache` wrote.
+        max_tokens: Tokens that a row of the new cache can hold, see `tq_jax.resize`; as many as before by default.
 
     Returns:
-        The cache, of the same bytes in every page in use.
+        The cache, with the same bytes in every page in use.
 
     Raises:
-        FileNotFoundError: If there is no file.
-        ValueError: If the file is damaged or is no cache (header, names, types, shapes, counters and every byte are
-            checked), or for a max_tokens that does not fit.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is damaged or holds no cache (header, names, types, shapes, counters and every byte are
+            checked), or if max_tokens does not fit.
     """
     header, arrays = read_arrays(path, expected_cache)
     spec, rows, pages = parse_cache(header)
@@ -98,13 +97,14 @@ def save_statistics(
     """Writes key statistics of a model, see `tq_jax.statistics`; needs the `safetensors` package.
 
     Args:
-        mean: Mean of the keys of each layer.
-        weight: Weights of their channels.
-        path: Where to; an existing file is replaced only once the new one is complete.
+        mean: Mean of the keys of each layer and KV head.
+        weight: Weights of their channels, positive.
+        path: The file to write; an existing one is replaced only when the new one is complete.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
-        ValueError: For arrays of other or different shapes, or values that are no statistics.
+        ValueError: For arrays of other or different shapes, means that are not finite, or weights that are not positive
+            and finite.
     """
     arrays = {"mean": np.asarray(mean, np.float32), "weight": np.asarray(weight, np.float32)}
     shape = arrays["mean"].shape
@@ -118,13 +118,13 @@ def load_statistics(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     """Reads key statistics; needs the `safetensors` package.
 
     Args:
-        path: What `save_statistics` wrote.
+        path: A file that `save_statistics` wrote.
 
     Returns:
         Mean and weight, float32 [layers, h_kv, d].
 
     Raises:
-        FileNotFoundError: If there is no file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If the file is damaged or holds no statistics.
     """
     _, arrays = read_arrays(path, expected_statistics)
@@ -132,7 +132,7 @@ def load_statistics(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
 
 
 def expected_cache(header: dict[str, Any]) -> Shapes:
-    """What arrays a cache with this header has; raises ValueError, KeyError or TypeError if it is none."""
+    """Types and shapes of the arrays of a cache with this header; raises as `parse_cache` does."""
     spec, rows, pages = parse_cache(header)
     shapes = {name: (str(leaf.dtype), leaf.shape) for name, leaf in named_leaves(_shapes(spec, rows)).items()}
     return {
@@ -142,7 +142,7 @@ def expected_cache(header: dict[str, Any]) -> Shapes:
 
 
 def expected_statistics(header: dict[str, Any]) -> Shapes:
-    """Likewise for key statistics."""
+    """Types and shapes of key statistics with this header; raises ValueError, KeyError or TypeError if it is wrong."""
     require_format(header, STATISTICS_FORMAT)
     layers, heads, dim = header["shape"]
     return dict.fromkeys(("mean", "weight"), ("float32", (layers, heads, dim)))
@@ -163,16 +163,17 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def _is_paged(name: str) -> bool:
+    """Whether a leaf of a cache is a pool of pages."""
     return name.startswith("pages.")
 
 
 def _shapes(spec: CacheSpec, rows: int) -> Cache:
-    """A cache of shapes and types in place of arrays."""
+    """A cache with shapes and types in place of its arrays."""
     return jax.eval_shape(functools.partial(init_cache, spec, rows))
 
 
 def parse_cache(header: dict[str, Any]) -> tuple[CacheSpec, int, int]:
-    """Spec, rows and pages a row of a header; raises ValueError, KeyError or TypeError if it is none of a cache."""
+    """Spec, rows and pages per row in a cache's header; raises ValueError, KeyError or TypeError if it is wrong."""
     require_format(header, CACHE_FORMAT)
     quantizers = {name: header["spec"][name] for name in ("key", "value")}
     given = {name: None if fields is None else QuantizerSpec(**fields) for name, fields in quantizers.items()}

@@ -75,11 +75,7 @@ class Compression:
 
     def spec(self, kv_heads: int, head_dim: int, prompt: int) -> tq.CacheSpec:
         """The spec of a layer whose first chunk has `prompt` tokens."""
-        bits = {"key": self.key_bits, "value": self.value_bits}
-        fields: dict[str, Any] = {
-            name: tq.QuantizerSpec(dim=head_dim, bits=width, search=True) for name, width in bits.items()
-        }
-        spec = tq.CacheSpec(kv_heads, head_dim, 1, **(fields | self.options))
+        spec = tq.CacheSpec.recommended(kv_heads, head_dim, 1, self.key_bits, self.value_bits, **self.options)
         least = spec.sink_tokens + spec.window
         if self.max_tokens is not None:
             return dataclasses.replace(spec, max_tokens=max(self.max_tokens, least))

@@ -82,18 +82,11 @@ class Options:
             ValueError: As `tq_jax.QuantizerSpec` does.
             NotImplementedError: Likewise.
         """
-        from tq_jax import QuantizerSpec
+        from tq_jax import recommended_quantizers
 
-        unbiased = "unbiased" if self.key_kind == "mse" else None
-        return (
-            QuantizerSpec(
-                dim=head_dim, bits=self.key_bits, kind=self.key_kind, scale=unbiased,
-                search=self.search and self.key_kind == "mse",
-            ),
-            QuantizerSpec(
-                dim=head_dim, bits=self.value_bits, kind=self.value_kind,
-                search=self.search and self.value_kind == "mse",
-            ),
+        return recommended_quantizers(
+            head_dim, self.key_bits, self.value_bits,
+            key_kind=self.key_kind, value_kind=self.value_kind, search=self.search,
         )  # fmt: skip
 
     def compressed(self, layer: int, layers: int) -> bool:

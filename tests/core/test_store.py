@@ -136,7 +136,7 @@ def test_counters_that_lie(tmp_path):
     tq.save_cache(filled(), path)
     header, arrays = files.read_arrays(path, store.expected_cache)
     files.write_arrays(path, header, arrays | {"length": np.asarray([150, 300, 60], np.int32)})
-    with pytest.raises(ValueError, match="at most 200 tokens a row"):
+    with pytest.raises(ValueError, match="at most 200 tokens per row"):
         tq.load_cache(path)
 
 
@@ -214,5 +214,5 @@ def test_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="expected at least max_tokens=200 under jit, got 160"):
         jax.jit(lambda c: tq.resize(c, 160))(cache)
     for room, other in ((27, filled((20, 0, 3))), (200, filled((20, 0, 3), max_tokens=27))):
-        with pytest.raises(ValueError, match="expected at least 28 tokens a row"):
+        with pytest.raises(ValueError, match="expected at least 28 tokens per row"):
             tq.resize(other, room)

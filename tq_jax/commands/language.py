@@ -81,16 +81,11 @@ def full_scheme(decoder: Decoder, max_tokens: int, *, dtype: tq.CacheDtype = "bf
 
 
 def tq_scheme(decoder: Decoder, max_tokens: int, *, key_bits: float, value_bits: float) -> Scheme:
-    """This project's defaults: unbiased keys, least-squares values, step search, centring, smoothing."""
-    config, dim = decoder.config, decoder.config.head_dim
-    spec = tq.CacheSpec(
-        num_kv_heads=config.num_kv_heads,
-        head_dim=dim,
-        max_tokens=max_tokens,
-        key=tq.QuantizerSpec(dim=dim, bits=key_bits, scale="unbiased", search=True),
-        value=tq.QuantizerSpec(dim=dim, bits=value_bits, scale="least_squares", search=True),
+    """This project's defaults, `CacheSpec.recommended`."""
+    config = decoder.config
+    return Scheme(
+        "tq", tq.CacheSpec.recommended(config.num_kv_heads, config.head_dim, max_tokens, key_bits, value_bits)
     )
-    return Scheme("tq", spec)
 
 
 def published_scheme(decoder: Decoder, max_tokens: int, *, key_bits: float, value_bits: float) -> Scheme:

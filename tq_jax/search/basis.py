@@ -1,4 +1,4 @@
-"""The basis that is quantized: mean, rotation, and how many bits each rotated channel gets."""
+"""The basis in which vectors are quantized: mean, rotation, and the bits of each rotated channel."""
 
 import dataclasses
 import itertools
@@ -13,12 +13,15 @@ from tq_jax.codebook import distortion
 from tq_jax.search.spec import IndexSpec, Widths, solved, widths_bytes
 
 SAMPLE = 20_480
-"""Vectors that the principal components are taken from, evenly spread over the sample given."""
+"""Vectors that give the principal components, evenly spread over the sample."""
+
 MAX_BITS = 8
+"""Most bits of a channel."""
+
 EXPONENT = 0.5
-"""Errors of a component count variance**EXPONENT times: 0 is least squared error, 1 least error of inner products with
-queries spread like the data. Neighbours differ little along components of large variance; halfway did well on both
-word vectors and sentences."""
+"""The squared error of a component is weighted by variance**EXPONENT: 0 gives the least squared error, 1 the least
+error of inner products with queries spread like the data. Neighbours differ little along components of large variance;
+0.5 did well on both word vectors and sentences."""
 
 
 @jax.tree_util.register_dataclass
@@ -27,11 +30,11 @@ class LearnedBasis:
     """Arrays that all vectors of an index share; a pytree, float32.
 
     Attributes:
-        mean: [dim], zero if not centred.
-        rotation: [dim, dim], orthogonal; a vector is rotated by multiplying from the left.
+        mean: [dim], zero if vectors are not centred.
+        rotation: [dim, dim], orthogonal; a rotated vector is x @ rotation.
         gain: [dim], the step of each rotated channel's codebook for a vector of norm 1; zero for channels of 0 bits.
-        unit: Typical norm of a vector less the mean; stored scalars are in units of it.
-        sketch: Gaussian matrix [dim, dim] of Prod; None otherwise.
+        unit: Typical norm of a vector less the mean; stored scalars are multiples of it.
+        sketch: Gaussian matrix [dim, dim] of kind "prod"; None for kind "mse".
     """
 
     mean: jax.Array
@@ -42,7 +45,7 @@ class LearnedBasis:
 
 
 def learn(sample: np.ndarray, spec: IndexSpec, *, seed: int) -> tuple[LearnedBasis, Widths]:
-    """Takes mean, rotation and widths from a sample (metric "cosine": of unit vectors)."""
+    """Learns mean, rotation and widths from a sample; for metric "cosine", a sample of unit vectors."""
     mean = sample.mean(axis=0, dtype=np.float64) if spec.center else np.zeros(spec.dim)
     sample = sample[:: max(len(sample) // SAMPLE, 1)] - mean.astype(np.float32)
     unit = float(np.sqrt(np.mean(np.square(sample, dtype=np.float64).sum(axis=1)))) or 1.0
@@ -67,7 +70,7 @@ def learn(sample: np.ndarray, spec: IndexSpec, *, seed: int) -> tuple[LearnedBas
 
 
 def _components(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Second moments, descending, and the principal components as columns, each with its largest entry positive."""
+    """Second moments, descending, and principal components as columns whose largest entries are positive."""
     moments = (sample.T @ sample).astype(np.float64) / max(len(sample), 1)
     variance, columns = np.linalg.eigh(moments)
     variance, columns = np.maximum(variance[::-1], 0), columns[:, ::-1]
@@ -76,11 +79,14 @@ def _components(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def allocate(variance: np.ndarray, spec: IndexSpec) -> Widths:
-    """Bits of each component, one at a time to where it removes most weighted error, until the bytes are used.
+    """Gives bits to components, each to the one whose weighted error it reduces most, until the bytes are used.
 
     Args:
-        variance: Of each component, descending.
-        spec: Whose `code_bytes` are to be used.
+        variance: Variance of each component, descending.
+        spec: The spec whose `code_bytes` limit the codes.
+
+    Returns:
+        Runs of components of equal bits.
 
     Example:
         >>> allocate(np.geomspace(1, 0.01, 16), IndexSpec(dim=16, bits=3))
@@ -90,7 +96,7 @@ def allocate(variance: np.ndarray, spec: IndexSpec) -> Widths:
     worth = np.maximum(variance, variance.max() * 1e-12 + 1e-30) ** (1 + EXPONENT)
     gains = worth[:, None] * (error[:-1] - error[1:])
     order = np.argsort(-gains, axis=None, kind="stable")
-    # Errors are convex in the bits, so the first entries of the order give every component its bits in sequence.
+    # Errors are convex in the bits, so any first entries of the order give each component its bits in sequence.
     ideal = int(spec.dim * spec.bits)
     for taken in range(ideal + 16, 0, -1):
         bits = np.bincount(order[:taken] // MAX_BITS, minlength=spec.dim)
@@ -101,10 +107,12 @@ def allocate(variance: np.ndarray, spec: IndexSpec) -> Widths:
 
 
 def _gaussian_error(book: Codebook) -> float:
+    """Expected squared error of a coordinate relative to its variance; 1 without bits."""
     return 1.0 if book.bits == 0 else distortion(book)
 
 
 def _runs(bits: np.ndarray) -> Widths:
+    """Runs of equal bits."""
     edges = np.flatnonzero(np.diff(bits)) + 1
     starts = np.concatenate([[0], edges, [len(bits)]])
     return tuple((int(b - a), int(bits[a])) for a, b in itertools.pairwise(starts))

@@ -1,4 +1,4 @@
-"""Codes of vectors in the basis of an index: runs of channels of different widths that share one scale a vector."""
+"""Codes of vectors in the basis of an index: runs of channels of different widths, with one scale per vector."""
 
 import functools
 
@@ -13,14 +13,27 @@ from pallas_kernels.packing import pack, packed_bytes, unpack
 from tq_jax.search.basis import LearnedBasis
 from tq_jax.search.spec import IndexSpec, Widths, books, planes
 
-# Multiples of the step that a search tries; more of them find no more neighbours.
 STEP_MULTIPLES = np.linspace(0.76, 1.24, 7, dtype=np.float32)
+"""Multiples of the step that the step search tries; more of them find no more neighbours."""
+
+CELLS = 256
+"""Cells of half a step that magnitudes are sorted into."""
 
 
 def encode(
     x: Float[Array, "n dim"], basis: LearnedBasis, spec: IndexSpec, widths: Widths
 ) -> tuple[Code, Float[Array, "n"] | None]:
-    """Codes and second scalars of vectors; a NaN or infinite vector gets a scale that is not finite."""
+    """Encodes vectors; a NaN or infinite vector gets a scale that is not finite.
+
+    Args:
+        x: Vectors.
+        basis: The basis of the index.
+        spec: The spec of the index.
+        widths: Runs of rotated channels of equal bits.
+
+    Returns:
+        Codes, and the second scalars (None unless `spec.has_offset`).
+    """
     x = normalized(x) if spec.metric == "cosine" else x.astype(jnp.float32)
     centred = x - basis.mean[None]
     rotated = jnp.einsum("ni,ij->nj", centred, basis.rotation, precision=lax.Precision.HIGHEST)
@@ -30,7 +43,7 @@ def encode(
         steps = steps / _best_multiple(jnp.abs(steps), basis.gain, widths)[:, None]
     packed = pack_runs(_codes(steps, widths, spec.dim), widths)
     centroids = (decode_integers(packed, spec, widths).astype(jnp.float32) + 0.5) * basis.gain[None]
-    # |x|^2 / <x, c> makes the estimate of <x, x> exact, see tq_jax.quantizer.
+    # The scale |x|^2 / <x, c> makes the estimate of <x, x> exact, see tq_jax.quantizer.
     along = jnp.sum(rotated * centroids, axis=-1)
     scale = jnp.where(norm > 0, norm * norm / jnp.where(along > 0, along, jnp.inf), norm)
     scale = scale if spec.scale == "unbiased" else norm
@@ -47,16 +60,16 @@ def encode(
 
 
 def normalized(x: Float[Array, "n dim"]) -> Float[Array, "n dim"]:
-    """Vectors divided by their norms, float32; a zero vector stays."""
+    """Vectors divided by their norms, float32; a zero vector stays zero."""
     x = x.astype(jnp.float32)
-    # Dividing by the largest entry first keeps squares in range.
+    # Divided by its largest entry first, a vector has squares in range.
     x = x / jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     norm = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
     return x / jnp.where(norm > 0, norm, 1.0)
 
 
 def offset_unit(basis: LearnedBasis, spec: IndexSpec) -> Float[Array, ""]:
-    """What the second scalar is stored in units of, so that float16 holds it."""
+    """The unit of the second scalars: float16 holds their multiples of it."""
     mean = jnp.sqrt(jnp.sum(basis.mean * basis.mean))
     return basis.unit * (basis.unit if spec.metric == "l2" else jnp.maximum(mean, basis.unit * 1e-3))
 
@@ -67,10 +80,13 @@ def decode_integers(
     """The integers m of packed codes: a centroid is (m + 1/2) * gain; channels of 0 bits give 0.
 
     Args:
-        packed: [n, bytes], or [bytes, n] for axis -2.
-        spec: The specification.
-        widths: Runs of channels.
-        axis: Negative; the axis of the bytes, which becomes that of the channels.
+        packed: [n, bytes] for axis -1, [bytes, n] for axis -2.
+        spec: The spec of the index.
+        widths: Runs of rotated channels of equal bits.
+        axis: The axis of the bytes, negative.
+
+    Returns:
+        The integers, with channels in place of bytes.
     """
     runs = zip(unpack_runs(packed, widths, axis=axis), books(widths, spec.dim), strict=True)
     parts = [integers(codes, book) if book.bits else codes.astype(jnp.int8) for codes, book in runs]
@@ -78,7 +94,7 @@ def decode_integers(
 
 
 def pack_runs(codes: list[UInt8[Array, "n _"]], widths: Widths) -> UInt8[Array, "n bytes"]:
-    """Packs runs of codes; see `tq_jax.search.spec.planes` for the layout."""
+    """Packs runs of codes in the layout of `tq_jax.search.spec.planes`."""
     packed = [jnp.zeros((codes[0].shape[0], 0), jnp.uint8)]
     for width, members in planes(widths):
         fields = [(codes[run] >> shift) & ((1 << width) - 1) for run, shift in members]
@@ -87,7 +103,7 @@ def pack_runs(codes: list[UInt8[Array, "n _"]], widths: Widths) -> UInt8[Array, 
 
 
 def unpack_runs(packed: UInt8[Array, "_ _"], widths: Widths, *, axis: int = -1) -> list[UInt8[Array, "_ _"]]:
-    """Inverse of `pack_runs`, for bytes along any axis, which becomes that of the codes."""
+    """Inverse of `pack_runs` for bytes along any axis; codes take the place of the bytes."""
     shape, start = list(packed.shape), 0
     codes = []
     for count, _ in widths:
@@ -106,13 +122,13 @@ def unpack_runs(packed: UInt8[Array, "_ _"], widths: Widths, *, axis: int = -1) 
 
 
 def _codes(steps: Float[Array, "n dim"], widths: Widths, dim: int) -> list[UInt8[Array, "n _"]]:
-    """Nearest codes of rotated coordinates in steps, one array a run."""
+    """Nearest codes of rotated coordinates, given in steps; one array per run."""
     index = _look_up(_tables(widths, dim)[0], _cells(jnp.abs(steps)), widths)
     codes, start = [], 0
     for count, bits in widths:
         part, negative = index[:, start : start + count], steps[:, start : start + count] < 0
         start += count
-        if bits == 8:  # the byte is the integer itself, and the negative half is bitwise NOT
+        if bits == 8:  # the byte is the integer itself; the code of -x is the bitwise NOT of that of x
             codes.append(jnp.where(negative, ~part, part))
         else:
             codes.append(part | (negative.astype(jnp.uint8) << max(bits - 1, 0)) if bits else part)
@@ -120,7 +136,7 @@ def _codes(steps: Float[Array, "n dim"], widths: Widths, dim: int) -> list[UInt8
 
 
 def _best_multiple(magnitude: Float[Array, "n dim"], gain: Float[Array, "dim"], widths: Widths) -> Float[Array, "n"]:
-    """The multiple of the step whose codes c leave the least squared error: the largest <y, c>^2 / |c|^2."""
+    """The multiple of the step whose centroids c leave the least squared error: the largest <y, c>^2 / |c|^2."""
     centroids = _tables(widths, magnitude.shape[1])[1]
     weighted = magnitude * gain[None]
 
@@ -139,17 +155,14 @@ def _best_multiple(magnitude: Float[Array, "n dim"], gain: Float[Array, "dim"], 
     return multiple
 
 
-CELLS = 256
-
-
 def _cells(steps: Float[Array, "n dim"]) -> Int32[Array, "n dim"]:
-    """Half steps that magnitudes lie in: no threshold of a codebook of half-integers is inside one."""
+    """The half step in which each magnitude lies; thresholds of codebooks lie only on the edges of half steps."""
     return jnp.minimum(steps * 2, CELLS - 1).astype(jnp.int32)
 
 
 @functools.lru_cache(maxsize=64)
 def _tables(widths: Widths, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Index and centroid of the magnitudes in each cell, one row of CELLS a run."""
+    """Index and centroid of the magnitudes in each cell, CELLS entries per run."""
     edges, indices, centroids = np.arange(CELLS) / 2, [], []
     for book in books(widths, dim):
         index = np.searchsorted(book.thresholds, edges, side="right")
@@ -159,5 +172,6 @@ def _tables(widths: Widths, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _look_up(table: np.ndarray, cells: Int32[Array, "n dim"], widths: Widths) -> Array:
-    rows = np.repeat(np.arange(len(widths), dtype=np.int32) * CELLS, [count for count, _ in widths])
-    return jnp.asarray(table).at[cells + rows[None]].get(mode="promise_in_bounds")
+    """Entries of a table of `_tables`: each channel reads those of its run."""
+    starts = np.repeat(np.arange(len(widths), dtype=np.int32) * CELLS, [count for count, _ in widths])
+    return jnp.asarray(table).at[cells + starts[None]].get(mode="promise_in_bounds")

@@ -1,4 +1,4 @@
-"""The index: a pytree of codes and what they share. Learning it, building it, adding to it."""
+"""The index, a pytree of codes and of the arrays they share: how it is learned, built and added to."""
 
 import dataclasses
 from typing import Any
@@ -16,9 +16,11 @@ from tq_jax.search.basis import LearnedBasis, learn
 from tq_jax.search.codes import encode, normalized
 from tq_jax.search.spec import SCALAR_BYTES, IndexSpec, Widths, widths_bytes
 
-ROWS = 2048
-"""Vectors encoded at a time, and the granule of capacity: one compiled program encodes any number."""
+BLOCK = 2048
+"""Vectors per call of the compiled encoder, so that one program encodes any number; capacities are multiples of it."""
+
 GROWTH = 1.5
+"""Factor by which a full index grows."""
 
 
 @jax.tree_util.register_dataclass
@@ -27,11 +29,11 @@ class Index:
     """Quantized vectors; a pytree. The id of a vector is its place in the order of adding, and never changes.
 
     Attributes:
-        code: Codes and scales [capacity, ...]; rows from `count` on are not in use.
+        code: Codes and scales [capacity, ...]; entries from `count` on are not in use.
         offset: float16 [capacity], the second scalar; None unless `spec.has_offset`.
         count: int32, vectors in use.
-        basis: What all vectors share.
-        spec: The specification (static).
+        basis: The arrays that all vectors share.
+        spec: The spec (static).
         widths: Runs of rotated channels of equal bits (static).
     """
 
@@ -49,31 +51,31 @@ class Index:
 
     @property
     def bytes_per_vector(self) -> int:
-        """Stored bytes of a vector, scalars included."""
+        """Stored bytes per vector, scalars included."""
         prod = self.spec.kind == "prod"
         scalars = SCALAR_BYTES * (1 + self.spec.has_offset + prod)
         return widths_bytes(self.widths) + scalars + packed_bytes(self.spec.dim, 1) * prod
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays: those in use, those kept free for more vectors, and what all vectors share."""
+        """Bytes of all arrays: vectors in use, room for more, and the basis."""
         return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
 
 
 def train(sample: Float[Array | np.ndarray, "n dim"], spec: IndexSpec, *, capacity: int = 0, seed: int = 0) -> Index:
-    """Learns what vectors share and returns an index without vectors.
+    """Learns the basis that vectors share and returns an index without vectors.
 
     Args:
-        sample: Vectors like those to be added; at least one.
-        spec: What the index does.
-        capacity: Vectors to keep room for; rounded up to a multiple of 2048. `add` makes room outside jit as needed.
-        seed: Of the random rotations; non-negative.
+        sample: Vectors [n, spec.dim] like those to be added, any float type; at least one.
+        spec: What the index stores.
+        capacity: Vectors to keep room for, rounded up to a multiple of 2048. Outside jit, `add` makes room as needed.
+        seed: Seed of the random rotations, at least 0.
 
     Returns:
         The empty index.
 
     Raises:
-        ValueError: If the sample is empty, not [n, spec.dim] floats or not finite, or for a negative number.
+        ValueError: If the sample is empty, not [n, spec.dim] floats or not finite, or seed or capacity is negative.
     """
     host = np.asarray(check_vectors(sample, spec.dim, "sample"), np.float32)
     if len(host) == 0:
@@ -85,14 +87,14 @@ def train(sample: Float[Array | np.ndarray, "n dim"], spec: IndexSpec, *, capaci
     if spec.metric == "cosine":
         host = np.asarray(jax.jit(normalized)(jnp.asarray(host)))
     basis, widths = learn(host, spec, seed=seed)
-    rows, prod = round_up(max(capacity, 1)), spec.kind == "prod"
+    room, prod = round_up(max(capacity, 1)), spec.kind == "prod"
     code = Code(
-        packed=jnp.zeros((rows, widths_bytes(widths)), jnp.uint8),
-        scale=jnp.zeros(rows, jnp.float16),
-        signs=jnp.zeros((rows, packed_bytes(spec.dim, 1)), jnp.uint8) if prod else None,
-        residual=jnp.zeros(rows, jnp.float16) if prod else None,
+        packed=jnp.zeros((room, widths_bytes(widths)), jnp.uint8),
+        scale=jnp.zeros(room, jnp.float16),
+        signs=jnp.zeros((room, packed_bytes(spec.dim, 1)), jnp.uint8) if prod else None,
+        residual=jnp.zeros(room, jnp.float16) if prod else None,
     )
-    offset = jnp.zeros(rows, jnp.float16) if spec.has_offset else None
+    offset = jnp.zeros(room, jnp.float16) if spec.has_offset else None
     return Index(code, offset, jnp.zeros((), jnp.int32), basis, spec, widths)
 
 
@@ -101,14 +103,14 @@ def build(x: Float[Array | np.ndarray, "n dim"], spec: IndexSpec, *, seed: int =
 
     Args:
         x: Vectors [n, spec.dim], any float type; at least one.
-        spec: What the index does.
-        seed: Of the random rotations.
+        spec: What the index stores.
+        seed: Seed of the random rotations, at least 0.
 
     Returns:
-        The index; the id of a vector is its row in x.
+        The index; the id of a vector is its place in x.
 
     Raises:
-        ValueError: As `train` and `add`.
+        ValueError: As `train` and `add` do.
 
     Example:
         >>> x = jax.random.normal(jax.random.key(0), (1000, 64))
@@ -127,12 +129,12 @@ def add(index: Index, x: Float[Array | np.ndarray, "n dim"]) -> Index:
         x: Vectors [n, spec.dim], any float type.
 
     Returns:
-        The new index. Outside jit it has room for all; under jit capacity is static, and if the vectors do not fit the
-        index is returned as it is, which its count shows. Donate the index to jit to write in place.
+        The new index. Outside jit it grows as needed. Under jit its capacity is static: if the vectors do not fit, the
+        index is returned as it is, with its old count. If jit donates the index, it is written in place.
 
     Raises:
         ValueError: If x is not [n, spec.dim] floats, or, outside jit, a vector is not finite or so much longer than
-            those learned from that its scalars overflow. Under jit such a vector is stored and never found.
+            those of the sample that its scalars overflow. Under jit such a vector is stored but never found.
     """
     x = check_vectors(x, index.spec.dim, "vectors")
     if is_traced((index, x)):
@@ -161,41 +163,43 @@ def check_vectors(x: Any, dim: int, name: str) -> Any:
     return x
 
 
-def round_up(rows: int) -> int:
-    """The capacity that holds so many vectors."""
-    return -(-rows // ROWS) * ROWS
+def round_up(count: int) -> int:
+    """The least capacity that holds `count` vectors."""
+    return -(-count // BLOCK) * BLOCK
 
 
 _encode = jax.jit(encode, static_argnums=(2, 3))
 
 
 def _encode_in_blocks(index: Index, x: Any) -> tuple[Code, jax.Array | None]:
-    """Codes of all vectors, by blocks of one shape so that the codes do not depend on how vectors were grouped."""
+    """Encodes vectors by blocks of one shape, so that their codes do not depend on how many are added together."""
     blocks = []
-    for start in range(0, len(x), ROWS):
-        block = jnp.asarray(x[start : start + ROWS], jnp.float32)
-        padding = ROWS - len(block)
+    for start in range(0, len(x), BLOCK):
+        block = jnp.asarray(x[start : start + BLOCK], jnp.float32)
+        padding = BLOCK - len(block)
         blocks.append(_encode(jnp.pad(block, ((0, padding), (0, 0))), index.basis, index.spec, index.widths))
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[: len(x)], *blocks)
 
 
-def _write(index: Index, encoded: tuple[Code, jax.Array | None], rows: int) -> Index:
-    """Writes codes behind those in use, or changes nothing if there is no room."""
-    fits = index.count + rows <= index.capacity
+def _write(index: Index, encoded: tuple[Code, jax.Array | None], count: int) -> Index:
+    """Writes the codes of `count` vectors behind those in use; changes nothing if there is no room."""
+    fits = index.count + count <= index.capacity
     stored = (index.code, index.offset)
-    if rows > index.capacity:
+    if count > index.capacity:
         return index
 
     def place(array: jax.Array, new: jax.Array) -> jax.Array:
         start = jnp.where(fits, index.count, 0)
-        old = lax.dynamic_slice_in_dim(array, start, rows)
+        old = lax.dynamic_slice_in_dim(array, start, count)
         return lax.dynamic_update_slice_in_dim(array, jnp.where(fits, new, old), start, axis=0)
 
     code, offset = jax.tree.map(place, stored, encoded)
-    return dataclasses.replace(index, code=code, offset=offset, count=index.count + jnp.where(fits, rows, 0))
+    return dataclasses.replace(index, code=code, offset=offset, count=index.count + jnp.where(fits, count, 0))
 
 
 def _grown(index: Index, capacity: int) -> Index:
+    """The index with room for more vectors."""
+
     def grow(array: jax.Array) -> jax.Array:
         return jnp.pad(array, [(0, capacity - array.shape[0])] + [(0, 0)] * (array.ndim - 1))
 

@@ -1,4 +1,4 @@
-"""Search: tiles of codes are decoded and multiplied one after the other; only the best k so far are kept."""
+"""Exhaustive search: one tile of codes after the other is decoded and multiplied, and only the best k are kept."""
 
 import functools
 from typing import Literal, NamedTuple, get_args
@@ -18,11 +18,13 @@ from tq_jax.search.select import keep, narrow
 
 Precision = Literal["float32", "float16"]
 QUERIES = 1024
-"""Queries that share a decoded tile; more of them are taken in turns."""
+"""Most queries that share a decoded tile; if there are more, they run in batches."""
+
 TILES = {"cpu": 16_384, "gpu": 65_536}
-"""Vectors decoded at a time, by platform."""
+"""Vectors per tile, by platform."""
+
 _Operand = tuple[Array, Array]
-"""Queries [q, dim] as products take them, and what multiplies the products [q, 1]."""
+"""Queries [q, dim] as operands of products, and the factors [q, 1] of these products."""
 
 
 def search(
@@ -33,23 +35,23 @@ def search(
     precision: Precision | None = None,
     tile: int | None = None,
 ) -> tuple[Float[Array, "q k"], Int[Array, "q k"]]:
-    """The k best vectors for each query; exhaustive, on codes, without expanding the database.
+    """Finds the k best vectors for each query: exhaustively, on codes, one decoded tile at a time.
 
     Args:
         index: The index.
-        queries: [q, spec.dim], any float type.
-        k: Neighbours a query; static.
-        precision: Operands of the products: "float32", or "float16" with float32 sums, in which codes are exact and
-            queries rounded to 11 bits. None takes float32 on CPUs and float16 elsewhere.
-        tile: Vectors decoded at a time; None takes what suits the platform.
+        queries: Queries [q, spec.dim], any float type.
+        k: Neighbours per query; static.
+        precision: Type of the operands of products: "float32", or "float16" with float32 sums, where codes are exact
+            and queries are rounded to 11 bits. None means float32 on CPUs and float16 elsewhere.
+        tile: Vectors per tile; None takes the best number for the platform.
 
     Returns:
-        Estimated scores, descending, and ids. Equal scores are in the order of ids. Where there are fewer than k
-        vectors the score is -inf and the id -1.
+        Estimated scores, descending, and ids. Equal scores are in the order of ids. If there are fewer than k vectors,
+        the last scores are -inf and their ids -1.
 
     Raises:
-        ValueError: If queries are not [q, spec.dim] floats or, outside jit, not finite; or for k below 1. Under jit a
-            query that is not finite gets ids of -1.
+        ValueError: If queries are not [q, spec.dim] floats or, outside jit, not finite; or if k or tile is below 1.
+            Under jit a query that is not finite gets ids of -1.
 
     Example:
         >>> from tq_jax import search as nearest
@@ -96,7 +98,7 @@ def _search_batch(index: Index, queries: Array, k: int, precision: Precision, ti
             product * size * scale
             for product, (_, size), scale in zip(terms.products, operands, terms.scales, strict=True)
         )
-        # Selected, a product does not become part of a fused sum, which rounds one way here and another there.
+        # After a select, compilers do not fuse a product into a sum, whose rounding would depend on the tile.
         scores = jnp.where(scores == 0, 0.0, scores)
         scores = sum(more, start=scores)
         if terms.offset is not None:
@@ -116,7 +118,7 @@ def _search_batch(index: Index, queries: Array, k: int, precision: Precision, ti
 
 
 class _Terms(NamedTuple):
-    """What scores of a tile are made of: products [q, n], and what all queries share, [1, n]."""
+    """Terms of the scores of a tile: products [q, n]; scales, offset and ids [1, n], shared by all queries."""
 
     products: list[Array]
     scales: list[Array]
@@ -125,10 +127,9 @@ class _Terms(NamedTuple):
 
 
 def _terms(index: Index, operands: list[_Operand], step: Array, precision: Precision, tile: int) -> _Terms:
-    """The terms of a tile; ids are -1 for vectors that do not count."""
+    """The terms of a tile; the id is -1 for a vector that does not count."""
     start = jnp.minimum(step * tile, index.capacity - tile)
-    rows = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, tile), (index.code, index.offset))
-    code, offset = rows
+    code, offset = jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, tile), (index.code, index.offset))
     scale = code.scale.astype(jnp.float32)
     # Centroids are half-integers below 128.5, exact in float16.
     integers = decode_integers(_transposed(code.packed), index.spec, index.widths, axis=-2)
@@ -138,7 +139,7 @@ def _terms(index: Index, operands: list[_Operand], step: Array, precision: Preci
         factors.append(1 - 2 * signs.astype(precision))
         scales.append(code.residual.astype(jnp.float32))
     ids = start + jnp.arange(tile, dtype=jnp.int32)
-    # The last tile starts early so that it fits; vectors that the one before has seen do not count again.
+    # The last tile starts early enough to fit; the vectors that it shares with the tile before do not count again.
     fresh = (ids >= step * tile) & (ids < index.count) & jnp.isfinite(scale)
     return _Terms(
         [_product(queries, factor, precision) for (queries, _), factor in zip(operands, factors, strict=True)],
@@ -149,18 +150,18 @@ def _terms(index: Index, operands: list[_Operand], step: Array, precision: Preci
 
 
 def _prepare(index: Index, queries: Array) -> tuple[Array, Array, Array]:
-    """Rotated queries, the weight of the second scalar, and a constant, so that scores are sums of three products."""
+    """Rotated queries [q, dim], and for each query the weight of the second scalar and a constant, [q] each."""
     basis, spec = index.basis, index.spec
     if spec.metric == "cosine":
         queries = normalized(queries)
     norm = jnp.sqrt(jnp.sum(queries * queries, axis=-1))
     if spec.metric == "l2":
-        # -|q - x|^2 = 2 <q - m, x - m> - |x - m|^2 - |q - m|^2, half of which is summed before the doubling.
+        # -|q - x|^2 = 2 <q - m, x - m> - |x - m|^2 - |q - m|^2; half of the first two terms is summed, then doubled.
         queries = queries - basis.mean[None]
         weight, constant = jnp.full_like(norm, 0.5), -jnp.sum(queries * queries, axis=-1)
     else:
         # <q, x> = <q - t m, x - m> + t <m, x - m> + <q, m> for any t. Codes are best along x - m itself, so t is the
-        # share of the mean in a query like the vectors: 1 for one of their length.
+        # mean's share of the query, if the query is like the vectors: 1 for a query of their length.
         typical = jnp.sqrt(basis.unit**2 + jnp.sum(basis.mean * basis.mean))
         weight, constant = norm / typical, jnp.sum(queries * basis.mean[None], axis=-1)
         queries = queries - weight[:, None] * basis.mean[None]
@@ -169,16 +170,17 @@ def _prepare(index: Index, queries: Array) -> tuple[Array, Array, Array]:
 
 
 def _operand(queries: Array, precision: Precision) -> _Operand:
+    """Queries in the type of the products, scaled for float16."""
     if precision == "float32":
         return queries, jnp.ones_like(queries[:, :1])
-    # Rows are brought near 1 first: float16 has few bits for small numbers and ends at 65504.
+    # Queries are scaled to at most 1 first: float16 has few bits for small numbers and ends at 65504.
     largest = jnp.maximum(jnp.max(jnp.abs(queries), axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     return (queries / largest).astype(jnp.float16), largest
 
 
 def _transposed(packed: Array) -> Array:
-    """Bytes [bytes, n], in memory too: runs of channels are rows then, and decode without a branch an element."""
-    # Otherwise compilers transpose while they decode, reading a byte each of many vectors, or the whole index at first.
+    """Bytes [bytes, n], in memory too: runs of channels are then rows, which decode without a branch per element."""
+    # Otherwise compilers transpose while they decode, one byte of many vectors at a time, or transpose the whole index.
     packed = with_layout_constraint(packed, Layout((0, 1)))
     return lax.optimization_barrier(with_layout_constraint(packed.T, Layout((0, 1))))
 

@@ -1,4 +1,4 @@
-"""What an index does: its static specification."""
+"""The static specification of an index, and the layout of its packed codes."""
 
 import dataclasses
 import math
@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from pallas_kernels.format import Codebook
 from pallas_kernels.packing import packed_bytes, plane_widths
 from tq_jax.codebook import codebook, solve
+from tq_jax.quantizer import require_choices, require_dim
 
 Metric = Literal["inner_product", "cosine", "l2"]
 Basis = Literal["pca", "random"]
@@ -23,19 +24,20 @@ class IndexSpec:
 
     Attributes:
         dim: Dimensions of a vector, 16 to 4096.
-        bits: Mean bits a coordinate, 1 to 8; fractions of them with basis "pca" only.
-        metric: What a score is: "inner_product" <q, x>, "cosine" (vectors and queries are divided by their norms), or
-            "l2", the negative squared distance. Larger is nearer.
-        basis: "random" rotates all channels together and gives each the same bits (arXiv 2504.19874); nothing but the
-            mean comes from data. "pca" rotates to principal components first, gives components of large variance more
-            bits and small ones fewer, and rotates within runs of equal bits.
+        bits: Mean bits per coordinate, 1 to 8; fractions with basis "pca" only.
+        metric: The score of a vector x for a query q: "inner_product" <q, x>; "cosine", the same of vectors and queries
+            divided by their norms; or "l2", the negative squared distance. Larger is nearer.
+        basis: "random" rotates all channels together and gives all of them the same bits (arXiv 2504.19874); only the
+            mean comes from data. "pca" first rotates to principal components, gives components of large variance more
+            bits and the others fewer, and rotates within runs of equal bits.
         kind: "mse" (Algorithm 1) or "prod" (Algorithm 2; basis "random" and scale "norm" only).
-        scale: Scalar stored for a vector: "unbiased" makes the estimate of <x, x> exact, "norm" is the published one.
-        center: Quantize vectors less their mean. The term this drops from inner products is stored exactly.
-        step_search: Try several steps for every vector and keep that of least squared error.
+        scale: Scalar stored per vector: "unbiased" makes the estimate of <x, x> exact, "norm" is the published one.
+        center: Whether the mean is subtracted from vectors before they are quantized. Inner products with the mean are
+            then stored apart, as second scalars.
+        step_search: Whether several steps are tried for every vector and the one of least squared error is kept.
 
     Raises:
-        ValueError: For values outside the sets above and combinations that do not exist.
+        ValueError: For values and combinations that do not exist.
         NotImplementedError: For widths and dimensions outside the limits above.
 
     Example:
@@ -53,12 +55,9 @@ class IndexSpec:
     step_search: bool = True
 
     def __post_init__(self) -> None:
-        choices = (("metric", Metric), ("basis", Basis), ("kind", Kind), ("scale", Scale))
-        for name, allowed in choices:
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"expected {name} in {get_args(allowed)}, got {getattr(self, name)!r}")
-        if not MIN_DIM <= self.dim <= MAX_DIM:
-            raise NotImplementedError(f"dim from {MIN_DIM} to {MAX_DIM} is supported, got dim={self.dim}")
+        choices = {"metric": Metric, "basis": Basis, "kind": Kind, "scale": Scale}
+        require_choices(self, **{name: get_args(choice) for name, choice in choices.items()})
+        require_dim(self.dim, MIN_DIM, MAX_DIM)
         if not 1 <= self.bits <= 8:
             raise NotImplementedError(f"bits from 1 to 8 are supported, got bits={self.bits!r}")
         if self.basis == "random" and self.bits != int(self.bits):
@@ -73,12 +72,12 @@ class IndexSpec:
 
     @property
     def has_offset(self) -> bool:
-        """Whether a second scalar is stored: the squared norm for "l2", the product with the mean if centred."""
+        """Whether a second scalar is stored: for "l2" the squared norm, else, if centred, the product with the mean."""
         return self.center or self.metric == "l2"
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of codes a vector may take, those of basis "random" with planes of whole bytes."""
+        """Most bytes of codes per vector; for basis "random", those of planes of whole bytes."""
         if self.basis == "pca":
             return math.ceil(self.dim * self.bits / 8)
         prod = self.kind == "prod"
@@ -86,22 +85,22 @@ class IndexSpec:
 
     @property
     def budget(self) -> int:
-        """Bytes a vector may take, scalars included; those of an index are at most this."""
+        """Most bytes per vector, scalars included; an index uses at most as many."""
         return self.code_bytes + SCALAR_BYTES * (1 + self.has_offset + (self.kind == "prod"))
 
 
 Widths = tuple[tuple[int, int], ...]
-"""Runs of consecutive rotated channels: how many, and how many bits each; static."""
+"""Runs of consecutive rotated channels: the number of channels and the bits of each channel; static."""
 
 
 def planes(widths: Widths) -> list[tuple[int, list[tuple[int, int]]]]:
-    """The layout of packed codes: planes of 8, 4, 2 and 1 bits, as `pallas_kernels.packing` packs each.
+    """The layout of packed codes: planes of 8, 4, 2 and 1 bits, each packed by `pallas_kernels.packing`.
 
-    Codes are cut into planes as there. A plane holds the fields of all runs that have it, one after the other, so only
-    the last byte of a plane is padded, not that of each run.
+    A plane holds the fields of all runs that use its width, one run after the other, so only the last byte of the plane
+    is padded, not the last byte of each run.
 
     Returns:
-        Width of each plane, and which runs are in it with the shift of their fields.
+        The width of each plane, and the runs in it with the shifts of their fields.
 
     Example:
         >>> planes(((8, 3), (56, 2)))
@@ -117,14 +116,14 @@ def planes(widths: Widths) -> list[tuple[int, list[tuple[int, int]]]]:
 
 
 def widths_bytes(widths: Widths) -> int:
-    """Bytes of packed codes a vector."""
+    """Bytes of packed codes per vector."""
     return sum(packed_bytes(sum(widths[run][0] for run, _ in members), width) for width, members in planes(widths))
 
 
 def books(widths: Widths, dim: int) -> tuple[Codebook, ...]:
-    """The codebook of each run, for coordinates of unit vectors of `dim` dimensions, in steps of 1.
+    """The codebook of each run, for coordinates of unit vectors of `dim` dimensions, with a step of 1.
 
-    The true steps are data and belong to the index (`Basis.gain`).
+    The true steps come from data and belong to the index (`LearnedBasis.gain`).
 
     Example:
         >>> [(book.dim, book.bits) for book in books(((8, 3), (56, 2)), 64)]
@@ -134,5 +133,5 @@ def books(widths: Widths, dim: int) -> tuple[Codebook, ...]:
 
 
 def solved(dim: int, bits: int) -> Codebook:
-    """The codebook of `bits` bits, 0 to 8."""
+    """The codebook of `bits` bits, 0 to 8, for unit vectors of `dim` dimensions."""
     return solve(dim, bits) if bits == 6 else codebook(dim, bits)

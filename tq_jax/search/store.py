@@ -19,21 +19,21 @@ FORMAT = "tq-jax index 2"
 
 
 def save(index: Index, path: str | os.PathLike) -> None:
-    """Writes the vectors in use and what they share; needs the `safetensors` package.
+    """Writes the vectors in use and their basis; needs the `safetensors` package.
 
     Args:
         index: The index.
-        path: Where to; an existing file is replaced only once the new one is complete.
+        path: The file to write; an existing one is replaced only when the new one is complete.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
     """
     count = int(index.count)
-    rows = {"packed": index.code.packed, "scale": index.code.scale, "signs": index.code.signs}
-    rows |= {"residual": index.code.residual, "offset": index.offset}
+    stored = {"packed": index.code.packed, "scale": index.code.scale, "signs": index.code.signs}
+    stored |= {"residual": index.code.residual, "offset": index.offset}
     shared = {"mean": index.basis.mean, "rotation": index.basis.rotation, "gain": index.basis.gain}
     shared |= {"unit": index.basis.unit, "sketch": index.basis.sketch}
-    arrays = {name: np.asarray(array)[:count] for name, array in rows.items() if array is not None}
+    arrays = {name: np.asarray(array)[:count] for name, array in stored.items() if array is not None}
     arrays |= {name: np.asarray(array) for name, array in shared.items() if array is not None}
     spec = dataclasses.asdict(index.spec)
     write_arrays(path, {"format": FORMAT, "spec": spec, "widths": index.widths, "count": count}, arrays)
@@ -43,32 +43,32 @@ def load(path: str | os.PathLike) -> Index:
     """Reads an index; needs the `safetensors` package.
 
     Args:
-        path: What `save` wrote.
+        path: A file that `save` wrote.
 
     Returns:
         The index, with the same codes and ids.
 
     Raises:
-        FileNotFoundError: If there is no file.
-        ValueError: If the file is damaged or is no index: header, names, types, shapes and every byte are checked.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is damaged or holds no index: header, names, types, shapes and every byte are checked.
     """
     header, arrays = read_arrays(path, expected_arrays)
     spec, widths, count = _parsed(header)
     padding = round_up(max(count, 1)) - count
 
-    def rows(name: str) -> Any:
+    def stored(name: str) -> Any:
         return _padded(arrays[name], padding) if name in arrays else None
 
     def shared(name: str) -> Any:
         return jnp.asarray(arrays[name]) if name in arrays else None
 
-    code = Code(rows("packed"), rows("scale"), signs=rows("signs"), residual=rows("residual"))
+    code = Code(stored("packed"), stored("scale"), signs=stored("signs"), residual=stored("residual"))
     basis = LearnedBasis(**{field.name: shared(field.name) for field in dataclasses.fields(LearnedBasis)})
-    return Index(code, rows("offset"), jnp.asarray(count, jnp.int32), basis, spec, widths)
+    return Index(code, stored("offset"), jnp.asarray(count, jnp.int32), basis, spec, widths)
 
 
 def expected_arrays(header: dict[str, Any]) -> Shapes:
-    """What arrays an index with this header has; raises ValueError, KeyError or TypeError if it is none."""
+    """Types and shapes of the arrays of an index with this header; raises as `_parsed` does."""
     spec, widths, count = _parsed(header)
     dim = spec.dim
     arrays = {"packed": ("uint8", (count, widths_bytes(widths))), "scale": ("float16", (count,))}
@@ -83,6 +83,7 @@ def expected_arrays(header: dict[str, Any]) -> Shapes:
 
 
 def _parsed(header: dict[str, Any]) -> tuple[IndexSpec, Any, int]:
+    """Spec, widths and count in an index's header; raises ValueError, KeyError or TypeError if it is wrong."""
     require_format(header, FORMAT)
     spec, count = IndexSpec(**header["spec"]), int(header["count"])
     widths = tuple((int(channels), int(bits)) for channels, bits in header["widths"])
@@ -91,5 +92,6 @@ def _parsed(header: dict[str, Any]) -> tuple[IndexSpec, Any, int]:
     return spec, widths, count
 
 
-def _padded(array: np.ndarray, rows: int) -> jax.Array:
-    return jnp.asarray(np.pad(array, [(0, rows)] + [(0, 0)] * (array.ndim - 1)))
+def _padded(array: np.ndarray, more: int) -> jax.Array:
+    """The array with zeros for more vectors."""
+    return jnp.asarray(np.pad(array, [(0, more)] + [(0, 0)] * (array.ndim - 1)))

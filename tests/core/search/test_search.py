@@ -279,22 +279,18 @@ def test_damaged_files_are_refused(data, tmp_path):
 def test_wrong_arguments_are_refused(data, unchecked_shapes):
     x, queries = data
     index = nearest.build(x, spec())
-    for wrong in (x[:, :-1], x[0], x.astype(np.int32)):
-        for call in (
-            lambda w: nearest.add(index, w),
-            lambda w: nearest.search(index, w, 1),
-            lambda w: nearest.build(w, spec()),
-        ):
+    calls = (
+        lambda vectors: nearest.add(index, vectors),
+        lambda vectors: nearest.search(index, vectors, 1),
+        lambda vectors: nearest.build(vectors, spec()),
+    )
+    for call in calls:
+        for wrong in (x[:, :-1], x[0], x.astype(np.int32)):
             with pytest.raises(ValueError, match="expected"):
                 call(wrong)
-    for poison in (np.nan, np.inf):
-        spoiled = x[:3].copy()
-        spoiled[1, 5] = poison
-        for call in (
-            lambda w: nearest.add(index, w),
-            lambda w: nearest.search(index, w, 1),
-            lambda w: nearest.build(w, spec()),
-        ):
+        for poison in (np.nan, np.inf):
+            spoiled = x[:3].copy()
+            spoiled[1, 5] = poison
             with pytest.raises(ValueError, match="NaN"):
                 call(spoiled)
     with pytest.raises(ValueError, match="expected queries that are finite in float32, got NaN"):
