@@ -209,13 +209,24 @@ class Gemma3Block(Block):
         self.mlp_post_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
 
     def __call__(self, hidden: jax.Array, angles: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
-        """Apply the layer; arguments and results are those of `Block`."""
+        """Apply the layer, with the arguments and results of `Block`."""
         mixed, cache = self.attention(self.attention_norm(hidden), angles, mix)
         hidden = hidden + self.attention_post_norm(mixed)
         return hidden + self.mlp_post_norm(self.mlp(self.mlp_norm(hidden))), cache
 
 
 def linear(inputs: int, outputs: int, *, bias: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Einsum:
-    """A projection whose kernel is [outputs, inputs], as in checkpoints, so that loading transposes nothing."""
+    """A projection whose kernel is [outputs, inputs], as in checkpoints, so that loading transposes nothing.
+
+    Args:
+        inputs: Channels of the input.
+        outputs: Channels of the output.
+        bias: Whether a bias is added.
+        dtype: Type of parameters and activations.
+        rngs: Source of random initial parameters.
+
+    Returns:
+        A module from [b, t, inputs] to [b, t, outputs].
+    """
     shape = (outputs,) if bias else None
     return nnx.Einsum("bti,oi->bto", (outputs, inputs), shape, dtype=dtype, param_dtype=dtype, rngs=rngs)

@@ -103,6 +103,7 @@ def _fold(
 
 
 def _check(query: jax.Array, key: jax.Array, value: jax.Array, window: int | None) -> None:
+    """Refuse shapes and windows that do not fit."""
     b, t, h_q, d = query.shape
     h_kv = key.shape[2]
     if key.shape != (b, t, h_kv, d) or value.shape != key.shape:

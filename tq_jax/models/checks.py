@@ -23,6 +23,15 @@ def check_request(
 ) -> tq.CacheSpec:
     """Check the arguments of `generate`.
 
+    Args:
+        decoder: The decoder.
+        tokens: int32 [b, t], right-padded prompts.
+        lengths: int32 [b], tokens of each prompt.
+        cache_spec: Spec of the cache of one layer; None if a cache is given.
+        cache: Tokens before the prompts; None if a spec is given.
+        max_new_tokens: Largest number of new tokens per sequence.
+        stop_tokens: Ids that end a sequence.
+
     Returns:
         The spec of the cache of one layer: `cache_spec`, or that of `cache`.
 
@@ -41,6 +50,7 @@ def check_request(
 def _check_prompts(
     decoder: Decoder, tokens: Any, lengths: Any, max_new_tokens: int, stop_tokens: Sequence[int]
 ) -> None:
+    """Check shapes, lengths and ids."""
     config = decoder.config
     tokens, lengths = np.asarray(tokens), np.asarray(lengths)
     if tokens.ndim != 2 or 0 in tokens.shape or not np.issubdtype(tokens.dtype, np.integer):
@@ -57,6 +67,7 @@ def _check_prompts(
 
 
 def _check_room(decoder: Decoder, lengths: Any, max_tokens: int, cache: tq.Cache | None, max_new_tokens: int) -> None:
+    """Check that the prompts and the new tokens fit into the cache and the model's context."""
     prompt = np.asarray(lengths)
     if cache is not None:
         _check_cache(decoder, cache, prompt.size)
@@ -73,6 +84,7 @@ def _check_room(decoder: Decoder, lengths: Any, max_tokens: int, cache: tq.Cache
 
 
 def _check_cache(decoder: Decoder, cache: tq.Cache, batch: int) -> None:
+    """Check that a cache fits the decoder and the batch, and holds all its tokens."""
     decoder.require_rows(cache, batch=batch)
     config, spec = decoder.config, cache.spec
     wanted, found = (config.num_kv_heads, config.head_dim), (spec.num_kv_heads, spec.head_dim)

@@ -104,7 +104,14 @@ class DecoderConfig:
         return float(self.query_scalar or self.head_dim) ** -0.5
 
     def rope(self, window: int | None) -> tuple[float, RopeScaling | None]:
-        """Base and scaling of the rotary frequencies in layers of a window, one of `layer_windows`."""
+        """Rotary frequencies of a layer.
+
+        Args:
+            window: Sliding window of the layer, see `layer_windows`.
+
+        Returns:
+            Base and scaling of the frequencies.
+        """
         if window is not None and self.local_rope_base is not None:
             return self.local_rope_base, None
         return self.rope_base, self.rope_scaling

@@ -115,6 +115,7 @@ def _required(prefix: str, fields: Mapping[str, Any], name: str) -> Any:
 
 
 def _with_local_layers(config: DecoderConfig, prefix: str, fields: Mapping[str, Any]) -> DecoderConfig:
+    """The config of a Gemma 3 decoder: with local layers and its query scalar."""
     pattern = fields.get("attention.sliding_window_pattern", 6)
     if not isinstance(pattern, list):
         pattern = [(layer + 1) % pattern != 0 for layer in range(config.num_layers)]
@@ -129,6 +130,7 @@ def _with_local_layers(config: DecoderConfig, prefix: str, fields: Mapping[str, 
 
 
 def _stop_tokens(metadata: Mapping[str, Any], end_of_turn: str | None) -> tuple[int, ...]:
+    """The ids of all tokens that end a generation, without repetitions."""
     stop = [metadata[key] for key in _STOP_FIELDS if key in metadata]
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     if end_of_turn in tokens:
@@ -139,6 +141,7 @@ def _stop_tokens(metadata: Mapping[str, Any], end_of_turn: str | None) -> tuple[
 def _scaling(
     prefix: str, fields: Mapping[str, Any], factors: np.ndarray | None, *, head_dim: int, base: float
 ) -> RopeScaling | None:
+    """The scaling of the rotary frequencies, from the metadata or from the divisors."""
     kind = fields.get("rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise NotImplementedError(f"GGUF field {prefix}rope.scaling.type={kind!r}: supported is 'none' or 'linear'")

@@ -137,6 +137,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _required(config: Mapping[str, Any], name: str, *, default: Any = None) -> Any:
+    """The value of a field, or its default; a field without either is an error."""
     value = _given(config, name, default)
     if value is None:
         raise ValueError(f"config.json: expected the field {name!r}, got none")
@@ -144,10 +145,12 @@ def _required(config: Mapping[str, Any], name: str, *, default: Any = None) -> A
 
 
 def _given(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of a field; the default if it is missing or null."""
     return default if config.get(name) is None else config[name]
 
 
 def _refuse(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Refuse values that are not allowed."""
     if value not in allowed:
         raise NotImplementedError(f"config.json {name}={value!r}: supported is {' or '.join(map(repr, allowed))}")
 
@@ -169,6 +172,7 @@ def _refuse_options(config: Mapping[str, Any], architecture: str) -> None:
 
 
 def _window(config: Mapping[str, Any], architecture: str) -> int | None:
+    """Tokens that a query of a local layer sees; None if no layer is local."""
     if architecture == "llama":
         return None
     if architecture in ("qwen2", "qwen3"):
@@ -181,6 +185,7 @@ def _window(config: Mapping[str, Any], architecture: str) -> int | None:
 def _local_layers(
     config: Mapping[str, Any], architecture: str, num_layers: int, window: int | None
 ) -> tuple[bool, ...]:
+    """Whether each layer is local; empty if all layers are alike."""
     types = config.get("layer_types")
     if types is not None:
         for kind in types:
@@ -218,6 +223,7 @@ def _rope(config: Mapping[str, Any], architecture: str) -> tuple[float, RopeScal
 
 
 def _scaling(parameters: Mapping[str, Any]) -> RopeScaling | None:
+    """The scaling of the rotary frequencies."""
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     _refuse("rope_type", kind, ("default", "linear", "llama3"))
     for name in sorted(parameters.keys() - _ROPE_FIELDS):
@@ -239,6 +245,7 @@ def _scaling(parameters: Mapping[str, Any]) -> RopeScaling | None:
 
 
 def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """The scaling as the field `rope_scaling`."""
     if scaling is None:
         return None
     out: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}

@@ -5,8 +5,8 @@ that of one layer. One cache holds every layer: cache row `layer * b + sequence`
 so no part of the cache is sliced out or stacked back.
 
 If some layers are local (a query sees a sliding window only), the scanned layer holds attention once per kind of layer,
-and `lax.switch` runs one of the two. Local layers keep all their tokens, compressed like those of the other layers:
-this is simple, and takes more memory than a ring of one window would.
+and `lax.switch` runs one of the two. Local layers keep all their tokens compressed, like the other layers: this is
+simple, and takes more memory than a ring of one window would.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ class Decoder(nnx.Module):
 
         Returns:
             Hidden states [b, t, dim] after the final norm, and (queries [num_layers * b, t, num_heads, head_dim], keys
-            and values [num_layers * b, t, num_kv_heads, head_dim]). Queries and keys are those after rotary embedding;
-            the first axis has the order of cache rows.
+            and values [num_layers * b, t, num_kv_heads, head_dim]). Rotary embedding is already applied to queries and
+            keys. The first axis has the order of cache rows.
         """
         heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
         rows = self.config.num_layers * tokens.shape[0]
@@ -274,6 +274,7 @@ def _append(
     *,
     lengths: jax.Array | None,
 ) -> tq.Cache:
+    """Append the tokens of a layer: the `Store` of a compressed cache."""
     return tq.append(cache, key, value, query=query, lengths=lengths, rows=rows)
 
 
@@ -287,6 +288,7 @@ def _attend_chunk(
     window: int | None,
     scale: float,
 ) -> jax.Array:
+    """Exact attention over the tokens of this call: an `Attend` that does not read the cache."""
     return causal_attention(query, key, value, scale=scale, window=window)
 
 
@@ -303,6 +305,7 @@ def _attend_cache(
     implementation: Implementation,
     precise: bool,
 ) -> jax.Array:
+    """Attention over all tokens of the cache: the `Attend` of a compressed cache."""
     mixed = tq.attend(
         query,
         cache,

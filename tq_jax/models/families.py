@@ -37,7 +37,15 @@ class Tensor:
         return LAYER in self.hf
 
     def names(self, kind: FileKind, *, num_layers: int) -> list[str]:
-        """Its names in a file of a kind: one per layer, or a single one."""
+        """Its names in the files of a model.
+
+        Args:
+            kind: Kind of the files.
+            num_layers: Number of layers of the model.
+
+        Returns:
+            One name per layer, or a single name if the tensor belongs to no layer.
+        """
         name = self.hf if kind == "hf" else self.gguf
         return [name.format(layer=layer) for layer in range(num_layers if self.per_layer else 1)]
 
@@ -76,6 +84,7 @@ class Family:
 def _layer(
     path: str, hf: str, gguf: str, layout: GgufLayout = "plain", *, kind: Literal["weight", "bias"] = "weight"
 ) -> Tensor:
+    """A tensor of one layer, under its names in both kinds of files."""
     return Tensor(f"blocks.{path}", f"model.layers.{LAYER}.{hf}.{kind}", f"blk.{LAYER}.{gguf}.{kind}", layout)
 
 
@@ -96,6 +105,7 @@ def _common(*, projections: GgufLayout = "plain", norms: GgufLayout = "plain") -
 
 
 def _head_norms(layout: GgufLayout = "plain") -> tuple[Tensor, ...]:
+    """The norms of query heads and key heads."""
     return (
         _layer("attention.query_norm.scale", "self_attn.q_norm", "attn_q_norm", layout),
         _layer("attention.key_norm.scale", "self_attn.k_norm", "attn_k_norm", layout),

@@ -122,6 +122,7 @@ def split_rope_pairs(rows: np.ndarray, *, head_dim: int) -> np.ndarray:
 
 
 def _dequantize(file: GgufFile, name: str) -> np.ndarray:
+    """The values of a tensor, float32, in the shape that the metadata says."""
     import gguf
 
     tensor = file.tensors[name]

@@ -94,7 +94,11 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)
 
     def save(self, directory: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which `load_tokenizer` reads back."""
+        """Write `tokenizer.json` and `tokenizer_config.json`, which `load_tokenizer` reads back.
+
+        Args:
+            directory: An existing directory.
+        """
         self.backend.save(str(directory / "tokenizer.json"))
         config = {"chat_template": self.chat_template, **self.special}
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -143,10 +147,12 @@ def _default(config: Mapping[str, Any]) -> str | None:
 
 
 def _text(token: str | Mapping[str, Any]) -> str:
+    """The text of a special token, given as text or as a table."""
     return token if isinstance(token, str) else token["content"]
 
 
 def _render(source: str, **variables: Any) -> str:
+    """Fill in a chat template, sandboxed."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

@@ -98,18 +98,21 @@ class _PreTokenizer:
 
 
 def _gpt2() -> Any:
+    """Words as in GPT-2."""
     from tokenizers import pre_tokenizers
 
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
 def _digits_then_gpt2() -> Any:
+    """Single digits, then words as in GPT-2."""
     from tokenizers import pre_tokenizers
 
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
 def _pattern(digits: str) -> Any:
+    """Words by `_SPLIT`, with a quantifier of the digits that stay together."""
     from tokenizers import Regex, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(_SPLIT.format(digits=digits)), behavior="isolated")
@@ -125,6 +128,7 @@ _PRE_TOKENIZERS = {
 
 
 def _byte_level(metadata: Mapping[str, Any], vocabulary: list[str], kinds: list[int]) -> Any:
+    """BPE over bytes, with the pre-tokenizer that the metadata names."""
     from tokenizers import decoders, normalizers
 
     pre = metadata.get("tokenizer.ggml.pre", "default")
@@ -179,6 +183,7 @@ def _merges(vocabulary: list[str], kinds: list[int]) -> list[tuple[str, str]]:
 
 
 def _bpe(vocabulary: list[str], merges: list[tuple[str, str]], **options: Any) -> Any:
+    """A BPE tokenizer of the vocabulary and its merges, the best merges first."""
     import tokenizers
     from tokenizers import models
 
@@ -192,6 +197,7 @@ def _bpe(vocabulary: list[str], merges: list[tuple[str, str]], **options: Any) -
 def _post_processor(
     metadata: Mapping[str, Any], special: Mapping[str, str], ids: Mapping[str, int], defaults: Mapping[str, bool]
 ) -> Any:
+    """The step that adds the bos and eos tokens to a text, if the metadata or the defaults ask for them."""
     from tokenizers import processors
 
     template = ["$A"]
@@ -206,12 +212,14 @@ def _post_processor(
 
 
 def _token(vocabulary: list[str], field: str, token: int) -> str:
+    """The token of an id that a metadata field holds."""
     if token >= len(vocabulary):
         raise ValueError(f"{field}: expected an id below {len(vocabulary)}, got {token}")
     return vocabulary[token]
 
 
 def _list(metadata: Mapping[str, Any], name: str) -> list[Any]:
+    """A required, non-empty list of the metadata."""
     value = metadata.get(f"tokenizer.ggml.{name}")
     if not isinstance(value, list) or not value:
         raise ValueError(f"tokenizer.ggml.{name}: expected a list, got {type(value).__name__}")

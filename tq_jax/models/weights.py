@@ -118,6 +118,7 @@ def publish(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def _open_tensors(directory: Path) -> Iterator[tuple[set[str], Callable[[str], np.ndarray]]]:
+    """Yield the names of the tensors in a directory, and a function that reads a tensor by its name."""
     from safetensors import SafetensorError, safe_open
 
     single, index = directory / _WEIGHTS, directory / _INDEX
@@ -146,6 +147,7 @@ def _open_tensors(directory: Path) -> Iterator[tuple[set[str], Callable[[str], n
 
 
 def _build(directory: Path, config: DecoderConfig, read: Callable[[str], np.ndarray], dtype: jnp.dtype) -> Decoder:
+    """A decoder with the parameters that `read` returns, converted to `dtype`."""
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     leaves = dict(nnx.to_flat_state(state))
