@@ -44,13 +44,7 @@ class RMSNorm(nnx.Module):
 
 
 class CenteredRMSNorm(RMSNorm):
-    """RMS norm with weights stored as their distance from one, applied before rounding to the activations' dtype.
-
-    Args:
-        width: Channels of the last axis.
-        epsilon: Added to the mean square.
-        dtype: Type of the weights.
-    """
+    """`RMSNorm` with weights stored as their distance from one, applied before rounding to the activations' dtype."""
 
     def __init__(self, width: int, *, epsilon: float, dtype: jnp.dtype):
         self.scale = nnx.Param(jnp.zeros((width,), dtype))
