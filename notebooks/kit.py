@@ -1,4 +1,4 @@
-"""What the notebooks share: how figures look, tables, and recorded results."""
+"""Code that the notebooks share: the style of figures, tables, and recorded results."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ plt.rcParams.update(
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markdown:
-    """A table; numbers are right-aligned, floats get four significant digits."""
+    """A Markdown table. Numbers are right-aligned; floats get four significant digits."""
     lines = [[_text(cell) for cell in row] for row in rows]
     numeric = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(header))]
     rule = ["---:" if number else ":---" for number in numeric]
@@ -38,10 +38,10 @@ def _text(cell: Any) -> str:
 
 
 def recorded(name: str) -> dict[str, Any]:
-    """Figures that a command measured and wrote with --json."""
+    """The figures of a file in `benchmarks/results`, which a command measured and wrote with --json."""
     return json.loads((RESULTS / name).read_text("utf-8"))
 
 
 def recorded_like(pattern: str) -> list[dict[str, Any]]:
-    """The same of all files whose names match, in order."""
+    """The figures of all files whose names match a pattern, in the order of the names."""
     return [recorded(path.name) for path in sorted(RESULTS.glob(pattern))]

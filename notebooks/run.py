@@ -1,10 +1,10 @@
-"""Runs the notebooks from top to bottom and stores what they show.
+"""Run the notebooks from top to bottom and store their outputs.
 
-    python notebooks/run.py                all of them
-    python notebooks/run.py 01 06          those whose names begin so
-    python notebooks/run.py --check        runs them and writes nothing
+    python notebooks/run.py                all notebooks
+    python notebooks/run.py 01 06          notebooks whose names begin with 01 or 06
+    python notebooks/run.py --check        run all notebooks and write nothing
 
-Exits 1 if a cell raises, which includes the assertions of the claims.
+The exit status is 1 if a cell raises. The claims of the notebooks are assertions, so a claim that fails raises.
 """
 
 import argparse
@@ -23,7 +23,11 @@ KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
 def choose(prefixes: Sequence[str]) -> list[Path]:
-    """Notebooks whose names begin with one of the prefixes, all without any; raises SystemExit if there are none."""
+    """Notebooks whose names begin with one of the prefixes; all notebooks if there are no prefixes.
+
+    Raises:
+        SystemExit: If no name begins with one of the prefixes.
+    """
     found = [path for path in sorted(FOLDER.glob("*.ipynb")) if path.name.startswith(tuple(prefixes) or "")]
     if not found:
         raise SystemExit(f"expected the beginnings of names of notebooks in {FOLDER.name}, got {', '.join(prefixes)}")
@@ -31,7 +35,7 @@ def choose(prefixes: Sequence[str]) -> list[Path]:
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """A notebook with the outputs of all of its cells, run in its folder by a kernel of this Python."""
+    """Run a notebook in its folder with a kernel of this Python, and return it with the outputs of all cells."""
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})
     client = NotebookClient(
@@ -46,7 +50,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
-    """Removes what differs from machine to machine; what cells wrote to standard error goes to the terminal."""
+    """Remove outputs and metadata that differ between machines. Standard error of cells goes to the terminal."""
     notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({})
@@ -62,7 +66,7 @@ def clean(notebook: nbformat.NotebookNode) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit status."""
+    """Run the command line and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="beginnings of the notebooks' names")
     parser.add_argument("--check", action="store_true", help="write nothing")

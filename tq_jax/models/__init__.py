@@ -1,4 +1,4 @@
-"""Decoders that run over a compressed cache: loading, tokenizing, generating."""
+"""Decoders over a compressed cache: loading, tokenizing, generating."""
 
 from tq_jax.models.causal import causal_attention
 from tq_jax.models.config import DecoderConfig

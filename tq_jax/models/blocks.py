@@ -13,12 +13,20 @@ from jax import lax
 from tq_jax.models.config import DecoderConfig
 from tq_jax.models.rope import rotate
 
-# (query [b, t, h_q, d], key, value [b, t, h_kv, d]) -> (mixed values [b, t, h_q, d], what the caller carries on)
+# (query [b, t, h_q, d], key and value [b, t, h_kv, d]) -> (mixed values [b, t, h_q, d], the cache afterwards)
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm of the last axis (arXiv:1910.07467), in float32; nnx.RMSNorm promotes dtypes implicitly."""
+    """Root-mean-square norm of the last axis (arXiv:1910.07467), computed in float32.
+
+    `nnx.RMSNorm` is not used because it promotes dtypes implicitly.
+
+    Args:
+        width: Channels of the last axis.
+        epsilon: Added to the mean square.
+        dtype: Type of the weights.
+    """
 
     def __init__(self, width: int, *, epsilon: float, dtype: jnp.dtype):
         self.scale = nnx.Param(jnp.ones((width,), dtype))
@@ -30,13 +38,13 @@ class RMSNorm(nnx.Module):
         return self.normalize(hidden).astype(hidden.dtype) * scale
 
     def normalize(self, hidden: jax.Array) -> jax.Array:
-        """float32 [..., width] of mean square 1."""
+        """[..., width] scaled to mean square 1, float32."""
         wide = hidden.astype(jnp.float32)
         return wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + jnp.float32(self.epsilon))
 
 
 class CenteredRMSNorm(RMSNorm):
-    """The same with weights stored as their distance from one, applied before rounding to the activations' dtype."""
+    """`RMSNorm` with weights stored as their distance from one, applied before rounding to the activations' dtype."""
 
     def __init__(self, width: int, *, epsilon: float, dtype: jnp.dtype):
         self.scale = nnx.Param(jnp.zeros((width,), dtype))
@@ -49,14 +57,14 @@ class CenteredRMSNorm(RMSNorm):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; how tokens mix is the caller's `Mix`.
+    """Grouped-query attention with rotary positions; the caller's `Mix` decides how tokens mix.
 
     Args:
-        config: sizes.
-        bias: whether the projections to queries, keys and values have biases.
-        head_norm: norm of each query and key head before it turns; None for none.
-        dtype: dtype of parameters and activations.
-        rngs: source of random initial parameters.
+        config: Sizes of the decoder.
+        bias: Whether the projections to queries, keys and values have biases.
+        head_norm: Norm of each query head and key head before rotary embedding; None for no norm.
+        dtype: Type of parameters and activations.
+        rngs: Source of random initial parameters.
     """
 
     def __init__(
@@ -80,7 +88,16 @@ class Attention(nnx.Module):
             self.key_norm = head_norm(config.head_dim, epsilon=config.norm_eps, dtype=dtype)
 
     def __call__(self, hidden: jax.Array, angles: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
-        """Mix hidden states [b, t, dim] turned by angles [b, t, head_dim / 2]; also the cache afterwards."""
+        """Attention over hidden states.
+
+        Args:
+            hidden: [b, t, dim], after the norm of the layer.
+            angles: float32 [b, t, head_dim / 2], rotary angles of the tokens.
+            mix: Mixes the values.
+
+        Returns:
+            [b, t, dim], and the cache afterwards.
+        """
         query, key, value = (
             projection(hidden).reshape(*hidden.shape[:2], -1, self.head_dim)
             for projection in (self.query, self.key, self.value)
@@ -92,7 +109,14 @@ class Attention(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """Gated feed-forward block, activation(gate) * up (arXiv:2002.05202)."""
+    """Gated feed-forward block, down(activation(gate) * up) (arXiv:2002.05202).
+
+    Args:
+        config: Sizes of the decoder.
+        activation: Activation of the gate.
+        dtype: Type of parameters and activations.
+        rngs: Source of random initial parameters.
+    """
 
     def __init__(
         self,
@@ -108,18 +132,23 @@ class GatedMLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Feed-forward of [b, t, dim]."""
+        """Feed-forward of hidden states [b, t, dim]."""
         return self.down(self.activation(self.gate(hidden)) * self.up(hidden))
 
 
 class Block(nnx.Module):
-    """One pre-norm layer: Llama and Mistral. Families with other parts are subclasses.
+    """One pre-norm layer of Llama and Mistral. Families with other parts are subclasses.
+
+    Args:
+        config: Sizes of the decoder.
+        dtype: Type of parameters and activations.
+        rngs: Source of random initial parameters.
 
     Attributes:
-        bias: whether the projections to queries, keys and values have biases.
-        head_norm: norm of query and key heads.
-        norm: norm of hidden states.
-        activation: of the feed-forward block.
+        bias: Whether the projections to queries, keys and values have biases.
+        head_norm: Norm of query heads and key heads; None for no norm.
+        norm: Norm of hidden states.
+        activation: Activation of the feed-forward block.
     """
 
     bias: ClassVar[bool] = False
@@ -134,30 +163,39 @@ class Block(nnx.Module):
         self.mlp = GatedMLP(config, activation=self.activation, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: jax.Array, angles: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
-        """Hidden states [b, t, dim] to the next layer's, and the cache afterwards."""
+        """Apply the layer.
+
+        Args:
+            hidden: [b, t, dim], hidden states.
+            angles: float32 [b, t, head_dim / 2], rotary angles of the tokens.
+            mix: Mixes the values in attention.
+
+        Returns:
+            [b, t, dim], hidden states for the next layer, and the cache afterwards.
+        """
         mixed, cache = self.attention(self.attention_norm(hidden), angles, mix)
         hidden = hidden + mixed
         return hidden + self.mlp(self.mlp_norm(hidden)), cache
 
 
 class Qwen2Block(Block):
-    """With biases of queries, keys and values."""
+    """Layer of Qwen 2: biases of queries, keys and values."""
 
     bias = True
 
 
 class Qwen3Block(Block):
-    """With norms of query and key heads."""
+    """Layer of Qwen 3: norms of query heads and key heads."""
 
     head_norm = RMSNorm
 
 
 class Gemma3Block(Block):
-    """With norms of query and key heads, and of what attention and feed-forward add."""
+    """Layer of Gemma 3: norms of query heads and key heads, and of the outputs of attention and feed-forward."""
 
     head_norm = CenteredRMSNorm
     norm = CenteredRMSNorm
-    activation = staticmethod(jax.nn.gelu)  # the tanh form is its default
+    activation = staticmethod(jax.nn.gelu)  # the tanh approximation, its default
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype, rngs=rngs)
@@ -165,13 +203,24 @@ class Gemma3Block(Block):
         self.mlp_post_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
 
     def __call__(self, hidden: jax.Array, angles: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
-        """Hidden states [b, t, dim] to the next layer's, and the cache afterwards."""
+        """Apply the layer, with the arguments and results of `Block`."""
         mixed, cache = self.attention(self.attention_norm(hidden), angles, mix)
         hidden = hidden + self.attention_post_norm(mixed)
         return hidden + self.mlp_post_norm(self.mlp(self.mlp_norm(hidden))), cache
 
 
 def linear(inputs: int, outputs: int, *, bias: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Einsum:
-    """A projection whose kernel is [outputs, inputs], as checkpoints store it: loading transposes nothing."""
+    """A projection whose kernel is [outputs, inputs], as in checkpoints, so that loading transposes nothing.
+
+    Args:
+        inputs: Channels of the input.
+        outputs: Channels of the output.
+        bias: Whether a bias is added.
+        dtype: Type of parameters and activations.
+        rngs: Source of random initial parameters.
+
+    Returns:
+        A module from [b, t, inputs] to [b, t, outputs].
+    """
     shape = (outputs,) if bias else None
     return nnx.Einsum("bti,oi->bto", (outputs, inputs), shape, dtype=dtype, param_dtype=dtype, rngs=rngs)

@@ -1,4 +1,4 @@
-"""Exact causal attention over one chunk, block by block: no [t, t] score matrix is ever held."""
+"""Exact causal attention over one chunk, block by block, without a [t, t] matrix of scores."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def causal_attention(
 ) -> jax.Array:
     """Softmax attention of every token over itself and the tokens before it.
 
-    Right-padded batches need no mask: padding comes after every valid token, so no valid query sees it.
-    Blocks of keys that no query of a block sees are skipped, and a running maximum and sum replace the full
+    Right-padded batches need no mask: padding comes after every valid token, so no valid query sees it. A block of
+    queries skips the blocks of keys that none of its queries sees. A running maximum and a running sum replace the full
     softmax (online softmax, arXiv:1805.02867).
 
     Args:
-        query: [b, t, h_q, d].
-        key: [b, t, h_kv, d]; h_kv divides h_q.
-        value: [b, t, h_kv, d].
-        scale: factor on the scores; default 1 / sqrt(d).
-        window: a query sees itself and the window - 1 tokens before it; all by default.
-        block: tokens of a block of queries and of keys.
+        query: [b, t, h_q, d], queries after rotary embedding.
+        key: [b, t, h_kv, d], keys after rotary embedding; h_kv divides h_q.
+        value: [b, t, h_kv, d], values.
+        scale: Factor on the scores; None means 1 / sqrt(d).
+        window: A query sees itself and the window - 1 tokens before it; None means all tokens before it.
+        block: Tokens per block of queries and per block of keys.
 
     Returns:
-        [b, t, h_q, d] in the dtype of ``query``; accumulated in float32.
+        [b, t, h_q, d], mixed values in the dtype of `query`; accumulated in float32.
 
     Raises:
-        ValueError: the shapes contradict each other, or the window is not positive.
+        ValueError: If the shapes contradict each other, or the window is not positive.
     """
     _check(query, key, value, window)
     b, t, h_q, d = query.shape
@@ -68,6 +68,7 @@ def causal_attention(
 
 
 def _empty(q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The state of `_fold` for a block of queries [b, s, h_kv, g, d] before its first block of keys."""
     b, block, h_kv, group, d = q.shape
     rows = (b, h_kv, group, block)
     return jnp.zeros((*rows, d), jnp.float32), jnp.full(rows, HIDDEN, jnp.float32), jnp.zeros(rows, jnp.float32)
@@ -84,6 +85,11 @@ def _fold(
     query_start: jax.Array,
     key_start: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Fold a block of keys and values into the running sums of a block of queries.
+
+    The state holds the mixed values [b, h_kv, g, s, d] before normalization, and the maximum and the sum of the softmax
+    [b, h_kv, g, s]. `query_start` and `key_start` are the positions of the first tokens of the two blocks.
+    """
     acc, peak, total = state
     scores = jnp.einsum("bshgd,buhd->bhgsu", q, k, preferred_element_type=jnp.float32) * jnp.float32(scale)
     q_pos, k_pos = query_start + jnp.arange(q.shape[1]), key_start + jnp.arange(k.shape[1])
@@ -97,6 +103,7 @@ def _fold(
 
 
 def _check(query: jax.Array, key: jax.Array, value: jax.Array, window: int | None) -> None:
+    """Refuse shapes and windows that do not fit."""
     b, t, h_q, d = query.shape
     h_kv = key.shape[2]
     if key.shape != (b, t, h_kv, d) or value.shape != key.shape:

@@ -1,4 +1,4 @@
-"""What a decoder's shape is; `config_hf` and `config_gguf` read it from files."""
+"""The static description of a decoder; `config_hf` and `config_gguf` read it from files."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ class DecoderConfig:
     """Static description of a decoder: hashable, so that it can be part of a compiled function's key.
 
     Attributes:
-        architecture: family name, one of ``families.FAMILIES``; it says which parts a layer has.
-        vocab_size: rows of the token embedding.
-        dim: width of the residual stream.
-        num_layers: decoder blocks.
-        num_heads: query heads.
-        num_kv_heads: key and value heads; divides ``num_heads``.
-        head_dim: channels of one head; even.
-        ffn_dim: width of the feed-forward block.
-        rope_base: base of the rotary frequencies.
-        rope_scaling: how they are stretched for long contexts; None for not at all.
-        query_scalar: attention scores are divided by its square root; ``head_dim`` if None.
-        sliding_window: tokens that a query of a local layer sees, itself included; None if no layer is local.
-        local_layers: which layers are local, one a layer; empty if all are alike.
-        local_rope_base: base of the rotary frequencies of local layers, never stretched; None if they turn like the
-            others.
-        norm_eps: epsilon of every RMS norm.
-        tied_head: the output head is the transposed token embedding.
-        max_context: tokens the model was trained to attend over.
-        stop_tokens: token ids that end a generation.
+        vocab_size: Rows of the token embedding.
+        dim: Width of the residual stream.
+        num_layers: Number of decoder blocks.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of KV heads; divides `num_heads`.
+        head_dim: Channels of one head; even.
+        ffn_dim: Width of the feed-forward block.
+        rope_base: Base of the rotary frequencies.
+        rope_scaling: How the rotary frequencies are stretched for long contexts; None if they are not.
+        query_scalar: Attention scores are divided by its square root; None means `head_dim`.
+        sliding_window: Tokens that a query of a local layer sees, itself included; None if no layer is local.
+        local_layers: Whether each layer is local, one flag per layer; empty if all layers are alike.
+        local_rope_base: Base of the rotary frequencies of local layers, which are never stretched; None if local layers
+            use the frequencies of the others.
+        norm_eps: Epsilon of every RMS norm.
+        tied_head: Whether the output head is the transposed token embedding.
+        max_context: Tokens that the model was trained to attend over.
+        stop_tokens: Token ids that end a generation.
+        architecture: Name of the family, one of `families.FAMILIES`; it decides which parts a layer has.
 
     Raises:
-        ValueError: a size is not positive, or the sizes contradict each other.
+        ValueError: If a size is not positive, or if the sizes contradict each other.
 
     Example:
         >>> config = DecoderConfig(vocab_size=64, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -78,11 +78,13 @@ class DecoderConfig:
         self._unify_layers()
 
     def _unify_layers(self) -> None:
-        """Gives decoders that do the same the same fields: layers that are all alike need no list."""
+        """Give equal fields to decoders that compute the same: if all layers are alike, the list of layers is empty."""
         if self.local_layers and len(self.local_layers) != self.num_layers:
-            raise ValueError(f"local_layers: expected {self.num_layers} of them, got {len(self.local_layers)}")
+            raise ValueError(
+                f"local_layers: expected {self.num_layers} flags, one per layer, got {len(self.local_layers)}"
+            )
         if any(self.local_layers) and self.sliding_window is None:
-            raise ValueError("sliding_window: expected one for the local layers, got None")
+            raise ValueError("sliding_window: expected a number of tokens for the local layers, got None")
         if self.local_layers and not any(self.local_layers):
             object.__setattr__(self, "sliding_window", None)
         if len(set(self.local_layers)) == 1:
@@ -92,17 +94,24 @@ class DecoderConfig:
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
-        """Tokens that a query sees, for each layer; None for all."""
+        """Tokens that a query sees, one entry per layer; None if it sees all."""
         local = self.local_layers or (self.sliding_window is not None,) * self.num_layers
         return tuple(self.sliding_window if is_local else None for is_local in local)
 
     @property
     def attention_scale(self) -> float:
-        """Factor of attention scores."""
+        """Factor on the attention scores."""
         return float(self.query_scalar or self.head_dim) ** -0.5
 
     def rope(self, window: int | None) -> tuple[float, RopeScaling | None]:
-        """Base and scaling of the rotary frequencies of layers with this window."""
+        """Rotary frequencies of a layer.
+
+        Args:
+            window: Sliding window of the layer, see `layer_windows`.
+
+        Returns:
+            Base and scaling of the frequencies.
+        """
         if window is not None and self.local_rope_base is not None:
             return self.local_rope_base, None
         return self.rope_base, self.rope_scaling

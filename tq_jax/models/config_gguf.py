@@ -36,8 +36,8 @@ _LOCAL_FIELDS = {
 }
 _STOP_FIELDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
 TOKEN_FIELDS = {"tokenizer.ggml.tokens": list_of(TEXT)} | dict.fromkeys(_STOP_FIELDS, COUNT)
-# What files do not say: the layer count of the one Gemma 3 model whose scores are scaled by the width of the residual
-# stream instead of that of a head, and the rotary base of local layers.
+# Files of Gemma 3 do not hold the rotary base of local layers, nor the query scalar, which is head_dim except in the
+# 27B model, the one with 62 layers: there it is dim / num_heads.
 _GEMMA3_27B_LAYERS, _GEMMA3_LOCAL_BASE = 62, 10000.0
 
 
@@ -47,14 +47,17 @@ def config_from_gguf(
     """Read a `DecoderConfig` from GGUF metadata.
 
     Args:
-        metadata: key to value, as `gguf_file.read_gguf` returns it.
-        tied_head: whether the file has no ``output.weight``.
-        rope_factors: float32 [head_dim / 2], ``rope_freqs.weight`` if the file has one: divisors of the rotary
-            frequencies.
+        metadata: Name to value, as `gguf_file.read_gguf` returns it.
+        tied_head: Whether the file has no tensor `output.weight`.
+        rope_factors: float32 [head_dim / 2], divisors of the rotary frequencies: the tensor `rope_freqs.weight`, None
+            if the file has none.
+
+    Returns:
+        The config.
 
     Raises:
-        NotImplementedError: another architecture, or a field of this one that changes the arithmetic.
-        ValueError: a required field is missing or holds what it should not.
+        NotImplementedError: For an unsupported architecture, or an unsupported field that changes the arithmetic.
+        ValueError: If a required field is missing or a field holds a value of another kind.
     """
     architecture, prefix, fields = _fields(metadata)
 
@@ -89,7 +92,7 @@ def config_from_gguf(
 
 
 def _fields(metadata: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    """The family, the prefix of its fields, and the fields without it."""
+    """The family's name, the prefix of its fields, and its fields without the prefix."""
     names = {family.gguf: name for name, family in FAMILIES.items() if family.gguf}
     architecture = names.get(str(metadata.get("general.architecture")))
     if architecture is None:
@@ -112,6 +115,7 @@ def _required(prefix: str, fields: Mapping[str, Any], name: str) -> Any:
 
 
 def _with_local_layers(config: DecoderConfig, prefix: str, fields: Mapping[str, Any]) -> DecoderConfig:
+    """The config of a Gemma 3 decoder: with local layers and its query scalar."""
     pattern = fields.get("attention.sliding_window_pattern", 6)
     if not isinstance(pattern, list):
         pattern = [(layer + 1) % pattern != 0 for layer in range(config.num_layers)]
@@ -126,6 +130,7 @@ def _with_local_layers(config: DecoderConfig, prefix: str, fields: Mapping[str, 
 
 
 def _stop_tokens(metadata: Mapping[str, Any], end_of_turn: str | None) -> tuple[int, ...]:
+    """The ids of all tokens that end a generation, without repetitions."""
     stop = [metadata[key] for key in _STOP_FIELDS if key in metadata]
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     if end_of_turn in tokens:
@@ -136,28 +141,34 @@ def _stop_tokens(metadata: Mapping[str, Any], end_of_turn: str | None) -> tuple[
 def _scaling(
     prefix: str, fields: Mapping[str, Any], factors: np.ndarray | None, *, head_dim: int, base: float
 ) -> RopeScaling | None:
+    """The scaling of the rotary frequencies, from the metadata or from the divisors."""
     kind = fields.get("rope.scaling.type", "none")
     if kind not in ("none", "linear"):
         raise NotImplementedError(f"GGUF field {prefix}rope.scaling.type={kind!r}: supported is 'none' or 'linear'")
     if kind == "none":
         return None if factors is None else llama3_scaling(factors, head_dim=head_dim, base=base)
     if factors is not None:
-        raise NotImplementedError("GGUF tensor 'rope_freqs.weight' beside rope.scaling.type='linear': supported is one")
+        raise NotImplementedError(
+            "GGUF tensor 'rope_freqs.weight' beside rope.scaling.type='linear': supported is one of them"
+        )
     return RopeScaling(kind="linear", factor=float(_required(prefix, fields, "rope.scaling.factor")))
 
 
 def llama3_scaling(factors: np.ndarray, *, head_dim: int, base: float) -> RopeScaling | None:
     """The scaling that divides each rotary frequency by its factor.
 
-    Llama 3 files store the divisors, not the rule they come from.
+    Files of Llama 3 store the divisors instead of the rule that gives them.
 
     Args:
-        factors: float32 [head_dim / 2].
-        head_dim: channels of one head.
-        base: base of the rotary frequencies.
+        factors: float32 [head_dim / 2], one divisor per channel pair.
+        head_dim: Channels of one head.
+        base: Base of the rotary frequencies.
+
+    Returns:
+        The scaling; None if every factor is 1.
 
     Raises:
-        NotImplementedError: the factors are not those of Llama 3's rule with its usual constants.
+        NotImplementedError: If Llama 3's rule with its usual constants does not give these factors.
 
     Example:
         >>> llama3_scaling(np.ones(4, np.float32), head_dim=8, base=5e5) is None

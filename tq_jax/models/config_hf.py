@@ -1,4 +1,4 @@
-"""`DecoderConfig` from and to a Hugging Face ``config.json``."""
+"""`DecoderConfig` from and to a Hugging Face `config.json`."""
 
 from __future__ import annotations
 
@@ -46,26 +46,30 @@ _ROPE_FIELDS = {"rope_type", "type", "partial_rotary_factor", *_ROPE_KINDS}
 
 
 def config_from_hf(config: Mapping[str, Any], *, generation_config: Mapping[str, Any] | None = None) -> DecoderConfig:
-    """Read a `DecoderConfig` from the contents of a Hugging Face ``config.json``.
+    """Read a `DecoderConfig` from the contents of a Hugging Face `config.json`.
 
     Args:
-        config: the parsed ``config.json``.
-        generation_config: the parsed ``generation_config.json``; its ``eos_token_id`` ends generations too.
+        config: The parsed `config.json`.
+        generation_config: The parsed `generation_config.json`. Its `eos_token_id` adds stop tokens.
+
+    Returns:
+        The config.
 
     Raises:
-        NotImplementedError: another model type, or an option that changes the arithmetic.
-        ValueError: a required field is missing, holds what it should not, or contradicts another.
+        NotImplementedError: For an unsupported model type, or an unsupported option that changes the arithmetic.
+        ValueError: If a required field is missing, holds a value of another kind, or contradicts another field.
     """
     check_fields("config.json", config, _KINDS)
     check_fields("generation_config.json", generation_config or {}, _STOP_KINDS)
     names = {family.hf_type: name for name, family in FAMILIES.items()}
-    _refuse(config, "model_type", config.get("model_type"), tuple(names))
+    _refuse("model_type", config.get("model_type"), tuple(names))
     architecture = names[config["model_type"]]
     _refuse_options(config, architecture)
     num_heads, dim, num_layers = (
         _required(config, name) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers")
     )
-    # Classes differ in what they take for missing numbers of heads and channels; only Llama's follow from the others.
+    # Model classes whose default is a constant must name the field: num_key_value_heads for all but Llama, and head_dim
+    # for Qwen 3 and Gemma 3.
     num_kv_heads = _required(config, "num_key_value_heads", default=num_heads if architecture == "llama" else None)
     head_dim = _required(config, "head_dim", default=None if architecture in ("qwen3", "gemma3") else dim // num_heads)
     window = _window(config, architecture)
@@ -94,7 +98,7 @@ def config_from_hf(config: Mapping[str, Any], *, generation_config: Mapping[str,
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The ``config.json`` that `config_from_hf` reads back as ``config``, and transformers as the same decoder."""
+    """The `config.json` of a decoder, as `config_from_hf` and transformers read it."""
     family = FAMILIES[config.architecture]
     out = {
         "architectures": [family.hf_class],
@@ -133,6 +137,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _required(config: Mapping[str, Any], name: str, *, default: Any = None) -> Any:
+    """The value of a field, or its default; a field without either is an error."""
     value = _given(config, name, default)
     if value is None:
         raise ValueError(f"config.json: expected the field {name!r}, got none")
@@ -140,31 +145,34 @@ def _required(config: Mapping[str, Any], name: str, *, default: Any = None) -> A
 
 
 def _given(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of a field; the default if it is missing or null."""
     return default if config.get(name) is None else config[name]
 
 
-def _refuse(config: Mapping[str, Any], name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+def _refuse(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Refuse values that are not allowed."""
     if value not in allowed:
         raise NotImplementedError(f"config.json {name}={value!r}: supported is {' or '.join(map(repr, allowed))}")
 
 
 def _refuse_options(config: Mapping[str, Any], architecture: str) -> None:
-    """Refuses what changes the arithmetic and has no place in a decoder here."""
+    """Refuse options that change the arithmetic and that `Decoder` does not support."""
     gemma = architecture == "gemma3"
     activations = _GELU if gemma else _SILU
     for name in ("hidden_act", "hidden_activation"):
-        _refuse(config, name, _given(config, name, activations[0]), activations)
+        _refuse(name, _given(config, name, activations[0]), activations)
     for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
-        _refuse(config, name, _given(config, name, False), (False,))
+        _refuse(name, _given(config, name, False), (False,))
     for name in ("quantization_config", "attn_logit_softcapping", "final_logit_softcapping"):
-        _refuse(config, name, config.get(name), (None,))
+        _refuse(name, config.get(name), (None,))
     if architecture == "llama":
-        _refuse(config, "sliding_window", config.get("sliding_window"), (None,))
+        _refuse("sliding_window", config.get("sliding_window"), (None,))
     if architecture in ("llama", "mistral"):
-        _refuse(config, "layer_types", config.get("layer_types"), (None,))
+        _refuse("layer_types", config.get("layer_types"), (None,))
 
 
 def _window(config: Mapping[str, Any], architecture: str) -> int | None:
+    """Tokens that a query of a local layer sees; None if no layer is local."""
     if architecture == "llama":
         return None
     if architecture in ("qwen2", "qwen3"):
@@ -177,10 +185,11 @@ def _window(config: Mapping[str, Any], architecture: str) -> int | None:
 def _local_layers(
     config: Mapping[str, Any], architecture: str, num_layers: int, window: int | None
 ) -> tuple[bool, ...]:
+    """Whether each layer is local; empty if all layers are alike."""
     types = config.get("layer_types")
     if types is not None:
         for kind in types:
-            _refuse(config, "layer_types", kind, (_FULL, _LOCAL))
+            _refuse("layer_types", kind, (_FULL, _LOCAL))
         return tuple(kind == _LOCAL for kind in types)
     if window is None or architecture == "mistral":
         return ()
@@ -192,8 +201,9 @@ def _local_layers(
 
 
 def _rope(config: Mapping[str, Any], architecture: str) -> tuple[float, RopeScaling | None, float | None]:
-    """Base and scaling of the rotary frequencies, and the base in local layers if they have their own."""
-    # transformers 5 keeps base and scaling in rope_parameters, older versions beside each other.
+    """Base and scaling of the rotary frequencies, and the base of local layers if they have their own."""
+    # transformers 5 keeps base and scaling in rope_parameters. Older versions have the fields rope_theta and
+    # rope_scaling.
     parameters = dict(config.get("rope_parameters") or {})
     check_fields("config.json rope_parameters", parameters, {_LOCAL: TABLE, _FULL: TABLE})
     local = parameters.pop(_LOCAL, None) or {}
@@ -204,17 +214,18 @@ def _rope(config: Mapping[str, Any], architecture: str) -> tuple[float, RopeScal
     gemma = architecture == "gemma3"
     base = _given(parameters, "rope_theta", _given(config, "rope_theta", 1e6 if gemma else 1e4))
     partial = _given(parameters, "partial_rotary_factor", _given(config, "partial_rotary_factor", 1.0))
-    _refuse(config, "partial_rotary_factor", partial, (1.0,))
+    _refuse("partial_rotary_factor", partial, (1.0,))
     if not gemma and local:
         raise NotImplementedError(f"config.json rope_parameters {_LOCAL}={local!r}: supported is one for all layers")
-    _refuse(config, f"rope_type of {_LOCAL}", local.get("rope_type", "default"), ("default",))
+    _refuse(f"rope_type of {_LOCAL}", local.get("rope_type", "default"), ("default",))
     local_base = _given(local, "rope_theta", _given(config, "rope_local_base_freq", 1e4)) if gemma else None
-    return float(base), _scaling(config, parameters), None if local_base is None else float(local_base)
+    return float(base), _scaling(parameters), None if local_base is None else float(local_base)
 
 
-def _scaling(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> RopeScaling | None:
+def _scaling(parameters: Mapping[str, Any]) -> RopeScaling | None:
+    """The scaling of the rotary frequencies."""
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    _refuse(config, "rope_type", kind, ("default", "linear", "llama3"))
+    _refuse("rope_type", kind, ("default", "linear", "llama3"))
     for name in sorted(parameters.keys() - _ROPE_FIELDS):
         raise NotImplementedError(
             f"config.json rope_parameters {name}={parameters[name]!r}: supported are {sorted(_ROPE_FIELDS)}"
@@ -234,6 +245,7 @@ def _scaling(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> RopeSc
 
 
 def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """The scaling as the field `rope_scaling`."""
     if scaling is None:
         return None
     out: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}

@@ -1,12 +1,12 @@
-"""A decoder in Flax NNX over a compressed key-value cache.
+"""A decoder in Flax NNX over a compressed KV cache.
 
-All blocks are one `Block` whose parameters carry a leading layer axis, run by one `lax.scan`: compile time is that
-of one layer. One cache holds every layer; row ``layer * b + sequence`` belongs to that layer of that sequence, so
-nothing of the cache is ever sliced out or stacked back.
+All blocks are one `Block` whose parameters carry a leading layer axis, run by one `lax.scan`, so the compile time is
+that of one layer. One cache holds every layer: cache row `layer * b + sequence` belongs to that layer of that sequence,
+so no part of the cache is sliced out or stacked back.
 
-Where some layers are local (a query sees a sliding window only), the scanned layer holds attention twice, once for
-each kind, and `lax.switch` runs one of them. Local layers keep all their tokens, compressed like the others: simple,
-and more memory than a ring of one window would take.
+If some layers are local (a query sees a sliding window only), the scanned layer holds attention once per kind of layer,
+and `lax.switch` runs one of the two. Local layers keep all their tokens compressed, like the other layers: this is
+simple, and takes more memory than a ring of one window would.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from tq_jax.models.config import DecoderConfig
 from tq_jax.models.families import FAMILIES
 from tq_jax.models.rope import rotary_angles
 
-# (query [b, t, h_q, d], key, value [b, t, h_kv, d], cache, rows int32 [b]) -> what the caller carries on
+# (query [b, t, h_q, d], key and value [b, t, h_kv, d], cache, cache rows int32 [b]) -> the cache afterwards
 Store = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], Any]
-# The same, with what `Store` returned as cache, and keywords window (int or None: tokens that a query sees, itself
-# included) and scale -> mixed values [b, t, h_q, d]
+# (arguments of `Store`, with the cache that it returned; window: int or None, tokens that a query sees, itself
+# included; scale: float) -> mixed values [b, t, h_q, d]
 Attend = Callable[..., jax.Array]
 
 
 class Decoder(nnx.Module):
-    """Token ids to hidden states to logits, over a cache that the caller holds.
+    """A decoder that turns token ids into hidden states and logits, over a cache that the caller holds.
 
     Args:
-        config: the family, sizes and constants.
-        dtype: dtype of parameters and activations.
-        rngs: source of random initial parameters.
+        config: The family, sizes and constants.
+        dtype: Type of parameters and activations.
+        rngs: Source of random initial parameters.
 
     Raises:
-        NotImplementedError: a family that is not in ``families.FAMILIES``.
+        NotImplementedError: If the family is not in `families.FAMILIES`.
 
     Example:
         >>> config = DecoderConfig(vocab_size=64, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -74,10 +74,17 @@ class Decoder(nnx.Module):
             self.head = linear(config.dim, config.vocab_size, dtype=dtype, rngs=rngs)
 
     def init_cache(self, spec: tq.CacheSpec, *, batch: int) -> tq.Cache:
-        """An empty cache for ``batch`` sequences: ``num_layers * batch`` rows.
+        """An empty cache for all layers.
+
+        Args:
+            spec: Spec of the cache of one layer.
+            batch: Number of sequences.
+
+        Returns:
+            A cache of `num_layers * batch` rows.
 
         Raises:
-            ValueError: the spec's heads or head_dim are not this decoder's, or ``batch`` is not positive.
+            ValueError: If the spec has other KV heads or another head_dim than the decoder, or if the batch is empty.
         """
         expected = (self.config.num_kv_heads, self.config.head_dim)
         if (spec.num_kv_heads, spec.head_dim) != expected:
@@ -89,13 +96,13 @@ class Decoder(nnx.Module):
         return tq.init_cache(spec, batch=self.config.num_layers * batch)
 
     def forward(self, tokens: jax.Array) -> jax.Array:
-        """Exact hidden states without a cache.
+        """Exact hidden states, without a cache.
 
         Args:
-            tokens: int32 [b, t]; right padding may hold any valid id and changes no position before it.
+            tokens: int32 [b, t]. Right padding may hold any valid id and changes no position before it.
 
         Returns:
-            [b, t, dim], after the final norm.
+            Hidden states [b, t, dim] after the final norm.
         """
 
         def store(query: jax.Array, key: jax.Array, value: jax.Array, cache: None, rows: jax.Array) -> None:
@@ -104,14 +111,15 @@ class Decoder(nnx.Module):
         return self.run(tokens, None, jnp.zeros(tokens.shape[:1], jnp.int32), store, _attend_chunk)[0]
 
     def projections(self, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-        """What attention works on when a prompt runs exactly: for studies of real keys and values.
+        """Queries, keys and values of a prompt that runs exactly, for studies of real caches.
 
         Args:
             tokens: int32 [b, t].
 
         Returns:
-            Hidden states [b, t, dim] after the final norm; and queries [num_layers * b, t, num_heads, head_dim], keys
-            and values [num_layers * b, t, num_kv_heads, head_dim], after rotary embedding, rows as in a cache.
+            Hidden states [b, t, dim] after the final norm, and (queries [num_layers * b, t, num_heads, head_dim], keys
+            and values [num_layers * b, t, num_kv_heads, head_dim]). Rotary embedding is already applied to queries and
+            keys. The first axis has the order of cache rows.
         """
         heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
         rows = self.config.num_layers * tokens.shape[0]
@@ -130,17 +138,16 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: int32 [b, t], right-padded.
-            cache: from `init_cache` with ``batch=b``; must be empty (what it holds is not attended to).
-            lengths: int32 [b], valid tokens of each row; default all.
+            cache: From `init_cache` with `batch=b`. It must be empty: the prompt does not attend to its tokens.
+            lengths: int32 [b], valid tokens of each sequence; None means all.
 
         Returns:
-            Hidden states [b, t, dim] after the final norm (padding rows are meaningless), and the cache.
+            Hidden states [b, t, dim] after the final norm (meaningless in the padding), and the cache.
 
         Raises:
-            ValueError: the cache has not ``num_layers * b`` rows.
+            ValueError: If the cache does not have `num_layers * b` rows.
         """
         self.require_rows(cache, batch=tokens.shape[0])
-
         start = jnp.zeros(tokens.shape[:1], jnp.int32)
         return self.run(tokens, cache, start, partial(_append, lengths=lengths), _attend_chunk)
 
@@ -153,28 +160,35 @@ class Decoder(nnx.Module):
         implementation: Implementation = "auto",
         precise: bool = False,
     ) -> tuple[jax.Array, tq.Cache]:
-        """Append tokens to the cache and attend over all that it then holds.
+        """Append tokens to the cache and attend over all tokens that it then holds.
 
         Args:
-            tokens: int32 [b, t], right-padded; t = 1 decodes, t > 1 is a teacher-forced chunk.
-            cache: from `prefill` or an earlier `extend`, or empty.
-            lengths: int32 [b], valid tokens of this chunk per row; default all. Zero leaves a row as it was.
-            implementation: passed to `tq_jax.attend`.
-            precise: likewise.
+            tokens: int32 [b, t], right-padded. t = 1 is a step of decoding, t > 1 a teacher-forced chunk.
+            cache: From `prefill` or an earlier `extend`, or empty.
+            lengths: int32 [b], valid tokens of this chunk per sequence; None means all. A sequence with 0 valid tokens
+                stays as it was.
+            implementation: Implementation of attention, see `tq_jax.attend`.
+            precise: Whether attention is precise, see `tq_jax.attend`.
 
         Returns:
-            Hidden states [b, t, dim] after the final norm (padding rows are meaningless), and the cache.
+            Hidden states [b, t, dim] after the final norm (meaningless in the padding), and the cache.
 
         Raises:
-            ValueError: the cache has not ``num_layers * b`` rows.
+            ValueError: If the cache does not have `num_layers * b` rows.
         """
         self.require_rows(cache, batch=tokens.shape[0])
-
         attend = partial(_attend_cache, lengths=lengths, implementation=implementation, precise=precise)
         return self.run(tokens, cache, cache.length[: tokens.shape[0]], partial(_append, lengths=lengths), attend)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Next-token logits, float32 [b, t, vocab_size], of hidden states [b, t, dim]."""
+        """Logits of the next token.
+
+        Args:
+            hidden: Hidden states [b, t, dim] after the final norm.
+
+        Returns:
+            float32 [b, t, vocab_size].
+        """
         table = self.embedding.embedding if self.head is None else self.head.kernel
         return jnp.einsum("btc,vc->btv", hidden, table[...], preferred_element_type=jnp.float32)
 
@@ -186,14 +200,14 @@ class Decoder(nnx.Module):
         store: Store,
         attend: Attend,
     ) -> tuple[jax.Array, Any]:
-        """Run tokens with the caller's own way to keep keys and values and to attend to them.
+        """Run tokens with functions of the caller that keep keys and values and attend to them.
 
         Args:
             tokens: int32 [b, t].
-            cache: any pytree, carried through the layers.
-            start: int32 [b], position of the first token of each row.
-            store: puts the tokens of a layer into the cache.
-            attend: mixes values by what `store` returned.
+            cache: Any pytree; it is carried through the layers.
+            start: int32 [b], position of the first token of each sequence.
+            store: Puts the queries, keys and values of a layer into the cache.
+            attend: Mixes the values of a layer, given the cache that `store` returned.
 
         Returns:
             Hidden states [b, t, dim] after the final norm, and the cache.
@@ -215,7 +229,7 @@ class Decoder(nnx.Module):
                 stored = store(query, key, value, cache, rows)
                 if len(attends) == 1:
                     return attends[0](query, key, value, stored, rows), stored
-                # Nothing is written in a branch, so none needs a copy of the cache.
+                # The branches write nothing, so none of them needs a copy of the cache.
                 return lax.switch(kind, attends, query, key, value, stored, rows), stored
 
             return block(hidden, angles[kind], mix), None
@@ -234,7 +248,15 @@ class Decoder(nnx.Module):
         return rotary_angles(positions, head_dim=self.config.head_dim, base=base, scaling=scaling)
 
     def require_rows(self, cache: tq.Cache, *, batch: int) -> None:
-        """Raises ValueError unless the cache has a row for each layer of each of ``batch`` sequences."""
+        """Check that a cache has one row per layer and sequence.
+
+        Args:
+            cache: The cache.
+            batch: Number of sequences.
+
+        Raises:
+            ValueError: If the cache does not have `num_layers * batch` rows.
+        """
         expected = self.config.num_layers * batch
         if cache.length.shape != (expected,):
             raise ValueError(
@@ -252,6 +274,7 @@ def _append(
     *,
     lengths: jax.Array | None,
 ) -> tq.Cache:
+    """Append the tokens of a layer: the `Store` of a compressed cache."""
     return tq.append(cache, key, value, query=query, lengths=lengths, rows=rows)
 
 
@@ -265,6 +288,7 @@ def _attend_chunk(
     window: int | None,
     scale: float,
 ) -> jax.Array:
+    """Exact attention over the tokens of this call: an `Attend` that does not read the cache."""
     return causal_attention(query, key, value, scale=scale, window=window)
 
 
@@ -281,6 +305,7 @@ def _attend_cache(
     implementation: Implementation,
     precise: bool,
 ) -> jax.Array:
+    """Attention over all tokens of the cache: the `Attend` of a compressed cache."""
     mixed = tq.attend(
         query,
         cache,

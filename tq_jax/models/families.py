@@ -1,13 +1,16 @@
-"""The decoder families: which layer class each runs and what its tensors are called in files."""
+"""The decoder families: the layer class of each, and the names of its tensors in files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from tq_jax.models.blocks import Block, Gemma3Block, Qwen2Block, Qwen3Block
+from tq_jax.models.config import DecoderConfig
 
 LAYER = "{layer}"
+FileKind = Literal["hf", "gguf"]
 GgufLayout = Literal["plain", "rope_pairs", "plus_one"]
 
 
@@ -16,11 +19,11 @@ class Tensor:
     """One stored tensor of a family.
 
     Attributes:
-        path: the decoder parameter it fills, dotted; below ``blocks`` one file tensor per layer.
-        hf: its name in a Hugging Face checkpoint.
-        gguf: its name in a GGUF file.
-        gguf_layout: "rope_pairs" if GGUF stores its rows permuted for interleaved rotary positions, "plus_one" if it
-            stores one more.
+        path: Dotted path of the decoder parameter that it fills. Parameters below `blocks` have one tensor per layer.
+        hf: Its name in a Hugging Face checkpoint, with `LAYER` for the number of the layer.
+        gguf: Its name in a GGUF file, with `LAYER` for the number of the layer.
+        gguf_layout: "rope_pairs" if GGUF files store its rows permuted for interleaved rotary positions, "plus_one" if
+            they store the values plus one.
     """
 
     path: str
@@ -30,8 +33,21 @@ class Tensor:
 
     @property
     def per_layer(self) -> bool:
-        """Whether the file has one such tensor for every layer."""
+        """Whether a file has one such tensor per layer."""
         return LAYER in self.hf
+
+    def names(self, kind: FileKind, *, num_layers: int) -> list[str]:
+        """Its names in the files of a model.
+
+        Args:
+            kind: Kind of the files.
+            num_layers: Number of layers of the model.
+
+        Returns:
+            One name per layer, or a single name if the tensor belongs to no layer.
+        """
+        name = self.hf if kind == "hf" else self.gguf
+        return [name.format(layer=layer) for layer in range(num_layers if self.per_layer else 1)]
 
 
 @dataclass(frozen=True)
@@ -39,15 +55,15 @@ class Family:
     """A decoder architecture.
 
     Attributes:
-        block: its layer class.
-        hf_type: ``model_type`` of its ``config.json``.
-        hf_class: class that transformers loads it with.
-        gguf: ``general.architecture`` of its GGUF files; None if they name another family.
-        tensors: all parameters but an untied head.
-        scaled_embedding: whether token embeddings are multiplied by sqrt(dim).
-        end_of_turn: token that ends an answer where files do not say so.
-        hf_buffers: endings of Hugging Face tensor names that hold constants, not parameters.
-        head: the output head, absent from files of tied models.
+        block: Its layer class.
+        hf_type: `model_type` of its `config.json`.
+        hf_class: Class that transformers loads it with.
+        gguf: `general.architecture` of its GGUF files; None if they name another family.
+        tensors: All parameters except an untied output head.
+        scaled_embedding: Whether token embeddings are multiplied by sqrt(dim).
+        end_of_turn: Token that ends an answer, for families whose files do not name it.
+        hf_buffers: Endings of Hugging Face tensor names that hold constants, not parameters.
+        head: The output head, absent from the files of tied models.
     """
 
     block: type[Block]
@@ -60,15 +76,20 @@ class Family:
     hf_buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
     head: Tensor = Tensor("head.kernel", "lm_head.weight", "output.weight")
 
+    def stored(self, *, tied_head: bool) -> tuple[Tensor, ...]:
+        """The tensors that the files of a model hold."""
+        return self.tensors if tied_head else (*self.tensors, self.head)
+
 
 def _layer(
     path: str, hf: str, gguf: str, layout: GgufLayout = "plain", *, kind: Literal["weight", "bias"] = "weight"
 ) -> Tensor:
+    """A tensor of one layer, under its names in both kinds of files."""
     return Tensor(f"blocks.{path}", f"model.layers.{LAYER}.{hf}.{kind}", f"blk.{LAYER}.{gguf}.{kind}", layout)
 
 
 def _common(*, projections: GgufLayout = "plain", norms: GgufLayout = "plain") -> tuple[Tensor, ...]:
-    """What every family has, but for the norm before the feed-forward block."""
+    """The tensors of every family, without the norm before the feed-forward block."""
     return (
         Tensor("embedding.embedding", "model.embed_tokens.weight", "token_embd.weight"),
         _layer("attention_norm.scale", "input_layernorm", "attn_norm", norms),
@@ -84,6 +105,7 @@ def _common(*, projections: GgufLayout = "plain", norms: GgufLayout = "plain") -
 
 
 def _head_norms(layout: GgufLayout = "plain") -> tuple[Tensor, ...]:
+    """The norms of query heads and key heads."""
     return (
         _layer("attention.query_norm.scale", "self_attn.q_norm", "attn_q_norm", layout),
         _layer("attention.key_norm.scale", "self_attn.k_norm", "attn_k_norm", layout),
@@ -141,3 +163,29 @@ FAMILIES = {
         end_of_turn="<end_of_turn>",
     ),
 }
+
+
+def check_tensor_names(source: Path, config: DecoderConfig, found: set[str], *, kind: FileKind) -> None:
+    """Check that a model's files hold exactly the tensors that its decoder needs.
+
+    Tied checkpoints may repeat the embedding under the name of the head.
+
+    Args:
+        source: The file or directory, for messages.
+        config: The decoder that the files describe.
+        found: Names of the tensors in the files.
+        kind: Kind of the files, which decides the names.
+
+    Raises:
+        NotImplementedError: If there is a tensor that the decoder does not have.
+        ValueError: If a tensor is missing.
+    """
+    family = FAMILIES[config.architecture]
+    stored = family.stored(tied_head=config.tied_head)
+    expected = {name for tensor in stored for name in tensor.names(kind, num_layers=config.num_layers)}
+    if missing := sorted(expected - found):
+        raise ValueError(f"{source}: expected {len(expected)} tensors, got none named {', '.join(missing[:4])}")
+    constants = family.hf_buffers if kind == "hf" else ()
+    extra = found - expected.union(family.head.names(kind, num_layers=1))
+    if extra := {name for name in extra if not name.endswith(constants)}:
+        raise NotImplementedError(f"{source}: tensor {min(extra)!r} is no part of the {config.architecture} decoder")

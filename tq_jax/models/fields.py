@@ -1,4 +1,4 @@
-"""JSON objects, and what the fields of model files may hold, checked before anything is made of them."""
+"""JSON objects, and checks of the fields of model files before they are used."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field may hold.
+    """The values that a field may hold.
 
     Attributes:
-        words: as an error says it.
-        holds: whether a value is one.
+        words: Their description in an error message.
+        holds: Tells whether a value is one of them.
     """
 
     words: str
@@ -24,18 +24,18 @@ class Kind:
 
 
 def either(*kinds: Kind) -> Kind:
-    """What holds any of some kinds."""
+    """Values of any of several kinds."""
     return Kind(" or ".join(kind.words for kind in kinds), lambda value: any(kind.holds(value) for kind in kinds))
 
 
 def list_of(kind: Kind) -> Kind:
-    """A list, each of whose items is of a kind."""
+    """Lists whose items are all of one kind."""
     words = f"a list whose items are each {kind.words}"
     return Kind(words, lambda value: isinstance(value, list) and all(map(kind.holds, value)))
 
 
 def table_with(*names: str) -> Kind:
-    """A table that has texts of some names."""
+    """Tables that hold a text under each of the names."""
     words = f"a table with the text{'s' * (len(names) > 1)} {' and '.join(names)}"
     return Kind(words, lambda value: TABLE.holds(value) and all(TEXT.holds(value.get(name)) for name in names))
 
@@ -62,15 +62,15 @@ FILES = Kind(
 
 
 def check_fields(source: str, fields: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
-    """Refuses fields that hold something else; those that are missing, or None, pass.
+    """Refuse fields whose value is of another kind; a missing field and None pass.
 
     Args:
-        source: where they come from, for messages.
-        fields: name to value.
-        kinds: name to what it may hold; other names may hold anything.
+        source: The file or part of a file that holds the fields, for messages.
+        fields: Name to value.
+        kinds: Name to the kind of its value. Fields of other names may hold anything.
 
     Raises:
-        ValueError: a field holds something else.
+        ValueError: If a field holds a value of another kind.
 
     Example:
         >>> check_fields("config.json", {"vocab_size": "64"}, {"vocab_size": SIZE})
@@ -84,11 +84,11 @@ def check_fields(source: str, fields: Mapping[str, Any], kinds: Mapping[str, Kin
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object.
+    """Parse a file that holds one JSON object.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no JSON object.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file does not hold one JSON object.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}")

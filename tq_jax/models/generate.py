@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +15,19 @@ from jax import lax
 
 import tq_jax as tq
 from tq_jax.attention import Implementation
+from tq_jax.models.checks import check_request
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.sampling import Sampling, sample
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What `generate` returns.
+    """The result of `generate`.
 
     Attributes:
-        tokens: int32 [b, max_new_tokens]; after a row's stop token, -1.
-        lengths: int32 [b], tokens of each row, its stop token included.
-        cache: holds the prompts and every new token but each row's last; ``num_layers * b`` rows.
+        tokens: int32 [b, max_new_tokens], new tokens of each sequence; -1 after its stop token.
+        lengths: int32 [b], number of new tokens of each sequence, its stop token included.
+        cache: Cache of `num_layers * b` rows. It holds the prompts and all new tokens except the last of each sequence.
     """
 
     tokens: jax.Array
@@ -35,25 +35,25 @@ class Generation:
     cache: tq.Cache
 
     def sequences(self) -> list[list[int]]:
-        """The new tokens of each row as lists, without padding."""
+        """The new tokens of each sequence, without padding."""
         tokens, lengths = np.asarray(self.tokens), np.asarray(self.lengths)
         return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
-    """Right-pad token lists to one array.
+    """Right-pad lists of tokens to one array.
 
-    Padded lengths are rounded up, by at most 15 tokens or a quarter, so that prompts of similar lengths share a
+    The padded length is rounded up by at most 15 tokens or a quarter, so that prompts of similar lengths share a
     compiled prefill.
 
     Args:
-        prompts: token ids of each sequence, at least one each.
+        prompts: Token ids of each sequence, at least one per sequence.
 
     Returns:
-        ``tokens`` int32 [b, t] and ``lengths`` int32 [b].
+        The padded tokens, int32 [b, t], and the number of valid tokens of each sequence, int32 [b].
 
     Raises:
-        ValueError: there are no prompts, or one of them is empty.
+        ValueError: If there are no prompts, or if one of them is empty.
 
     Example:
         >>> tokens, lengths = pad_prompts([[5, 6, 7], [8]])
@@ -85,33 +85,33 @@ def generate(
     implementation: Implementation = "auto",
     precise: bool = False,
 ) -> Generation:
-    """Continue a batch of prompts, from the start or from what a cache holds.
+    """Continue a batch of prompts, from an empty cache or after the tokens of a given one.
 
-    From the start the prompt runs with exact attention; its keys and values go to the cache, over which every new token
-    attends. Behind an earlier text the tokens of the prompt attend over the cache too.
+    If no cache is given, the prompts run with exact attention, their keys and values go to a new cache, and every new
+    token attends over it. If a cache is given, the tokens of the prompts attend over the cache as well.
 
     Args:
-        decoder: from `load_model` or `Decoder`.
-        tokens: int32 [b, t], right-padded prompts; see `pad_prompts`.
+        decoder: From `load_model` or `Decoder`.
+        tokens: int32 [b, t], right-padded prompts, see `pad_prompts`.
         lengths: int32 [b], tokens of each prompt, 1 to t.
-        cache_spec: what one layer of one sequence keeps; this or ``cache``.
-        cache: what came before the prompts: that of an earlier `Generation` (whose last tokens, which it does not hold,
-            then begin these prompts) or of `tq_jax.load_cache`. It is left as it is, and so copied once;
-            `tq_jax.resize` makes room for more tokens.
-        max_new_tokens: most tokens to add to each row.
-        sampling: how tokens are drawn; default greedy.
-        stop_tokens: ids that end a row; ``decoder.config.stop_tokens`` for a chat.
-        key: random key; needed unless greedy. The same key draws the same tokens.
-        implementation: passed to `tq_jax.attend`.
-        precise: likewise.
+        cache_spec: Spec of the cache of one layer. Give either `cache_spec` or `cache`.
+        cache: Tokens before the prompts: the cache of an earlier `Generation` or from `tq_jax.load_cache`. It does not
+            hold the last token of that generation, so the prompt begins with that token. The cache is copied, not
+            changed; `tq_jax.resize` makes room for more tokens.
+        max_new_tokens: Largest number of new tokens per sequence.
+        sampling: How tokens are drawn; None is greedy.
+        stop_tokens: Ids that end a sequence; `decoder.config.stop_tokens` for a chat.
+        key: Random key; required unless sampling is greedy. The same key draws the same tokens.
+        implementation: Implementation of attention, see `tq_jax.attend`.
+        precise: Whether attention is precise, see `tq_jax.attend`.
 
     Returns:
-        A `Generation`. The loop ends as soon as every row has stopped.
+        The new tokens and the cache. The loop ends as soon as every sequence has stopped.
 
     Raises:
-        ValueError: an empty batch or prompt, ids outside the vocabulary, a prompt with its continuation beyond the
-            cache or the model's context, sampling without a key, not one of ``cache_spec`` and ``cache``, or a cache
-            of another model or batch, or one that overflowed.
+        ValueError: If the batch or a prompt is empty, ids are outside the vocabulary, a prompt with its continuation
+            exceeds the cache or the model's context, sampling lacks a key, not exactly one of `cache_spec` and `cache`
+            is given, or the cache is of another model or batch or has overflowed.
 
     Example:
         >>> from flax import nnx
@@ -125,19 +125,12 @@ def generate(
         (2, 5)
     """
     sampling = Sampling() if sampling is None else sampling
-    if (cache_spec is None) == (cache is None):
-        raise ValueError(f"expected one of cache_spec and cache, got {'neither' if cache is None else 'both'}")
-    spec = cache.spec if cache is not None else cache_spec
-    assert spec is not None
-    _check(decoder, tokens, lengths, max_new_tokens, stop_tokens)
-    _check_room(decoder, lengths, spec.max_tokens, cache, max_new_tokens)
-    if key is None:
-        if sampling.temperature:
-            raise ValueError(f"key: expected a random key to sample at temperature {sampling.temperature}, got None")
-        key = jax.random.key(0)
+    spec = check_request(
+        decoder, tokens, lengths, cache_spec, cache, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens
+    )
     batch = np.shape(tokens)[0]
+    keys = _sequence_keys(key, sampling, batch)
     stop = jnp.asarray(np.array(stop_tokens, np.int32))
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(batch))
     prompts = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
     how = {"implementation": implementation, "precise": precise}
     if cache is None:
@@ -155,7 +148,19 @@ def generate(
 def prefill_step(
     decoder: Decoder, tokens: jax.Array, lengths: jax.Array, cache: tq.Cache, keys: jax.Array, *, sampling: Sampling
 ) -> tuple[jax.Array, tq.Cache]:
-    """Run the prompts and draw the first new token of each row, int32 [b]; ``cache`` is donated."""
+    """Run prompts over an empty cache and draw the first new token of each sequence.
+
+    Args:
+        decoder: The decoder.
+        tokens: int32 [b, t], right-padded prompts.
+        lengths: int32 [b], tokens of each prompt.
+        cache: Empty cache of `num_layers * b` rows; donated.
+        keys: Random keys [b], one per sequence.
+        sampling: How tokens are drawn.
+
+    Returns:
+        The first new tokens, int32 [b], and the filled cache.
+    """
     hidden, cache = decoder.prefill(tokens, cache, lengths=lengths)
     return _first(decoder, hidden, lengths, keys, sampling), cache
 
@@ -172,7 +177,21 @@ def extend_step(
     implementation: Implementation,
     precise: bool,
 ) -> tuple[jax.Array, tq.Cache]:
-    """The same behind what a cache holds, which is left as it is."""
+    """Run prompts after the tokens of a cache and draw the first new token of each sequence.
+
+    Args:
+        decoder: The decoder.
+        tokens: int32 [b, t], right-padded prompts.
+        lengths: int32 [b], tokens of each prompt.
+        cache: Cache of `num_layers * b` rows; copied, not changed.
+        keys: Random keys [b], one per sequence.
+        sampling: How tokens are drawn.
+        implementation: Implementation of attention, see `tq_jax.attend`.
+        precise: Whether attention is precise, see `tq_jax.attend`.
+
+    Returns:
+        The first new tokens, int32 [b], and the filled cache.
+    """
     hidden, cache = decoder.extend(tokens, cache, lengths=lengths, implementation=implementation, precise=precise)
     return _first(decoder, hidden, lengths, keys, sampling), cache
 
@@ -182,18 +201,32 @@ def extend_step(
 )
 def decode_loop(
     decoder: Decoder,
-    first: jax.Array,  # int32 [b], drawn by the prefill
+    first: jax.Array,
     cache: tq.Cache,
-    keys: jax.Array,  # [b]
-    stop: jax.Array,  # int32 [s]
+    keys: jax.Array,
+    stop: jax.Array,
     *,
     sampling: Sampling,
     max_new_tokens: int,
     implementation: Implementation,
     precise: bool = False,
 ) -> tuple[jax.Array, jax.Array, tq.Cache]:
-    """Draw up to ``max_new_tokens`` tokens per row, the given first ones included; ``cache`` is donated."""
-    batch = first.shape[0]
+    """Draw tokens until every sequence has stopped.
+
+    Args:
+        decoder: The decoder.
+        first: int32 [b], the first new token of each sequence, from `prefill_step` or `extend_step`.
+        cache: Cache of `num_layers * b` rows that holds the prompts; donated.
+        keys: Random keys [b], one per sequence.
+        stop: int32 [s], token ids that end a sequence.
+        sampling: How tokens are drawn.
+        max_new_tokens: Largest number of new tokens per sequence, the first included.
+        implementation: Implementation of attention, see `tq_jax.attend`.
+        precise: Whether attention is precise, see `tq_jax.attend`.
+
+    Returns:
+        The new tokens int32 [b, max_new_tokens] (-1 after a stop token), their numbers int32 [b], and the cache.
+    """
 
     def stops(token: jax.Array) -> jax.Array:
         return jnp.any(token[:, None] == stop[None, :], axis=1)
@@ -202,7 +235,7 @@ def decode_loop(
         return (state.step < max_new_tokens) & ~jnp.all(state.done)
 
     def advance(state: _State) -> _State:
-        # A row that has stopped appends nothing and keeps its last token.
+        # A sequence that has stopped appends nothing and keeps its last token.
         hidden, cache = decoder.extend(
             state.token[:, None],
             state.cache,
@@ -221,15 +254,7 @@ def decode_loop(
             cache=cache,
         )
 
-    start = _State(
-        step=jnp.int32(1),
-        token=first,
-        done=stops(first),
-        out=jnp.full((batch, max_new_tokens), -1, jnp.int32).at[:, 0].set(first),
-        count=jnp.ones(batch, jnp.int32),
-        cache=cache,
-    )
-    end = lax.while_loop(alive, advance, start)
+    end = lax.while_loop(alive, advance, _start(first, stops(first), cache, max_new_tokens))
     return end.out, end.count, end.cache
 
 
@@ -245,15 +270,16 @@ def time_decode(
     """Decode greedily by the compiled loop and time it, compilation excluded.
 
     Args:
-        decoder: from `load_model` or `Decoder`.
-        first: int32 [b], the first token of each row.
-        make_cache: makes the filled cache, which a run takes over.
-        max_new_tokens: most tokens of each row, the first included.
-        stop_tokens: ids that end a row.
-        repeats: runs to take the median of.
+        decoder: From `load_model` or `Decoder`.
+        first: int32 [b], the first new token of each sequence.
+        make_cache: Makes the cache that holds the prompts; called once per run, because a run consumes its cache.
+        max_new_tokens: Largest number of new tokens per sequence, the first included.
+        stop_tokens: Ids that end a sequence.
+        repeats: Number of runs.
 
     Returns:
-        The tokens int32 [b, max_new_tokens] and their counts int32 [b], see `decode_loop`, and the seconds of the loop.
+        The new tokens int32 [b, max_new_tokens] (-1 after a stop token), their numbers int32 [b], and the median time
+        of the loop in seconds.
     """
     keys, stop = jax.random.split(jax.random.key(0), first.shape[0]), jnp.asarray(stop_tokens, jnp.int32)
     options = {"sampling": Sampling(), "max_new_tokens": max_new_tokens, "implementation": "auto"}
@@ -270,6 +296,17 @@ def time_decode(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _State:
+    """State of the loop of decode steps.
+
+    Attributes:
+        step: int32 [], new tokens per sequence so far.
+        token: int32 [b], the latest token of each sequence, not yet in the cache.
+        done: bool [b], whether each sequence has stopped.
+        out: int32 [b, max_new_tokens], the new tokens, -1 where there is none.
+        count: int32 [b], number of new tokens of each sequence.
+        cache: The cache.
+    """
+
     step: jax.Array
     token: jax.Array
     done: jax.Array
@@ -278,63 +315,34 @@ class _State:
     cache: tq.Cache
 
 
+def _start(first: jax.Array, done: jax.Array, cache: tq.Cache, max_new_tokens: int) -> _State:
+    """The state after the first new token of each sequence."""
+    batch = first.shape[0]
+    return _State(
+        step=jnp.int32(1),
+        token=first,
+        done=done,
+        out=jnp.full((batch, max_new_tokens), -1, jnp.int32).at[:, 0].set(first),
+        count=jnp.ones(batch, jnp.int32),
+        cache=cache,
+    )
+
+
 def _first(decoder: Decoder, hidden: jax.Array, lengths: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """The first new token of each row, int32 [b], from the hidden state of its last one."""
+    """The first new token of each sequence, int32 [b], drawn from the hidden state of its last token."""
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     return sample(decoder.logits(last)[:, 0], _at(keys, jnp.int32(0)), sampling)
 
 
+def _sequence_keys(key: jax.Array | None, sampling: Sampling, batch: int) -> jax.Array:
+    """Random keys [batch], one per sequence."""
+    if key is None:
+        if sampling.temperature:
+            raise ValueError(f"key: expected a random key to sample at temperature {sampling.temperature}, got None")
+        key = jax.random.key(0)
+    return jax.vmap(lambda sequence: jax.random.fold_in(key, sequence))(jnp.arange(batch))
+
+
 def _at(keys: jax.Array, step: jax.Array) -> jax.Array:
+    """The keys of one step, [b]."""
     return jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
-
-
-def _check(
-    decoder: Decoder,
-    tokens: Any,
-    lengths: Any,
-    max_new_tokens: int,
-    stop_tokens: Sequence[int],
-) -> None:
-    config = decoder.config
-    tokens, lengths = np.asarray(tokens), np.asarray(lengths)
-    if tokens.ndim != 2 or 0 in tokens.shape or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"tokens: expected integers [b, t], neither empty, got {tokens.dtype} {tokens.shape}")
-    if lengths.shape != tokens.shape[:1] or not np.issubdtype(lengths.dtype, np.integer):
-        raise ValueError(f"lengths: expected integers [{tokens.shape[0]}], got {lengths.dtype} {lengths.shape}")
-    if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
-        raise ValueError(f"lengths: expected prompts of 1 to {tokens.shape[1]} tokens, got {lengths.tolist()}")
-    for name, ids in (("tokens", tokens), ("stop_tokens", np.array(stop_tokens, np.int64))):
-        if ids.size and (ids.min() < 0 or ids.max() >= config.vocab_size):
-            raise ValueError(f"{name}: expected ids in [0, {config.vocab_size}), got {ids.min()} to {ids.max()}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-
-
-def _check_room(decoder: Decoder, lengths: Any, max_tokens: int, cache: tq.Cache | None, max_new_tokens: int) -> None:
-    prompt = np.asarray(lengths)
-    if cache is not None:
-        _check_cache(decoder, cache, prompt.size)
-    before = np.zeros_like(prompt) if cache is None else np.asarray(cache.length)[: prompt.size]
-    longest = int(np.argmax(before + prompt))
-    needed = int((before + prompt)[longest]) + max_new_tokens - 1
-    parts = f"prompt {prompt[longest]} + {max_new_tokens} new - 1"
-    if cache is not None:
-        parts = f"{before[longest]} in the cache + {parts}"
-    limit = "cache_spec.max_tokens" if cache is None else "cache.spec.max_tokens"
-    for name, room in ((limit, max_tokens), ("the model's context", decoder.config.max_context)):
-        if needed > room:
-            raise ValueError(f"{name}: expected room for {needed} tokens ({parts}), got {room}")
-
-
-def _check_cache(decoder: Decoder, cache: tq.Cache, batch: int) -> None:
-    decoder.require_rows(cache, batch=batch)
-    config, spec = decoder.config, cache.spec
-    wanted, found = (config.num_kv_heads, config.head_dim), (spec.num_kv_heads, spec.head_dim)
-    if found != wanted:
-        raise ValueError(f"cache.spec (num_kv_heads, head_dim): expected {wanted}, got {found}")
-    if np.any(cache.overflow):
-        full = np.flatnonzero(cache.overflow).tolist()
-        raise ValueError(f"cache: expected rows that hold all their tokens, got overflow in rows {full}")
-    layers = np.asarray(cache.length).reshape(config.num_layers, batch)
-    if np.any(layers != layers[0]):
-        raise ValueError(f"cache: expected as many tokens in all layers of a sequence, got {layers.tolist()}")

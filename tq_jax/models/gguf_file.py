@@ -11,7 +11,7 @@ import numpy as np
 
 from tq_jax.models.config import DecoderConfig
 from tq_jax.models.config_gguf import config_from_gguf
-from tq_jax.models.families import FAMILIES, Tensor
+from tq_jax.models.families import FAMILIES, check_tensor_names
 
 _ROPE_FACTORS = "rope_freqs.weight"
 
@@ -21,10 +21,10 @@ class GgufFile:
     """An open GGUF file.
 
     Attributes:
-        path: where it lies, for messages.
-        config: the decoder it describes.
-        metadata: every metadata field.
-        tensors: reader tensors by their GGUF name; data stays in the file until read.
+        path: Its path, for messages.
+        config: The decoder that it describes.
+        metadata: All metadata fields, name to value.
+        tensors: The reader's tensors by their GGUF names. Their data stays in the file until it is read.
     """
 
     path: Path
@@ -34,15 +34,18 @@ class GgufFile:
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
-    """Open a GGUF file and check that it holds exactly the tensors its architecture needs.
+    """Open a GGUF file and check that it holds exactly the tensors that its architecture needs.
 
     Args:
-        path: a ``.gguf`` file.
+        path: A `.gguf` file.
+
+    Returns:
+        The open file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        NotImplementedError: an architecture, option or tensor that the decoders here do not have.
-        ValueError: the file is corrupt, truncated, or lacks fields or tensors.
+        FileNotFoundError: If there is no such file.
+        NotImplementedError: For an architecture, option or tensor that `Decoder` does not support.
+        ValueError: If the file is corrupt or truncated, or lacks fields or tensors.
     """
     import gguf
 
@@ -55,52 +58,59 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
         raise ValueError(f"{path}: expected a complete GGUF file, got a corrupt or truncated one ({error})") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    # Divisors of rotary frequencies: part of the config, not of the parameters.
+    # The divisors of the rotary frequencies belong to the config, not to the parameters.
     factors = tensors.pop(_ROPE_FACTORS, None)
     config = config_from_gguf(
         metadata,
         tied_head="output.weight" not in tensors,
         rope_factors=None if factors is None else np.asarray(factors.data),
     )
-    _check_names(path, config, set(tensors))
+    check_tensor_names(path, config, set(tensors), kind="gguf")
     return GgufFile(path=path, config=config, metadata=metadata, tensors=tensors)
 
 
 def hf_tensors(file: GgufFile) -> dict[str, np.ndarray]:
-    """Dequantize every tensor of a file to float32, under its Hugging Face name and in its row order.
+    """Dequantize every tensor of a file to float32.
+
+    Args:
+        file: From `read_gguf`.
+
+    Returns:
+        Tensors by their Hugging Face names, with rows in the order of Hugging Face checkpoints.
 
     Raises:
-        NotImplementedError: a quantization type that ``gguf`` cannot read.
-        ValueError: a tensor has another shape than the metadata says, or holds values that are not finite.
+        NotImplementedError: For a quantization type that the package gguf cannot read.
+        ValueError: If a tensor has another shape than the metadata says, or holds values that are not finite.
     """
     config = file.config
-    family = FAMILIES[config.architecture]
     out = {}
-    for tensor in family.tensors if config.tied_head else (*family.tensors, family.head):
-        for layer in range(config.num_layers if tensor.per_layer else 1):
-            array = _dequantize(file, tensor.gguf.format(layer=layer))
+    for tensor in FAMILIES[config.architecture].stored(tied_head=config.tied_head):
+        names = (tensor.names(kind, num_layers=config.num_layers) for kind in ("gguf", "hf"))
+        for gguf_name, hf_name in zip(*names, strict=True):
+            array = _dequantize(file, gguf_name)
             if tensor.gguf_layout == "rope_pairs":
                 array = split_rope_pairs(array, head_dim=config.head_dim)
             elif tensor.gguf_layout == "plus_one":
                 array = array - np.float32(1)
-            out[tensor.hf.format(layer=layer)] = array
+            out[hf_name] = array
     return out
 
 
 def split_rope_pairs(rows: np.ndarray, *, head_dim: int) -> np.ndarray:
-    """Reorder query or key rows from interleaved rotary pairs (0, d/2, 1, d/2 + 1, ...) to half-split order.
+    """Reorder weight rows from interleaved rotary pairs (0, d/2, 1, d/2 + 1, ...) to half-split order.
 
-    ``llama`` GGUF files store both projections so; undone here, the decoder needs one rotary layout only.
+    GGUF files of the architecture "llama" store the query and key projections in interleaved order. The decoder has
+    one rotary layout, half-split, so the order is undone when a file is read.
 
     Args:
-        rows: [heads * head_dim, dim].
-        head_dim: channels of one head.
+        rows: [heads * head_dim, dim], the weight of a query or key projection.
+        head_dim: Channels of one head.
 
     Returns:
-        [heads * head_dim, dim].
+        [heads * head_dim, dim], the same rows in half-split order.
 
     Raises:
-        ValueError: the rows are no multiple of head_dim.
+        ValueError: If the number of rows is not a multiple of head_dim.
 
     Example:
         >>> split_rope_pairs(np.array([[0], [2], [1], [3]]), head_dim=4).ravel().tolist()
@@ -112,6 +122,7 @@ def split_rope_pairs(rows: np.ndarray, *, head_dim: int) -> np.ndarray:
 
 
 def _dequantize(file: GgufFile, name: str) -> np.ndarray:
+    """The values of a tensor, float32, in the shape that the metadata says."""
     import gguf
 
     tensor = file.tensors[name]
@@ -126,16 +137,3 @@ def _dequantize(file: GgufFile, name: str) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError(f"{file.path}: {name}: expected finite weights, got inf or nan")
     return array
-
-
-def _check_names(path: Path, config: DecoderConfig, found: set[str]) -> None:
-    family = FAMILIES[config.architecture]
-
-    def names(tensor: Tensor) -> set[str]:
-        return {tensor.gguf.format(layer=layer) for layer in range(config.num_layers)}
-
-    expected = set().union(*(names(tensor) for tensor in family.tensors))
-    if missing := sorted(expected - found):
-        raise ValueError(f"{path}: expected {len(expected)} tensors, got none named {', '.join(missing[:4])}")
-    if extra := sorted(found - expected - {family.head.gguf}):
-        raise NotImplementedError(f"{path}: tensor {extra[0]!r} is no part of the {config.architecture} decoder")

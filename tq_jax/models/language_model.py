@@ -25,8 +25,8 @@ class LanguageModel:
     """A decoder and its tokenizer.
 
     Attributes:
-        decoder: the network.
-        tokenizer: its tokenizer.
+        decoder: The network.
+        tokenizer: The tokenizer of the same model.
     """
 
     decoder: Decoder
@@ -46,17 +46,20 @@ class LanguageModel:
         sampling: Sampling | None = None,
         key: jax.Array | None = None,
     ) -> str:
-        """The assistant's next message.
+        """Generate the assistant's next message.
 
         Args:
-            messages: each with "role" ("system", "user" or "assistant") and "content".
-            cache_spec: what one layer keeps.
-            max_new_tokens: most tokens of the answer.
-            sampling: how tokens are drawn; default greedy.
-            key: random key; needed unless greedy.
+            messages: The conversation; each message has "role" ("system", "user" or "assistant") and "content".
+            cache_spec: Spec of the cache of one layer.
+            max_new_tokens: Largest number of tokens of the answer.
+            sampling: How tokens are drawn; None is greedy.
+            key: Random key; required unless sampling is greedy.
+
+        Returns:
+            The text of the answer, without special tokens.
 
         Raises:
-            ValueError: the model has no chat template, or as `generate`.
+            ValueError: If the model has no chat template, or if `generate` refuses the arguments.
         """
         tokens, lengths = pad_prompts([self.tokenizer.encode_chat(messages)])
         answer = generate(
@@ -76,18 +79,18 @@ def load_model(path: str | os.PathLike[str] | None = None, *, dtype: Any = "floa
     """Load a decoder and its tokenizer.
 
     Args:
-        path: a Hugging Face directory (safetensors) or a GGUF file; None is SmolLM2-135M-Instruct, downloaded once.
-            GGUF files are dequantized once, to a directory in `cache_dir`.
-        dtype: dtype of parameters and activations.
+        path: A Hugging Face directory (safetensors) or a GGUF file; None is SmolLM2-135M-Instruct, downloaded once.
+            GGUF files are dequantized once, to a directory below `cache_dir`.
+        dtype: Type of parameters and activations.
 
     Returns:
-        The model. A second load of the default one takes about a second.
+        The model. A second load of the default model takes about a second.
 
     Raises:
-        ConnectionError: the default model could not be downloaded.
-        FileNotFoundError: there is no such file or directory, or one in it is missing.
-        NotImplementedError: an architecture, option, tensor or tokenizer that is not supported.
-        ValueError: a file is corrupt or truncated.
+        ConnectionError: If the default model could not be downloaded.
+        FileNotFoundError: If there is no such file or directory, or if the directory lacks a file.
+        NotImplementedError: For an architecture, option, tensor or tokenizer that is not supported.
+        ValueError: If a file is corrupt or truncated.
     """
     path = fetch_default_model() if path is None else Path(path)
     directory = path if path.is_dir() else convert_gguf(path)

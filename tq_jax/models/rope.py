@@ -12,18 +12,18 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than the model was first trained on.
+    """How rotary frequencies are stretched for contexts longer than the one that the model was first trained on.
 
     Attributes:
-        kind: "linear" divides every frequency by ``factor``; "llama3" leaves those that turn often within the original
-            context, divides those that turn seldom, and blends in between.
-        factor: the divisor; at least 1.
-        low_freq_factor: "llama3": frequencies that turn fewer times than this in the original context are divided.
-        high_freq_factor: "llama3": frequencies that turn more often than this are left.
-        original_context: "llama3": tokens of the original context.
+        kind: "linear" divides every frequency by `factor`. "llama3" keeps frequencies that turn often within the
+            original context, divides frequencies that turn seldom, and blends in between.
+        factor: The divisor; at least 1.
+        low_freq_factor: For "llama3": frequencies of fewer turns within the original context are divided.
+        high_freq_factor: For "llama3": frequencies of more turns within the original context are kept.
+        original_context: For "llama3": tokens of the original context.
 
     Raises:
-        ValueError: the numbers contradict each other.
+        ValueError: If the numbers contradict each other.
     """
 
     kind: Literal["linear", "llama3"]
@@ -45,15 +45,15 @@ class RopeScaling:
 
 
 def rotary_frequencies(*, head_dim: int, base: float, scaling: RopeScaling | None = None) -> jax.Array:
-    """Radians by which each channel pair turns from one token to the next.
+    """Angles by which each channel pair turns from one token to the next.
 
     Args:
-        head_dim: channels of one head; even.
-        base: base of the geometric progression of frequencies.
-        scaling: how they are stretched; not at all by default.
+        head_dim: Channels of one head; even.
+        base: Base of the geometric progression of frequencies.
+        scaling: How the frequencies are stretched; None if they are not.
 
     Returns:
-        float32 [head_dim / 2].
+        float32 [head_dim / 2], radians per token.
 
     Example:
         >>> rotary_frequencies(head_dim=4, base=100.0, scaling=RopeScaling(kind="linear", factor=2.0)).tolist()
@@ -73,16 +73,16 @@ def rotary_frequencies(*, head_dim: int, base: float, scaling: RopeScaling | Non
 
 
 def rotary_angles(positions: jax.Array, *, head_dim: int, base: float, scaling: RopeScaling | None = None) -> jax.Array:
-    """Angles in radians by which each channel pair turns.
+    """Angles by which each channel pair of each token is turned.
 
     Args:
-        positions: int32 [b, t], the index of each token in its sequence.
-        head_dim: channels of one head; even.
-        base: base of the geometric progression of frequencies.
-        scaling: how the frequencies are stretched; not at all by default.
+        positions: int32 [b, t], the position of each token in its sequence.
+        head_dim: Channels of one head; even.
+        base: Base of the geometric progression of frequencies.
+        scaling: How the frequencies are stretched; None if they are not.
 
     Returns:
-        float32 [b, t, head_dim / 2].
+        float32 [b, t, head_dim / 2], radians.
 
     Example:
         >>> rotary_angles(jnp.array([[0, 3]]), head_dim=4, base=100.0)[0, 1].tolist()
@@ -93,14 +93,14 @@ def rotary_angles(positions: jax.Array, *, head_dim: int, base: float, scaling: 
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Turn every head of ``x`` by its token's angles.
+    """Turn every head of every token by the token's angles.
 
     Args:
-        x: [b, t, heads, head_dim].
+        x: [b, t, heads, head_dim], queries or keys.
         angles: float32 [b, t, head_dim / 2], from `rotary_angles`.
 
     Returns:
-        [b, t, heads, head_dim] in the dtype of ``x``; computed in float32.
+        [b, t, heads, head_dim] in the dtype of `x`; computed in float32.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]

@@ -13,12 +13,15 @@ class Sampling:
     """How a token is drawn; static and hashable.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: draw only from this many most likely tokens (more, where the last ties with others); None from all.
-        top_p: draw only from the fewest most likely tokens whose probability reaches this, after ``top_k``.
+        temperature: Divisor of the logits; 0 takes the most likely token.
+        top_k: Draw only from this many most likely tokens, and from tokens as likely as the last of them; None draws
+            from all.
+        top_p: After `top_k`, draw only from the fewest most likely tokens whose total probability reaches `top_p`
+            (nucleus sampling, arXiv:1904.09751); None draws from all.
 
     Raises:
-        ValueError: a value is out of range, or ``top_k`` or ``top_p`` would have no effect at temperature 0.
+        ValueError: If a value is out of range, or if `top_k` or `top_p` is given at temperature 0, where it would have
+            no effect.
     """
 
     temperature: float = 0.0
@@ -40,15 +43,15 @@ class Sampling:
 
 
 def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draw one token per row.
+    """Draw one token per row of logits.
 
     Args:
-        logits: float32 [b, vocab].
-        keys: random keys [b], one per row.
-        sampling: how.
+        logits: float32 [b, vocab_size].
+        keys: Random keys [b], one per row.
+        sampling: How tokens are drawn.
 
     Returns:
-        int32 [b].
+        int32 [b], token ids.
 
     Example:
         >>> keys = jax.random.split(jax.random.key(0), 1)

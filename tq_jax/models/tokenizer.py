@@ -1,4 +1,4 @@
-"""Text to token ids and back by a ``tokenizer.json``, and chat templates."""
+"""Tokenizers from a `tokenizer.json`, and chat templates."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Tokenizer:
     """A tokenizer and its chat template.
 
     Attributes:
-        backend: a ``tokenizers.Tokenizer``.
-        chat_template: Jinja source that renders a conversation, if the model has one.
-        special: texts of ``bos_token`` and ``eos_token``, as templates name them.
+        backend: A `tokenizers.Tokenizer`.
+        chat_template: Jinja source that renders a conversation; None if the model has no template.
+        special: Texts of the special tokens that templates name: `bos_token` and `eos_token`, if the model has them.
     """
 
     backend: Any
@@ -34,27 +34,42 @@ class Tokenizer:
     special: Mapping[str, str]
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; special tokens written out in it are recognised.
+        """Token ids of a text. Special tokens that are written out in the text are recognised.
 
         Args:
-            text: what to encode.
-            add_special_tokens: add what the model expects around a text (for many, a first token).
+            text: The text.
+            add_special_tokens: Whether to add the tokens that the model expects around a text (for many models, a first
+                token).
+
+        Returns:
+            Token ids.
         """
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids; incomplete UTF-8 becomes the replacement character."""
+        """The text of token ids.
+
+        Args:
+            tokens: Token ids.
+            skip_special_tokens: Whether to leave special tokens out of the text.
+
+        Returns:
+            The text. Incomplete UTF-8 becomes the replacement character.
+        """
         return self.backend.decode([int(token) for token in tokens], skip_special_tokens=skip_special_tokens)
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """Render a conversation by the model's own chat template.
 
         Args:
-            messages: each with "role" ("system", "user" or "assistant") and "content".
-            add_generation_prompt: end where the assistant's answer starts.
+            messages: The conversation; each message has "role" ("system", "user" or "assistant") and "content".
+            add_generation_prompt: Whether the text ends where the assistant's answer starts.
+
+        Returns:
+            The text of the conversation.
 
         Raises:
-            ValueError: the model has no chat template, or the template refuses the conversation.
+            ValueError: If the model has no chat template, or if the template refuses the conversation.
         """
         if self.chat_template is None:
             raise ValueError("chat_prompt: expected a model with a chat template, got one without")
@@ -63,23 +78,44 @@ class Tokenizer:
         )
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of `chat_prompt`; the template writes its own special tokens."""
+        """Token ids of a conversation: `chat_prompt`, encoded. The template writes the special tokens itself.
+
+        Args:
+            messages: The conversation, see `chat_prompt`.
+            add_generation_prompt: Whether the tokens end where the assistant's answer starts.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            ValueError: If the model has no chat template, or if the template refuses the conversation.
+        """
         text = self.chat_prompt(messages, add_generation_prompt=add_generation_prompt)
         return self.encode(text, add_special_tokens=False)
 
     def save(self, directory: Path) -> None:
-        """Write the files that `load_tokenizer` reads back."""
+        """Write `tokenizer.json` and `tokenizer_config.json`, which `load_tokenizer` reads back.
+
+        Args:
+            directory: An existing directory.
+        """
         self.backend.save(str(directory / "tokenizer.json"))
         config = {"chat_template": self.chat_template, **self.special}
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
-    """Load ``tokenizer.json``, with ``tokenizer_config.json`` and ``chat_template.jinja`` where there are such.
+    """Load a tokenizer from a Hugging Face directory.
+
+    Args:
+        directory: Holds `tokenizer.json`. `tokenizer_config.json` and `chat_template.jinja` are read if they exist.
+
+    Returns:
+        The tokenizer.
 
     Raises:
-        FileNotFoundError: there is no ``tokenizer.json``.
-        ValueError: a file is corrupt.
+        FileNotFoundError: If there is no `tokenizer.json`.
+        ValueError: If a file is corrupt or truncated.
     """
     import tokenizers
 
@@ -103,7 +139,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _default(config: Mapping[str, Any]) -> str | None:
-    """The template of ``tokenizer_config.json``: one string, or named ones of which "default" counts."""
+    """The chat template of `tokenizer_config.json`: its only template, or the one named "default"."""
     template = config.get("chat_template")
     if isinstance(template, list):
         return next((entry["template"] for entry in template if entry["name"] == "default"), None)
@@ -111,17 +147,19 @@ def _default(config: Mapping[str, Any]) -> str | None:
 
 
 def _text(token: str | Mapping[str, Any]) -> str:
+    """The text of a special token, given as text or as a table."""
     return token if isinstance(token, str) else token["content"]
 
 
 def _render(source: str, **variables: Any) -> str:
+    """Fill in a chat template, sandboxed."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    # The options of transformers' apply_chat_template: templates are written for them.
+    # Templates are written for the options of transformers' apply_chat_template.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     environment.globals["raise_exception"] = refuse

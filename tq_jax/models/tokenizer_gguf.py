@@ -25,7 +25,7 @@ _FIELDS = TOKEN_FIELDS | {
     "tokenizer.ggml.add_eos_token": FLAG,
     "tokenizer.ggml.add_space_prefix": FLAG,
 }
-# One word, number, run of signs or run of spaces; {digits} is how many digits stay together.
+# One word, number, run of signs or run of spaces. {digits} is the quantifier of the digits that stay together.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,12 +36,15 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """Rebuild a tokenizer from GGUF metadata.
 
     Args:
-        metadata: key to value, as `gguf_file.read_gguf` returns it.
+        metadata: Name to value, as `gguf_file.read_gguf` returns it.
+
+    Returns:
+        The tokenizer.
 
     Raises:
-        NotImplementedError: another tokenizer model or pre-tokenizer.
-        ValueError: the vocabulary or the merges are missing or contradict each other, or a field holds what it
-            should not.
+        NotImplementedError: For an unsupported tokenizer model or pre-tokenizer.
+        ValueError: If the vocabulary or the merges are missing or contradict each other, or if a field holds a value of
+            another kind.
     """
     import tokenizers
 
@@ -73,7 +76,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         for name in ("bos", "eos")
         if (key := f"tokenizer.ggml.{name}_token_id") in metadata
     }
-    # A SentencePiece vocabulary starts a text unless its file says otherwise.
+    # Unless the file says otherwise, a text starts with the bos token in SentencePiece vocabularies only.
     defaults = {"bos": model == "llama", "eos": False}
     backend.post_processor = _post_processor(metadata, special, ids, defaults)
     return Tokenizer(backend=backend, chat_template=metadata.get("tokenizer.chat_template"), special=special)
@@ -81,12 +84,12 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
 
 @dataclass(frozen=True)
 class _PreTokenizer:
-    """What happens to a text before byte-level BPE.
+    """Steps before the merges of byte-level BPE.
 
     Attributes:
-        split: makes the pre-tokenizer.
-        normal_form: whether the text is composed first (Unicode NFC).
-        whole_words: whether a word that is in the vocabulary is one token, whatever the merges say.
+        split: Makes the pre-tokenizer, which splits a text into words.
+        normal_form: Whether the text is composed first (Unicode NFC).
+        whole_words: Whether a word that is in the vocabulary is one token, even if no merges lead to it.
     """
 
     split: Callable[[], Any]
@@ -95,18 +98,21 @@ class _PreTokenizer:
 
 
 def _gpt2() -> Any:
+    """Words as in GPT-2."""
     from tokenizers import pre_tokenizers
 
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
 def _digits_then_gpt2() -> Any:
+    """Single digits, then words as in GPT-2."""
     from tokenizers import pre_tokenizers
 
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
 def _pattern(digits: str) -> Any:
+    """Words by `_SPLIT`, with a quantifier of the digits that stay together."""
     from tokenizers import Regex, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(_SPLIT.format(digits=digits)), behavior="isolated")
@@ -122,6 +128,7 @@ _PRE_TOKENIZERS = {
 
 
 def _byte_level(metadata: Mapping[str, Any], vocabulary: list[str], kinds: list[int]) -> Any:
+    """BPE over bytes, with the pre-tokenizer that the metadata names."""
     from tokenizers import decoders, normalizers
 
     pre = metadata.get("tokenizer.ggml.pre", "default")
@@ -138,18 +145,18 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: list[str], kinds: list[
 
 
 def _sentencepiece(metadata: Mapping[str, Any], vocabulary: list[str], kinds: list[int]) -> Any:
-    """BPE over characters, then bytes of unknown ones; spaces are a letter."""
+    """BPE over characters, with bytes for unknown characters. A space counts as a letter."""
     from tokenizers import decoders, normalizers
 
     if metadata.get("tokenizer.ggml.add_space_prefix", True):
         raise NotImplementedError("tokenizer.ggml.add_space_prefix=True with model 'llama': supported is False")
     scores = _list(metadata, "scores")
     if len(scores) != len(vocabulary):
-        raise ValueError(f"tokenizer.ggml.scores: expected {len(vocabulary)}, one a token, got {len(scores)}")
+        raise ValueError(f"tokenizer.ggml.scores: expected {len(vocabulary)}, one per token, got {len(scores)}")
     learned = [score for score, kind in zip(scores, kinds, strict=True) if kind == _NORMAL]
     if learned != sorted(learned, reverse=True):
         raise NotImplementedError("tokenizer.ggml.scores in another order than the tokens: supported is best first")
-    # Files write the runs of spaces that the model's own vocabulary has as letters.
+    # Files write runs of spaces as spaces, where the model's own vocabulary has the letter.
     spelled = [_SPACE * len(token) if token and not token.strip(" ") else token for token in vocabulary]
     key = "tokenizer.ggml.unknown_token_id"
     unknown = _token(vocabulary, key, metadata.get(key, 0))
@@ -160,10 +167,10 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: list[str], kinds: li
 
 
 def _merges(vocabulary: list[str], kinds: list[int]) -> list[tuple[str, str]]:
-    """The merges that a vocabulary implies: every way to make a token of two, the best tokens first.
+    """The merges that a vocabulary implies: every way to make a token of two tokens, the best tokens first.
 
-    Learned tokens stand in their order. Those that users defined, such as runs of spaces, are matched before them and
-    the longest first: so ranked, merges grow a run from its left end until no longer one is known.
+    Learned tokens keep their order. User-defined tokens, such as runs of spaces, come before them, the longest first.
+    With these ranks, merges grow a run of spaces from its left end to the longest run in the vocabulary.
     """
     tokens = list(zip(vocabulary, kinds, strict=True))
     defined = sorted((token for token, kind in tokens if kind == _USER_DEFINED), key=len, reverse=True)
@@ -176,6 +183,7 @@ def _merges(vocabulary: list[str], kinds: list[int]) -> list[tuple[str, str]]:
 
 
 def _bpe(vocabulary: list[str], merges: list[tuple[str, str]], **options: Any) -> Any:
+    """A BPE tokenizer of the vocabulary and its merges, the best merges first."""
     import tokenizers
     from tokenizers import models
 
@@ -189,6 +197,7 @@ def _bpe(vocabulary: list[str], merges: list[tuple[str, str]], **options: Any) -
 def _post_processor(
     metadata: Mapping[str, Any], special: Mapping[str, str], ids: Mapping[str, int], defaults: Mapping[str, bool]
 ) -> Any:
+    """The step that adds the bos and eos tokens to a text, if the metadata or the defaults ask for them."""
     from tokenizers import processors
 
     template = ["$A"]
@@ -203,12 +212,14 @@ def _post_processor(
 
 
 def _token(vocabulary: list[str], field: str, token: int) -> str:
+    """The token of an id that a metadata field holds."""
     if token >= len(vocabulary):
         raise ValueError(f"{field}: expected an id below {len(vocabulary)}, got {token}")
     return vocabulary[token]
 
 
 def _list(metadata: Mapping[str, Any], name: str) -> list[Any]:
+    """A required, non-empty list of the metadata."""
     value = metadata.get(f"tokenizer.ggml.{name}")
     if not isinstance(value, list) or not value:
         raise ValueError(f"tokenizer.ggml.{name}: expected a list, got {type(value).__name__}")

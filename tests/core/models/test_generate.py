@@ -20,7 +20,7 @@ def greedy(tiny, exact_spec, prompts):
 
 
 def oracle_loop(decoder, prompt: list[int], count: int) -> list[int]:
-    """Greedy tokens, each from one exact pass over everything before it."""
+    """Greedy tokens, each from one exact pass over all tokens before it."""
     forward = jax.jit(lambda tokens: decoder.logits(decoder.forward(tokens)))
     sequence = list(prompt)
     for _ in range(count):
@@ -48,7 +48,7 @@ def test_stop_tokens(tiny, exact_spec, prompts, greedy):
     assert out.lengths.tolist() == [len(row) for row in expected]
     for row, found in zip(np.asarray(out.tokens), expected, strict=True):
         assert row.tolist() == found + [-1] * (NEW - len(found))
-    # Rows that stopped appended nothing more.
+    # Sequences that have stopped append nothing.
     assert out.cache.length[:3].tolist() == (lengths + out.lengths - 1).tolist()
 
 
@@ -139,7 +139,7 @@ def test_exactly_full(tiny, prompts):
     [
         (
             {"tokens": jnp.zeros((0, 4), jnp.int32), "lengths": jnp.zeros(0, jnp.int32)},
-            r"neither empty, got int32 \(0, 4\)",
+            r"with b and t at least 1, got int32 \(0, 4\)",
         ),
         ({"tokens": jnp.zeros((2, 4))}, "tokens: expected integers"),
         ({"lengths": jnp.array([4, 0], jnp.int32)}, r"expected prompts of 1 to 4 tokens, got \[4, 0\]"),
@@ -178,7 +178,7 @@ def test_padding_shares_shapes():
 
 
 def test_goes_on_behind_a_cache(tiny, exact_spec, prompts, greedy):
-    """Two calls give what one does, and the cache between them stays as it is."""
+    """Two calls give the tokens of one call, and the cache between them does not change."""
     tokens, lengths = prompts
     first = generate(tiny, tokens, lengths, cache_spec=exact_spec, max_new_tokens=3)
     last, one = first.tokens[:, -1:], jnp.ones(3, jnp.int32)
@@ -213,7 +213,7 @@ def test_refuses_to_go_on(tiny, exact_spec, prompts, greedy):
         ),
         (
             dataclasses.replace(greedy.cache, length=greedy.cache.length.at[4].add(1)),
-            r"cache: expected as many tokens in all layers of a sequence, got \[\[28, 6, 16\], \[28, 7, 16\]",
+            r"cache: expected equal numbers of tokens in all layers of a sequence, got \[\[28, 6, 16\], \[28, 7, 16\]",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""A small GGUF file written by the gguf package itself, then broken in every way that files break."""
+"""A small GGUF file, written by the package gguf, then broken in the ways that files break."""
 
 from pathlib import Path
 
@@ -154,7 +154,7 @@ def test_wrong_shapes_and_broken_numbers_are_refused(tmp_path):
 
 
 def test_divisors_of_rotary_frequencies_are_a_scaling(tmp_path):
-    """Llama 3 files hold them as a tensor: wavelengths 2 pi 10000^(i/16), of which two are beyond 8192 / 4 tokens."""
+    """Files of Llama 3 store the divisors. Two of the wavelengths 2 pi 10000^(i/8) exceed 8192 / 4 tokens."""
     slow, between = 8.0, 1 / ((1 - (share := (8192 / (2 * np.pi * 1000) - 1) / 3)) / 8 + share)
     factors = np.array([1, 1, 1, 1, 1, 1, between, slow], np.float32)
     file = read_gguf(write(tmp_path / "x.gguf", weights() | {"rope_freqs.weight": factors}))

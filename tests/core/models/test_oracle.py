@@ -1,4 +1,4 @@
-"""The real model against transformers' own GGUF loader and network, on real text."""
+"""The default model against the GGUF loader and the network of transformers, on real text."""
 
 import pydoc_data.topics
 

@@ -1,4 +1,4 @@
-"""Real GGUF files against transformers' own loader: every file in the folder that TQ_JAX_TEST_MODELS names.
+"""Real GGUF files against the loader of transformers: every file in the folder that TQ_JAX_TEST_MODELS names.
 
 Nothing is downloaded here. Qwen2.5-Coder-0.5B-Instruct (Q4_K_M) and Gemma 3 270M (Q4_K_M) are known to pass.
 """
@@ -30,7 +30,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", params=FILES, ids=[path.stem for path in FILES])
 def pair(request):
-    """Our model and transformers' of one file."""
+    """The model here, the transformers model and the transformers tokenizer of one file."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     path = request.param
@@ -48,7 +48,7 @@ def test_same_tokens_logits_and_text(pair):
     model, oracle, tokenizer = pair
     decoder, ids = model.decoder, model.tokenizer.encode(TEXT)
     assert ids == tokenizer(TEXT).input_ids
-    # Longer than a sliding window where there is one, so that local layers see less than the others.
+    # If there is a sliding window, the text is longer, so that local layers see less than the others.
     window = decoder.config.sliding_window
     ids = ids[: 160 if window is None else window + 60]
     count = len(ids) - STEPS

@@ -10,7 +10,7 @@ PROBABILITIES = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
 
 
 def draw(sampling: Sampling, count: int = 4000) -> np.ndarray:
-    """Relative frequencies of the tokens, whose order in the vocabulary is not by probability."""
+    """Relative frequencies of drawn tokens. Their order in the vocabulary is not that of their probabilities."""
     order = np.array([3, 0, 4, 1, 2])
     logits = jnp.asarray(np.log(PROBABILITIES), jnp.float32)[order]
     keys = jax.random.split(jax.random.key(0), count)

@@ -54,7 +54,7 @@ def random_texts(count: int) -> list[str]:
 
 @pytest.mark.weights
 def test_same_ids_as_transformers(smollm, theirs):
-    # transformers leaves out the digit splitting that this pre-tokenizer ("smollm") asks for; see the next test.
+    # transformers does not split digits, although this pre-tokenizer ("smollm") does; see the next test.
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), theirs.backend_tokenizer.pre_tokenizer]
     )
@@ -64,7 +64,7 @@ def test_same_ids_as_transformers(smollm, theirs):
 
 @pytest.mark.weights
 def test_digits_are_split_before_spaces_are_joined(smollm):
-    # llama.cpp's LLAMA_VOCAB_PRE_TYPE_SMOLLM and the original tokenizer: digits first, then the GPT-2 pattern.
+    # llama.cpp's LLAMA_VOCAB_PRE_TYPE_SMOLLM and the original tokenizer split digits first, then by the GPT-2 pattern.
     encode, names = smollm.tokenizer.encode, smollm.tokenizer.backend.id_to_token
     assert [names(i) for i in encode("a  12")] == ["a", "ĠĠ", "1", "2"]
     assert [names(i) for i in encode("a  b")] == ["a", "Ġ", "Ġb"]
@@ -193,7 +193,7 @@ def test_llama_3_splits_into_words_and_triples_of_digits(learned):
 
 
 def spm_metadata(vocabulary: list[str]) -> dict:
-    """As Gemma's files: learned tokens scored by their order, runs of spaces defined by users and spelled as such."""
+    """Metadata as in files of Gemma: learned tokens scored by their order, runs of spaces as user-defined tokens."""
     runs = ["\n\n", *(" " * count for count in range(2, 6))]
     start = ["<pad>", "<eos>", "<bos>", "<unk>", *[f"<0x{byte:02X}>" for byte in range(256)], *runs]
     learned = [token for token in vocabulary if token.replace("▁", " ") not in runs]
@@ -232,7 +232,7 @@ def test_sentencepiece_as_gemmas_tokenizer(spm):
 
 
 def test_runs_of_spaces_are_as_long_as_possible(spm):
-    # The files of the model's authors give 33 spaces as 31 and 2, their longest run and the rest.
+    # The tokenizer of the model's authors splits 33 spaces into 31, its longest run, and 2.
     ours = tokenizer_from_gguf(spm)
     assert [ours.backend.id_to_token(i) for i in ours.encode("a" + " " * 8 + "\n\n", add_special_tokens=False)] == [
         "a", "▁" * 5, "▁" * 3, "\n\n",
@@ -245,7 +245,7 @@ def test_what_sentencepiece_refuses(spm):
     scores = spm["tokenizer.ggml.scores"]
     with pytest.raises(NotImplementedError, match="scores in another order than the tokens"):
         tokenizer_from_gguf(spm | {"tokenizer.ggml.scores": [*scores[:-2], scores[-1], scores[-2]]})
-    with pytest.raises(ValueError, match="scores: expected .*, one a token, got 3"):
+    with pytest.raises(ValueError, match="scores: expected .*, one per token, got 3"):
         tokenizer_from_gguf(spm | {"tokenizer.ggml.scores": scores[:3]})
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face directories: read back what was written, by us and by transformers, whole and broken."""
+"""Hugging Face directories written here and by transformers, whole and broken."""
 
 import dataclasses
 import json

@@ -1,0 +1,98 @@
+"""Checks of the arguments of `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+import tq_jax as tq
+from tq_jax.models.decoder import Decoder
+
+
+def check_request(
+    decoder: Decoder,
+    tokens: Any,
+    lengths: Any,
+    cache_spec: tq.CacheSpec | None,
+    cache: tq.Cache | None,
+    *,
+    max_new_tokens: int,
+    stop_tokens: Sequence[int],
+) -> tq.CacheSpec:
+    """Check the arguments of `generate`.
+
+    Args:
+        decoder: The decoder.
+        tokens: int32 [b, t], right-padded prompts.
+        lengths: int32 [b], tokens of each prompt.
+        cache_spec: Spec of the cache of one layer; None if a cache is given.
+        cache: Tokens before the prompts; None if a spec is given.
+        max_new_tokens: Largest number of new tokens per sequence.
+        stop_tokens: Ids that end a sequence.
+
+    Returns:
+        The spec of the cache of one layer: `cache_spec`, or that of `cache`.
+
+    Raises:
+        ValueError: If the arguments contradict each other, see `generate`.
+    """
+    if (cache_spec is None) == (cache is None):
+        raise ValueError(f"expected one of cache_spec and cache, got {'neither' if cache is None else 'both'}")
+    spec = cache.spec if cache is not None else cache_spec
+    assert spec is not None
+    _check_prompts(decoder, tokens, lengths, max_new_tokens, stop_tokens)
+    _check_room(decoder, lengths, spec.max_tokens, cache, max_new_tokens)
+    return spec
+
+
+def _check_prompts(
+    decoder: Decoder, tokens: Any, lengths: Any, max_new_tokens: int, stop_tokens: Sequence[int]
+) -> None:
+    """Check shapes, lengths and ids."""
+    config = decoder.config
+    tokens, lengths = np.asarray(tokens), np.asarray(lengths)
+    if tokens.ndim != 2 or 0 in tokens.shape or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"tokens: expected integers [b, t] with b and t at least 1, got {tokens.dtype} {tokens.shape}")
+    if lengths.shape != tokens.shape[:1] or not np.issubdtype(lengths.dtype, np.integer):
+        raise ValueError(f"lengths: expected integers [{tokens.shape[0]}], got {lengths.dtype} {lengths.shape}")
+    if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
+        raise ValueError(f"lengths: expected prompts of 1 to {tokens.shape[1]} tokens, got {lengths.tolist()}")
+    for name, ids in (("tokens", tokens), ("stop_tokens", np.array(stop_tokens, np.int64))):
+        if ids.size and (ids.min() < 0 or ids.max() >= config.vocab_size):
+            raise ValueError(f"{name}: expected ids in [0, {config.vocab_size}), got {ids.min()} to {ids.max()}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+
+
+def _check_room(decoder: Decoder, lengths: Any, max_tokens: int, cache: tq.Cache | None, max_new_tokens: int) -> None:
+    """Check that the prompts and the new tokens fit into the cache and the model's context."""
+    prompt = np.asarray(lengths)
+    if cache is not None:
+        _check_cache(decoder, cache, prompt.size)
+    before = np.zeros_like(prompt) if cache is None else np.asarray(cache.length)[: prompt.size]
+    longest = int(np.argmax(before + prompt))
+    needed = int((before + prompt)[longest]) + max_new_tokens - 1
+    parts = f"prompt {prompt[longest]} + {max_new_tokens} new - 1"
+    if cache is not None:
+        parts = f"{before[longest]} in the cache + {parts}"
+    limit = "cache_spec.max_tokens" if cache is None else "cache.spec.max_tokens"
+    for name, room in ((limit, max_tokens), ("the model's context", decoder.config.max_context)):
+        if needed > room:
+            raise ValueError(f"{name}: expected room for {needed} tokens ({parts}), got {room}")
+
+
+def _check_cache(decoder: Decoder, cache: tq.Cache, batch: int) -> None:
+    """Check that a cache fits the decoder and the batch, and holds all its tokens."""
+    decoder.require_rows(cache, batch=batch)
+    config, spec = decoder.config, cache.spec
+    wanted, found = (config.num_kv_heads, config.head_dim), (spec.num_kv_heads, spec.head_dim)
+    if found != wanted:
+        raise ValueError(f"cache.spec (num_kv_heads, head_dim): expected {wanted}, got {found}")
+    if np.any(cache.overflow):
+        full = np.flatnonzero(cache.overflow).tolist()
+        raise ValueError(f"cache: expected rows that hold all their tokens, got overflow in rows {full}")
+    layers = np.asarray(cache.length).reshape(config.num_layers, batch)
+    if np.any(layers != layers[0]):
+        raise ValueError(f"cache: expected equal numbers of tokens in all layers of a sequence, got {layers.tolist()}")
