@@ -19,6 +19,7 @@ from pallas_kernels.attention.decode.launch_triton import MAX_QUERY_TOKENS, deco
 from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.attention.prepare_triton import Prepared, PrepareInputs, prepare, prepare_plan
 from pallas_kernels.encode import launch_triton as encode
+from pallas_kernels.encode.arguments import EncodeArguments
 from pallas_kernels.pages import Pages
 from pallas_kernels.tiles.rotation_triton import Basis
 from tq_jax.attention import basis_of
@@ -98,9 +99,8 @@ class PagedEncode:
     def __call__(self, pages: Pages, keys: Any, values: Any, slots: Any, mean: Any, weight: Any) -> Pages:
         """The pages with tokens [n, 1, h_kv, d] in them."""
         key, value = self._encoders
-        return encode.encode_pages(
-            keys, values, pages, slots, key=key, value=value, mean=mean, weight=weight, interpret=False
-        )
+        tokens = EncodeArguments(keys, values, slots, key=key, value=value, mean=mean, weight=weight)
+        return encode.encode_pages(tokens, pages, interpret=False)
 
 
 @jax.tree_util.register_dataclass
