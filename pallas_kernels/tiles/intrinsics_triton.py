@@ -32,11 +32,13 @@ def above(magnitude: jax.Array, thresholds: Sequence[float], weights: Sequence[f
 
 def above_ptx(thresholds: Sequence[float], weights: Sequence[float]) -> Assembly:
     """PTX of `above`."""
-    lines = [f"mov.f32 $total, {float_constant(UNSIGNED_ANCHOR)};"]
-    for threshold, weight in zip(thresholds, weights, strict=True):
-        lines.append(f"setp.gt.f32 p, $magnitude, {float_constant(threshold)};")
-        lines.append(f"@p add.f32 $total, $total, {float_constant(weight)};")
-    return assembly(block(".reg .pred p;", lines), results={"total": "=&f"}, arguments={"magnitude": "f"})
+    start = f"mov.f32 $total, {float_constant(UNSIGNED_ANCHOR)};"
+    additions = "\n".join(
+        f"setp.gt.f32 p, $magnitude, {float_constant(t)};\n@p add.f32 $total, $total, {float_constant(w)};"
+        for t, w in zip(thresholds, weights, strict=True)
+    )
+    text = block(".reg .pred p;", [start, additions])
+    return assembly(text, results={"total": "=&f"}, arguments={"magnitude": "f"})
 
 
 def floor(x: jax.Array, *, interpret: bool) -> jax.Array:
