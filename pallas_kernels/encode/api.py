@@ -65,9 +65,9 @@ def encode_pages(
 ) -> Pages:
     """Rotates and encodes tokens and writes their codes into pages, in place if the pools are donated.
 
-    The kernel and the reference give the same codes except for ties: a channel within float32 rounding of a threshold
-    (exactly at a threshold, the reference takes the level below and the kernel the level above), or a vector two of
-    whose searched steps are equally good up to rounding.
+    The kernel and the reference give the same codes except for ties: a channel within float32 rounding of a threshold,
+    or a vector two of whose searched steps are equally good up to rounding. For a magnitude exactly at a threshold the
+    reference takes the level below; the kernel takes the level above where it works on channel quads.
 
     Args:
         keys: Keys of t tokens per row, any float type.

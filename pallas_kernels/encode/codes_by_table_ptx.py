@@ -54,7 +54,7 @@ TABLES = ("carry", "odd", "upper", "next", "index")
 """Tables of eight bytes, one byte per run; see `tables`."""
 
 
-def offset(book: Codebook) -> int | None:
+def cell_offset(book: Codebook) -> int | None:
     """The number to add to cells so that at most one threshold is in a run; None if the tables do not take the book."""
     if not 2 <= book.bits < 8:
         return None
@@ -77,7 +77,7 @@ def tables(book: Codebook) -> np.ndarray:
         int32 [2 * len(TABLES)], two words per table, one byte per run of cells: the carry of the cells above the run's
         threshold; 2m + 1 of the level m + 1/2; the upper and the next byte of m + 1/2 in float32; the level's index.
     """
-    start = offset(book)
+    start = cell_offset(book)
     assert start is not None
     cells = [cell + start for cell in _threshold_cells(book)]
     carry = np.zeros(8, np.uint8)
@@ -169,7 +169,7 @@ def _table_words(names: Sequence[str]) -> dict[str, str]:
 
 def _cells(factor: str, book: Codebook) -> list[str]:
     """Instructions that put the cells of m0 to m3, with the offset, into the bytes of x."""
-    start = offset(book) or 0
+    start = cell_offset(book) or 0
     lines = [f"fma.rz.f32 m{i}, m{i}, {factor}, 0f{start:08X};\nmov.b32 n{i}, m{i};" for i in range(4)]
     return [*lines, "cvt.pack.sat.u8.s32.b32 x, n3, n2, 0;", "cvt.pack.sat.u8.s32.b32 x, n1, n0, x;"]
 

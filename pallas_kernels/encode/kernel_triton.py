@@ -28,7 +28,7 @@ from pallas_kernels.encode import codes_by_comparison_triton as by_comparison
 from pallas_kernels.encode import codes_by_table_triton as by_table
 from pallas_kernels.encode.channel_quads_triton import ChannelQuad
 from pallas_kernels.encode.codes_by_comparison_ptx import LARGEST_CELL
-from pallas_kernels.encode.codes_by_table_ptx import SMALL, offset, tables
+from pallas_kernels.encode.codes_by_table_ptx import SMALL, cell_offset, tables
 from pallas_kernels.encode.loads_triton import (
     Place,
     find_place,
@@ -148,7 +148,7 @@ def _encode_quads(x: EncodeInputs, pool: Any, at: Place, plan: EncodePlan) -> No
         squared = channel_quads.squares(parts, interpret=interpret)
         norm = perform("sqrt.approx.f32", squared, interpret=interpret) * factor  # [tile]
     codes, scale = [], norm
-    has_tables = offset(book) is not None and not interpret
+    has_tables = cell_offset(book) is not None and not interpret
     if book.bits:
         inverse = perform("rcp.approx.f32", jnp.where(norm > 0, norm, 1.0) * book.step, interpret=interpret)
         encode = _codes_by_table if has_tables else _codes_by_comparison

@@ -82,7 +82,7 @@ def by_both(y, unit, book, *, searching=False):
     """Codes, <s, q> and <q, q> by each kind of code that takes the codebook."""
     unit = np.broadcast_to(np.asarray(unit, np.float32), len(y))
     found = [by_comparison.codes(quads(y), jnp.asarray(unit), book, searching=searching, interpret=False)]
-    if table_ptx.offset(book) is not None:
+    if table_ptx.cell_offset(book) is not None:
         codes, along, squared = by_table.codes(quads(y), jnp.asarray(unit * SMALL), words(book, len(y)), book)
         found.append((codes, along if searching else along * unit, squared))
     return [(channels(codes), np.asarray(along), np.asarray(squared)) for codes, along, squared in found]
@@ -95,7 +95,7 @@ def test_tables_find_the_levels(dim, bits):
     book = codebook(dim, bits)
     cell = np.arange(400)
     carry, odd, high, low, index = table_ptx.tables(book).view(np.uint8).reshape(len(table_ptx.TABLES), 8)
-    shifted = np.minimum(cell + table_ptx.offset(book), 255)
+    shifted = np.minimum(cell + table_ptx.cell_offset(book), 255)
     carried = shifted + carry[shifted >> 5]
     assert carried.max() < 256
     want = np.searchsorted(np.asarray(book.thresholds), cell / 2, side="right")
@@ -107,7 +107,7 @@ def test_tables_find_the_levels(dim, bits):
 
 def test_tables_have_limits():
     """Runs of cells with several thresholds, and codebooks without a threshold."""
-    assert [table_ptx.offset(codebook(128, bits)) for bits in (1, 5, 8)] == [None] * 3
+    assert [table_ptx.cell_offset(codebook(128, bits)) for bits in (1, 5, 8)] == [None] * 3
 
 
 @pytest.mark.usefixtures("emulated")
