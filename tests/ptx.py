@@ -202,14 +202,18 @@ def emulate(text, result="$0", **registers):
     return int(execute(text, {name: np.uint32(value & 0xFFFFFFFF) for name, value in registers.items()})[result])
 
 
-def run(code, arguments):
-    """In place of `pallas_kernels.tiles.intrinsics_triton.run`, for arrays that JAX does not trace."""
-    tiles = [np.asarray(x) for x in arguments]
+def run_tiles(code, *tiles):
+    """The results of an Assembly, numpy arrays as its arguments are."""
     count = len(code.result_types)
     assert len(tiles) == len(code.names) - count
     found = execute(code.text, {f"${count + i}": tile.view(np.uint32) for i, tile in enumerate(tiles)})
     wanted = [np.broadcast_to(found[f"${i}"], tiles[0].shape) for i in range(count)]
     return [np.ascontiguousarray(x).view(jnp.dtype(t)) for x, t in zip(wanted, code.result_types, strict=True)]
+
+
+def run(code, arguments):
+    """In place of `pallas_kernels.tiles.intrinsics_triton.run`, for arrays that JAX does not trace."""
+    return [jnp.asarray(x) for x in run_tiles(code, *(np.asarray(x) for x in arguments))]
 
 
 # XLA's threads take denormal numbers for zero, and so would a thread that they start.
@@ -222,6 +226,6 @@ def run_traced(code, arguments):
     types = [jax.ShapeDtypeStruct(arguments[0].shape, kind) for kind in code.result_types]
 
     def call(*tiles):
-        return _THREAD.submit(run, code, [np.array(tile) for tile in tiles]).result()
+        return _THREAD.submit(run_tiles, code, *(np.array(tile) for tile in tiles)).result()
 
     return jax.pure_callback(call, types, *arguments)
