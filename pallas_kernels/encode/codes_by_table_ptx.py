@@ -5,9 +5,9 @@ to every cell, at most one threshold lies in a run of 32 cells. So the upper thr
 eight bytes, the carry that moves the cells above that threshold into the next run; then the upper three bits find the
 level. One `prmt` looks up four channels.
 
-A float32 product with a number near 2**-149, rounded towards zero, is a denormal number whose bits are an integer:
-`fma.rz(m, factor, offset)` is floor(2 s) + offset in its bits. Sums over channels are dot products of bytes, in
-integers; for a search, magnitudes are cut into three bytes.
+A float32 product with a number near 2**-149 is a denormal number whose bits are an integer. Rounded towards zero,
+`fma.rz(m, factor, offset)` has the bits of floor(2 s) + offset. Sums over channels are dot products of bytes, in
+integers; for a search, magnitudes are rounded to 24 bits and cut into three bytes.
 
 Registers of the texts, where i is a channel (0 to 3):
 
@@ -90,12 +90,16 @@ def tables(book: Codebook) -> np.ndarray:
 
 
 def fraction_bits(book: Codebook) -> int:
-    """Bits k so that floor(s * 2**k) fills three bytes: magnitudes s are below 1 / step, but for rounding."""
+    """Bits k for which s * 2**k, rounded, fits into three bytes: magnitudes s are below 1 / step, up to rounding."""
     return math.floor(24 + math.log2(book.step) - 1e-3)
 
 
 def cut_ptx(book: Codebook) -> Assembly:
-    """Three bytes of each of four magnitudes, given as steps times SMALL: results `low`, `middle` and `high`."""
+    """The three bytes of four magnitudes s, given as steps times SMALL and rounded to multiples of 2**-fraction_bits.
+
+    Returns:
+        PTX with the results `low`, `middle` and `high`, each with a byte per channel.
+    """
     unit = float_constant(2.0 ** (fraction_bits(book) - 149) / SMALL)
     lines = [f"abs.f32 m, $y{i};\nmul.rn.f32 m, m, {unit};\nmov.b32 n{i}, m;" for i in range(4)]
     lines += [f"prmt.b32 a, n0, n1, {INTERLEAVED_LOWER_HALVES};", f"prmt.b32 b, n2, n3, {INTERLEAVED_LOWER_HALVES};"]

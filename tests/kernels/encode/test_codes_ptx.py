@@ -57,8 +57,7 @@ def quads(y):
 
 def channels(codes):
     """Codes of quads as one code per channel, [rows, dim]."""
-    tiles = [[np.asarray(code) >> (8 * i) & 0xFF for i in range(4)] for code in codes]
-    return np.concatenate(channel_quads.tiles(tiles), axis=1)
+    return np.concatenate([np.asarray(code) >> (8 * i) & 0xFF for i in range(4) for code in codes], axis=1)
 
 
 def nearest(s, book):
@@ -185,7 +184,7 @@ def test_sums_beside_codes(bits, searching):
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("bits", TABLES)
 def test_sums_of_a_search_by_tables(bits, dim):
-    """Magnitudes are cut to integers, products with inverse multiples are not rounded before levels are found."""
+    """Magnitudes are rounded to integers; products with inverse multiples are not rounded before levels are found."""
     book = codebook(dim, bits)
     y, unit = normal(dim)
     steps = (np.abs(y) * (unit(book) * SMALL)[:, None]).astype(np.float64) / SMALL
@@ -193,7 +192,7 @@ def test_sums_of_a_search_by_tables(bits, dim):
     cut = [by_table.cut(quad, book) for quad in signed_steps]
     integer = sum(channels([quad[i] for quad in cut]).astype(np.int64) << (8 * i) for i in range(3))
     fine = 2.0 ** table_ptx.fraction_bits(book)
-    np.testing.assert_array_equal(integer, np.floor(steps * fine))
+    np.testing.assert_array_equal(integer, np.rint(steps * fine))
     for inverse in reference.INVERSE_MULTIPLES[[0, 7, 20, 33, 40]]:
         factor = jnp.full(len(y), inverse, jnp.float32)
         _, level = nearest(steps * np.float64(inverse), book)
