@@ -14,6 +14,7 @@ from pallas_kernels.encode.encoder import Encoder
 from pallas_kernels.format import CodebookFormat
 from pallas_kernels.packing import plane_widths
 from pallas_kernels.tiles.intrinsics_triton import run
+from pallas_kernels.tiles.ptx import EVERY_BYTE
 
 ChannelQuad = Sequence[jax.Array]
 """Four float32 tiles [tile, n]; column j of tile i is channel start + j + i * dim / 4."""
@@ -86,7 +87,7 @@ def packed(codes: Sequence[jax.Array], bits: int) -> list[tuple[int, jax.Array]]
         return []
     out, first, shift, size = [], 0, 0, codes[0].shape[1]
     for width in plane_widths(bits):
-        fields = [(code >> shift) & (((1 << width) - 1) * 0x01010101) if width < bits else code for code in codes]
+        fields = [(code >> shift) & (((1 << width) - 1) * EVERY_BYTE) if width < bits else code for code in codes]
         if width == 1:
             half = len(fields) // 2
             fields = [fields[i] | (fields[i + half] << 1) for i in range(half)]

@@ -17,6 +17,7 @@ from pallas_kernels.numerics import HALF_ANCHOR, UNSIGNED_ANCHOR
 from pallas_kernels.tiles.ptx import (
     EVEN_BYTES,
     EVEN_BYTES_OF_BOTH,
+    EVERY_BYTE,
     FIRST_BYTES,
     INTERLEAVED_LOWER_HALVES,
     INTERLEAVED_UPPER_HALVES,
@@ -75,7 +76,7 @@ def codes_ptx(book: Codebook, *, searching: bool, codes: bool) -> Assembly:
     results = {"along": "=&f", "squared": "=&f"}
     if codes:
         results["codes"] = "=&r"
-        sign = 0xFFFFFFFF if book.bits == 8 else 0x01010101 << (book.bits - 1)
+        sign = 0xFFFFFFFF if book.bits == 8 else EVERY_BYTE << (book.bits - 1)
         lines += [f"prmt.b32 a, $y0, $y1, {SIGN_BYTES};", f"prmt.b32 b, $y2, $y3, {SIGN_BYTES};"]
         lines += [f"prmt.b32 a, a, b, {LOWER_HALVES};", f"and.b32 a, a, {word(sign)};", "xor.b32 $codes, c, a;"]
     declared = ".reg .f32 m<4>, l<4>;\n.reg .b32 h<2>, v<2>, k<2>, t, a, b, c, d, e, f;\n.reg .b16 x, z;"
@@ -147,12 +148,13 @@ def levels_ptx(book: Codebook) -> Assembly:
     levels = np.zeros(LARGEST_TABLE, np.float32)
     levels[: len(book.levels)] = np.asarray(book.levels) + 0.5
     tables = levels.view(np.uint8).reshape(LARGEST_TABLE, 4)
-    lines = [f"and.b32 a, $codes, {word(0x01010101 * (len(book.levels) - 1))};"]
+    lines = [f"and.b32 a, $codes, {word(EVERY_BYTE * (len(book.levels) - 1))};"]
     lines += ["shr.u32 b, a, 4;", "or.b32 a, a, b;", f"prmt.b32 a, a, a, {EVEN_BYTES};"]
     for name, table in (("h", tables[:, 3]), ("l", tables[:, 2])):
         low, high = _words(table)
         lines.append(f"mov.b32 b, {low};\nmov.b32 c, {high};\nprmt.b32 {name}, b, c, a;")
     for i in range(4):
+        # The sign bit of the channel joins the positive level.
         lines.append(f"prmt.b32 b, h, l, {upper_bytes_of_float(i)};\nmov.b32 c, $y{i};")
         lines.append(f"and.b32 c, c, 0x80000000;\nor.b32 b, b, c;\nmov.b32 $level{i}, b;")
     return assembly(

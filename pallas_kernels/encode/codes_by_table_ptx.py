@@ -25,6 +25,7 @@ from pallas_kernels.encode.codes_by_comparison_ptx import CHANNELS
 from pallas_kernels.format import Codebook
 from pallas_kernels.tiles.ptx import (
     EVEN_BYTES,
+    EVERY_BYTE,
     INTERLEAVED_LOWER_HALVES,
     LOWER_HALVES,
     SIGN_BYTES,
@@ -158,7 +159,7 @@ def codes_ptx(book: Codebook) -> Assembly:
         lines.append("fma.rn.f32 $along, m0, s, $along;" if i else "mul.f32 $along, m0, s;")
     lines += [f"prmt.b32 w, $y0, $y1, {SIGN_BYTES};", f"prmt.b32 h, $y2, $y3, {SIGN_BYTES};"]
     lines.append(f"prmt.b32 w, w, h, {LOWER_HALVES};")
-    lines += [f"and.b32 w, w, {word(0x01010101 << (book.bits - 1))};", "xor.b32 $codes, x, w;"]
+    lines += [f"and.b32 w, w, {word(EVERY_BYTE << (book.bits - 1))};", "xor.b32 $codes, x, w;"]
     return assembly(
         block(".reg .f32 m<4>, s;\n.reg .b32 n<4>, x, y, l, h, w;", lines),
         results={"along": "=&f", "squared": "=&r", "codes": "=&r"},

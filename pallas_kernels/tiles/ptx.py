@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
+EVERY_BYTE = 0x01010101
+"""Factor that puts a byte into all four bytes of a register."""
+
 FIRST_BYTES = "0x0040"
 """Selector of `prmt`: byte 0 of both registers, in the lower half of the result."""
 
