@@ -28,8 +28,17 @@ UNSIGNED_ANCHOR = 2.0**23
 UNSIGNED_ANCHOR_BITS = 0x4B000000
 """Bits of UNSIGNED_ANCHOR."""
 
+HALF_ANCHOR = 1024.0
+"""float16 whose sum with an integer from 0 to 1023 has that integer as its low bits."""
+
 HALF_ANCHOR_BITS = 0x6400
-"""Bits of the float16 1024, whose sum with an integer from 0 to 1023 has that integer as its low bits."""
+"""Bits of HALF_ANCHOR."""
+
+MANTISSA_BITS = 23
+"""Bits of a float32 below its exponent."""
+
+EXPONENT_BIAS = 127
+"""Biased exponent of the float32 1."""
 
 LARGEST_HALF = 65504.0
 """Largest finite float16."""

@@ -14,6 +14,7 @@ from interop.launcher.program import BoundProgram
 from interop.torch.attend_on_gpu import AttendOptions
 from pallas_kernels.attention import MAX_QUERY_TOKENS, AttendPlan, PagedArrays, attend_block_table
 from pallas_kernels.encode import launch_triton as encode
+from pallas_kernels.encode.arguments import EncodeArguments
 from pallas_kernels.pages import Pages
 from tq_jax.attention import basis_of
 from tq_jax.quantizer import encoder, sketch_gain
@@ -92,9 +93,8 @@ class PagedEncode:
     def __call__(self, pages: Pages, keys: Any, values: Any, slots: Any, mean: Any, weight: Any) -> Pages:
         """The pages with tokens [n, 1, h_kv, d] in them."""
         key, value = self._encoders
-        return encode.encode_pages(
-            keys, values, pages, slots, key=key, value=value, mean=mean, weight=weight, interpret=False
-        )
+        tokens = EncodeArguments(keys, values, slots, key=key, value=value, mean=mean, weight=weight)
+        return encode.encode_pages(tokens, pages, interpret=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Int, Shaped
 from pallas_kernels.append.window_triton import NewTokens, Window, WindowPlan, enter, leave
 from pallas_kernels.attention.whole_cache import CacheArrays
 from pallas_kernels.encode import launch_triton as encode
+from pallas_kernels.encode.arguments import EncodeArguments
 from pallas_kernels.encode.encoder import Encoder
 
 
@@ -94,18 +95,17 @@ def append_cache(
     leaving = leave(new, kept, window)
     if window.leaves:
         assert pages is not None and key is not None and value is not None
-        pages = encode.encode_pages(
+        tokens = EncodeArguments(
             _numbers(leaving.keys),
             _numbers(leaving.values),
-            pages,
             leaving.page_slots,
             key=key,
             value=value,
             mean=cache.mean,
             weight=cache.weight,
             rows=rows,
-            interpret=plan.interpret,
         )
+        pages = encode.encode_pages(tokens, pages, interpret=plan.interpret)
     entered = enter(new, kept, leaving.counters, window)
     return dataclasses.replace(
         cache,

@@ -1,12 +1,12 @@
 """The public encode ops."""
 
 import warnings
-from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.encode import launch_triton, reference
+from pallas_kernels.encode.arguments import EncodeArguments
 from pallas_kernels.encode.config import TileConfig
 from pallas_kernels.encode.encoder import Encoder
 from pallas_kernels.format import Code, ScaleRule, VectorFormat
@@ -24,22 +24,22 @@ def encode(
     sketch: Float[Array, "dim dim"] | None = None,
     implementation: str = "auto",
 ) -> Code:
-    """Encodes vectors that already are in the rotated basis.
+    """Encodes vectors that are in the rotated basis already.
 
     Args:
         vectors: Rotated vectors (for a GroupFormat, the vectors themselves), any float type; computed in float32.
-        fmt: What to write.
-        scale: Which scalar to store with the codes of a CodebookFormat; see `tq_jax.QuantizerSpec`.
+        fmt: Format of the code.
+        scale: Rule for the scalar that is stored with the codes of a CodebookFormat; see `tq_jax.QuantizerSpec`.
         search: Whether to search the step of each vector.
-        sketch: The Gaussian matrix S of Prod, in the rotated basis; needed exactly if the format has a residual.
-        implementation: "reference" is jnp on any device.
+        sketch: The Gaussian matrix S of Prod, in the rotated basis; given exactly if the format has a residual.
+        implementation: "auto" or "reference", jnp on any device.
 
     Returns:
         The code. A vector with a NaN or infinite coordinate gets a NaN or infinite scale, never a finite wrong one.
 
     Raises:
-        ValueError: If the last axis is not fmt.dim, or sketch is missing or superfluous.
-        NotImplementedError: For an implementation that does not exist.
+        ValueError: If the last axis is not fmt.dim, or the sketch is missing or superfluous.
+        NotImplementedError: If the implementation does not exist.
     """
     if vectors.ndim == 0 or vectors.shape[-1] != fmt.dim:
         raise ValueError(f"expected vectors of {fmt.dim} channels, got shape {vectors.shape}")
@@ -63,30 +63,32 @@ def encode_pages(
     implementation: str = "auto",
     config: TileConfig | None = None,
 ) -> Pages:
-    """Rotates and encodes tokens and writes them into their pages, in place where the pools are donated.
+    """Rotates and encodes tokens and writes their codes into pages, in place if the pools are donated.
 
-    Codes of the kernel are those of the reference but for ties: a channel that lies within float32 rounding of a
-    threshold, a vector two of whose searched steps are equally good to rounding.
+    The kernel and the reference give the same codes except for ties: a channel within float32 rounding of a threshold,
+    or a vector two of whose searched steps are equally good up to rounding. For a magnitude exactly at a threshold the
+    reference takes the level below; the kernel takes the level above where it works on channel quads.
 
     Args:
-        keys: Keys of t tokens of every row, any float type.
-        values: Values likewise.
+        keys: Keys of t tokens per row, any float type.
+        values: Values of the same tokens, any float type.
         pages: The pools.
-        slots: Where each token goes, page * page_size + place; negative skips the token, whatever it holds. Different.
-        key: How keys are encoded.
-        value: How values are.
-        mean: Subtracted from the keys of each row and head before anything else.
-        weight: Multiplied to them then; given with the mean or not at all.
-        implementation: "reference" is jnp on any device; "triton" the Pallas kernel, which runs interpreted, slowly,
-            where JAX has no GPU; "auto" the kernel on a GPU for what it supports and the reference elsewhere.
-        config: Tile sizes of the kernel; by default those for the number of tokens.
+        slots: Page slot of each token, page * page_size + place. All slots are different; a token with a negative slot
+            is skipped, whatever it holds.
+        key: The encoder of keys.
+        value: The encoder of values.
+        mean: Subtracted from the keys, per row and head, before the rotation.
+        weight: Factor of the centred keys, per row and head; given exactly if the mean is given.
+        implementation: "reference" is jnp on any device; "triton" is the Pallas kernel, interpreted (slowly) where JAX
+            has no GPU; "auto" is the kernel on a GPU if it supports the case, and the reference otherwise.
+        config: Tile sizes of the kernel; by default chosen for the number of tokens.
 
     Returns:
-        The pools; bytes of other slots are as they were.
+        The pools; bytes of other slots are unchanged.
 
     Raises:
         ValueError: If shapes do not fit, or one of mean and weight is missing.
-        NotImplementedError: For an implementation that does not exist, or "triton" where it does not support the case.
+        NotImplementedError: If the implementation does not exist, or "triton" does not support the case.
     """
     _check_pages(keys, values, pages, slots, key, value)
     if (mean is None) != (weight is None):
@@ -95,10 +97,10 @@ def encode_pages(
         raise NotImplementedError(f"implementation={implementation!r}; encode_pages has: {IMPLEMENTATIONS}")
     if implementation == "auto":
         implementation = _best(pages, key, value)
-    arguments: dict[str, Any] = dict(key=key, value=value, mean=mean, weight=weight)
+    arguments = EncodeArguments(keys, values, slots, key, value, mean, weight)
     if implementation == "triton":
-        return launch_triton.encode_pages(keys, values, pages, slots, config=config, **arguments)
-    return reference.encode_pages(keys, values, pages, slots, **arguments)
+        return launch_triton.encode_pages(arguments, pages, config=config)
+    return reference.encode_pages(arguments, pages)
 
 
 def _check_pages(keys: Array, values: Array, pages: Pages, slots: Array, key: Encoder, value: Encoder) -> None:

@@ -2,18 +2,18 @@
 
 import dataclasses
 
-from pallas_kernels.encode import codes_by_comparison_triton as by_comparison
+from pallas_kernels.encode import channel_quads_triton as channel_quads
 from pallas_kernels.encode.encoder import Encoder
 from pallas_kernels.format import CodebookFormat
 
 
 @dataclasses.dataclass(frozen=True)
-class TileConfig:
-    """How the work is cut; static, and without influence on the result.
+class EncodeConfig:
+    """How the encode kernel cuts its work; static, without influence on the result.
 
     Attributes:
-        tile: Tokens a program.
-        num_warps: Warps a program.
+        tile: Tokens per program.
+        num_warps: Warps per program.
         chunk: Channels of a rotation that one matrix product contracts.
     """
 
@@ -27,18 +27,26 @@ class TileConfig:
                 raise ValueError(f"expected {name} in {allowed}, got {name}={getattr(self, name)}")
 
 
-def default_config(tokens: int, encoder: Encoder) -> TileConfig:
-    """The configuration for a number of tokens of one row (or of all, where rows are shorter than a tile).
+TileConfig = EncodeConfig
+"""The public name of EncodeConfig."""
 
-    Where the rotation is one of sums and differences a warp takes 16 tokens, and two warps fill a sector with a byte of
-    every token. Other rotations hold planes of whole rows: the fewer tokens a warp, the fewer registers.
+
+def default_config(tokens: int, encoder: Encoder) -> EncodeConfig:
+    """The configuration for a number of tokens.
+
+    If the rotation is sums and differences, a warp takes 16 tokens, and two warps fill a memory sector with one byte
+    per token. Other rotations hold planes of whole vectors: the fewer tokens per warp, the fewer registers.
+
+    Args:
+        tokens: Tokens of one row; of all rows together if rows are shorter than a tile.
+        encoder: How they are encoded.
     """
     fmt = encoder.format
     tile = 16 if tokens <= 16 else 32
-    if encoder.hadamard and by_comparison.tile_width(encoder):
-        return TileConfig(tile=16, num_warps=2) if fmt.dim > 128 else TileConfig(tile=tile, num_warps=tile // 16)
+    if encoder.hadamard and channel_quads.tile_width(encoder):
+        return EncodeConfig(tile=16, num_warps=2) if fmt.dim > 128 else EncodeConfig(tile=tile, num_warps=tile // 16)
     fractional = isinstance(fmt, CodebookFormat) and len(fmt.segments) > 1
     if fractional:
-        return TileConfig(tile=16, num_warps=8, chunk=128)
+        return EncodeConfig(tile=16, num_warps=8, chunk=128)
     residual = isinstance(fmt, CodebookFormat) and fmt.residual
-    return TileConfig(tile=16 if fmt.dim > 128 or residual else tile, num_warps=8)
+    return EncodeConfig(tile=16 if fmt.dim > 128 or residual else tile, num_warps=8)

@@ -1,4 +1,4 @@
-"""What turns raw vectors into codes, apart from the statistics of keys."""
+"""The encoder: rotation, format and scale rule, which turn raw vectors into codes."""
 
 import dataclasses
 
@@ -11,16 +11,16 @@ from pallas_kernels.format import ScaleRule, VectorFormat
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A rotation, a format and how its scale is chosen; a pytree.
+    """A rotation, a format and the rule that chooses its scale; a pytree.
 
     Attributes:
         matrix: [dim, dim], the rotated vector is x @ matrix; None for vectors that are encoded as they are.
         sketch: The Gaussian matrix S of Prod, in the rotated basis; None for other formats.
-        format: What is written (static).
+        format: Format of the code (static).
         scale: The scale rule (static).
         search: Whether the step of each vector is searched (static).
         hadamard: Whether the matrix is signs of the channels (rows) times the Walsh-Hadamard matrix over sqrt(dim)
-            (static). The kernel then multiplies by signs alone, and adds.
+            (static). The kernel then multiplies by signs only, and adds.
     """
 
     matrix: Float[Array, "dim dim"] | None

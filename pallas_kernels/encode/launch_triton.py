@@ -11,12 +11,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.encode import codes_by_comparison_triton as by_comparison
-from pallas_kernels.encode.config import TileConfig, default_config
+from pallas_kernels.encode import channel_quads_triton as channel_quads
+from pallas_kernels.encode.arguments import EncodeArguments
+from pallas_kernels.encode.config import EncodeConfig, default_config
 from pallas_kernels.encode.encoder import Encoder
 from pallas_kernels.encode.kernel_triton import encode_tiles
 from pallas_kernels.encode.loads_triton import padded_size
-from pallas_kernels.encode.plan import Inputs, Plan
+from pallas_kernels.encode.plan import EncodeInputs, EncodePlan
 from pallas_kernels.encode.reference import INVERSE_MULTIPLES
 from pallas_kernels.encode.rotate_triton import MATRIX_GAIN
 from pallas_kernels.format import Code, CodebookFormat, GroupFormat
@@ -24,62 +25,49 @@ from pallas_kernels.packing import pack, packed_bytes, plane_widths
 from pallas_kernels.pages import Pages
 
 DIMS = (64, 80, 96, 128, 192, 256)
-"""Head dims that are tested."""
+"""Head dims that the tests cover."""
 
 BITS = (0, 1, 2, 3, 4, 5, 8)
-"""Widths of codes; those of 7 bits, of Prod with 8, would not fit into registers."""
+"""Bits per code; codes of 7 bits, those of Prod with 8, would not fit into registers."""
 
 LEAST_COLUMNS = 64
-"""Bytes of a packing product, eight a warp: one without would do over all that leads to the codes."""
+"""Least bytes of a packing product, eight per warp: a warp without bytes would compute all codes a second time."""
 
 LEAST_ROW = 16
-"""Rows of fewer tokens share their tiles."""
+"""Tokens per row below which a tile may hold tokens of several rows."""
 
 
 def encode_pages(
-    keys: Float[Array, "b t h d"],
-    values: Float[Array, "b t h d"],
+    arguments: EncodeArguments,
     pages: Pages,
-    slots: Int[Array, "b t"],
     *,
-    key: Encoder,
-    value: Encoder,
-    mean: Float[Array, "rows h d"] | None,
-    weight: Float[Array, "rows h d"] | None,
-    rows: Int[Array, "b"] | None = None,
-    config: TileConfig | None = None,
+    config: EncodeConfig | None = None,
     interpret: bool | None = None,
 ) -> Pages:
-    """See `pallas_kernels.encode.encode_pages`.
+    """Encodes tokens into pages with the kernel; see `pallas_kernels.encode.encode_pages`.
 
     Args:
-        keys: As there, and likewise the arguments not listed here.
-        values: As there.
-        pages: As there.
-        slots: As there.
-        key: As there.
-        value: As there.
-        mean: As there.
-        weight: As there.
-        rows: Rows of mean and weight that tokens belong to; all in order by default.
-        config: Tile sizes; by default those for the number of tokens.
+        arguments: The tokens.
+        pages: The pools.
+        config: Tile sizes; by default chosen for the number of tokens.
         interpret: Whether to run the kernel as jnp; by default where JAX has no GPU.
 
     Raises:
-        NotImplementedError: For shapes or formats outside the kernel's limits.
+        NotImplementedError: If a shape or a format is outside the limits of the kernel.
     """
-    check_supported(pages, key, value)
+    check_supported(pages, arguments.key, arguments.value)
     if interpret is None:
         interpret = jax.default_backend() != "gpu"
-    options: dict[str, Any] = dict(rows=rows, config=config, interpret=interpret)
-    slots = slots.astype(jnp.int32)
+    keys, values, slots = arguments.keys, arguments.values, arguments.slots.astype(jnp.int32)
+    options: dict[str, Any] = dict(rows=arguments.rows, config=config, interpret=interpret)
     if keys.size == 0 or not pages.keys.scale.size:
         return pages
+    statistics = arguments.mean, arguments.weight
     tasks = [
-        _task(keys, pages.keys, slots, key, mean, weight, channel_major=False, **options),
-        _task(values, pages.values, slots, value, None, None, channel_major=True, **options),
+        _task(keys, pages.keys, slots, arguments.key, *statistics, channel_major=False, **options),
+        _task(values, pages.values, slots, arguments.value, None, None, channel_major=True, **options),
     ]
-    # A launch takes longer than a few tokens.
+    # A launch takes longer than encoding a few tokens.
     together = tasks[0].plan.flat and tasks[0].config == tasks[1].config
     return Pages(*(_launch(*tasks) if together else [_launch(task)[0] for task in tasks]))
 
@@ -93,20 +81,20 @@ def encode_pool(
     weight: Float[Array, "b h d"] | None,
     *,
     channel_major: bool,
-    config: TileConfig | None = None,
+    config: EncodeConfig | None = None,
     interpret: bool = False,
 ) -> Code:
-    """Encodes keys or values into their pool; see `encode_pages`.
+    """Encodes keys or values into their pool.
 
     Args:
-        x: Vectors.
+        x: Keys or values, any float type.
         pool: Pool of pages.
-        slots: Place of each token.
+        slots: int32, the page slot of each token.
         encoder: The encoder.
         mean: Subtracted from the vectors.
-        weight: Multiplied to them then; both or neither.
+        weight: Factor of the centred vectors; given exactly if the mean is given.
         channel_major: Whether bytes come before tokens in a page.
-        config: Tile sizes.
+        config: Tile sizes; by default chosen for the number of tokens.
         interpret: Whether to run the kernel as jnp.
     """
     options: dict[str, Any] = dict(channel_major=channel_major, config=config, interpret=interpret)
@@ -115,12 +103,12 @@ def encode_pool(
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """Vectors and the pool that they go to."""
+    """Vectors, and the pool that they are encoded into."""
 
-    inputs: Inputs
+    inputs: EncodeInputs
     pool: Code
-    plan: Plan
-    config: TileConfig
+    plan: EncodePlan
+    config: EncodeConfig
 
 
 def _task(
@@ -133,15 +121,15 @@ def _task(
     *,
     channel_major: bool,
     rows: Array | None = None,
-    config: TileConfig | None,
+    config: EncodeConfig | None,
     interpret: bool,
 ) -> _Task:
-    """See `encode_pages` and `encode_pool`."""
+    """The task of encoding keys or values; arguments are those of `encode_pool`, and `EncodeArguments.rows`."""
     batch, tokens, _, dim = x.shape
     fmt = encoder.format
     flat = tokens < LEAST_ROW
     config = config or default_config(batch * tokens if flat else tokens, encoder)
-    plan = Plan(
+    plan = EncodePlan(
         fmt=fmt,
         scale=encoder.scale,
         search=encoder.search and any(book.bits > 1 for book in getattr(fmt, "segments", ())),
@@ -155,14 +143,14 @@ def _task(
         flat=flat,
         planes=_vector_planes(x, encoder, centred=mean is not None),
         hadamard=encoder.hadamard,
-        width=by_comparison.tile_width(encoder),
+        width=channel_quads.tile_width(encoder),
         interpret=interpret,
     )
     return _Task(_inputs(x, slots, encoder, mean, weight, rows, plan), pool, plan, config)
 
 
 def _launch(*tasks: _Task) -> list[Code]:
-    """The pools after one launch for all tasks, of which there may be several for tiles of any rows."""
+    """The pools after one launch for all tasks; several tasks share a launch only if their plans are flat."""
     plan, config = tasks[0].plan, tasks[0].config
     inputs = [task.inputs for task in tasks]
     stored = [jax.tree.map(lambda array: array if array.size else None, task.pool) for task in tasks]
@@ -185,7 +173,7 @@ def _launch(*tasks: _Task) -> list[Code]:
 
 
 def _vector_planes(x: Array, encoder: Encoder, *, centred: bool) -> int:
-    """fp16 planes that hold the vectors exactly, or to float32 rounding; 0 for bfloat16 as it is."""
+    """Number of fp16 planes that hold the vectors, up to float32 rounding; 0 if bfloat16 is multiplied as it is."""
     if centred or x.dtype not in (jnp.bfloat16, jnp.float16):
         return 2
     return 0 if x.dtype == jnp.bfloat16 and encoder.hadamard else 1
@@ -198,8 +186,9 @@ def _inputs(
     mean: Array | None,
     weight: Array | None,
     rows: Array | None,
-    plan: Plan,
-) -> Inputs:
+    plan: EncodePlan,
+) -> EncodeInputs:
+    """Arrays of the kernel; arguments are those of `_task`."""
     fmt = plan.fmt
     matrices: list[tuple[Array, ...]] = []
     if isinstance(fmt, GroupFormat):
@@ -215,7 +204,7 @@ def _inputs(
             matrices.append(_planes(part, encoder.hadamard, bfloat16=plan.planes == 0))
             start += book.dim
     inverse = np.pad(INVERSE_MULTIPLES, (0, 64 - len(INVERSE_MULTIPLES)))
-    return Inputs(
+    return EncodeInputs(
         x=x,
         slots=slots,
         mean=None if mean is None else mean.astype(jnp.float32),
@@ -229,14 +218,14 @@ def _inputs(
 
 
 def _by_bits(columns: Float[Array, "m n"]) -> Float[Array, "m padded"]:
-    """Columns by the bit that they are in a packed plane of single bits, padded to whole tiles of bytes."""
+    """Columns in the order of the bits of packed signs, bit 0 of every byte first, padded to whole tiles of bytes."""
     size = columns.shape[1] // 8
     split = columns.reshape(-1, 8, size)
     return jnp.pad(split, ((0, 0), (0, 0), (0, padded_size(8 * size) // 8 - size))).reshape(columns.shape[0], -1)
 
 
 def _planes(matrix: Float[Array, "m n"], signs: bool, *, bfloat16: bool) -> tuple[Array, ...]:
-    """A matrix as the planes that the kernel multiplies with, padded."""
+    """The padded planes of a matrix that the kernel multiplies by; one plane if `signs`, for a matrix of signs."""
     padded = jnp.pad(matrix.astype(jnp.float32), [(0, padded_size(n) - n) for n in matrix.shape])
     if signs:
         return (jnp.sign(padded).astype(jnp.bfloat16 if bfloat16 else jnp.float16),)
@@ -247,7 +236,13 @@ def _planes(matrix: Float[Array, "m n"], signs: bool, *, bfloat16: bool) -> tupl
 
 @functools.lru_cache(maxsize=64)
 def _packer_tables(dim: int, bits: int, least: int) -> tuple[np.ndarray, ...]:
-    """Of each plane, what `pack` makes of a 1 in each channel, padded: the matrix that packs."""
+    """The packer of each plane of a code: row i is the bytes that `pack` makes of a 1 in channel i, padded.
+
+    Args:
+        dim: Channels.
+        bits: Bits per code.
+        least: Least columns.
+    """
     tables, start = [], 0
     with jax.ensure_compile_time_eval():
         for width in plane_widths(bits):
@@ -263,11 +258,12 @@ def _packer_tables(dim: int, bits: int, least: int) -> tuple[np.ndarray, ...]:
 
 
 def _packers(dim: int, bits: int, least: int = 0) -> tuple[Array, ...]:
+    """The tables of `_packer_tables` as arrays; none for codes that are bytes already."""
     return () if bits in (0, 8) else tuple(jnp.asarray(table) for table in _packer_tables(dim, bits, least))
 
 
 def check_supported(pages: Pages, key: Encoder, value: Encoder) -> None:
-    """Raises NotImplementedError, naming value and limit, for what the kernel does not do."""
+    """Raises NotImplementedError, naming the value and the limit, if the kernel does not support the case."""
     for fmt in (key.format, value.format):
         if fmt.dim not in DIMS:
             raise NotImplementedError(f"the Triton kernel encodes head dims {DIMS}, got {fmt.dim}")

@@ -1,4 +1,4 @@
-"""Tiles of tokens of one head: where they are, loading them, writing what they become into pages."""
+"""Tiles of tokens of one head: where they are, how they are loaded, how their codes are written into pages."""
 
 import dataclasses
 from typing import Any
@@ -8,14 +8,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.encode.plan import Inputs, Plan
+from pallas_kernels.encode.plan import EncodeInputs, EncodePlan
+from pallas_kernels.numerics import power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Row and token of each vector of a tile in the batch, page and slot in the pools; [tile] but for a common row.
+    """Where the vectors of a tile are in the batch, and where their codes go in the pools.
 
-    `statistics` is the row of mean and weight.
+    Attributes:
+        row: int32 [tile], row of the batch; [1] if all tokens are of one row.
+        statistics: Row of mean and weight; shaped like `row`.
+        token: int32 [tile], token of the row.
+        head: int32 scalar.
+        page: int32 [tile].
+        slot: int32 [tile], place in the page.
+        valid: bool [tile], whether the token exists and has a slot in the pool.
     """
 
     row: jax.Array
@@ -27,29 +35,45 @@ class Place:
     valid: jax.Array
 
 
-def find_place(x: Inputs, pool: Any, plan: Plan, head: jax.Array, block: jax.Array, row: jax.Array) -> Place:
-    """The place of a program's tile; its row is no program's where tiles hold tokens of several."""
+def find_place(
+    x: EncodeInputs, pool: Any, plan: EncodePlan, head: jax.Array, block: jax.Array, row: jax.Array
+) -> Place:
+    """The place of a program's tile.
+
+    Args:
+        x: The inputs.
+        pool: The pool.
+        plan: The plan.
+        head: Head of the program.
+        block: Number of the tile.
+        row: Row of the program; not read if tiles hold tokens of several rows.
+    """
     index = block * plan.tile + lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)
     if plan.flat:
         count = jnp.full_like(index, plan.tokens)
         row, token, exists = lax.div(index, count), lax.rem(index, count), index < plan.rows * plan.tokens
     else:
         row, token, exists = jnp.full((1,), row, jnp.int32), index, index < plan.tokens
+    # From here on all are [tile].
     slot = plt.load(x.slots.at[jnp.broadcast_to(row, token.shape), token], mask=exists, other=-1)
     room = pool.scale.shape[0] * plan.page_size
     valid = (slot >= 0) & (slot < room)
-    # Interpreted stores write back what they found where they are masked; behind the pool that harms nobody.
+    # Interpreted stores write back the old values where they are masked; behind the pool they do no harm.
     slot = jnp.where(valid, slot, room)
     size = jnp.full_like(slot, plan.page_size)
     statistics = row
     if x.rows is not None:
-        # Of rows that there are not no token has a slot.
+        # A row outside the cache has no valid slot, so its statistics may be those of any row.
         statistics = jnp.clip(plt.load(x.rows.at[row], mask=row < plan.rows, other=0), 0, x.mean.shape[0] - 1)
     return Place(row, statistics, token, head, lax.div(slot, size), lax.rem(slot, size), valid)
 
 
-def load(x: Inputs, at: Place, start: int, width: int, plan: Plan) -> jax.Array:
-    """Channels start to start + width, centred and weighted; zero where they or the token do not exist."""
+def load(x: EncodeInputs, at: Place, start: int, width: int, plan: EncodePlan) -> jax.Array:
+    """Channels start to start + width, centred and weighted; zero where a channel or a token does not exist.
+
+    Returns:
+        [tile, width], of the inputs' type if plan.planes is 0, else float32.
+    """
     dim, shape = x.x.shape[3], (plan.tile, width)
     channel = start + lax.broadcasted_iota(jnp.int32, (1, width), 1)
     index = jnp.broadcast_to(at.row[:, None], shape), at.token[:, None], at.head, channel
@@ -57,7 +81,7 @@ def load(x: Inputs, at: Place, start: int, width: int, plan: Plan) -> jax.Array:
     padded = start + width > dim
     if padded:
         mask = mask & (channel < dim)
-    out = plt.load(x.x.at[tuple(jnp.broadcast_to(i, shape) for i in index)], mask=mask, other=0)
+    out = plt.load(x.x.at[tuple(jnp.broadcast_to(i, shape) for i in index)], mask=mask, other=0)  # [tile, width]
     if not plan.planes:
         return out
     out = out.astype(jnp.float32)
@@ -65,6 +89,7 @@ def load(x: Inputs, at: Place, start: int, width: int, plan: Plan) -> jax.Array:
         return out
 
     def statistic(ref: Any) -> jax.Array:
+        """[tile, width], or [1, width] for a common row, of a reference [statistics rows, heads, dim]."""
         common = (at.row.shape[0], width)
         place = tuple(jnp.broadcast_to(i, common) for i in (at.statistics[:, None], at.head, channel))
         if plan.flat:
@@ -75,7 +100,16 @@ def load(x: Inputs, at: Place, start: int, width: int, plan: Plan) -> jax.Array:
 
 
 def store_bytes(ref: Any, data: jax.Array, size: int, byte: int, at: Place, *, channel_major: bool) -> None:
-    """Writes bytes byte to byte + size of each vector."""
+    """Writes bytes byte to byte + size of each vector.
+
+    Args:
+        ref: Bytes of the pool: [pages, heads, page_size, bytes], or [pages, heads, bytes, page_size] if channel-major.
+        data: uint8 [tile, at least size].
+        size: Bytes to write.
+        byte: The first of them.
+        at: Place of each vector.
+        channel_major: Whether bytes come before tokens.
+    """
     place = lax.broadcasted_iota(jnp.int32, (1, data.shape[1]), 1)
     index = at.page[:, None], at.head, at.slot[:, None], byte + place
     mask = jnp.broadcast_to(at.valid[:, None], data.shape)
@@ -91,14 +125,21 @@ def store_bytes(ref: Any, data: jax.Array, size: int, byte: int, at: Place, *, c
 
 
 def store_scalar(ref: Any, scalar: jax.Array, at: Place, number: int | None) -> None:
-    """Writes a scalar a vector, of which there are several unless number is None."""
+    """Writes one scalar per vector.
+
+    Args:
+        ref: Scalars of the pool: [pages, heads, page_size], or [pages, heads, scalars, page_size].
+        scalar: [tile].
+        at: Place of each vector.
+        number: Which of a vector's scalars this is; None if vectors have one.
+    """
     head = jnp.broadcast_to(at.head, at.page.shape)
     index = (at.page, head, at.slot) if number is None else (at.page, head, jnp.full_like(at.page, number), at.slot)
     plt.store(ref.at[index], scalar, mask=at.valid)
 
 
 def mask_channels(tile: jax.Array, dim: int) -> jax.Array:
-    """Zero where there is no channel."""
+    """A tile [tile, padded dim] with zeros from channel dim on."""
     if tile.shape[1] == dim:
         return tile
     return jnp.where(lax.broadcasted_iota(jnp.int32, tile.shape, 1) < dim, tile, 0.0)
@@ -106,4 +147,4 @@ def mask_channels(tile: jax.Array, dim: int) -> jax.Array:
 
 def padded_size(count: int) -> int:
     """The power of two, at least 16, that holds a number of channels or bytes."""
-    return max(16, 1 << (count - 1).bit_length())
+    return max(16, power_of_two(count))

@@ -1,4 +1,4 @@
-"""What is static about an encode kernel, and its arrays."""
+"""Static configuration of the encode kernel, and its arrays."""
 
 import dataclasses
 from typing import Any
@@ -9,24 +9,24 @@ from pallas_kernels.format import ScaleRule, VectorFormat
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything static about a kernel.
+class EncodePlan:
+    """Static configuration of an encode kernel.
 
     Attributes:
-        fmt: What is written.
+        fmt: Format of the pool.
         scale: Scale rule.
-        search: Whether steps are searched.
-        factor: The rotation's matrix over the sum of its planes.
-        channel_major: Whether bytes come before tokens in a page (values).
-        page_size: Tokens a page.
+        search: Whether the step of each vector is searched.
+        factor: The rotation matrix over the sum of its planes.
+        channel_major: Whether bytes come before tokens in a page, as those of values do.
+        page_size: Tokens per page.
         rows: Rows of the batch.
-        tokens: Tokens a row.
-        tile: Tokens a program.
+        tokens: Tokens per row.
+        tile: Tokens per program.
         chunk: Channels that one product of the rotation contracts.
         flat: Whether a tile may hold tokens of several rows.
-        planes: fp16 planes that vectors are cut into; 0 for bfloat16 vectors that are multiplied as they are.
+        planes: fp16 planes that vectors are cut into; 0 if bfloat16 vectors are multiplied as they are.
         hadamard: Whether the matrix is signs of channels times the Walsh-Hadamard matrix.
-        width: Channels of the tiles of quads; 0 where quads do not hold the vectors.
+        width: Channels of the tiles of channel quads; 0 if quads do not hold the vectors.
         interpret: Whether the kernel runs as jnp.
     """
 
@@ -49,20 +49,20 @@ class Plan:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Inputs:
-    """Arrays of the kernel, or its references.
+class EncodeInputs:
+    """Arrays of the kernel outside it, references to them inside; "padded" sizes are powers of two.
 
     Attributes:
         x: [rows, tokens, heads, dim].
-        slots: int32 [rows, tokens].
-        mean: [any rows, heads, dim] or None.
-        weight: Likewise.
-        rows: int32 [rows], those of mean and weight; None for all in order.
-        matrices: Planes [padded dim, padded channels] of each segment's rotation; empty without one.
-        packers: fp16 [padded channels, padded bytes] of each plane of each segment.
-        sketch: fp16 planes [padded dim, 8 * padded bytes] of the transposed sketch, columns in the order of the bits of
-            their signs: bit 0 of every byte first; empty without one.
-        inverse: 1 / the multiples of a search, or None.
+        slots: int32 [rows, tokens], page slots.
+        mean: float32 [statistics rows, heads, dim], or None.
+        weight: Shaped like the mean; None without one.
+        rows: int32 [rows], the statistics row of each row; None for all in order.
+        matrices: For each segment, planes [padded dim, padded channels] of its rotation; empty without a rotation.
+        packers: For each segment, fp16 [padded channels, padded bytes] per plane of its codes.
+        sketch: fp16 planes [padded dim, 8 * padded bytes] of the transposed sketch; columns in the order of the bits of
+            their signs, bit 0 of every byte first; empty without a sketch.
+        inverse: float32 [64], 1 / the multiples of a search; None without a search.
     """
 
     x: Any

@@ -1,8 +1,8 @@
-"""The encode ops in obvious jnp, float32: the definition.
+"""The encode ops in plain jnp, float32: their definition.
 
-All arithmetic of a codebook segment is in steps: a vector y of norm |y| becomes s = y / (|y| * step), whose codes are
-the levels m + 1/2 nearest to |s|, and every scale follows from sum(|s| * (m + 1/2)) and sum((m + 1/2)^2), of which the
-second is exact in float32.
+All arithmetic of a codebook segment is in steps: a vector y of norm |y| becomes s = y / (|y| * step). Its codes are the
+levels m + 1/2 nearest to |s|, and every scale follows from sum(|s| * (m + 1/2)) and sum((m + 1/2)^2). The second sum is
+exact in float32.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,9 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
+from pallas_kernels.encode.arguments import EncodeArguments
 from pallas_kernels.encode.encoder import Encoder
 from pallas_kernels.format import Code, Codebook, CodebookFormat, GroupFormat, ScaleDtype, ScaleRule, VectorFormat
 from pallas_kernels.packing import pack
@@ -21,37 +22,33 @@ SEARCH_MULTIPLES = np.linspace(0.7, 1.3, 41, dtype=np.float32)
 """Multiples of the step that a search looks at: the best multiple of nearly every vector lies between the ends."""
 
 INVERSE_MULTIPLES = 1 / SEARCH_MULTIPLES
+"""Factors that turn steps into multiples of steps."""
+
 COARSE = tuple(range(0, 41, 4))
-"""Multiples that a search tries first, by place."""
+"""Multiples that a search tries first, as places in SEARCH_MULTIPLES."""
 
 FINE = (-2, -1, 1, 2)
-"""Neighbours of the best of those that it tries then. Gains are smooth but not unimodal; of random vectors the error is
-that of 31 multiples tried one by one, to three digits at all widths."""
+"""Places relative to the best of COARSE that a search tries next. Gains are smooth but not unimodal; on random vectors
+the error equals that of 31 multiples tried one by one, to three digits at all widths."""
 
 OWN_STEP = 20
-"""Place of the multiple 1."""
+"""Place of the multiple 1 in SEARCH_MULTIPLES."""
 
 LEAST_GROUP_SCALE = 1e-37
-"""Scales of min-max groups up to here, whose inverse is hardly a float, give codes of zero."""
+"""Min-max groups whose scale is not above this get codes of zero: the inverse of the scale might be no float."""
 
 
-def encode_pages(
-    keys: Float[Array, "b t h d"],
-    values: Float[Array, "b t h d"],
-    pages: Pages,
-    slots: Int[Array, "b t"],
-    *,
-    key: Encoder,
-    value: Encoder,
-    mean: Float[Array, "b h d"] | None,
-    weight: Float[Array, "b h d"] | None,
-) -> Pages:
-    """See `pallas_kernels.encode.encode_pages`."""
-    if mean is not None and weight is not None:
+def encode_pages(arguments: EncodeArguments, pages: Pages) -> Pages:
+    """The pages with the codes of the tokens written to their slots; see `pallas_kernels.encode.encode_pages`."""
+    keys, slots = arguments.keys, arguments.slots
+    if arguments.mean is not None and arguments.weight is not None:
+        mean, weight = arguments.mean, arguments.weight
+        if arguments.rows is not None:
+            mean, weight = mean[arguments.rows], weight[arguments.rows]
         keys = (keys.astype(jnp.float32) - mean[:, None]) * weight[:, None]
     num_pages, page_size = pages.values.scale.shape[0], pages.values.scale.shape[-1]
     page = jnp.where(slots < 0, num_pages, slots // page_size)
-    codes = [_encode_raw(x, encoder) for x, encoder in ((keys, key), (values, value))]
+    codes = [_encode_raw(x, encoder) for x, encoder in ((keys, arguments.key), (arguments.values, arguments.value))]
     return write_tokens(pages, page, slots % page_size, *codes)
 
 
@@ -70,7 +67,7 @@ def encode(
     search: bool,
     sketch: Float[Array, "dim dim"] | None,
 ) -> Code:
-    """See `pallas_kernels.encode.encode`."""
+    """Codes of rotated vectors; see `pallas_kernels.encode.encode`."""
     vectors = vectors.astype(jnp.float32)
     if isinstance(fmt, GroupFormat):
         return _encode_groups(vectors, fmt)
@@ -93,7 +90,13 @@ def encode(
 def quantize_segment(
     part: Float[Array, "*batch n"], book: Codebook, *, scale: ScaleRule, search: bool
 ) -> tuple[UInt8[Array, "*batch n"], Float[Array, "*batch n"], Float[Array, "*batch"]]:
-    """Codes of one segment at the codebook's own step or the best multiple of it, their centroids, the scale."""
+    """Codes of one segment at the codebook's own step or, with a search, at the best multiple of the step.
+
+    A magnitude that is exactly a threshold gets the level below it.
+
+    Returns:
+        Codes; centroids of the codes, for vectors of norm one; the scale to store.
+    """
     norm = _norm(part)
     if book.bits == 0:
         return jnp.zeros(part.shape, jnp.uint8), jnp.zeros_like(part), norm
@@ -114,12 +117,12 @@ def quantize_segment(
 
 
 def _as_stored(scalar: Array, dtype: ScaleDtype) -> Array:
-    """A scalar in its stored type; the barrier keeps XLA from working on with the one that is not rounded."""
+    """A scalar in its stored type; the barrier keeps XLA from using the scalar before rounding later on."""
     return lax.optimization_barrier(scalar.astype(dtype))
 
 
 def _nearest(magnitude: Float[Array, "*batch n"], book: Codebook) -> tuple[UInt8[Array, "*batch n"], Array]:
-    """Index and centroid, in steps, of the nearest level."""
+    """Index and value, in steps, of the level nearest to each magnitude in steps."""
     if book.bits == 8:
         level = jnp.minimum(jnp.floor(magnitude), 127.0)
         return level.astype(jnp.uint8), level + 0.5
@@ -132,7 +135,10 @@ def _nearest(magnitude: Float[Array, "*batch n"], book: Codebook) -> tuple[UInt8
 
 
 def best_inverse_multiple(magnitude: Float[Array, "*batch n"], book: Codebook) -> Float[Array, "*batch"]:
-    """1 / the multiple whose codes q leave the least squared error, the largest <y, q>^2 / |q|^2, coarse to fine."""
+    """1 / the multiple of the step whose levels q leave the least squared error, searched coarse to fine.
+
+    The error is least where the gain <y, q>^2 / |q|^2 is largest.
+    """
     inverse = jnp.asarray(INVERSE_MULTIPLES)
 
     def consider(best: tuple[Array, Array], place: Array) -> tuple[tuple[Array, Array], None]:
@@ -163,7 +169,17 @@ def scale_of(
     divide: Callable[[Array, Array], Array] = jnp.divide,
     root: Callable[[Array], Array] = jnp.sqrt,
 ) -> Array:
-    """The scalar to store: norm is |y|, along and squared are sums over s as the module says (arXiv 2604.18555)."""
+    """The scalar to store with each vector (arXiv 2604.18555).
+
+    Args:
+        norm: |y|.
+        along: Sum of |s| * (m + 1/2), as the module says.
+        squared: Sum of (m + 1/2)^2.
+        book: The codebook.
+        rule: The scale rule.
+        divide: Division.
+        root: Square root.
+    """
     if rule == "norm":
         return norm
     if rule == "matched":
@@ -182,13 +198,13 @@ def _with_residual(code: Code, residual: Array, fmt: CodebookFormat, sketch: Arr
 
 
 def _norm(vectors: Float[Array, "*batch n"]) -> Float[Array, "*batch"]:
-    """|y|, whose gradient at zero is zero; that of the square root alone is NaN."""
+    """|y|, with a gradient of zero at zero, where the gradient of the square root alone is NaN."""
     squared = jnp.sum(vectors * vectors, axis=-1)
     return jnp.where(squared == 0, 0.0, jnp.sqrt(jnp.where(squared == 0, 1.0, squared)))
 
 
 def _encode_groups(vectors: Float[Array, "*batch dim"], fmt: GroupFormat) -> Code:
-    """Asymmetric min-max codes; the stored, rounded scale and zero are the ones the codes are made for."""
+    """Asymmetric min-max codes, made for the scale and zero as they are stored, rounded."""
     groups = vectors.reshape(*vectors.shape[:-1], fmt.num_scales, fmt.group)
     low, high = jnp.min(groups, axis=-1), jnp.max(groups, axis=-1)
     top = 2**fmt.bits - 1

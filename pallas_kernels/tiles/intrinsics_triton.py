@@ -1,6 +1,5 @@
-"""Instructions that the compiler would not take by itself, on tiles; interpreted they are jnp."""
+"""Single instructions, and short runs of instructions, that the compiler would not choose; jnp when interpreted."""
 
-import struct
 from collections.abc import Sequence
 
 import jax
@@ -10,9 +9,15 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.compat.patches import elementwise_assembly
 from pallas_kernels.numerics import LOG2_E, UNSIGNED_ANCHOR
+from pallas_kernels.tiles.ptx import Assembly, assembly, block, float_constant
 
 INTERPRETED = {"sqrt": jnp.sqrt, "div": jnp.divide, "rcp": jnp.reciprocal, "fma": lambda a, b, c: a * b + c}
-"""What `perform` does interpreted."""
+"""The jnp function for each instruction of `perform`."""
+
+
+def run(code: Assembly, arguments: Sequence[jax.Array]) -> list[jax.Array]:
+    """Runs inline PTX on each element of tiles of one shape; returns its results, tiles of that shape."""
+    return elementwise_assembly(code.text, code.constraints, arguments, code.result_types)
 
 
 def above(magnitude: jax.Array, thresholds: Sequence[float], weights: Sequence[float], *, interpret: bool) -> jax.Array:
@@ -22,47 +27,57 @@ def above(magnitude: jax.Array, thresholds: Sequence[float], weights: Sequence[f
         for threshold, weight in zip(thresholds, weights, strict=True):
             total = total + jnp.where(magnitude > threshold, np.float32(weight), np.float32(0))
         return total
-    lines = [
-        f"setp.gt.f32 p, $1, {hexadecimal(t)};\n@p add.f32 $0, $0, {hexadecimal(w)};"
+    return run(above_ptx(thresholds, weights), [magnitude])[0]
+
+
+def above_ptx(thresholds: Sequence[float], weights: Sequence[float]) -> Assembly:
+    """PTX of `above`."""
+    start = f"mov.f32 $total, {float_constant(UNSIGNED_ANCHOR)};"
+    additions = "\n".join(
+        f"setp.gt.f32 p, $magnitude, {float_constant(t)};\n@p add.f32 $total, $total, {float_constant(w)};"
         for t, w in zip(thresholds, weights, strict=True)
-    ]
-    text = "{\n.reg .pred p;\n" + f"mov.f32 $0, {hexadecimal(UNSIGNED_ANCHOR)};\n" + "\n".join(lines) + "\n}"
-    return elementwise_assembly(text, "=&f,f", [magnitude], [jnp.float32])[0]
+    )
+    text = block(".reg .pred p;", [start, additions])
+    return assembly(text, results={"total": "=&f"}, arguments={"magnitude": "f"})
 
 
 def floor(x: jax.Array, *, interpret: bool) -> jax.Array:
-    """UNSIGNED_ANCHOR plus the integer below."""
-    if interpret:
-        return jnp.floor(x) + UNSIGNED_ANCHOR
-    return elementwise_assembly(f"add.rm.f32 $0, $1, {hexadecimal(UNSIGNED_ANCHOR)};", "=f,f", [x], [jnp.float32])[0]
+    """UNSIGNED_ANCHOR plus the largest integer that is at most x."""
+    return jnp.floor(x) + UNSIGNED_ANCHOR if interpret else run(floor_ptx(), [x])[0]
+
+
+def floor_ptx() -> Assembly:
+    """PTX of `floor`: a sum rounded down."""
+    text = f"add.rm.f32 $sum, $x, {float_constant(UNSIGNED_ANCHOR)};"
+    return assembly(text, results={"sum": "=f"}, arguments={"x": "f"})
 
 
 def perform(instruction: str, *x: jax.Array, interpret: bool) -> jax.Array:
-    """One instruction where the compiler would take another: one less exact, slower, or two."""
+    """One instruction, where the compiler would choose a less exact one, a slower one, or two."""
     if interpret:
         return INTERPRETED[instruction.split(".")[0]](*x)
-    names = ", ".join(f"${i}" for i in range(len(x) + 1))
-    constraints = ",".join(["=f"] + ["f"] * len(x))
-    return elementwise_assembly(f"{instruction} {names};", constraints, x, [jnp.float32])[0]
+    names = [f"x{i}" for i in range(len(x))]
+    text = f"{instruction} {', '.join(f'${name}' for name in ['result', *names])};"
+    return run(assembly(text, results={"result": "=f"}, arguments=dict.fromkeys(names, "f")), x)[0]
 
 
 def exp2(x: jax.Array, *, interpret: bool) -> jax.Array:
-    """2**x; one instruction, denormal results are zero."""
+    """2**x in one instruction; denormal results are zero."""
     return jnp.exp2(x) if interpret else _unary("ex2.approx.ftz.f32", x)
 
 
 def log2(x: jax.Array, *, interpret: bool) -> jax.Array:
-    """Base-2 logarithm of normal positive numbers; one instruction."""
+    """Base-2 logarithm of normal positive numbers in one instruction."""
     return jnp.log2(x) if interpret else _unary("lg2.approx.ftz.f32", x)
 
 
 def at_least(x: jax.Array, least: float, *, interpret: bool) -> jax.Array:
-    """max(x, least); compiled, NaN becomes `least`."""
-    return jnp.maximum(x, least) if interpret else _unary("max.f32", x, f", {hexadecimal(least)}")
+    """max(x, least); the compiled instruction turns NaN into `least`."""
+    return jnp.maximum(x, least) if interpret else _unary("max.f32", x, f", {float_constant(least)}")
 
 
 def tanh(x: jax.Array, *, interpret: bool) -> jax.Array:
-    """Hyperbolic tangent to 2e-7 absolute, which the approximate instruction does not reach."""
+    """Hyperbolic tangent with an absolute error of 2e-7, which the approximate instruction does not reach."""
     if interpret:
         return jnp.tanh(x)
     decay = exp2(jnp.abs(x) * (-2.0 * LOG2_E), interpret=False)
@@ -78,8 +93,3 @@ def _unary(instruction: str, x: jax.Array, more: str = "") -> jax.Array:
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
     )
     return out
-
-
-def hexadecimal(value: float) -> str:
-    """A float32 constant of PTX."""
-    return "0f" + struct.pack(">f", value).hex().upper()

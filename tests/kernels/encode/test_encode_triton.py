@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels.encode import Encoder, TileConfig, encode_pages
-from pallas_kernels.encode import codes_by_table_triton as by_table
 from pallas_kernels.encode.config import default_config
 from pallas_kernels.encode.launch_triton import check_supported
 from pallas_kernels.encode.reference import SEARCH_MULTIPLES
@@ -17,7 +16,6 @@ from pallas_kernels.packing import pack, packed_bytes
 from pallas_kernels.pages import empty_pages
 from tests.kernels.cases.encode import CASES, Case, compare, make_arrays
 from tq_jax import QuantizerSpec, make_quantizer
-from tq_jax.codebook import codebook
 from tq_jax.quantizer import encoder
 
 QUICK = {
@@ -90,28 +88,6 @@ def test_a_search_may_end_elsewhere_only_where_gains_are_equal():
     assert not any(differences.wrong for differences in found)
     assert sorted(differences.searched for differences in found) == [0, 1]
     assert at_multiple(20).wrong
-
-
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_tables_find_the_levels(dim, bits):
-    """What the instructions of `cells` do with every cell, in numpy; interpreted kernels do not run them."""
-    book = codebook(dim, bits)
-    cell = np.arange(400)
-    carry, odd, high, low, index = by_table.tables(book).view(np.uint8).reshape(by_table.TABLES, 8)
-    shifted = np.minimum(cell + by_table.offset(book), 255)
-    carried = shifted + carry[shifted >> 5]
-    assert carried.max() < 256
-    want = np.searchsorted(np.asarray(book.thresholds), cell / 2, side="right")
-    np.testing.assert_array_equal(index[carried >> 5], want)
-    np.testing.assert_array_equal(odd[carried >> 5], 2 * np.asarray(book.levels)[want] + 1)
-    centroid = (high.astype(np.uint32) << 24 | low.astype(np.uint32) << 16).view(np.float32)
-    np.testing.assert_array_equal(centroid[carried >> 5], np.asarray(book.levels)[want] + 0.5)
-
-
-def test_tables_have_limits():
-    """Runs of cells with several thresholds, and none."""
-    assert [by_table.offset(codebook(128, bits)) for bits in (1, 5, 8)] == [None] * 3
 
 
 def test_the_same_rotated_vectors_give_the_same_codes():

@@ -1,12 +1,10 @@
-"""The PTX of the lookups, run by a small emulator, against packing and the plain lookup."""
-
-import re
+"""The PTX of the lookups, emulated, against packing and the plain lookup."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ptx import emulate
 
-from pallas_kernels.encode.codes_by_comparison_triton import level_ptx
 from pallas_kernels.format import GroupFormat
 from pallas_kernels.lookup import integers
 from pallas_kernels.packing import pack
@@ -15,44 +13,6 @@ from pallas_kernels.tiles.layout import cut, key_parts, planes_of, value_parts
 from tq_jax import QuantizerSpec
 from tq_jax.codebook import codebook
 
-MASK = 0xFFFFFFFF
-
-
-def prmt(a, b, selector):
-    source, out = [(x >> (8 * i)) & 0xFF for x in (a, b) for i in range(4)], 0
-    for i in range(4):
-        nibble = (selector >> (4 * i)) & 0xF
-        byte = source[nibble & 7]
-        out |= ((0xFF if byte & 0x80 else 0) if nibble & 8 else byte) << (8 * i)
-    return out
-
-
-OPERATIONS = {
-    "mov.b32": lambda a: a,
-    "mov.u32": lambda a: a,
-    "shr.u32": lambda a, b: a >> b,
-    "and.b32": lambda a, b: a & b,
-    "or.b32": lambda a, b: a | b,
-    "xor.b32": lambda a, b: a ^ b,
-    "shl.b32": lambda a, b: a << b,
-    "shr.b32": lambda a, b: a >> b,
-    "sub.u32": lambda a, b: a - b,
-    "mul.lo.u32": lambda a, b: a * b,
-    "prmt.b32": prmt,
-    "lop3.b32": lambda a, b, c, table: {0xCA: a & b | ~a & c}[table],
-}
-
-
-def emulate(ptx, result="$0", **registers):
-    """Runs straight-line PTX on 32-bit registers, as lane 31 would, and returns one of them."""
-    registers["%lanemask_lt"] = MASK >> 1
-    for line in filter(None, (part.strip() for part in ptx.replace("\n", " ").split(";"))):
-        operation, rest = line.split(" ", 1)
-        target, *sources = re.split(r",\s*", rest)
-        values = [int(s, 0) if re.match(r"(0x)?\d", s) else registers[s] for s in sources]
-        registers[target] = OPERATIONS[operation](*values) & MASK
-    return registers[result]
-
 
 def words(array):
     return [int(w) for w in np.ascontiguousarray(array, np.uint8).view("<u4")]
@@ -60,19 +20,6 @@ def words(array):
 
 def int8s(word):
     return np.array([word], "<u4").view(np.int8)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_ptx_of_levels_of_codes(bits):
-    """The numbers that encoding subtracts from vectors: levels by the codes, signs by the vectors."""
-    book, rng = codebook(128, bits), np.random.default_rng(bits)
-    for codes in rng.integers(0, 2**bits, (20, 4)).astype(np.uint8):
-        negative = codes >> (bits - 1) == 1
-        y = np.where(negative, -1, 1) * rng.uniform(0.1, 9, 4).astype(np.float32)
-        registers = {f"${4 + i}": int(w) for i, w in enumerate(y.astype(np.float32).view(np.uint32))}
-        found = [emulate(level_ptx(book), f"${i}", **registers, **{"$8": words(codes)[0]}) for i in range(4)]
-        want = np.asarray(integers(jnp.asarray(codes), book)) + np.float32(0.5)
-        np.testing.assert_array_equal(np.array(found, np.uint32).view(np.float32), want)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

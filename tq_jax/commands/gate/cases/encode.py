@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.encode import launch_triton
+from pallas_kernels.encode.arguments import EncodeArguments
 from pallas_kernels.encode.config import default_config
 from pallas_kernels.pages import empty_pages
 from tq_jax.commands.gate.case import Case
@@ -96,7 +97,8 @@ def together(bits: int, *, quick: bool) -> Case:
 
     def run(tokens: Any, pages: Any, slots: Any, encoder: Any, statistics: Any, rows: Any) -> Any:
         options = {"key": encoder, "value": encoder, "mean": statistics, "weight": statistics}
-        return launch_triton.encode_pages(tokens, tokens, pages, slots, rows=rows, interpret=False, **options)
+        arguments = EncodeArguments(tokens, tokens, slots, rows=rows, **options)
+        return launch_triton.encode_pages(arguments, pages, interpret=False)
 
     tokens, slots = shape((rows, 1, KV_HEADS, spec.dim), jnp.bfloat16), shape((rows, 1), jnp.int32)
     statistics = shape((2 * rows, KV_HEADS, spec.dim), jnp.float32)
