@@ -1,4 +1,4 @@
-"""Everything that documents name exists: recorded files, scripts, tests, links, pictures, commands and their options."""
+"""Everything that documents name exists: recorded files, scripts, tests, links, pictures, commands and options."""
 
 import re
 import shlex
