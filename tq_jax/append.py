@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import warnings
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +10,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.append import AppendPlan, append_cache, check_append
+from pallas_kernels.append.slots import left, slot_of, stays
 from pallas_kernels.append.statistics_triton import Observed, StatisticsPlan, update_statistics
+from pallas_kernels.dispatch import Chosen, Implementation, choose, interprets
 from pallas_kernels.encode import Encoder, encode_pages
 from pallas_kernels.pages import Pages
-from tq_jax.attention import Implementation, arrays_of
+from tq_jax.attention import arrays_of
 from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers, to_storage
 from tq_jax.quantizer import encoder, is_traced
 from tq_jax.statistics import BALANCE, EQUAL, FLOOR, MIN_TOKENS, KeyStatistics, fix_statistics, observe_queries
@@ -67,8 +67,8 @@ def append(
         ([200], [68])
     """
     batch, tokens = _check_shapes(cache, k, v, query, lengths, rows)
-    if implementation not in get_args(Implementation):
-        raise NotImplementedError(f"implementation={implementation!r}; append has: {get_args(Implementation)}")
+    # Traced, so that the check computes no encoder.
+    chosen = choose(implementation, op="append", check=functools.partial(jax.eval_shape, _check, cache))
     if lengths is None:
         lengths = jnp.full(batch, tokens, jnp.int32)
     rows = jnp.arange(cache.rows, dtype=jnp.int32) if rows is None else rows.astype(jnp.int32)
@@ -78,11 +78,7 @@ def append(
         _check_values(cache, k, v, query, lengths, rows)
     if batch == 0 or tokens == 0:
         return cache
-    if implementation == "auto":
-        implementation = _best(cache)
-    elif implementation == "triton":
-        jax.eval_shape(_check, cache)
-    new, fits = _append(cache, k, v, query, lengths, rows, implementation)
+    new, fits = _append(cache, k, v, query, lengths, rows, chosen)
     if not traced and not np.asarray(fits).all():
         raise ValueError(
             f"expected tokens whose scales fit {_scale_dtypes(cache.spec)}, got larger ones leaving the window of rows "
@@ -138,18 +134,6 @@ def _scale_dtypes(spec: CacheSpec) -> str:
     return " and ".join(sorted({spec.key.scale_dtype, spec.value.scale_dtype}))
 
 
-def _best(cache: Cache) -> Implementation:
-    """The kernels on a GPU unless they do not support the cache, which is warned about (once, by Python's default)."""
-    if jax.default_backend() != "gpu":
-        return "reference"
-    try:
-        jax.eval_shape(_check, cache)
-    except NotImplementedError as error:
-        warnings.warn(f"append runs as the slow reference: {error}", stacklevel=3)
-        return "reference"
-    return "triton"
-
-
 def _check(cache: Cache) -> None:
     """Raises NotImplementedError for what the kernels do not support; traced, for nothing of it has to be computed."""
     check_append(arrays_of(cache), *_encoders(cache))
@@ -168,7 +152,7 @@ def _append(
     query: Array | None,
     lengths: Array,
     rows: Array,
-    implementation: Implementation,
+    implementation: Chosen,
 ) -> tuple[Cache, Bool[Array, "b"]]:
     """The new cache, and which rows compressed only tokens whose scalars are finite."""
     spec = cache.spec
@@ -180,7 +164,7 @@ def _append(
     after = before + added
     step = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
     exists = step < added[:, None]
-    evicted = jnp.maximum(after - spec.sinks - spec.ring - compressed, 0)
+    evicted = jnp.maximum(left(after, sink_slots=spec.sinks, ring=spec.ring) - compressed, 0)
 
     slots = rows[:, None] * (spec.pages_per_row * spec.page_size) + compressed[:, None] + step
     slots = jnp.where(step < evicted[:, None], slots, -1)
@@ -201,13 +185,14 @@ def _append(
         finite = _scalars_finite(pages, slots)
 
     position = before[:, None] + step
-    slot = _slots(spec, position)
-    kept = exists & ((position < spec.sinks) | (position >= after[:, None] - spec.ring))
+    places = dict(sink_slots=spec.sinks, ring=spec.ring)
+    slot = slot_of(position, **places)
+    kept = exists & stays(position, after[:, None], **places)
     place = (rows[:, None], slice(None), jnp.where(kept, slot, cache.exact_keys.shape[2]))
     # What is not kept is dropped, whatever it is; naming what was read from the ring there, and the statistics that are
     # fixed from it, tells XLA that the ring is read before it is overwritten, which spares a copy of it.
-    left = left_keys if statistics is None else left_keys - statistics.mean[rows][:, None]
-    new_keys = jnp.where(kept[:, :, None, None], k, left)
+    read = left_keys if statistics is None else left_keys - statistics.mean[rows][:, None]
+    new_keys = jnp.where(kept[:, :, None, None], k, read)
     new_values = jnp.where(kept[:, :, None, None], v, left_values)
     new = dataclasses.replace(
         cache,
@@ -251,7 +236,7 @@ def _update_by_kernel(cache: Cache, k: Array, query: Array | None, lengths: Arra
     return update_statistics(
         Observed(query, to_storage(spec, k), lengths, rows, window, cache.length, cache.compressed),
         cache.statistics,
-        statistics_plan(spec, interpret=jax.default_backend() != "gpu"),
+        statistics_plan(spec, interpret=interprets()),
     )
 
 
@@ -284,7 +269,7 @@ def _append_by_kernels(
         to_storage(spec, k),
         to_storage(spec, v),
         arrays_of(cache),
-        AppendPlan(spec.sinks, spec.max_tokens, interpret=jax.default_backend() != "gpu"),
+        AppendPlan(spec.sinks, spec.max_tokens, interpret=interprets()),
         key=key,
         value=value,
         counts=lengths,
@@ -299,11 +284,6 @@ def _append_by_kernels(
         compressed=new.compressed,
         overflow=new.overflow,
     )
-
-
-def _slots(spec: CacheSpec, position: Int[Array, "b t"]) -> Int[Array, "b t"]:
-    """Exact slot of a position: its own for sinks, a place in the ring for the others."""
-    return jnp.where(position < spec.sinks, position, spec.sinks + (position - spec.sinks) % max(spec.ring, 1))
 
 
 def _fix(
@@ -335,7 +315,7 @@ def _leaving(
     chunk = [jnp.take_along_axis(x, index, axis=1) for x in (k, v)]
     if not spec.ring:
         return chunk[0], chunk[1]
-    place = (rows[:, None], slice(None), _slots(spec, position))
+    place = (rows[:, None], slice(None), slot_of(position, sink_slots=spec.sinks, ring=spec.ring))
     ring = [from_storage(spec, x[place]) for x in (cache.exact_keys, cache.exact_values)]
     new = (position >= before[:, None])[:, :, None, None]
     return jnp.where(new, chunk[0], ring[0]), jnp.where(new, chunk[1], ring[1])

@@ -2,8 +2,7 @@
 
 import functools
 import math
-import warnings
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,20 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention import LogitOptions, Partial, TileConfig, merge, whole_cache
-from pallas_kernels.attention.decode.launch_triton import MAX_QUERY_TOKENS
+from pallas_kernels.append.slots import token_in_slot
+from pallas_kernels.attention import (
+    MAX_QUERY_TOKENS,
+    AttendPlan,
+    CacheArrays,
+    LogitOptions,
+    Partial,
+    TileConfig,
+    attend_cache,
+    merge,
+)
+from pallas_kernels.attention.pipeline import check_attend
 from pallas_kernels.attention.reference import attend_tokens, nothing
+from pallas_kernels.dispatch import Implementation, choose, interprets
 from pallas_kernels.tiles.rotation_triton import Basis, Segment
 from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers
 from tq_jax.paged import attend_packed, finish
@@ -23,7 +33,8 @@ from tq_jax.rotation import mixing_factors
 EXACT_BLOCK = 512
 """Full-precision slots attended to at a time."""
 
-Implementation = Literal["auto", "reference", "triton"]
+LONGEST = 1024
+"""Query tokens that the kernels take at a time; bounds what they hand on to each other."""
 
 
 def attend(
@@ -49,8 +60,9 @@ def attend(
     Args:
         query: Queries after rotary embedding; h_q is a multiple of the cache's KV heads.
         cache: The cache.
-        implementation: "reference" is jnp on any device; "triton" is three GPU kernels (interpreted where JAX has no
-            GPU, slowly); "auto" takes the kernels on a GPU for what they support and the reference elsewhere.
+        implementation: "reference" is jnp on any device; "triton" is three GPU kernels (interpreted, slowly, where JAX
+            has no GPU); "auto" takes the kernels on a GPU for every case that they support, and the reference
+            elsewhere.
         sliding_window: A query sees itself and the sliding_window - 1 tokens before it. All by default.
         softcap: Logits x become softcap * tanh(x / softcap).
         sink_logits: A learned logit a head that takes part in the softmax and has no value.
@@ -85,8 +97,6 @@ def attend(
     if not jnp.issubdtype(query.dtype, jnp.floating):
         raise ValueError(f"expected floating point queries, got dtype {query.dtype}")
     require_row_integers(batch, lengths=lengths, rows=rows)
-    if implementation not in get_args(Implementation):
-        raise NotImplementedError(f"implementation={implementation!r}; attend has: {get_args(Implementation)}")
     if config is not None and (precise or implementation == "reference"):
         raise ValueError(
             "expected config without precise, which it has itself, and not for the reference; "
@@ -99,19 +109,15 @@ def attend(
         return jnp.zeros_like(query)
     if sliding_window is not None and sliding_window >= spec.max_tokens:
         sliding_window = None
-    options = LogitOptions(scale or float(np.float32(spec.head_dim**-0.5)), softcap, sliding_window)
+    options = LogitOptions.for_head_dim(spec.head_dim, scale=scale, softcap=softcap, sliding_window=sliding_window)
     plan = _plan(cache, options, precise, config)
-    if cache.pages is not None and query.shape[1] > MAX_QUERY_TOKENS:
-        if config is not None:
-            raise NotImplementedError(
-                f"config cuts up to {MAX_QUERY_TOKENS} query tokens into tiles, got {query.shape[1]}"
-            )
-        return _attend_parts(query, cache, lengths, rows, sink_logits, options=options, implementation=implementation)
-    if implementation == "auto":
-        implementation = _best(query, cache, plan)
-    if implementation == "triton":
-        return _attend_fused(query, cache, lengths, rows, sink_logits, plan=plan)
-    return _attend_parts(query, cache, lengths, rows, sink_logits, options=options, implementation="reference")
+
+    check = functools.partial(check_attend, query.shape, cache.pages, plan)
+    if config is not None and query.shape[1] > MAX_QUERY_TOKENS:
+        check()  # tiles that nothing could take are never ignored
+    if choose(implementation, op="attend", check=check) == "triton":
+        return _attend_by_kernels(query, cache, lengths, rows, sink_logits, plan=plan)
+    return _attend_by_reference(query, cache, lengths, rows, sink_logits, options=options)
 
 
 def check_query(spec: CacheSpec, batch: int, query: Any, sink_logits: Any, **above_zero: float | None) -> None:
@@ -139,49 +145,53 @@ def _check_rows(cache: Cache, tokens: int, lengths: Any, rows: Any) -> None:
             raise ValueError(f"expected {name} from 0 to {most}, got {np.asarray(array).tolist()}")
 
 
-def _plan(cache: Cache, options: LogitOptions, precise: bool, config: TileConfig | None) -> whole_cache.AttendPlan:
+def _plan(cache: Cache, options: LogitOptions, precise: bool, config: TileConfig | None) -> AttendPlan:
     key, value = cache.spec.key, cache.spec.value
-    return whole_cache.AttendPlan(
+    return AttendPlan(
         options=options,
         key_format=None if key is None else key.format,
         value_format=None if value is None else value.format,
-        sinks=cache.spec.sinks,
+        sink_slots=cache.spec.sinks,
         sketch_gain=sketch_gain(cache.spec.head_dim),
         config=config,
         precise=precise,
-        interpret=jax.default_backend() != "gpu",
+        interpret=interprets(),
     )
 
 
-def _best(query: Array, cache: Cache, plan: whole_cache.AttendPlan) -> Implementation:
-    """The kernels on a GPU unless they do not support the case, which is warned about (once, by Python's default)."""
-    if plan.interpret:
-        return "reference"
-    try:
-        whole_cache.check_attend(query.shape, arrays_of(cache), plan)
-    except NotImplementedError as error:
-        warnings.warn(f"attention runs as the slow reference: {error}", stacklevel=3)
-        return "reference"
-    return "triton"
-
-
 @functools.partial(jax.jit, static_argnames=("plan",))
-def _attend_fused(
+def _attend_by_kernels(
     query: Array,
     cache: Cache,
     lengths: Array | None,
     rows: Array | None,
     sink_logits: Array | None,
     *,
-    plan: whole_cache.AttendPlan,
+    plan: AttendPlan,
 ) -> Any:
-    return whole_cache.attend_cache(query, arrays_of(cache), plan, rows=rows, counts=lengths, sink_logits=sink_logits)
+    arrays, count = arrays_of(cache), query.shape[1]
+    if count <= LONGEST:
+        return attend_cache(query, arrays, plan, rows=rows, counts=lengths, sink_logits=sink_logits)
+    # Queries are placed by the number of tokens from them to the end of their row, which a block of them says so.
+    left = jnp.full(query.shape[0], count, jnp.int32) if lengths is None else lengths
+    parts: list[Any] = [
+        attend_cache(
+            lax.slice_in_dim(query, start, min(start + LONGEST, count), axis=1),
+            arrays,
+            plan,
+            rows=rows,
+            counts=left - start,
+            sink_logits=sink_logits,
+        )
+        for start in range(0, count, LONGEST)
+    ]
+    return jnp.concatenate(parts, axis=1)
 
 
-def arrays_of(cache: Cache) -> whole_cache.CacheArrays:
+def arrays_of(cache: Cache) -> CacheArrays:
     """The arrays that the kernels read, without a copy."""
     statistics, key = cache.statistics, cache.key_quantizer
-    return whole_cache.CacheArrays(
+    return CacheArrays(
         pages=cache.pages,
         exact_keys=cache.exact_keys,
         exact_values=cache.exact_values,
@@ -210,8 +220,8 @@ def basis_of(quantizer: Quantizer | None) -> Basis | None:
     return Basis(tuple(segments), quantizer.outliers)
 
 
-@functools.partial(jax.jit, static_argnames=("options", "implementation"))
-def _attend_parts(
+@functools.partial(jax.jit, static_argnames=("options",))
+def _attend_by_reference(
     query: Array,
     cache: Cache,
     lengths: Array | None,
@@ -219,9 +229,8 @@ def _attend_parts(
     sink_logits: Array | None,
     *,
     options: LogitOptions,
-    implementation: Implementation,
 ) -> Array:
-    """Window and pages one after the other, in plain XLA but for the pages of chunks on a GPU."""
+    """Window and pages one after the other, in plain jnp."""
     rows = jnp.arange(cache.rows, dtype=jnp.int32) if rows is None else rows
     lengths = jnp.full(rows.shape, query.shape[1], jnp.int32) if lengths is None else lengths
     length = cache.length[rows]
@@ -232,7 +241,7 @@ def _attend_parts(
     if cache.exact_keys.shape[2]:
         partial = _attend_exact(precise, cache, rows, positions, options)
     if cache.pages is not None:
-        partial = merge(partial, _attend_compressed(precise, cache, rows, positions, options, implementation))
+        partial = merge(partial, _attend_compressed(precise, cache, rows, positions, options))
     out = finish(partial, sink_logits, step < lengths[:, None])
     return jnp.where(cache.overflow[rows][:, None, None, None], jnp.nan, out).astype(query.dtype)
 
@@ -281,18 +290,11 @@ def _read_block(
 
 
 def exact_positions(cache: Cache, rows: Int[Array, "b"]) -> tuple[Int[Array, "b s"], Bool[Array, "b s"]]:
-    """Position of the token in each exact slot, and whether there is one."""
-    spec = cache.spec
+    """Position of the token in each exact slot of some rows, and whether there is one."""
+    slots = cache.exact_keys.shape[2]
+    slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows.shape[0], slots))
     length, compressed = cache.length[rows][:, None], cache.compressed[rows][:, None]
-    sink = jnp.broadcast_to(jnp.arange(spec.sinks, dtype=jnp.int32), (rows.shape[0], spec.sinks))
-    slot = jnp.arange(spec.ring, dtype=jnp.int32)[None]
-    latest = length - spec.sinks - 1
-    address = latest - (latest - slot) % max(spec.ring, 1)
-    in_ring = (address >= compressed) & (latest >= 0)
-    return (
-        jnp.concatenate([sink, spec.sinks + address], axis=1),
-        jnp.concatenate([sink < length, in_ring], axis=1),
-    )
+    return token_in_slot(slot, length, compressed, sink_slots=cache.spec.sinks, slots=slots)
 
 
 def _attend_compressed(
@@ -301,7 +303,6 @@ def _attend_compressed(
     rows: Int[Array, "b"],
     positions: Int[Array, "b t"],
     options: LogitOptions,
-    implementation: Implementation,
 ) -> Partial:
     spec, statistics = cache.spec, cache.statistics
     assert cache.pages is not None and cache.key_quantizer is not None and cache.value_quantizer is not None
@@ -314,5 +315,4 @@ def _attend_compressed(
         positions=positions - spec.sinks,
         statistics=None if statistics is None else (statistics.mean[rows], statistics.weight[rows]),
         options=options,
-        implementation=implementation,
     )

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.attention import LogitOptions, Partial, decode_attention, merge, prefill_attention
-from pallas_kernels.attention.decode.launch_triton import MAX_QUERY_TOKENS
+from pallas_kernels.attention import LogitOptions, PagedArguments, Partial, decode_attention, merge
 from pallas_kernels.pages import Pages
 from tq_jax.quantizer import Quantizer, from_rotated, sketch_gain, sketch_query, to_rotated
 
@@ -25,9 +24,8 @@ def attend_packed(
     positions: Int[Array, "b t"],
     statistics: Statistics | None,
     options: LogitOptions,
-    implementation: str,
 ) -> Partial:
-    """Partial attention over packed pages, for queries and outputs in the original basis.
+    """Partial attention over packed pages by the reference, for queries and outputs in the original basis.
 
     Args:
         query: Queries, float32.
@@ -38,7 +36,6 @@ def attend_packed(
         positions: Position of each query, counted like the tokens of the pages.
         statistics: Of the keys; None for keys that are stored as they are.
         options: Logit options.
-        implementation: As in `pallas_kernels.attention.decode_attention`.
     """
     key_quantizer, value_quantizer = quantizers
     bias = None
@@ -50,19 +47,20 @@ def attend_packed(
     rotated = to_rotated(key_quantizer, query)
     key, value = key_quantizer.spec, value_quantizer.spec
     sketch = sketch_query(key_quantizer, rotated) * sketch_gain(key.dim) if key.kind == "prod" else None
-    attend_pages = decode_attention if query.shape[1] <= MAX_QUERY_TOKENS else prefill_attention
-    partial = attend_pages(
-        rotated,
-        pages,
-        table,
-        lengths,
-        positions=positions,
-        key_format=key.format,
-        value_format=value.format,
-        options=options,
-        logit_bias=bias,
-        sketch_query=sketch,
-        implementation=implementation,
+    partial = decode_attention(
+        PagedArguments(
+            query=rotated,
+            pages=pages,
+            block_table=table,
+            lengths=lengths,
+            positions=positions,
+            key_format=key.format,
+            value_format=value.format,
+            options=options,
+            logit_bias=bias,
+            sketch_query=sketch,
+        ),
+        implementation="reference",
     )
     return Partial(from_rotated(value_quantizer, partial.acc), partial.peak, partial.total)
 
@@ -117,6 +115,5 @@ def attend_paged(
         positions=(lengths - counts)[:, None] + step,
         statistics=statistics,
         options=options,
-        implementation="reference",
     )
     return finish(partial, sink_logits, step < counts[:, None]).astype(query.dtype)

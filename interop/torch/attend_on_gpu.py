@@ -10,14 +10,9 @@ import torch
 import tq_jax as tq
 from interop.launcher.function import TorchFunction
 from interop.launcher.program import BoundProgram
-from interop.torch.chunk import attend_chunk
-from pallas_kernels.attention import LogitOptions, whole_cache
-from pallas_kernels.attention.decode.launch_triton import MAX_QUERY_TOKENS
-from tq_jax.attention import arrays_of, check_query
+from pallas_kernels.attention import MAX_QUERY_TOKENS, AttendPlan, CacheArrays, LogitOptions, attend_cache
+from tq_jax.attention import LONGEST, arrays_of, check_query
 from tq_jax.quantizer import sketch_gain
-
-LONGEST = 1024
-"""Query tokens of a launch; bounds what kernels hand on to each other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +28,12 @@ class AttendOptions:
     def of_logits(self) -> dict[str, float | None]:
         """The numbers, each above 0 if given."""
         return {"sliding_window": self.sliding_window, "softcap": self.softcap, "scale": self.scale}
+
+    def for_head_dim(self, head_dim: int) -> LogitOptions:
+        """What kernels and the reference know of them."""
+        return LogitOptions.for_head_dim(
+            head_dim, scale=self.scale, softcap=self.softcap, sliding_window=self.sliding_window
+        )
 
 
 class KernelAttention:
@@ -92,7 +93,7 @@ def padded_size(count: int) -> int:
     return -(-count // step) * step
 
 
-def kernel_arrays(cache: tq.Cache) -> whole_cache.CacheArrays:
+def kernel_arrays(cache: tq.Cache) -> CacheArrays:
     """What the kernels read of a cache: its own tensors, and the matrices of its rotations."""
     device: Any = cache.length.device
 
@@ -112,17 +113,15 @@ class _Static:
     options: AttendOptions
     interpret: bool = False
 
-    def __call__(self, arrays: whole_cache.CacheArrays, query: Any, sinks: Any, counts: Any) -> tuple[Any]:
+    def __call__(self, arrays: CacheArrays, query: Any, sinks: Any, counts: Any) -> tuple[Any]:
         spec, options = self.spec, self.options
-        scale = options.scale or float(np.float32(spec.head_dim**-0.5))
-        plan = whole_cache.AttendPlan(
-            options=LogitOptions(scale, options.softcap, options.sliding_window),
+        plan = AttendPlan(
+            options=options.for_head_dim(spec.head_dim),
             key_format=None if spec.key is None else spec.key.format,
             value_format=None if spec.value is None else spec.value.format,
-            sinks=spec.sinks,
+            sink_slots=spec.sinks,
             sketch_gain=sketch_gain(spec.head_dim),
             precise=options.precise,
             interpret=self.interpret,
         )
-        attend = whole_cache.attend_cache if query.shape[1] <= MAX_QUERY_TOKENS else attend_chunk
-        return (attend(query, arrays, plan, sink_logits=sinks, counts=counts),)
+        return (attend_cache(query, arrays, plan, sink_logits=sinks, counts=counts),)

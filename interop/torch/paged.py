@@ -21,7 +21,6 @@ from interop.torch import jax_calls
 from interop.torch.attend_on_gpu import AttendOptions
 from interop.torch.dlpack import CPU_ALIGNMENT, to_jax, to_torch
 from interop.torch.paged_on_gpu import PagedKernels
-from pallas_kernels.attention import LogitOptions
 from pallas_kernels.pages import Pages, empty_pages
 from tq_jax.paged import attend_paged
 
@@ -200,13 +199,12 @@ class PagedPool:
         statistics = None
         if self.statistics is not None:
             statistics = to_jax(self._statistics(query.shape[0]))
-        scale = options.scale or float(np.float32(query.shape[-1] ** -0.5))
         out = attend_paged(
             arrays[0],
             self._jax_pages,
             self.quantizers,
             *rows.as_jax,
-            options=LogitOptions(scale, options.softcap, options.sliding_window),
+            options=options.for_head_dim(query.shape[-1]),
             statistics=statistics,
             sink_logits=arrays[1],
         )

@@ -12,15 +12,9 @@ import tq_jax as tq
 from interop.launcher.function import TorchFunction
 from interop.launcher.program import BoundProgram
 from interop.torch.attend_on_gpu import AttendOptions
-from interop.torch.chunk import packed_splits
-from pallas_kernels.attention import LogitOptions
-from pallas_kernels.attention.decode.kernel_triton import Inputs
-from pallas_kernels.attention.decode.launch_triton import MAX_QUERY_TOKENS, decode, decode_plan
-from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
-from pallas_kernels.attention.prepare_triton import Prepared, PrepareInputs, prepare, prepare_plan
+from pallas_kernels.attention import MAX_QUERY_TOKENS, AttendPlan, PagedArrays, attend_block_table
 from pallas_kernels.encode import launch_triton as encode
 from pallas_kernels.pages import Pages
-from pallas_kernels.tiles.rotation_triton import Basis
 from tq_jax.attention import basis_of
 from tq_jax.quantizer import encoder, sketch_gain
 
@@ -103,23 +97,9 @@ class PagedEncode:
         )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PagedArrays:
-    """What the kernels read of a layer, the same in every call; fields as those of `fused.CacheArrays`."""
-
-    pages: Any
-    key_basis: Basis | None
-    value_basis: Basis | None
-    sketch: Any
-
-
 @dataclasses.dataclass(frozen=True)
 class PagedAttend:
-    """Attention over the pages of a block table; what is static, as a function of arrays.
-
-    Few queries take three kernels: prepare, decode and merge. More take that for long chunks between the other two.
-    """
+    """Attention over the pages of a block table, as a function of arrays with its static options bound."""
 
     key: tq.QuantizerSpec
     value: tq.QuantizerSpec
@@ -138,43 +118,17 @@ class PagedAttend:
         sink_logits: Any,
     ) -> tuple[Any]:
         """The outputs, see `PagedPool.attend`."""
-        batch, count, _, dim = query.shape
-        heads, scale = arrays.pages.keys.packed.shape[1], self.options.scale or float(np.float32(dim**-0.5))
-        options = LogitOptions(scale, self.options.softcap, self.options.sliding_window)
-        prepared = prepare(
-            PrepareInputs(
-                query=query, rows=None, counts=counts, length=lengths, compressed=lengths, keys=None, values=None,
-                mean=mean, weight=weight, basis=arrays.key_basis, sketch=arrays.sketch,
-            ),
-            prepare_plan(
-                query.shape, (batch, heads, 0, dim), np.float32, options=options, sinks=0, pages_per_row=table.shape[1],
-                sketch_gain=sketch_gain(dim), interpret=self.interpret,
-            ),
-        )  # fmt: skip
-        prepared = dataclasses.replace(prepared, table=table)  # it knows rows of pages only
-        attend = self._attend_few if count <= MAX_QUERY_TOKENS else self._attend_many
-        packed = attend(prepared, arrays.pages, options)
-        merged = merge_splits(
-            MergeInputs(packed=packed, basis=arrays.value_basis, sink_logits=sink_logits, counts=counts),
-            merge_plan(
-                query.shape, splits=packed.acc.shape[2], dtype=np.dtype(query.dtype).name, partial=False,
-                interpret=self.interpret,
-            ),
-        )  # fmt: skip
-        return (merged[0],)
-
-    def _attend_few(self, prepared: Prepared, pages: Pages, options: LogitOptions) -> Splits:
-        plan, num_warps, num_stages = decode_plan(
-            prepared.query.shape, pages, prepared.table.shape[1], key_format=self.key.format,
-            value_format=self.value.format, options=options, config=None, precise=self.options.precise,
+        plan = AttendPlan(
+            options=self.options.for_head_dim(query.shape[-1]),
+            key_format=self.key.format,
+            value_format=self.value.format,
+            sink_slots=0,
+            sketch_gain=sketch_gain(query.shape[-1]),
+            precise=self.options.precise,
             interpret=self.interpret,
-        )  # fmt: skip
-        inputs = Inputs(
-            query=prepared.query, pages=pages, table=prepared.table, lengths=prepared.lengths,
-            positions=prepared.positions, bias=prepared.bias, sketch=prepared.sketch,
-        )  # fmt: skip
-        return decode(inputs, prepared.query.shape[-1], plan, num_warps=num_warps, num_stages=num_stages)
-
-    def _attend_many(self, prepared: Prepared, pages: Pages, options: LogitOptions) -> Splits:
-        formats = self.key.format, self.value.format
-        return packed_splits(prepared, pages, *formats, options=options, interpret=self.interpret)
+        )
+        statistics = None if mean is None or weight is None else (mean, weight)
+        out = attend_block_table(
+            query, arrays, table, lengths, plan, counts=counts, statistics=statistics, sink_logits=sink_logits
+        )
+        return (out,)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from pallas_kernels.append.slots import left, slot_of, stays
 from tq_jax import CacheSpec
 
 
@@ -55,8 +56,8 @@ def counters_after(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Tokens of each row, and of them in its pages, after an append of counts[r] tokens to each row r."""
     after = tuple(before + count for before, count in zip(length, counts, strict=True))
-    left = (max(old, new - spec.sinks - spec.ring) for old, new in zip(compressed, after, strict=True))
-    return after, tuple(left)
+    places = dict(sink_slots=spec.sinks, ring=spec.ring)
+    return after, tuple(max(old, left(new, **places)) for old, new in zip(compressed, after, strict=True))
 
 
 @functools.lru_cache(maxsize=8)  # the layers of a model append alike, so all but the first find their moves here
@@ -84,16 +85,17 @@ def plan_append(
         >>> moves.kept_slot.tolist(), moves.ring_slot.tolist(), moves.compressed
         ([9, 2, 3], [2, 3], (2,))
     """
-    after, left = counters_after(spec, length, compressed, counts)
+    after, packed = counters_after(spec, length, compressed, counts)
+    places = dict(sink_slots=spec.sinks, ring=spec.ring)
     kept, ring, chunk, pages = [], [], [], []
-    for row, (before, end, start, stop) in enumerate(zip(length, after, compressed, left, strict=True)):
+    for row, (before, end, start, stop) in enumerate(zip(length, after, compressed, packed, strict=True)):
         position = np.arange(before, end)
-        position = position[(position < spec.sinks) | (position >= end - spec.ring)]
-        kept.append(_columns(row, position - before, exact_slots(spec, position)))
+        position = position[stays(position, end, **places)]
+        kept.append(_columns(row, position - before, slot_of(position, **places)))
         address = np.arange(start, stop)
         old = address[spec.sinks + address < before]
         new = address[len(old) :]
-        ring.append(_columns(row, exact_slots(spec, spec.sinks + old)))
+        ring.append(_columns(row, slot_of(spec.sinks + old, **places)))
         chunk.append(_columns(row, spec.sinks + new - before))
         pages.append((row * spec.pages_per_row, old, new))
     addresses = [(base, old) for base, old, _ in pages] + [(base, new) for base, _, new in pages]
@@ -102,13 +104,8 @@ def plan_append(
     old, new = np.concatenate(ring, 1), np.concatenate(chunk, 1)
     indices = [*np.concatenate(kept, 1), *old, *new, np.concatenate([old[0], new[0]]), page, place]
     tensors = [torch.from_numpy(np.ascontiguousarray(index, np.int64)).to(device) for index in indices]
-    counters = torch.tensor([after, left], dtype=torch.int32).to(device)
-    return Moves(*tensors, counters=counters, length=after, compressed=left)
-
-
-def exact_slots(spec: CacheSpec, position: np.ndarray) -> np.ndarray:
-    """Exact slot of each position: its own for sinks, a place in the ring for the others."""
-    return np.where(position < spec.sinks, position, spec.sinks + (position - spec.sinks) % max(spec.ring, 1))
+    counters = torch.tensor([after, packed], dtype=torch.int32).to(device)
+    return Moves(*tensors, counters=counters, length=after, compressed=packed)
 
 
 def require_room(spec: CacheSpec, lengths: tuple[int, ...], counts: tuple[int, ...]) -> None:

@@ -4,54 +4,42 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.attention.arguments import PagedArguments
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial, merge
-from pallas_kernels.format import CodebookFormat, VectorFormat
+from pallas_kernels.format import CodebookFormat
 from pallas_kernels.lookup import decode, residual_signs
 from pallas_kernels.numerics import HIDDEN
-from pallas_kernels.pages import Pages, read_pages
+from pallas_kernels.pages import read_pages
 
 TOKENS_PER_STEP = 512
 """Tokens decoded at a time; bounds the float32 copy of keys and values that exists at once."""
 
 
-def attend_pages(
-    query: Float[Array, "b t h_q d"],
-    pages: Pages,
-    block_table: Int[Array, "b n"],
-    lengths: Int[Array, "b"],
-    *,
-    positions: Int[Array, "b t"],
-    key_format: VectorFormat,
-    value_format: VectorFormat,
-    options: LogitOptions,
-    logit_bias: Float[Array, "b t h_q"] | None,
-    sketch_query: Float[Array, "b t h_q d"] | None,
-) -> Partial:
-    """See `pallas_kernels.attention.decode_attention`. The loop ends with the longest sequence."""
-    page_size = pages.keys.packed.shape[2]
-    step = min(max(1, TOKENS_PER_STEP // page_size), block_table.shape[1])
-    tail = -block_table.shape[1] % step
-    block_table = jnp.pad(block_table, ((0, 0), (0, tail)))
+def attend_pages(x: PagedArguments) -> Partial:
+    """Attention over packed pages; the loop ends with the longest sequence, not with the capacity."""
+    page_size, fmt = x.page_size, x.key_format
+    step = min(max(1, TOKENS_PER_STEP // page_size), x.block_table.shape[1])
+    block_table = jnp.pad(x.block_table, ((0, 0), (0, -x.block_table.shape[1] % step)))
 
     def attend_step(index: Array, partial: Partial) -> Partial:
         ids = lax.dynamic_slice_in_dim(block_table, index * step, step, axis=1)
-        keys, values = read_pages(pages, ids)
+        keys, values = read_pages(x.pages, ids)
         token = index * (step * page_size) + jnp.arange(step * page_size, dtype=jnp.int32)[None]
-        stored = (token < lengths[:, None]).reshape(-1, step, page_size)
-        logits = _dot(query, decode(keys, key_format))
-        if sketch_query is not None:
-            assert isinstance(key_format, CodebookFormat) and keys.residual is not None
-            signs = residual_signs(keys, key_format) * keys.residual.astype(jnp.float32)[..., None]
-            logits = logits + _dot(sketch_query, signs)
+        stored = (token < x.lengths[:, None]).reshape(-1, step, page_size)
+        logits = _dot(x.query, decode(keys, fmt))
+        if x.sketch_query is not None:
+            assert isinstance(fmt, CodebookFormat) and keys.residual is not None
+            signs = residual_signs(keys, fmt) * keys.residual.astype(jnp.float32)[..., None]
+            logits = logits + _dot(x.sketch_query, signs)
         token = jnp.broadcast_to(token.reshape(1, step, page_size), stored.shape)
-        visible = visibility(positions, token, stored, options)
+        visible = visibility(x.positions, token, stored, x.options)
         # Any byte decodes to something finite; the scalars of tokens never written may be NaN.
-        known = jnp.where(stored[:, :, None, None], decode(values, value_format, axis=-2), 0.0)
-        return merge(partial, softmax_part(logits, visible, known, options, logit_bias))
+        known = jnp.where(stored[:, :, None, None], decode(values, x.value_format, axis=-2), 0.0)
+        return merge(partial, softmax_part(logits, visible, known, x.options, x.logit_bias))
 
-    steps = (jnp.max(lengths) + (step * page_size - 1)) // (step * page_size)
-    return lax.fori_loop(0, steps, attend_step, nothing(query, value_format.dim))
+    steps = (jnp.max(x.lengths) + (step * page_size - 1)) // (step * page_size)
+    return lax.fori_loop(0, steps, attend_step, nothing(x.query, x.value_format.dim))
 
 
 def attend_tokens(

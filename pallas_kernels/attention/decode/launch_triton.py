@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float, Int
 
+from pallas_kernels.attention.arguments import PagedArguments
 from pallas_kernels.attention.decode.config import TileConfig, column_block, default_config, num_splits, padded_columns
 from pallas_kernels.attention.decode.kernel_triton import Inputs, Plan, attend
 from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.compat.device import compute_capability, multiprocessors
+from pallas_kernels.dispatch import interprets
 from pallas_kernels.format import CodebookFormat, VectorFormat
 from pallas_kernels.pages import Pages
 from pallas_kernels.tiles.layout import key_parts, value_parts
@@ -25,34 +26,11 @@ DIMS = (64, 80, 96, 128, 192, 256)
 """Head dims that are tested."""
 
 
-def attend_pages(
-    query: Float[Array, "b t h_q d"],
-    pages: Pages,
-    block_table: Int[Array, "b n"],
-    lengths: Int[Array, "b"],
-    *,
-    positions: Int[Array, "b t"],
-    key_format: VectorFormat,
-    value_format: VectorFormat,
-    options: LogitOptions,
-    logit_bias: Float[Array, "b t h_q"] | None,
-    sketch_query: Float[Array, "b t h_q d"] | None,
-    config: TileConfig | None = None,
-    interpret: bool | None = None,
-) -> Partial:
-    """See `pallas_kernels.attention.decode_attention`.
+def attend_pages(x: PagedArguments, *, config: TileConfig | None = None, interpret: bool | None = None) -> Partial:
+    """Attends over packed pages by the decode kernel and merges its splits.
 
     Args:
-        query: As there, and likewise the arguments not listed here.
-        pages: As there.
-        block_table: As there.
-        lengths: As there.
-        positions: As there.
-        key_format: As there.
-        value_format: As there.
-        options: As there.
-        logit_bias: As there.
-        sketch_query: As there.
+        x: Queries, pages and options.
         config: Tile sizes; by default those for the page size.
         interpret: Whether to run the kernel as jnp; by default where JAX has no GPU.
 
@@ -63,34 +41,51 @@ def attend_pages(
     Raises:
         NotImplementedError: For shapes or formats outside the kernel's limits.
     """
-    interpret = jax.default_backend() != "gpu" if interpret is None else interpret
+    interpret = interprets() if interpret is None else interpret
+    splits = attend_splits(x, config=config, interpret=interpret)
+    merging = merge_plan(
+        (*x.query.shape[:3], x.value_format.dim),
+        splits=splits.acc.shape[2],
+        dtype="float32",
+        partial=True,
+        interpret=interpret,
+    )
+    return Partial(*merge_splits(MergeInputs(splits), merging))
+
+
+def attend_splits(x: PagedArguments, *, config: TileConfig | None, precise: bool = False, interpret: bool) -> Splits:
+    """Attends over packed pages by the decode kernel, whose splits are left as they are.
+
+    Args:
+        x: Queries, pages and options.
+        config: Tile sizes; None for those for the page size.
+        precise: Whether the tiles by default are precise ones, see `TileConfig`.
+        interpret: Whether to run the kernel as jnp.
+
+    Raises:
+        NotImplementedError: For shapes or formats outside the kernel's limits.
+    """
     plan, num_warps, num_stages = decode_plan(
-        query.shape,
-        pages,
-        block_table.shape[1],
-        key_format=key_format,
-        value_format=value_format,
-        options=options,
+        x.query.shape,
+        x.pages,
+        x.block_table.shape[1],
+        key_format=x.key_format,
+        value_format=x.value_format,
+        options=x.options,
         config=config,
+        precise=precise,
         interpret=interpret,
     )
     inputs = Inputs(
-        query=query.astype(jnp.float32),
-        pages=pages,
-        table=block_table.astype(jnp.int32),
-        lengths=lengths.astype(jnp.int32),
-        positions=positions.astype(jnp.int32),
-        bias=logit_bias,
-        sketch=sketch_query,
+        query=x.query.astype(jnp.float32),
+        pages=x.pages,
+        table=x.block_table.astype(jnp.int32),
+        lengths=x.lengths.astype(jnp.int32),
+        positions=x.positions.astype(jnp.int32),
+        bias=x.logit_bias,
+        sketch=x.sketch_query,
     )
-    splits = decode(inputs, value_format.dim, plan, num_warps=num_warps, num_stages=num_stages)
-    shape = (*query.shape[:3], value_format.dim)
-    return Partial(
-        *merge_splits(
-            MergeInputs(splits),
-            merge_plan(shape, splits=plan.splits, dtype="float32", partial=True, interpret=interpret),
-        )
-    )
+    return decode(inputs, x.value_format.dim, plan, num_warps=num_warps, num_stages=num_stages)
 
 
 def decode_plan(

@@ -11,12 +11,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.attention.arguments import PagedArguments
 from pallas_kernels.attention.decode import launch_triton as decode
-from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.attention.prefill.config import PrefillConfig, default_config, num_splits
 from pallas_kernels.attention.prefill.kernel_triton import MARKS, Inputs, Plan, attend
 from pallas_kernels.compat.device import compute_capability, multiprocessors
+from pallas_kernels.dispatch import interprets
 from pallas_kernels.format import CodebookFormat, VectorFormat
 from pallas_kernels.numerics import FLOOR, HIDDEN, LARGEST_HALF, LOG2_E
 from pallas_kernels.pages import Pages
@@ -25,34 +26,11 @@ from pallas_kernels.tiles.layout import LEAST_VALUE_TILE, codebook_parts, value_
 from pallas_kernels.tiles.loads_triton import shift_table
 
 
-def attend_pages(
-    query: Float[Array, "b t h_q d"],
-    pages: Pages,
-    block_table: Int[Array, "b n"],
-    lengths: Int[Array, "b"],
-    *,
-    positions: Int[Array, "b t"],
-    key_format: VectorFormat,
-    value_format: VectorFormat,
-    options: LogitOptions,
-    logit_bias: Float[Array, "b t h_q"] | None,
-    sketch_query: Float[Array, "b t h_q d"] | None,
-    config: PrefillConfig | None = None,
-    interpret: bool | None = None,
-) -> Partial:
-    """See `pallas_kernels.attention.prefill_attention`.
+def attend_pages(x: PagedArguments, *, config: PrefillConfig | None = None, interpret: bool | None = None) -> Partial:
+    """Attends over packed pages by the prefill kernel and merges its splits.
 
     Args:
-        query: As there, and likewise the arguments not listed here.
-        pages: As there.
-        block_table: As there.
-        lengths: As there.
-        positions: As there.
-        key_format: As there.
-        value_format: As there.
-        options: As there.
-        logit_bias: As there.
-        sketch_query: As there.
+        x: Queries, pages and options.
         config: Tile sizes; by default those for the shapes.
         interpret: Whether to run the kernel as jnp; by default where JAX has no GPU.
 
@@ -63,35 +41,34 @@ def attend_pages(
     Raises:
         NotImplementedError: For shapes or formats outside the kernel's limits.
     """
-    batch, count, heads, _ = query.shape
-    kv_heads, page_size = pages.keys.packed.shape[1:3]
-    check_supported(query.shape, pages, key_format, value_format, config)
-    assert isinstance(key_format, CodebookFormat)
-    group = heads // kv_heads
-    config = config_for(query.shape, pages, key_format, value_format) if config is None else config
+    batch, count, heads, _ = x.query.shape
+    check_supported(x.query.shape, x.pages, x.key_format, x.value_format, config)
+    assert isinstance(x.key_format, CodebookFormat)
+    kv_heads, group = x.kv_heads, x.group
+    config = config_for(x.query.shape, x.pages, x.key_format, x.value_format) if config is None else config
     blocks = -(-count * group // config.rows)
-    splits = num_splits(config, blocks=batch * kv_heads * blocks, capacity=block_table.shape[1] * page_size)
+    splits = num_splits(config, blocks=batch * kv_heads * blocks, capacity=x.block_table.shape[1] * x.page_size)
     plan = Plan(
-        keys=codebook_parts(key_format, least=LEAST_VALUE_TILE, smallest=LEAST_VALUE_TILE),
-        values=value_parts(value_format),
-        options=options,
+        keys=codebook_parts(x.key_format, least=LEAST_VALUE_TILE, smallest=LEAST_VALUE_TILE),
+        values=value_parts(x.value_format),
+        options=x.options,
         count=count,
         group=group,
         rows=config.rows,
         tile=config.tile,
-        page_size=page_size,
+        page_size=x.page_size,
         splits=splits,
-        interpret=jax.default_backend() != "gpu" if interpret is None else interpret,
+        interpret=interprets() if interpret is None else interpret,
     )
-    rows = _rows(positions.astype(jnp.int32), plan)
+    rows = _rows(x.positions.astype(jnp.int32), plan)
     inputs = Inputs(
-        query=_scaled_queries(query, sketch_query, plan),
-        pages=jax.tree.map(lambda pool: pool if pool.size else None, pages),
-        table=block_table.astype(jnp.int32),
-        lengths=lengths.astype(jnp.int32),
+        query=_scaled_queries(x.query, x.sketch_query, plan),
+        pages=jax.tree.map(lambda pool: pool if pool.size else None, x.pages),
+        table=x.block_table.astype(jnp.int32),
+        lengths=x.lengths.astype(jnp.int32),
         positions=rows,
         bounds=jnp.concatenate([f(rows, axis=-1, keepdims=True) for f in (jnp.min, jnp.max)], axis=-1),
-        bias=logit_bias,
+        bias=x.logit_bias,
         shifts=shift_table(plan),
         marks=np.array(MARKS, np.uint8),
     )
@@ -99,7 +76,7 @@ def attend_pages(
     out, peak = pl.pallas_call(
         functools.partial(attend, plan=plan),
         grid=(blocks, splits, batch * kv_heads),
-        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*lead, value_format.dim), lead)],
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*lead, x.value_format.dim), lead)],
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
         interpret=plan.interpret,
         name="prefill",

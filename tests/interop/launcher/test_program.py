@@ -20,7 +20,7 @@ from interop.launcher import program  # noqa: E402
 from interop.launcher.constants import split_constants  # noqa: E402
 from interop.launcher.function import TorchFunction  # noqa: E402
 from interop.launcher.program import BoundProgram, Place, plan_launches, struct  # noqa: E402
-from interop.torch import (
+from interop.torch import (  # noqa: E402
     append_on_gpu,
     attend_on_gpu,
 )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tq_jax as tq
-from pallas_kernels.attention import LogitOptions, Partial, decode_attention, merge
+from pallas_kernels.attention import LogitOptions, PagedArguments, Partial, decode_attention, merge
 from pallas_kernels.encode import encode
 from pallas_kernels.pages import empty_pages, write_tokens
 from tq_jax.quantizer import encode_rotated, sketch_gain, sketch_query, to_rotated
@@ -78,9 +78,11 @@ def run(pages, table, quantizers, lengths, query, positions, options, bias=None)
     if key.spec.kind == "prod":
         sketch = sketch_query(key, query) * sketch_gain(DIM)
     partial = decode_attention(
-        query, pages, table, jnp.asarray(lengths, jnp.int32),
-        positions=positions, key_format=key.spec.format, value_format=value.spec.format,
-        options=options, logit_bias=bias, sketch_query=sketch,
+        PagedArguments(
+            query, pages, table, jnp.asarray(lengths, jnp.int32),
+            positions=positions, key_format=key.spec.format, value_format=value.spec.format,
+            options=options, logit_bias=bias, sketch_query=sketch,
+        )
     )  # fmt: skip
     return np.asarray(partial.acc / jnp.where(partial.total > 0, partial.total, 1)[..., None])
 
@@ -146,16 +148,17 @@ def test_errors():
     key, value = FORMATS[0]
     pages = empty_pages(2, HEADS, PAGE, key.format, value.format)
 
-    def call(query, **options):
+    def call(query, implementation="auto", **options):
         arguments = dict(
             positions=jnp.zeros((1, 1), jnp.int32),
             key_format=key.format,
             value_format=value.format,
             options=LogitOptions(scale=1.0),
         )
-        return decode_attention(
+        given = PagedArguments(
             query, pages, jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32), **(arguments | options)
         )
+        return decode_attention(given, implementation=implementation)
 
     with pytest.raises(
         ValueError, match=r"expected queries with a multiple of 2 heads and dim 32, got \(1, 1, 3, 32\)"

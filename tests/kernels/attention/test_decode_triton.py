@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.attention import LogitOptions, TileConfig, decode_attention
+from pallas_kernels.attention import LogitOptions, PagedArguments, TileConfig, decode_attention
 from pallas_kernels.attention.decode.config import default_config, has_pairs, num_splits
 from pallas_kernels.attention.decode.launch_triton import config_for
 from pallas_kernels.pages import empty_pages
@@ -39,7 +39,7 @@ def attend(case, implementation, **config):
     query, pages, *_ = case.arrays
     base = config_for(query.shape, pages, case.options["key_format"], case.options["value_format"])
     config = dataclasses.replace(base, **({"programs": 64} | config))
-    return decode_attention(*case.arrays, **case.options, implementation=implementation, config=config)
+    return decode_attention(case.arguments, implementation=implementation, config=config)
 
 
 def log_sum_tolerance(variant, case):
@@ -107,11 +107,12 @@ def test_limits_are_named():
     def call(key=None, value=None, *, dim=64, heads=2, count=1, page=64, config=None):
         key, value = key or QuantizerSpec(dim, 4), value or QuantizerSpec(dim, 4)
         pages = empty_pages(2, 1, page, key.format, value.format)
-        return decode_attention(
+        arguments = PagedArguments(
             jnp.zeros((1, count, heads, dim)), pages, jnp.zeros((1, 2), jnp.int32), jnp.zeros(1, jnp.int32),
             positions=jnp.zeros((1, count), jnp.int32), key_format=key.format, value_format=value.format,
-            options=LogitOptions(1.0), implementation="triton", config=config,
+            options=LogitOptions(1.0),
         )  # fmt: skip
+        return decode_attention(arguments, implementation="triton", config=config)
 
     for match, arguments in [
         ("head dims .*, got 48 and 48", {"dim": 48}),

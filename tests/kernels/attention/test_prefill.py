@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 import tq_jax as tq
-from pallas_kernels.attention import LogitOptions, PrefillConfig, decode_attention, prefill_attention
+from pallas_kernels.attention import (
+    LogitOptions,
+    PagedArguments,
+    PrefillConfig,
+    decode_attention,
+    prefill_attention,
+)
 from pallas_kernels.attention.prefill.config import default_config, num_splits
 from pallas_kernels.attention.prefill.launch_triton import attend_pages, config_for
 from pallas_kernels.compat.lowering import lower_for_cuda, triton_kernels
@@ -27,13 +33,13 @@ def chunk_case(variant, count=9):
 
 
 def reference(case):
-    return decode_attention(*case.arrays, **case.options, implementation="reference")
+    return decode_attention(case.arguments, implementation="reference")
 
 
 def prefill(case, config=SMALL):
     """The kernel's result, which two runs agree on."""
-    run = jax.jit(lambda *a: prefill_attention(*a, **case.options, implementation="triton", config=config))
-    first, second = run(*case.arrays), run(*case.arrays)
+    run = jax.jit(lambda x: prefill_attention(x, implementation="triton", config=config))
+    first, second = run(case.arguments), run(case.arguments)
     jax.tree.map(np.testing.assert_array_equal, first, second)
     return first
 
@@ -90,10 +96,8 @@ def test_no_expanded_copy_of_the_prefix():
     pages = jax.eval_shape(lambda: empty_pages(512, 1, 128, spec, spec))
 
     def attend(query, pages, table, lengths, positions):
-        return prefill_attention(
-            query, pages, table, lengths, positions=positions, key_format=spec, value_format=spec,
-            options=LogitOptions(1.0), implementation="triton", config=PrefillConfig(rows=16, programs=2),
-        )  # fmt: skip
+        arguments = PagedArguments(query, pages, table, lengths, positions, spec, spec, LogitOptions(1.0))
+        return prefill_attention(arguments, implementation="triton", config=PrefillConfig(rows=16, programs=2))
 
     integers = [shape(s, jnp.int32) for s in ((1, 512), (1,), (1, 16))]
     jaxpr = jax.make_jaxpr(attend)(shape((1, 16, 1, 64), jnp.float32), pages, *integers).jaxpr
@@ -122,10 +126,10 @@ def test_lowers_for_cuda(name):
     query, pages, *_ = case.arrays
     config = config_for(query.shape, pages, case.options["key_format"], case.options["value_format"])
 
-    def run(*arrays):
-        return attend_pages(*arrays, **case.options, config=config, interpret=False)
+    def run(arguments):
+        return attend_pages(arguments, config=config, interpret=False)
 
-    [kernel] = triton_kernels(lower_for_cuda(run, *case.arrays))
+    [kernel] = triton_kernels(lower_for_cuda(run, case.arguments))
     assert kernel.name == "prefill" and kernel.ir.count("tt.dot") >= 4
 
 
@@ -140,14 +144,15 @@ def test_large_logits_of_one_key():
 def test_limits_and_errors():
     four = QuantizerSpec(64, 4)
 
-    def call(key=four, value=four, *, query=None, heads=2, page=64, implementation="triton", **more):
+    def call(key=four, value=four, *, query=None, heads=2, page=64, implementation="triton", config=None, **more):
         pages = empty_pages(2, 1, page, key.format, value.format)
         query = jnp.zeros((1, 9, heads, key.dim)) if query is None else query
-        return prefill_attention(
+        arguments = PagedArguments(
             query, pages, block_table=jnp.zeros((1, 2), jnp.int32), lengths=jnp.zeros(1, jnp.int32),
             positions=jnp.zeros((1, 9), jnp.int32), key_format=key.format, value_format=value.format,
-            options=LogitOptions(1.0), implementation=implementation, **more,
+            options=LogitOptions(1.0), **more,
         )  # fmt: skip
+        return prefill_attention(arguments, implementation=implementation, config=config)
 
     for match, arguments in [
         ("head dims .*, got 48 and 48", {"key": QuantizerSpec(48, 4), "value": QuantizerSpec(48, 4)}),

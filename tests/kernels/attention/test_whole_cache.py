@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import tq_jax as tq
-from pallas_kernels.attention import LogitOptions, TileConfig, prepare_triton, whole_cache
+from pallas_kernels.attention import LogitOptions, TileConfig, attend_cache, prepare_triton
 from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
+from pallas_kernels.attention.pipeline import prepare_queries
+from pallas_kernels.attention.whole_cache import prepare_inputs
 from pallas_kernels.compat.lowering import lower_for_cuda, triton_kernels
 from pallas_kernels.numerics import HIDDEN
 from tests.kernels.cases.whole_cache import CASES, attend_case, filled_cache, make_spec, relative_error
@@ -58,7 +60,7 @@ def test_partial_attention():
     _, query, cache = plain()
     plan = attention._plan(cache, LogitOptions(0.125), precise=False, config=None)
     plan = dataclasses.replace(plan, partial=True, config=TILES)
-    part = whole_cache.attend_cache(query, attention.arrays_of(cache), plan)
+    part = attend_cache(query, attention.arrays_of(cache), plan)
     assert np.asarray(part.total).tolist() == [[[1.0] * 8], [[0.0] * 8]]
     np.testing.assert_array_equal(part.peak[1], np.full((1, 8), HIDDEN, np.float32))
     want = tq.attend(query, cache, scale=0.125, implementation="reference")
@@ -108,7 +110,9 @@ def test_prepared_queries(bits):
     cache, query = filled_cache(spec, (300, 90), group=2)
     rows, query = jnp.array([1, 0]), query[:, :3].astype(jnp.bfloat16)
     plan = attention._plan(cache, LogitOptions(0.3), precise=False, config=None)
-    got = whole_cache.prepare_cache(query, attention.arrays_of(cache), plan, rows, jnp.array([2, 3]))
+    arrays = attention.arrays_of(cache)
+    inputs = prepare_inputs(query, arrays, rows, jnp.array([2, 3]))
+    got = prepare_queries(inputs, arrays.pages, plan, stored_dtype=arrays.exact_keys.dtype)
     mean, weight = (jnp.repeat(x[rows], 2, axis=1)[:, None] for x in (cache.statistics.mean, cache.statistics.weight))
     query = query.astype(jnp.float32)
     want = to_rotated(cache.key_quantizer, query / weight)
@@ -137,7 +141,7 @@ def test_nothing_is_computed_between_the_kernels(kind):
     integers, sinks = shape((2,), jnp.int32), shape((32,), jnp.float32)
 
     def run(query, cache, lengths, rows, sinks):
-        return attention._attend_fused(query, cache, lengths, rows, sinks, plan=plan)
+        return attention._attend_by_kernels(query, cache, lengths, rows, sinks, plan=plan)
 
     lowered = lower_for_cuda(run, shape((2, 1, 32, 128), jnp.bfloat16), cache, integers, integers, sinks)
     names = [kernel.name for kernel in triton_kernels(lowered)]

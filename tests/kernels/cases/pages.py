@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import tq_jax as tq
-from pallas_kernels.attention import LogitOptions, Partial, decode_attention
+from pallas_kernels.attention import LogitOptions, PagedArguments, Partial, decode_attention
 from pallas_kernels.attention.decode.config import has_pairs
 from pallas_kernels.pages import empty_pages, write_tokens
 from tests.kernels.cases.formats import Formats
@@ -99,11 +99,16 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Arguments of `decode_attention`: positional arrays, then keywords, some of them arrays."""
+    """Arguments of attention over pages: positional arrays, then keywords, some of them arrays."""
 
     arrays: tuple
     options: dict[str, Any]
     page_size: int
+
+    @property
+    def arguments(self) -> PagedArguments:
+        """All of them in one."""
+        return PagedArguments(*self.arrays, **self.options)
 
 
 def make_case(variant: Variant, *, kv_heads: int = 2, seed: int = 0) -> Case:
@@ -152,7 +157,7 @@ def tolerance(variant: Variant) -> float:
 
 def decode_reference(case: Case) -> Partial:
     """The result that the kernel is compared with."""
-    return decode_attention(*case.arrays, **case.options, implementation="reference")
+    return decode_attention(case.arguments, implementation="reference")
 
 
 def normalized(partial: Partial) -> np.ndarray:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention import LogitOptions, Partial
+from pallas_kernels.attention import LogitOptions, PagedArguments, Partial
 from pallas_kernels.pages import Pages, empty_pages
 from tq_jax.commands.bench.job import Job, Row, Setting
 from tq_jax.commands.bench.peers import Peer
@@ -74,7 +74,7 @@ class Operation:
 
     Attributes:
         name: As in rows.
-        function: `decode_attention`, or what has its arguments.
+        function: `decode_attention` or `prefill_attention`.
         tolerance: Relative error that its kernel may have in a case.
     """
 
@@ -124,21 +124,26 @@ def run_case(operation: Operation, case: Case, setting: Setting) -> Iterator[Row
     sketch = 0.05 * query if case.specs[0].kind == "prod" else None
 
     def compiled(implementation: str) -> Any:
-        attend = functools.partial(
-            operation.function,
-            key_format=key,
-            value_format=value,
-            options=LogitOptions(shape.head_dim**-0.5),
-            implementation=implementation,
-            **({"config": case.config} if implementation == "triton" else {}),
+        config = case.config if implementation == "triton" else None
+        run = functools.partial(operation.function, implementation=implementation, config=config)
+        return jax.jit(run).lower(*inputs[0]).compile()
+
+    inputs = [
+        (
+            PagedArguments(
+                query=query,
+                pages=pages,
+                block_table=table,
+                lengths=lengths,
+                positions=positions,
+                key_format=key,
+                value_format=value,
+                options=LogitOptions(shape.head_dim**-0.5),
+                sketch_query=sketch,
+            ),
         )
-
-        def run(query: Any, pages: Any, table: Any, lengths: Any, positions: Any, sketch: Any) -> Partial:
-            return attend(query, pages, table, lengths, positions=positions, sketch_query=sketch)
-
-        return jax.jit(run).lower(query, pages, tables[0], lengths, positions, sketch).compile()
-
-    inputs = [(query, pages, table, lengths, positions, sketch) for table in tables]
+        for table in tables
+    ]
     kernel = compiled(implementation)
     row = {"op": operation.name, "impl": implementation, **shape.as_dict()}
     row |= {"key": case.names[0], "value": case.names[1], "paged": case.paged, "page_size": case.page_size}

@@ -66,7 +66,7 @@ def case(
         options=options,
         key_format=key.format,
         value_format=value.format,
-        sinks=spec.sinks,
+        sink_slots=spec.sinks,
         sketch_gain=sketch_gain(key.dim),
     )
     shape = jax.ShapeDtypeStruct

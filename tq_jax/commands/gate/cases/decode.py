@@ -1,12 +1,13 @@
 """Decode kernels to compile: every supported format, head dim, mask and row count; not every combination."""
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import LogitOptions, TileConfig
+from pallas_kernels.attention import LogitOptions, PagedArguments, TileConfig
 from pallas_kernels.attention.decode.launch_triton import attend_pages, config_for, stages_for
 from pallas_kernels.pages import empty_pages
 from tq_jax.commands.gate.case import Case, by_tiles
@@ -74,11 +75,11 @@ def cases_of(
         pages: Pages of each of the rows.
         quick: Whether it is compiled by default.
     """
-    arguments = paged_arguments(key, value, group=group, count=count, bias=bias, pages=pages)
+    arguments = paged_arguments(key, value, group=group, count=count, options=options, bias=bias, pages=pages)
 
     def tiles(capability: int) -> TileConfig:
         formats = key.format, value.format
-        return config_for(arguments[0].shape, arguments[1], *formats, precise=precise, capability=capability)
+        return config_for(arguments.query.shape, arguments.pages, *formats, precise=precise, capability=capability)
 
     for config, architectures in by_tiles(tiles).items():
         stages = stages_for(key.format, config)
@@ -86,8 +87,8 @@ def cases_of(
         found = ["mma", *(() if key.bits == value.bits == 8 else ("prmt",)), *(("async",) if stages > 1 else ())]
         yield Case(
             name if "sm_90" in architectures else f"{name}, {', '.join(architectures)}",
-            paged_function(attend_pages, key, value, options=options, config=config),
-            arguments,
+            functools.partial(attend_pages, config=config, interpret=False),
+            (arguments,),
             config=f"{config.tile} tokens, {config.num_warps} warps, {stages} stages",
             expected={"decode": found},
             only=("decode",),
@@ -102,38 +103,25 @@ def paged_arguments(
     *,
     group: int,
     count: int,
+    options: LogitOptions,
     bias: bool,
     page_size: int = PAGE_SIZE,
     pages: int = PAGES,
-) -> tuple:
-    """Shapes of the arguments of a function that `paged_function` makes."""
-    shape = jax.ShapeDtypeStruct
-    pools = jax.eval_shape(lambda: empty_pages(BATCH * pages, KV_HEADS, page_size, key.format, value.format))
+) -> PagedArguments:
+    """Shapes of the arguments of attention over pages of two quantizers; arguments as those of `cases_of`."""
+    shape: Any = jax.ShapeDtypeStruct
     query = shape((BATCH, count, KV_HEADS * group, key.dim), jnp.float32)
-    integers = [shape(s, jnp.int32) for s in ((BATCH, pages), (BATCH,), (BATCH, count))]
-    biases = shape(query.shape[:3], jnp.float32) if bias else None
-    return query, pools, *integers, biases, query if key.kind == "prod" else None
-
-
-def paged_function(
-    attend_pages: Callable, key: QuantizerSpec, value: QuantizerSpec, *, options: LogitOptions, config: Any
-) -> Callable:
-    """An op over pages as a function of arrays alone, compiled."""
-
-    def run(query: Any, pages: Any, table: Any, lengths: Any, positions: Any, bias: Any, sketch: Any) -> Any:
-        return attend_pages(
-            query,
-            pages,
-            table,
-            lengths,
-            positions=positions,
-            key_format=key.format,
-            value_format=value.format,
-            options=options,
-            logit_bias=bias,
-            sketch_query=sketch,
-            config=config,
-            interpret=False,
-        )
-
-    return run
+    pools = jax.eval_shape(lambda: empty_pages(BATCH * pages, KV_HEADS, page_size, key.format, value.format))
+    table, lengths, positions = (shape(s, jnp.int32) for s in ((BATCH, pages), (BATCH,), (BATCH, count)))
+    return PagedArguments(
+        query=query,
+        pages=pools,
+        block_table=table,
+        lengths=lengths,
+        positions=positions,
+        key_format=key.format,
+        value_format=value.format,
+        options=options,
+        logit_bias=shape(query.shape[:3], jnp.float32) if bias else None,
+        sketch_query=query if key.kind == "prod" else None,
+    )

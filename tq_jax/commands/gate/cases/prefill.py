@@ -13,7 +13,6 @@ from tq_jax.commands.gate.cases.decode import (
     PAGES,
     PLAIN,
     paged_arguments,
-    paged_function,
 )
 from tq_jax.quantizer import QuantizerSpec
 
@@ -62,13 +61,15 @@ def make_case(
 ) -> Case:
     """Attention of a chunk over pages on a kind of device; other arguments as in `gate_decode.case`."""
     architectures = DEVICES[kind]
-    arguments = paged_arguments(key, value, group=group, count=count, bias=bias, page_size=page_size, pages=pages)
+    arguments = paged_arguments(
+        key, value, group=group, count=count, options=options, bias=bias, page_size=page_size, pages=pages
+    )
     capability = int(architectures[0].removeprefix("sm_"))
-    config = config_for(arguments[0].shape, arguments[1], key.format, value.format, capability=capability)
+    config = config_for(arguments.query.shape, arguments.pages, key.format, value.format, capability=capability)
     return Case(
         f"{name}, {kind}",
-        paged_function(attend_pages, key, value, options=options, config=config),
-        arguments,
+        functools.partial(attend_pages, config=config, interpret=False),
+        (arguments,),
         config=f"{config.rows} rows, {config.tile} tokens, {config.num_warps} warps, {config.num_stages} stages",
         expected={"prefill": ("half mma",)},
         architectures=architectures,

@@ -1,0 +1,114 @@
+"""Attention over packed pages that a block table puts together, as serving engines keep them, by kernels.
+
+The pages may hold every token of a sequence, or all but the first and the latest ones, which a full-precision segment
+then holds in the slots of a cache: sink slots, then a ring (see `pallas_kernels.append.slots`).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention.partial import Partial
+from pallas_kernels.attention.pipeline import AttendPlan, attend_prepared
+from pallas_kernels.attention.prepare_triton import PrepareInputs
+from pallas_kernels.pages import Pages
+from pallas_kernels.tiles.rotation_triton import Basis
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedArrays:
+    """What attention reads of a layer's pages, the same in every call; a pytree.
+
+    Attributes:
+        pages: Pools of packed keys and values.
+        key_basis: Basis in which compressed keys are held; None for channels as they are.
+        value_basis: Basis in which compressed values are held; None for channels as they are.
+        sketch: float32 [d, d], matrix of Prod keys; None for other keys.
+    """
+
+    pages: Pages
+    key_basis: Basis | None
+    value_basis: Basis | None
+    sketch: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FullPrecisionSegment:
+    """Tokens of sequences that are not read from pages; a pytree.
+
+    Attributes:
+        keys: [b, h_kv, slots, d], full-precision keys: the plan's `sink_slots` for the first tokens, then a ring of
+            the latest. float16, float32 or, as uint16, the bits of bfloat16.
+        values: Full-precision values, laid out like the keys.
+        compressed: int32 [b], tokens that are read from the pages: those behind the sinks and before the ring's.
+    """
+
+    keys: Any
+    values: Any
+    compressed: Int[Array, "b"]
+
+
+def attend_block_table(
+    query: Float[Array, "b t h_q d"],
+    x: PagedArrays,
+    block_table: Int[Array, "b n"],
+    lengths: Int[Array, "b"],
+    plan: AttendPlan,
+    *,
+    counts: Int[Array, "b"] | None = None,
+    statistics: tuple[Float[Array, "b h_kv d"], Float[Array, "b h_kv d"]] | None = None,
+    segment: FullPrecisionSegment | None = None,
+    sink_logits: Float[Array, "h_q"] | None = None,
+) -> Float[Array, "b t h_q d"] | Partial:
+    """Causal attention of the latest queries of each sequence, of any number, over its pages.
+
+    Args:
+        query: Queries as the model has them, of any float type.
+        x: Pages, bases and sketch.
+        block_table: int32, page of each run of page_size tokens of each sequence, counted from the first token behind
+            the sink slots.
+        lengths: int32, tokens of each sequence, those of the queries included.
+        plan: The configuration; `sink_slots` is 0 without a segment.
+        counts: int32, queries of each sequence, right-padded: its last `counts` tokens; t by default.
+        statistics: Mean and channel weights of the keys of each sequence; None for keys that are stored as they are.
+        segment: Tokens in full precision; None if all tokens are read from the pages.
+        sink_logits: Learned logits without a value.
+
+    Returns:
+        The output in the type of the queries, zero for padding; or, if the plan says so, the partial attention in the
+        original basis.
+
+    Raises:
+        ValueError: For sink slots without a segment.
+        NotImplementedError: For shapes or formats outside the kernels' limits.
+    """
+    if segment is None and plan.sink_slots:
+        raise ValueError(f"expected sink_slots=0 without a full-precision segment, got {plan.sink_slots}")
+    mean, weight = (None, None) if statistics is None else statistics
+    inputs = PrepareInputs(
+        query=query,
+        rows=None,
+        counts=counts,
+        length=lengths,
+        compressed=lengths if segment is None else segment.compressed,
+        keys=None if segment is None else segment.keys,
+        values=None if segment is None else segment.values,
+        mean=mean,
+        weight=weight,
+        basis=x.key_basis,
+        sketch=x.sketch,
+    )
+    return attend_prepared(
+        inputs,
+        x.pages,
+        plan,
+        stored_dtype=jnp.float32 if segment is None else segment.keys.dtype,
+        block_table=block_table,
+        value_basis=x.value_basis,
+        sink_logits=sink_logits,
+    )
