@@ -25,7 +25,7 @@ precise_or_not = pytest.mark.parametrize("precise", [False, True], ids=["default
 
 def check_pages(case, run, tolerance):
     """Compares attention over pages with the reference, and two runs with each other."""
-    got, again = run(*case.arrays), run(*case.arrays)
+    got, again = run(case.arguments), run(case.arguments)
     jax.tree.map(np.testing.assert_array_equal, got, again)
     assert page_cases.relative_error(got, page_cases.decode_reference(case)) <= tolerance
 
@@ -38,7 +38,7 @@ def test_decode(name, precise):
     query, pages, *_ = case.arrays
     formats = case.options["key_format"], case.options["value_format"]
     config = dataclasses.replace(decode_config(query.shape, pages, *formats, precise=precise), programs=64)
-    run = jax.jit(functools.partial(decode_attention, **case.options, config=config, implementation="triton"))
+    run = jax.jit(functools.partial(decode_attention, config=config, implementation="triton"))
     check_pages(case, run, 1e-4 if precise else page_cases.tolerance(variant))
 
 
@@ -47,7 +47,7 @@ def test_prefill(name):
     case = page_cases.make_case(dataclasses.replace(page_cases.VARIANTS[name], count=PREFILL_COUNT))
     query, pages, *_ = case.arrays
     config = prefill_config(query.shape, pages, case.options["key_format"], case.options["value_format"])
-    run = jax.jit(functools.partial(prefill_attention, **case.options, config=config, implementation="triton"))
+    run = jax.jit(functools.partial(prefill_attention, config=config, implementation="triton"))
     check_pages(case, run, PREFILL_TOLERANCE)
 
 
@@ -143,11 +143,11 @@ def test_attention_over_large_pools(count):
     attend = decode_attention if count == 1 else prefill_attention
     for name in ("k4v4", "k2v2", "prod3 group2"):
         case = page_cases.make_case(dataclasses.replace(page_cases.VARIANTS[name], count=count))
-        query, pages, table, *others = case.arrays
-        run = jax.jit(functools.partial(attend, **case.options, implementation="triton"))
-        want = run(*case.arrays)
-        larger, before = in_large_pools(pages)
-        got = run(query, larger, table + before, *others)
+        given = case.arguments
+        run = jax.jit(functools.partial(attend, implementation="triton"))
+        want = run(given)
+        larger, before = in_large_pools(given.pages)
+        got = run(dataclasses.replace(given, pages=larger, block_table=given.block_table + before))
         jax.tree.map(np.testing.assert_array_equal, got, want)
         del larger
 
