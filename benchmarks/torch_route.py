@@ -120,14 +120,11 @@ MODES = (
 )
 
 
-def llama_net(layers: int) -> torch.nn.Module:
+def llama_net(layers: int) -> Any:
     """A random Hugging Face model with the layers of Llama 3 8B and a small vocabulary, in bfloat16."""
     heads = dict(num_attention_heads=cases.Q_HEADS, num_key_value_heads=cases.KV_HEADS, head_dim=cases.DIM)
-    sizes = dict(vocab_size=2048, hidden_size=4096, intermediate_size=14336, max_position_embeddings=1 << 17)
-    config = transformers.LlamaConfig(**heads, **sizes, num_hidden_layers=layers)
-    torch.manual_seed(0)
-    with torch.device(cases.DEVICE):
-        return transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    sizes = dict(hidden_size=4096, intermediate_size=14336, max_position_embeddings=1 << 17)
+    return cases.random_net(**heads, **sizes, num_hidden_layers=layers)
 
 
 def time_steps(net: Any, ids: torch.Tensor, cache: Any, batch: int, steps: int, *, graphs: bool) -> tuple[Any, Any]:

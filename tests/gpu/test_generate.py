@@ -112,7 +112,8 @@ class Continuations:
 @pytest.mark.parametrize("model", MODELS)
 def test_the_tokens_of_the_reference(model, dtype, temperature):
     """Where a row first differs, both have seen the same tokens, and two scores tie to within the error of logits."""
-    text = Continuations(*MODELS[model](dtype), Sampling(temperature=temperature))
+    decoder, prompts = MODELS[model](dtype)
+    text = Continuations(decoder, prompts, Sampling(temperature=temperature))
     want = text.generate(**REFERENCE)
     exact = text.logits(want[:, :-1], **REFERENCE)
     scores = exact if not temperature else exact / temperature + noise(text.keys, exact.shape)

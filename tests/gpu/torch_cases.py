@@ -1,6 +1,7 @@
 """Caches that torch holds on a GPU, their tokens, and decoding steps: for tests, and for benchmarks that time them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import torch
@@ -77,18 +78,24 @@ def relative_error(found: torch.Tensor, want: torch.Tensor) -> float:
     return float((found.float() - want.float()).norm() / want.float().norm())
 
 
-def smollm2_net() -> torch.nn.Module:
-    """A random Hugging Face model with the shape of SmolLM2-135M and a small vocabulary, in bfloat16."""
+def random_net(**sizes: Any) -> Any:
+    """A random Llama of Hugging Face with a vocabulary of 2,048, in bfloat16 on the GPU."""
     import transformers
 
-    from interop.hf import ATTENTION
-
-    sizes = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, vocab_size=2048, initializer_range=0.08)
-    heads = dict(num_attention_heads=9, num_key_value_heads=3, head_dim=64)
-    config = transformers.LlamaConfig(**sizes, **heads, bos_token_id=None, eos_token_id=None, pad_token_id=0)
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        net = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        config = transformers.LlamaConfig(vocab_size=2048, **sizes)
+        net: Any = transformers.LlamaForCausalLM(config)
+        return net.to(torch.bfloat16).eval()
+
+
+def smollm2_net() -> Any:
+    """A random Hugging Face model with the shape of SmolLM2-135M and a small vocabulary, in bfloat16."""
+    from interop.hf import ATTENTION
+
+    sizes = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, initializer_range=0.08)
+    heads = dict(num_attention_heads=9, num_key_value_heads=3, head_dim=64)
+    net = random_net(**sizes, **heads, bos_token_id=None, eos_token_id=None, pad_token_id=0)
     net.set_attn_implementation(ATTENTION)
     return net
 
