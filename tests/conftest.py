@@ -1,6 +1,7 @@
 """Strict JAX, four host devices, and shape annotations checked while tests run."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import jax
 import jaxtyping
 import pytest
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share a GPU, and torch is beside JAX
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -24,7 +26,12 @@ def _annotated(package: str) -> bool:
 
 
 def _check_shapes() -> None:
-    """Checks annotated shapes at each call, in tests only, so that users pay nothing for them."""
+    """Checks annotated shapes at each call, in tests only, so that users pay nothing for them.
+
+    Without beartype, which a GPU machine need not have, nothing is checked.
+    """
+    if importlib.util.find_spec("beartype") is None:
+        return
     annotated = [package for package in PACKAGES if _annotated(package)]
     if not annotated:
         return
@@ -41,7 +48,7 @@ _check_shapes()
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_for_one_module():
-    """Forgets what a module compiled; all of it together would take more memory than a small machine has."""
+    """Forgets what a module compiled: all modules together would take more memory than a small machine has."""
     yield
     jax.clear_caches()
 

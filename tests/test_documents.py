@@ -1,7 +1,8 @@
-"""What the READMEs name exists: recorded files, scripts, links, pictures, commands and their options."""
+"""Everything that documents name exists: recorded files, scripts, tests, links, pictures, commands and options."""
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def documents(function):
 
 
 def code(text):
-    """Lines of shell blocks without comments, and what stands between backticks."""
+    """Lines of shell blocks without comments, and the parts of prose between backticks."""
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
@@ -73,7 +74,22 @@ def parameters(name):
 def test_options_of_scripts_exist():
     commands = [part for part in code(BENCHMARKS.read_text("utf-8")) if "benchmarks/" in part]
     assert commands
+    shared = (ROOT / "benchmarks" / "jobs.py").read_text("utf-8")
     for command in commands:
         script, rest = re.search(r"(benchmarks/\w+\.py)(.*)", command).groups()  # pyright: ignore[reportOptionalMemberAccess]
-        source = (ROOT / script).read_text("utf-8")
+        source = (ROOT / script).read_text("utf-8") + shared
         assert [word for word in re.findall(r"--[\w-]+", rest) if f'"{word}"' not in source] == [], command
+
+
+@documents
+def test_named_tests_exist(path):
+    named = [word for part in code(path.read_text("utf-8")) for word in re.findall(r"\btests/[\w/.]+", part)]
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_named_markers_exist():
+    markers = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["pytest"]["ini_options"]["markers"]
+    known = {marker.split(":")[0] for marker in markers}
+    commands = [part for path in DOCUMENTS for part in code(path.read_text("utf-8")) if "pytest" in part]
+    named = {marker for command in commands for marker in re.findall(r"pytest(?: .*)? -m (\w+)", command)}
+    assert named <= known

@@ -1,4 +1,4 @@
-"""The stored notebooks: run from top to bottom, without errors, small, and free of what differs between machines."""
+"""The stored notebooks: run from top to bottom, without errors, small, and the same on every machine."""
 
 import ast
 import base64

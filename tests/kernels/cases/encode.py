@@ -1,4 +1,4 @@
-"""Cases that the encode kernel is compared on, and what of its differences from the reference are ties."""
+"""Cases for the encode kernel, and a comparison that tells ties of float32 rounding from errors."""
 
 import dataclasses
 from typing import Any
@@ -12,6 +12,7 @@ from pallas_kernels.encode import Encoder, reference
 from pallas_kernels.format import Code, CodebookFormat
 from pallas_kernels.packing import packed_bytes, unpack
 from pallas_kernels.pages import Pages, empty_pages
+from tests.kernels.cases.formats import Formats
 from tq_jax.quantizer import encoder
 
 PATTERN = 0xA5
@@ -26,23 +27,17 @@ HALF_TIE = 1.01 * 2.0**-10
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One case.
+class Case(Formats):
+    """Tokens to encode, beside their formats.
 
     Attributes:
-        key: Arguments of the keys' quantizer besides dim.
-        value: Likewise of the values'.
-        dim: Head dim.
-        lead: Rows and tokens a row.
-        page_size: Tokens a page.
+        lead: Cache rows, and tokens per row.
+        page_size: Tokens per page.
         dtype: Type of the vectors.
         statistics: Whether keys are centred and weighted.
-        skip: Share of tokens that are skipped.
+        skip: Share of the tokens that have no slot.
     """
 
-    key: dict[str, Any] = dataclasses.field(default_factory=lambda: {"bits": 4})
-    value: dict[str, Any] = dataclasses.field(default_factory=lambda: {"bits": 4})
-    dim: int = 128
     lead: tuple[int, int] = (2, 37)
     page_size: int = 16
     dtype: str = "bfloat16"
@@ -97,15 +92,14 @@ class Arrays:
 
 
 def make_arrays(case: Case, *, heads: int = 2, seed: int = 0, scramble: bool = True) -> Arrays:
-    """Random vectors for slots of shuffled pages of a pool that is filled with a pattern."""
+    """Random vectors, and slots for them in shuffled pages of a pool that is filled with a pattern."""
     rng = np.random.default_rng(seed)
-    specs = [tq.QuantizerSpec(case.dim, **arguments) for arguments in (case.key, case.value)]
-    quantizers = [tq.make_quantizer(spec, seed=i + 3) for i, spec in enumerate(specs)]
+    quantizers = [tq.make_quantizer(spec, seed=i + 3) for i, spec in enumerate(case.specs)]
     count = case.lead[0] * case.lead[1]
     pool = -(-count // case.page_size) + 2
     slots = rng.permutation(pool * case.page_size)[:count] if scramble else np.arange(count)
     slots = np.where(rng.random(count) < case.skip, -1, slots).astype(np.int32).reshape(case.lead)
-    pages = jax.tree.map(patterned, empty_pages(pool, heads, case.page_size, specs[0].format, specs[1].format))
+    pages = jax.tree.map(patterned, empty_pages(pool, heads, case.page_size, *(spec.format for spec in case.specs)))
     shape = (*case.lead, heads, case.dim)
     keys, values = (jnp.asarray(rng.standard_normal(shape), case.dtype) for _ in range(2))
     options: dict[str, Any] = {"key": encoder(quantizers[0]), "value": encoder(quantizers[1])}
@@ -117,7 +111,7 @@ def make_arrays(case: Case, *, heads: int = 2, seed: int = 0, scramble: bool = T
 
 
 def patterned(array: jax.Array) -> jax.Array:
-    """An array of the same kind full of recognizable bytes."""
+    """An array of the same shape and type, full of recognizable bytes."""
     if array.dtype == jnp.uint8:
         return jnp.full_like(array, PATTERN)
     return jnp.full_like(array, -1234.5)
@@ -125,14 +119,14 @@ def patterned(array: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass
 class Differences:
-    """What differs between two pools.
+    """Differences between two pools.
 
     Attributes:
         values: Codes that were compared.
         ties: Codes that differ because a channel lies at a threshold.
         scales: Stored scalars that differ by one unit in the last place.
-        searched: Vectors whose search ended at another multiple, because two gains were equal to rounding.
-        wrong: Descriptions of what is no tie.
+        searched: Vectors whose search ended at another multiple, because two gains are equal to rounding.
+        wrong: Descriptions of the differences that are no ties.
     """
 
     values: int = 0
@@ -143,7 +137,7 @@ class Differences:
 
 
 def compare(arrays: Arrays, got: Pages, want: Pages) -> Differences:
-    """Counts what differs; every difference that is not a tie is wrong."""
+    """Counts the differences; every difference that is not a tie is wrong."""
     found = Differences()
     slots = np.asarray(arrays.slots)
     row, token = np.nonzero(slots >= 0)
@@ -240,7 +234,7 @@ def _is_tie(steps: np.ndarray, at: int, book: Any, search: bool) -> bool:
 def _other_ends(
     y: np.ndarray, steps: np.ndarray, codes: list[np.ndarray], book: Any, vectors: np.ndarray
 ) -> np.ndarray:
-    """Vectors whose codes differ because rounding decided between multiples; both are of an end of the search."""
+    """Vectors whose codes differ because rounding chose the multiple; both codes belong to an end of the search."""
     found = np.zeros(steps.shape[:2], bool)
     for at in map(tuple, np.argwhere(vectors)):
         ends = _ends(steps[at], book)
@@ -252,7 +246,7 @@ def _other_ends(
 
 
 def _ends(steps: np.ndarray, book: Any) -> set[int]:
-    """Places where the search may end when rounding decides between gains that are equal but for EQUAL_GAIN."""
+    """Places where the search may end if rounding chooses between gains that are equal to within EQUAL_GAIN."""
 
     def best(places: list[int]) -> list[int]:
         levels = [_levels(steps / reference.SEARCH_MULTIPLES[place], book)[1] for place in places]

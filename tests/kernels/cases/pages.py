@@ -1,4 +1,4 @@
-"""Cases that the decode kernel is compared on: every format, head dim, mask and row count, with poisoned garbage."""
+"""Cases for attention over pages: every format, head_dim, mask and number of rows; unwritten memory is poisoned."""
 
 import dataclasses
 from typing import Any
@@ -11,29 +11,24 @@ import tq_jax as tq
 from pallas_kernels.attention import LogitOptions, PagedArguments, Partial, decode_attention
 from pallas_kernels.attention.decode.config import has_pairs
 from pallas_kernels.pages import empty_pages, write_tokens
+from tests.kernels.cases.formats import Formats
 from tq_jax.quantizer import encode_rotated, sketch_gain, sketch_query
 
 
 @dataclasses.dataclass(frozen=True)
-class Variant:
-    """One case.
+class Variant(Formats):
+    """Queries and the sequences that they attend to, beside the formats of these.
 
     Attributes:
-        key: Arguments of the keys' quantizer besides dim.
-        value: Likewise of the values'.
-        dim: Head dim.
         lengths: Tokens of each sequence.
-        group: Query heads a KV head.
-        count: Query tokens.
-        page_size: Tokens a page.
-        softcap: Soft-cap of logits.
+        group: Query heads per KV head.
+        count: Query tokens per sequence.
+        page_size: Tokens per page.
+        softcap: Soft-cap of the logits.
         window: Sliding window.
-        bias: Whether logits are biased.
+        bias: Whether a bias is added to the logits.
     """
 
-    key: dict[str, Any] = dataclasses.field(default_factory=lambda: {"bits": 4})
-    value: dict[str, Any] = dataclasses.field(default_factory=lambda: {"bits": 4})
-    dim: int = 128
     lengths: tuple[int, ...] = (200, 1, 0, 64, 129)
     group: int = 4
     count: int = 1
@@ -117,15 +112,14 @@ class Case:
 
 
 def make_case(variant: Variant, *, kv_heads: int = 2, seed: int = 0) -> Case:
-    """Ragged sequences on shuffled pages; everything never written holds NaN or garbage, as do unused table entries."""
+    """Ragged sequences on shuffled pages; memory that is never written holds NaN or garbage, which tables point to."""
     rng = np.random.default_rng(seed)
-    specs = [tq.QuantizerSpec(variant.dim, **v) for v in (variant.key, variant.value)]
-    key, value = specs
+    key, value = variant.specs
     lengths, size = np.array(variant.lengths), variant.page_size
     per_row = -(-max(variant.lengths) // size) + 1
     pool = len(lengths) * per_row
     table = rng.permutation(pool).reshape(len(lengths), per_row).astype(np.int32)
-    quantizers = [tq.make_quantizer(spec, seed=i) for i, spec in enumerate(specs)]
+    quantizers = [tq.make_quantizer(spec, seed=i) for i, spec in enumerate(variant.specs)]
     pages = jax.tree.map(
         lambda x: jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0xA5),
         empty_pages(pool, kv_heads, size, key.format, value.format),
@@ -152,17 +146,21 @@ def make_case(variant: Variant, *, kv_heads: int = 2, seed: int = 0) -> Case:
     return Case((query, pages, jnp.asarray(table), jnp.asarray(lengths, jnp.int32)), options, size)
 
 
-def tolerance(variant: Variant) -> float:
-    """Relative error that the kernel may have; where queries have one byte, a tenth of what the codes cost."""
+def tolerance(variant: Variant, want: Partial) -> float:
+    """Largest relative error of the kernel; if queries have one byte, a tenth of the error of the codes themselves.
+
+    Args:
+        variant: The case.
+        want: The reference's result for it.
+    """
     if has_pairs(variant.count * variant.group, dim=variant.dim) or variant.key["bits"] == 8:
         return 1e-4
     bytewise = dataclasses.replace(variant, key={"bits": 8}, value={"bits": 8})
-    coded, exact = (decode_reference(make_case(v)) for v in (variant, bytewise))
-    return relative_error(coded, exact) / 10
+    return relative_error(want, decode_reference(make_case(bytewise))) / 10
 
 
 def decode_reference(case: Case) -> Partial:
-    """What the kernel has to compute."""
+    """The result that the kernel is compared with."""
     return decode_attention(case.arguments, implementation="reference")
 
 
@@ -172,7 +170,7 @@ def normalized(partial: Partial) -> np.ndarray:
 
 
 def relative_error(got: Partial, want: Partial) -> float:
-    """Norm of the difference of outputs over the norm of the wanted ones; NaN counts as infinite."""
+    """Norm of the difference of the outputs over the norm of the wanted outputs; NaN counts as infinite."""
     a, b = normalized(got), normalized(want)
     error = float(np.linalg.norm(a - b) / np.linalg.norm(b))
     return error if np.isfinite(error) else float("inf")

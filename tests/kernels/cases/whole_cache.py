@@ -1,4 +1,4 @@
-"""Cases that attention over a cache is compared on: types, head dims, bases, masks and row counts, with garbage."""
+"""Cases for attention over a whole cache: types, head dims, rotations, masks and numbers of rows, with garbage."""
 
 import dataclasses
 import functools
@@ -22,15 +22,15 @@ def make_spec(dim: int = 64, *, bits: tuple[float, float] = (4, 4), key=None, va
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One case of parity.
+    """A cache and queries for it.
 
     Attributes:
-        spec: Of the cache.
-        lengths: Tokens of each row.
-        count: Query tokens.
-        group: Query heads a KV head.
-        dtype: Of queries.
-        options: Of `attend`; "rows" and "lengths" as lists.
+        spec: Spec of the cache.
+        lengths: Tokens of each cache row.
+        count: Query tokens per row.
+        group: Query heads per KV head.
+        dtype: Type of the queries.
+        options: Options of `attend`, with "rows" and "lengths" as lists and "sink_logits" as True.
     """
 
     spec: tq.CacheSpec = dataclasses.field(default_factory=make_spec)
@@ -41,7 +41,7 @@ class Case:
     options: dict = dataclasses.field(default_factory=dict)
 
     def tolerance(self, *, precise: bool) -> float:
-        """Relative error of outputs: 16 bits round to 2**-8, one-byte queries cost a tenth of 4-bit codes."""
+        """Largest relative error: bfloat16 rounds to 2**-8; one-byte queries cost a tenth of what 4-bit codes do."""
         if not precise and not has_pairs(self.count * self.group, dim=self.spec.head_dim):
             return 0.013
         return 1e-3 if self.dtype == "float32" else 4e-3
@@ -79,7 +79,7 @@ CASES = {
 
 
 def filled_cache(spec: tq.CacheSpec, lengths: tuple[int, ...], group: int, seed: int = 0) -> tuple[tq.Cache, jax.Array]:
-    """A cache of random tokens and their queries; whatever holds no token is NaN or garbage."""
+    """A cache of random tokens, and their queries; memory without a token is NaN or garbage."""
     rng = np.random.default_rng(seed)
     shape = (len(lengths), max(lengths), spec.num_kv_heads)
     k, v = (jnp.asarray(rng.standard_normal((*shape, spec.head_dim)), jnp.float32) for _ in range(2))
@@ -110,7 +110,7 @@ def attend_case(case: Case) -> tuple[functools.partial, jax.Array, tq.Cache]:
 
 
 def relative_error(got: jax.Array, want: jax.Array) -> float:
-    """Norm of the difference over that of what is wanted; NaN counts as infinite."""
+    """Norm of the difference over the norm of the wanted outputs; NaN counts as infinite."""
     a, b = (np.asarray(x, np.float64) for x in (got, want))
     error = float(np.linalg.norm(a - b) / np.linalg.norm(b))
     return error if np.isfinite(error) else float("inf")

@@ -1,0 +1,147 @@
+"""Pages of a serving engine on a GPU: the kernels that torch launches against the reference on the CPU."""
+
+import contextlib
+import dataclasses
+from itertools import accumulate
+
+import jax
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import tq_jax as tq  # noqa: E402
+from interop.torch.attend_on_gpu import AttendOptions  # noqa: E402
+from interop.torch.paged import PagedPool  # noqa: E402
+from interop.vllm.calls import SIZES, plan_calls  # noqa: E402
+
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.usefixtures("torch_gpu"),
+    pytest.mark.filterwarnings("default"),  # what torch warns of depends on its release and the GPU
+]
+
+LENGTHS, COUNTS = [700, 33, 1, 257, 5], [300, 1, 1, 8, 3]
+BLOCKS = 64
+DEVICE = "cuda"
+
+
+def mse(dim, bits, **options):
+    return tq.QuantizerSpec(dim, bits, search=True, **options)
+
+
+def unbiased(dim, bits):
+    return mse(dim, bits, scale="unbiased")
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedCase:
+    """One layer of a serving engine.
+
+    Attributes:
+        key: Quantizer of keys.
+        value: Quantizer of values.
+        kv_heads: KV heads.
+        group: Query heads per KV head.
+        page_size: Tokens per page.
+        dtype: Type of the model.
+        extras: Whether keys are centred and weighted, and heads have sink logits.
+        options: Of the attention.
+        tolerance: Largest relative error.
+    """
+
+    key: tq.QuantizerSpec
+    value: tq.QuantizerSpec
+    kv_heads: int = 2
+    group: int = 4
+    page_size: int = 32
+    dtype: torch.dtype = torch.bfloat16
+    extras: bool = False
+    options: AttendOptions = AttendOptions(precise=True)  # noqa: RUF009
+    tolerance: float = 2e-3
+
+
+PROD, GROUP = tq.QuantizerSpec(128, 3, kind="prod"), tq.QuantizerSpec(128, 2, kind="group")
+LIMITED = AttendOptions(sliding_window=100, softcap=5.0, scale=0.1, precise=True)
+CASES = {
+    "K4V4": PagedCase(unbiased(128, 4), mse(128, 4)),
+    "K4V4, one byte": PagedCase(unbiased(128, 4), mse(128, 4), options=AttendOptions(), tolerance=2e-2),
+    "K4V4, statistics, sinks": PagedCase(
+        unbiased(64, 4), mse(64, 4), kv_heads=3, group=3, page_size=64, extras=True
+    ),
+    "K3V3, window, cap": PagedCase(
+        unbiased(128, 3), mse(128, 3), group=8, page_size=128, dtype=torch.float16, options=LIMITED
+    ),
+    "K8V4, float32": PagedCase(unbiased(96, 8), mse(96, 4), kv_heads=1, dtype=torch.float32),
+    "prod, groups": PagedCase(PROD, GROUP, group=2, page_size=64),
+}  # fmt: skip
+
+
+def jax_on(device: str) -> contextlib.AbstractContextManager:
+    """For a pool on the CPU, makes JAX compute there even where it has a GPU."""
+    return jax.default_device(jax.devices("cpu")[0]) if device == "cpu" else contextlib.nullcontext()
+
+
+class Step:
+    """Two pools of the same garbage, one per device, and the tokens of one step."""
+
+    def __init__(self, case: PagedCase) -> None:
+        self.case, self.random = case, torch.Generator().manual_seed(0)
+        heads, dim = case.kv_heads, case.key.dim
+        self.table = torch.zeros(len(LENGTHS), -(-max(LENGTHS) // case.page_size) + 2, dtype=torch.int32)
+        blocks = torch.randperm(BLOCKS - 1, generator=self.random) + 1
+        for row, length in enumerate(LENGTHS):
+            used = -(-length // case.page_size)
+            self.table[row, :used], blocks = blocks[:used], blocks[used:]
+        statistics = self.sinks = None
+        if case.extras:
+            statistics = self.normal(heads, dim) / 2, torch.rand(heads, dim, generator=self.random) + 0.5
+            self.sinks = self.normal(heads * case.group)
+        content = -(-(case.key.bytes_per_vector + case.value.bytes_per_vector) // 2)
+        memory = torch.full((BLOCKS, heads, case.page_size, content), -1, dtype=torch.int16)  # scales are NaN
+        quantizers = tq.make_quantizer(case.key), tq.make_quantizer(case.value, seed=1)
+        self.pools = {
+            device: PagedPool(memory.to(device, copy=True), *quantizers, case.dtype, statistics)
+            for device in ("cpu", DEVICE)
+        }
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.random)
+
+    def write(self) -> None:
+        """Writes all tokens of all sequences, in two parts."""
+        size, shape = self.case.page_size, (sum(LENGTHS), self.case.kv_heads, self.case.key.dim)
+        k, v = (self.normal(*shape).to(self.case.dtype) for _ in range(2))
+        position = torch.cat([torch.arange(length) for length in LENGTHS])
+        request = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+        slots = self.table[request, position // size].long() * size + position % size
+        for part in (slice(0, 511), slice(511, None)):
+            for device, pool in self.pools.items():
+                with jax_on(device):
+                    pool.write(k[part].to(device), v[part].to(device), slots[part].to(device))
+
+    def attend(self, device: str, query: torch.Tensor) -> torch.Tensor:
+        """Outputs of the last tokens of the sequences."""
+        output, query = torch.zeros_like(query, device=device), query.to(device)
+        sinks = None if self.sinks is None else self.sinks.to(device)
+        starts, lengths = [0, *accumulate(COUNTS)], torch.tensor(LENGTHS, dtype=torch.int32, device=device)
+        with jax_on(device):
+            for call in plan_calls(starts, lengths, self.table.to(device), SIZES[device]):
+                call.put(self.pools[device].attend(call.take(query), call.rows, self.case.options, sinks), output)
+        return output.cpu()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parity_with_the_cpu(name):
+    """Nearly all bytes are equal after writing; over equal bytes attention is."""
+    case = CASES[name]
+    step = Step(case)
+    step.write()
+    leaves = [jax.tree.leaves(step.pools[device].pages) for device in ("cpu", DEVICE)]
+    for mine, theirs in zip(*leaves, strict=True):
+        if mine.dtype == torch.uint8:
+            assert float((mine == theirs.cpu()).float().mean()) > 0.98
+        mine.copy_(theirs)
+    query = step.normal(sum(COUNTS), case.kv_heads * case.group, case.key.dim).to(case.dtype)
+    want, found, again = step.attend("cpu", query).float(), step.attend(DEVICE, query), step.attend(DEVICE, query)
+    assert torch.equal(found, again)
+    assert float((found.float() - want).norm() / want.norm()) < case.tolerance
