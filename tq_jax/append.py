@@ -9,9 +9,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.append import AppendPlan, append_cache, check_append
 from pallas_kernels.append.slots import left, slot_of, stays
 from pallas_kernels.append.statistics_triton import Observed, StatisticsPlan, update_statistics
+from pallas_kernels.append.whole_cache import AppendPlan, append_cache, check_append
 from pallas_kernels.dispatch import Chosen, Implementation, choose, interprets
 from pallas_kernels.encode import Encoder, encode_pages
 from pallas_kernels.pages import Pages

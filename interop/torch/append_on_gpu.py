@@ -8,7 +8,7 @@ import torch
 
 import tq_jax as tq
 from interop.launcher.program import BoundProgram
-from pallas_kernels.append import AppendPlan, append_cache
+from pallas_kernels.append.whole_cache import AppendPlan, append_cache
 from pallas_kernels.attention.whole_cache import CacheArrays
 from pallas_kernels.encode.encoder import Encoder
 from tq_jax.quantizer import encoder

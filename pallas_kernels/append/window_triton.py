@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.append.slots import left, slot_of, stays
 from pallas_kernels.numerics import power_of_two
 
 TILE = 8
@@ -209,12 +210,6 @@ def _tokens(shape: tuple[int, ...]) -> _Tokens:
     return _Tokens(step, lax.broadcasted_iota(jnp.int32, (tile, power_of_two(shape[3])), 1), head, chunk)
 
 
-def _slot(position: jax.Array, sink_slots: int, ring: int) -> jax.Array:
-    """Full-precision slot [tile] of each position [tile]: its own for sink tokens, a place in the ring for others."""
-    behind = lax.rem(position - sink_slots, jnp.full_like(position, max(ring, 1)))
-    return jnp.where(position < sink_slots, position, sink_slots + behind)
-
-
 def _ring(window: Window, plan: WindowPlan) -> int:
     return 0 if window.keys is None else window.keys.shape[2] - plan.sink_slots
 
@@ -246,7 +241,7 @@ def _leave(new: NewTokens, window: Window, out: LeavingTokens, *, plan: WindowPl
             chunk.at[this.at(this.chunk, this.step - ring, this.head)], mask=this.mask(late, dim), other=zero
         )  # [tile, d padded]
         if ring:
-            at = exact.at[this.at(row, this.head, _slot(position, plan.sink_slots, ring))]
+            at = exact.at[this.at(row, this.head, slot_of(position, sink_slots=plan.sink_slots, ring=ring))]
             kept = plt.load(at, mask=this.mask(leaves & (position < before), dim), other=zero)  # [tile, d padded]
             moved = jnp.where(this.mask(late, dim), moved, kept)
         plt.store(target.at[this.at(this.chunk, this.step, this.head)], moved, mask=this.mask(written, dim))
@@ -265,17 +260,21 @@ def _enter(new: NewTokens, counters: Any, window: Window, out: Window, *, plan: 
     before, count = counters[this.chunk, 0], counters[this.chunk, 1]
     after = before + jnp.maximum(count, 0)
     position = before + this.step  # [tile]
-    kept = (position < after) & ((position < plan.sink_slots) | (position >= after - ring))  # [tile]
+    kept = (position < after) & stays(position, after, sink_slots=plan.sink_slots, ring=ring)  # [tile]
     for chunk, exact in ((new.keys, out.keys), (new.values, out.values)):
         if exact is None:
             continue
         mask = this.mask(kept, new.keys.shape[3])  # [tile, d padded]
         at = chunk.at[this.at(this.chunk, this.step, this.head)]
         moved = plt.load(at, mask=mask, other=jnp.zeros((), chunk.dtype))  # [tile, d padded]
-        plt.store(exact.at[this.at(row, this.head, _slot(position, plan.sink_slots, ring))], moved, mask=mask)
+        plt.store(
+            exact.at[this.at(row, this.head, slot_of(position, sink_slots=plan.sink_slots, ring=ring))],
+            moved,
+            mask=mask,
+        )
 
     @pl.when((pl.program_id(0) == 0) & (this.head == 0) & exists)
     def _() -> None:
         out.length[row] = after
-        out.compressed[row] = jnp.maximum(window.compressed[row], after - plan.sink_slots - ring)
+        out.compressed[row] = jnp.maximum(window.compressed[row], left(after, sink_slots=plan.sink_slots, ring=ring))
         out.overflow[row] = jnp.where(count < 0, jnp.ones((), window.overflow.dtype), window.overflow[row])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.append.slots import token_in_slot
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.numerics import FLOOR, HIDDEN, INSTRUCTION_ROWS, LOG2_E, power_of_two
 from pallas_kernels.tiles.intrinsics_triton import exp2, tanh
@@ -66,7 +67,7 @@ def attend_slots(
     def step(index: jax.Array, state: tuple) -> tuple:
         acc, peak, total = state  # [queries, d padded], [queries], [queries]
         slot = index * tile + lax.broadcasted_iota(jnp.int32, (tile,), 0)  # [tile]
-        token, stored = slot_positions(slot, *lengths, sink_slots=sink_slots, slots=slots)  # [tile] each
+        token, stored = token_in_slot(slot, *lengths, sink_slots=sink_slots, slots=slots)  # [tile] each
         # A single tile is loaded before the lengths are known: one trip to memory less.
         mask = jnp.broadcast_to((slot < slots if single else stored)[:, None], shape)  # [tile, d padded]
         if dim < padded:
@@ -96,21 +97,6 @@ def attend_slots(
     zero = jnp.zeros((query.shape[0],), jnp.float32)
     state = (jnp.zeros(query.shape, jnp.float32), zero + FLOOR, zero)
     return step(tiles[0], state) if single else lax.fori_loop(*tiles, step, state)
-
-
-def slot_positions(
-    slot: jax.Array, length: jax.Array, compressed: jax.Array, *, sink_slots: int, slots: int
-) -> tuple[jax.Array, jax.Array]:
-    """Position of the token in each slot [tile], and whether there is a token, of a row of `length` tokens."""
-    is_sink = slot < sink_slots  # [tile]
-    if slots == sink_slots:
-        return slot, is_sink & (slot < length)
-    ring = slots - sink_slots
-    latest = length - sink_slots - 1
-    behind = lax.rem(latest - (slot - sink_slots) + ring, jnp.full_like(slot, ring))  # [tile], tokens after this one
-    address = latest - behind  # [tile], positions counted from the first token behind the sink tokens
-    in_ring = (slot < slots) & (latest >= 0) & (address >= compressed)  # [tile]
-    return jnp.where(is_sink, slot, sink_slots + address), jnp.where(is_sink, slot < length, in_ring)
 
 
 def query_block(count: int, group: int, largest: int) -> int:

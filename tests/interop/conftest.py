@@ -21,7 +21,7 @@ def interpreted(monkeypatch):
 
     from interop.launcher import program
     from interop.torch import append_on_gpu, attend_on_gpu
-    from pallas_kernels.append import AppendPlan
+    from pallas_kernels.append.whole_cache import AppendPlan
     from pallas_kernels.encode import launch_triton as encode_triton
 
     monkeypatch.setattr(encode_triton, "encode_pages", encode_by_reference)

@@ -10,7 +10,7 @@ import pytest
 from reference_encoder import encode_by_reference
 
 import tq_jax as tq
-from pallas_kernels.append import AppendPlan, append_cache
+from pallas_kernels.append.whole_cache import AppendPlan, append_cache
 from pallas_kernels.encode import launch_triton as encode
 from tq_jax.attention import arrays_of
 from tq_jax.cache import from_storage, to_storage

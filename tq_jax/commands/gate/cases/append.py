@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.append import AppendPlan, append_cache
 from pallas_kernels.append.statistics_triton import Observed, update_statistics
+from pallas_kernels.append.whole_cache import AppendPlan, append_cache
 from tq_jax.append import statistics_plan
 from tq_jax.attention import arrays_of
 from tq_jax.cache import CacheSpec, from_storage, init_cache
