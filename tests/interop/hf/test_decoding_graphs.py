@@ -41,7 +41,7 @@ def compressed(model, **options):
 @pytest.fixture
 def captures(monkeypatch, interpreted):
     """This machine as a GPU; gets the arguments of each step of a model that is captured."""
-    made, replaying, captured = [], [], decoding_graphs._captured
+    made, replaying, captured = [], [], graphs_module._captured
 
     class Step(Replayed):
         def __init__(self, function, examples, pool):
