@@ -1,10 +1,10 @@
-"""The encoder of tests that compare bytes."""
+"""The reference encoder, for tests that compare bytes."""
 
 from pallas_kernels.encode import encode_pages
 
 
 def encode_by_reference(keys, values, pages, slots, *, interpret, rows, mean, weight, **options):
-    """In place of the encode kernel, whose ties are not those of jnp."""
+    """Replaces the encode kernel, which breaks ties in another way than jnp."""
     assert interpret
     if rows is not None and mean is not None:
         mean, weight = mean[rows], weight[rows]

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,25 @@ def capture(
     """
     original = _implementation(model)
     captured, name = Capture(), f"tq_jax_capture_{next(_NUMBERS)}"
+    AttentionInterface.register(name, _recording_attention(captured, original, layers, max_tokens))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    try:
+        model.set_attn_implementation(name)
+        if model.config._attn_implementation != name:
+            raise NotImplementedError(
+                f"expected a model whose attention goes through AttentionInterface, got {type(model).__name__}"
+            )
+        yield captured
+    finally:
+        model.set_attn_implementation(original)
+        for registry in (AttentionInterface, AttentionMaskInterface):
+            registry._global_mapping.pop(name, None)
+
+
+def _recording_attention(
+    captured: Capture, original: str, layers: Collection[int] | None, max_tokens: int | None
+) -> Callable:
+    """An attention function that records its inputs and calls the original implementation."""
     owners: dict[int, torch.nn.Module] = {}
 
     def record(
@@ -88,19 +107,7 @@ def capture(
                 _keep(store, layer, tensor.detach().transpose(1, 2).cpu(), max_tokens)
         return _attention(module, original)(module, query, key, value, *args, **kwargs)
 
-    AttentionInterface.register(name, record)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
-    try:
-        model.set_attn_implementation(name)
-        if model.config._attn_implementation != name:
-            raise NotImplementedError(
-                f"expected a model whose attention goes through AttentionInterface, got {type(model).__name__}"
-            )
-        yield captured
-    finally:
-        model.set_attn_implementation(original)
-        for registry in (AttentionInterface, AttentionMaskInterface):
-            registry._global_mapping.pop(name, None)
+    return record
 
 
 def _implementation(model: PreTrainedModel) -> str:

@@ -171,7 +171,7 @@ class BoundProgram:
     """A JAX function of kernels whose first argument is a pytree of tensors that stay where they are, like a cache.
 
     The function is lowered at the first call with new shapes. Bound programs with equal functions and pytrees of equal
-    shapes, like the layers of a model, share what is lowered and compiled.
+    shapes, like the layers of a model, share the lowered and compiled program.
 
     Args:
         function: The function, as for `kind`. It is hashable, and equal functions compute the same.

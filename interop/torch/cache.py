@@ -35,7 +35,7 @@ class TorchCache(CacheRows):
     A CUDA graph can capture `append` and `attend` once each has run with the same shapes; see `advance`.
 
     Attributes:
-        kernels: What a GPU runs; another object once memory has moved.
+        kernels: Kernels for a GPU and their CUDA graphs; a new object once memory has moved.
 
     Args:
         spec: Configuration of the cache.
@@ -261,7 +261,7 @@ class TorchCache(CacheRows):
 
     @property
     def is_capturing(self) -> bool:
-        """Whether a CUDA graph is being captured, so that what is launched now does not run now."""
+        """Whether a CUDA graph is being captured, so that launches are recorded and do not run."""
         return self.on_gpu and torch.cuda.is_current_stream_capturing()
 
     def _on_device(self, lengths: Lengths | None) -> torch.Tensor | None:
