@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-NEVER = tuple(f"interop/vllm/{name}.py" for name in ("backend", "bias_statistics", "impl", "platform", "report"))
+NEVER = tuple(f"interop/vllm/{name}.py" for name in ("backend", "bias_statistics", "metadata", "platform", "report"))
 """Modules without doctests that import vLLM, which warns of what it deprecates itself."""
 
 

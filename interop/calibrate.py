@@ -8,4 +8,4 @@ from interop.hf.calibrate import main as main
 warnings.warn("interop.calibrate has moved to interop.hf.calibrate", DeprecationWarning, stacklevel=2)
 
 if __name__ == "__main__":
-    main()
+    main("python -m interop.calibrate")

@@ -1,4 +1,4 @@
-"""An oracle of the cache: tokens kept dense, those that left the window replaced by what their codes decode to."""
+"""An oracle of the cache: dense tokens, where each token that left the window is replaced by its decoded codes."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import numpy as np
 import tq_jax as tq
 
 LEAST_TOKENS = 32
-"""Keys that centring needs."""
+"""Least number of keys for centring."""
 
 
 @jax.jit
@@ -16,7 +16,7 @@ def _round_trip(quantizer: tq.Quantizer, x: jax.Array) -> jax.Array:
 
 
 def fake_quantize(quantizer: tq.Quantizer, x: np.ndarray) -> np.ndarray:
-    """Vectors [n, h, d] as they come back from their codes; padded, so that few sizes are compiled."""
+    """Vectors [n, h, d] decoded from their codes; padded, so that few sizes are compiled."""
     size = max(64, 1 << (len(x) - 1).bit_length())
     padded = np.zeros((size, *x.shape[1:]), np.float32)
     padded[: len(x)] = x
@@ -24,7 +24,7 @@ def fake_quantize(quantizer: tq.Quantizer, x: np.ndarray) -> np.ndarray:
 
 
 class FakeQuantRow:
-    """One sequence: appended, cropped, read dense. Centres keys; does not weight channels."""
+    """One sequence of dense tokens, appended and cropped. Keys are centred; channels are not weighted."""
 
     def __init__(self, spec: tq.CacheSpec, seed: int = 0) -> None:
         assert not spec.smooth_keys

@@ -13,7 +13,7 @@ from interop.hf import CACHE_ARGUMENT
 
 
 class FakeQuantLayer(DynamicLayer):
-    """Left padding is known from the start; a first chunk attends to itself as it is, as a prompt does."""
+    """A layer that knows its left padding from the start; its first chunk, the prompt, attends to itself exactly."""
 
     def __init__(self, spec: tq.CacheSpec, pads: list[int], seed: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def given(cache) -> dict:
 
 
 def fake_quant_cache(config, spec: tq.CacheSpec, pads: list[int] | None = None, seed: int = 0) -> DynamicCache:
-    """A DynamicCache whose plain layers quantize."""
+    """A DynamicCache whose full-attention layers are `FakeQuantLayer`."""
     cache = DynamicCache(config=config)
     cache.layers = [
         FakeQuantLayer(spec, pads or [0], seed) if type(layer) is DynamicLayer else layer for layer in cache.layers

@@ -10,7 +10,7 @@ from interop.torch.dlpack import to_jax, to_torch
 
 
 class Interpreted:
-    """In place of `TorchProgram`: JAX runs the function; what it gives for its first argument is written there."""
+    """Replaces `TorchProgram`: JAX runs the function, and its results are written to its first argument if alike."""
 
     made = 0
 
@@ -37,7 +37,7 @@ class Interpreted:
 
 
 class Replayed:
-    """In place of `TensorGraph`: a replay runs the function."""
+    """Replaces `TensorGraph`: a replay runs the function."""
 
     def __init__(self, function, examples, pool):
         self.function = function
@@ -47,7 +47,7 @@ class Replayed:
 
 
 def record_launches(monkeypatch):
-    """A list that gets the name and the arguments of each kernel that torch would launch."""
+    """A list to which each launch adds the name of the kernel and its arguments; nothing is launched."""
     launched = []
 
     class Kernel:

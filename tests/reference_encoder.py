@@ -1,9 +1,9 @@
-"""The encoder of tests that compare bytes."""
+"""The reference encoder, for tests that compare bytes."""
 
 from pallas_kernels.encode import reference
 
 
 def encode_by_reference(arguments, pages, *, interpret):
-    """In place of the encode kernel, whose ties are not those of jnp."""
+    """Replaces the encode kernel, which breaks ties in another way than jnp."""
     assert interpret
     return reference.encode_pages(arguments, pages)

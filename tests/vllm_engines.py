@@ -1,4 +1,4 @@
-"""A tiny random model with a tokenizer, vLLM engines over it, and what our own torch cache answers."""
+"""A tiny random model with a tokenizer, vLLM engines over it, and the answers of our own torch cache."""
 
 import contextlib
 import dataclasses
@@ -9,13 +9,13 @@ import tq_jax as tq
 
 VOCABULARY, NEW = 199, 24
 PROMPTS = (60, 33, 1, 40)
-"""Tokens of the prompts: several blocks of 32 and a part, just over one, one token."""
+"""Tokens of each prompt: several blocks of 32 and a part, just over one block, one token, just over one block."""
 
 
 def make_model(folder, layers, kind="Llama", bias=0.0):
     """Saves a random model whose next tokens depend on the whole context, and a tokenizer of words w0, w1, ...
 
-    A bias, of Qwen2, has that size in most channels of the slowest rotation.
+    `bias` is the size of the key bias (Qwen2) in the channels that rotate slowest.
     """
     import torch
     import transformers
@@ -45,7 +45,7 @@ def make_model(folder, layers, kind="Llama", bias=0.0):
 
 @contextlib.contextmanager
 def running(folder, options, **arguments):
-    """An engine in this process, with our backend."""
+    """An engine in this process with our backend."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -62,7 +62,7 @@ def running(folder, options, **arguments):
 
 
 def answers(engine, prompts, **options):
-    """Greedy tokens of a batch, or others by options; and how many tokens of each prompt came from the prefix cache."""
+    """Tokens of a batch, greedy unless options say otherwise, and the tokens of each prompt from the prefix cache."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(**(dict(temperature=0, max_tokens=NEW, ignore_eos=True) | options))
@@ -75,7 +75,7 @@ def greedy(engine, prompts):
 
 
 def layers_of(engine):
-    """Class, tokens written, queries attended with and memory of each layer."""
+    """Of each layer: class, tokens written, queries attended with, shape of its memory."""
 
     def look(worker):
         layers = worker.vllm_config.compilation_config.static_forward_context
@@ -93,7 +93,7 @@ def layers_of(engine):
 
 
 def own_answers(folder, prompts, *, exact_layers=(), statistics=None, **options):
-    """Greedy tokens of transformers with our torch cache, everything read from its codes."""
+    """Greedy tokens of transformers with our torch cache, where every token is read from its codes."""
     import torch
     import transformers
     from transformers.cache_utils import DynamicLayer

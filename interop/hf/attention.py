@@ -1,7 +1,7 @@
-"""The attention function of Hugging Face models over a `TurboQuantCache`, and what it refuses.
+"""The attention function of Hugging Face models over a `TurboQuantCache`, and the arguments that it refuses.
 
-transformers hands an attention function the queries, what the cache's `update` returned, a mask and whatever else the
-model has: nothing of it may be ignored. Masks are understood as causal with padding; the padding is never stored.
+transformers hands an attention function the queries, the results of the cache's `update`, a mask and further arguments
+of the model. None of them may be ignored. Masks are understood as causal with padding; padding is never stored.
 """
 
 import dataclasses
@@ -12,14 +12,14 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from interop.hf.layer import ATTENTION, Handle
+from interop.hf.layer import ATTENTION, Handle, LogitArguments
 from interop.torch.custom_ops import refuse_gradient
 
 WITHOUT_MEANING = ("position_ids", "cache_position", "use_cache", "num_items_in_batch", "output_hidden_states")
-"""Arguments that attention does not depend on: positions are in the rotary embedding already."""
+"""Arguments that attention does not depend on: rotary embedding has applied the positions already."""
 
 MASK_ROWS = 256
-"""Queries whose mask is checked at a time."""
+"""Queries whose mask is checked at once."""
 
 
 def compressed_attention(
@@ -35,26 +35,26 @@ def compressed_attention(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over a compressed layer, or exact attention where the cache holds tensors.
+    """Attention over a compressed layer; over a layer that is not compressed, exact attention.
 
     Args:
         module: The model's attention layer.
-        query: [b, h_q, t, d].
-        key: From the cache.
-        value: From the cache.
-        attention_mask: None for causal; or [b, 1, t, s], bool or added to logits.
-        scaling: Factor of the logits.
+        query: Queries [b, h_q, t, d].
+        key: Keys, as the cache's `update` returned them.
+        value: Values, as the cache's `update` returned them.
+        attention_mask: None for causal attention; or [b, 1, t, s], bool or added to the logits.
+        scaling: Factor of the logits; 1 / sqrt(d) by default.
         dropout: Must be 0.
-        softcap: Logits x become softcap * tanh(x / softcap).
+        softcap: Soft-cap: a logit x becomes softcap * tanh(x / softcap).
         s_aux: Sink logits [h_q].
-        sliding_window: Window of layers that are not compressed; the mask has it.
-        others: Anything else the model passes; refused unless it is known to mean nothing.
+        sliding_window: Sliding window of a layer that is not compressed; the mask applies it.
+        others: Further arguments of the model; refused unless they are known not to change attention.
 
     Returns:
         Outputs [b, t, h_q, d], and None for the attention weights.
 
     Raises:
-        NotImplementedError: For what cannot be honoured.
+        NotImplementedError: For an argument that changes attention and is not supported.
     """
     for name, given in others.items():
         if name not in (*WITHOUT_MEANING, "is_causal") and given is not None and given is not False:
@@ -63,26 +63,26 @@ def compressed_attention(
         raise NotImplementedError(f"a TurboQuantCache is for inference, got dropout={dropout}")
     if others.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise NotImplementedError("a TurboQuantCache is for causal attention, got is_causal=False")
-    options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+    logits = LogitArguments(scaling, softcap, s_aux)
     if isinstance(key, torch.Tensor) and isinstance(value, torch.Tensor):
-        return exact_attention(module, query, key, value, attention_mask, **options), None
+        return exact_attention(module, query, key, value, attention_mask, logits), None
     assert isinstance(key, Handle) and isinstance(value, Handle)
     if sliding_window is not None and (sliding_window < key.shape[2] or key.layer.is_captured):
         raise NotImplementedError(f"compressed layers see all tokens, got sliding_window={sliding_window}")
-    out = _attend_packed(module, query, key, value, attention_mask, **options)  # pyright: ignore[reportCallIssue]
+    out = _attend_packed(module, query, key, value, attention_mask, logits)  # pyright: ignore[reportCallIssue]
     return out, None
 
 
-@torch.compiler.disable  # what the host keeps of a cache is no part of a graph
+@torch.compiler.disable  # a compiled graph cannot hold what the host keeps of a cache
 def _attend_packed(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: Handle,
     value: Handle,
     mask: torch.Tensor | None,
-    **options: Any,
+    logits: LogitArguments,
 ) -> torch.Tensor:
-    """Attention over a compressed layer, which stores the new tokens."""
+    """Stores the new tokens in a compressed layer and attends over it."""
     layer = key.layer
     if layer.cache is not None and layer.cache.is_capturing and not layer.is_captured:
         raise NotImplementedError(
@@ -90,13 +90,13 @@ def _attend_packed(
             "(interop.hf.decoding_graphs has one)"
         )
     if layer.is_captured:
-        mask = None  # looked at for every token of its own
+        mask = None  # `decoding_graphs` looks at the mask of every token itself
     real = real_tokens(mask, query.shape[0], query.shape[2], key.shape[2], asked_by=module)
-    if layer.seen == 0 and layer.compression.exact_prompt:  # a prompt attends to itself as it is
-        out = exact_attention(module, query, key.tokens, value.tokens, mask, **options)
+    if layer.seen == 0 and layer.compression.exact_prompt:  # a prompt attends to its keys before compression
+        out = exact_attention(module, query, key.tokens, value.tokens, mask, logits)
         layer.store(query, key.tokens, value.tokens, real)
         return out
-    return refuse_gradient(layer.attend(query, key.tokens, value.tokens, real, **options), key.tokens, value.tokens)
+    return refuse_gradient(layer.attend(query, key.tokens, value.tokens, real, logits), key.tokens, value.tokens)
 
 
 def exact_attention(
@@ -105,12 +105,14 @@ def exact_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    *,
-    scaling: float | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
+    arguments: LogitArguments,
 ) -> torch.Tensor:
-    """Attention over tensors [b, h, s, d]: SDPA, or plain steps for a soft-cap or sinks, which SDPA does not have."""
+    """Attention over keys and values [b, h_kv, s, d]: SDPA, which has no soft-cap and no sink logits, or plain torch.
+
+    Returns:
+        Outputs [b, t, h_q, d].
+    """
+    scaling, softcap, s_aux = arguments.scaling, arguments.softcap, arguments.s_aux
     if softcap is None and s_aux is None:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, mask, dropout=0.0, scaling=scaling)[0]
@@ -119,7 +121,7 @@ def exact_attention(
     logits = torch.einsum("bhgtd,bhsd->bhgts", grouped, key).float() * (dim**-0.5 if scaling is None else scaling)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if mask is None and count > 1:  # more keys than queries: those of a static cache that are yet to come
+    if mask is None and count > 1:  # a static cache has more keys than queries; the last ones are not written yet
         mask = torch.ones(count, key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
     if mask is not None:
         mask = mask[:, :, None, :, : key.shape[2]]
@@ -135,25 +137,25 @@ def exact_attention(
 def real_tokens(
     mask: torch.Tensor | None, batch: int, queries: int, keys: int, *, asked_by: object = None
 ) -> torch.Tensor | None:
-    """Which tokens a causal mask with padding lets be seen.
+    """Reads which tokens are real, not padding, from a causal mask with padding.
 
     Args:
-        mask: None for causal without padding; or [b, 1, queries, keys], bool or added to logits.
-        batch: Rows.
-        queries: New tokens.
-        keys: Tokens seen so far, the new ones included.
-        asked_by: A layer of the model. Layers of one pass share what is found; one that asks again has it looked at
-            anew. None shares nothing.
+        mask: None for causal attention without padding; or [b, 1, queries, keys], bool or added to the logits.
+        batch: Number of cache rows.
+        queries: Number of new tokens.
+        keys: Number of tokens so far, the new ones included.
+        asked_by: A layer of the model. The layers of one pass share the result; if a layer asks again about the same
+            mask, the mask is read again. None shares nothing.
 
     Returns:
-        bool [b, keys] on the CPU, False for padding; None if there is none.
+        bool [b, keys] on the CPU, False for padding; None if there is no padding.
 
     Raises:
         NotImplementedError: For any other mask: biases, packed sequences, bidirectional prefixes, windows.
     """
     if mask is None:
         return None
-    version = None if mask.is_inference() else mask._version  # writes to inference tensors are not counted
+    version = None if mask.is_inference() else mask._version  # inference tensors do not count writes
     known: _Known | None = getattr(mask, "_tq_real", None) if asked_by is not None else None
     if known is not None and known.version == version and id(asked_by) not in known.askers:
         known.askers.add(id(asked_by))
@@ -184,7 +186,13 @@ def real_tokens(
 
 @dataclasses.dataclass(frozen=True)
 class _Known:
-    """What was found in a mask, at which version of it, and the layers that asked."""
+    """Result of reading a mask.
+
+    Attributes:
+        real: What `real_tokens` returns.
+        version: Version of the mask when it was read.
+        askers: Ids of the layers that have asked since.
+    """
 
     real: torch.Tensor | None
     version: int | None
@@ -196,4 +204,4 @@ def _short(value: Any) -> str:
 
 
 AttentionInterface.register(ATTENTION, compressed_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without it the mask, and with it all padding, would be dropped
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without it, transformers drops the mask and so the padding

@@ -3,11 +3,12 @@
     model.set_attn_implementation("tq_jax")
     model.generate(**inputs, cache=TurboQuantCache(model.config))  # past_key_values= before transformers 5.24
 
-Full-attention layers are compressed and attention reads their packed pages directly; sliding-window and other layers
-stay as transformers has them. A prompt attends to itself exactly, later tokens to what the cache holds. Padding is not
-stored. Cropping (assisted decoding) drops tokens; what is compressed stays compressed.
+Full-attention layers are compressed, and attention reads their packed pages directly; sliding-window and other layers
+stay as transformers has them. A prompt attends to itself exactly; later tokens attend to what the cache holds. Padding
+is not stored. Cropping (assisted decoding) drops tokens; a token that is compressed stays compressed.
 """
 
+import dataclasses
 import warnings
 from typing import Any, cast
 
@@ -15,29 +16,39 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 import interop.hf.attention  # noqa: F401  (registers the attention function)
+import tq_jax as tq
 from interop.hf.layer import CompressedLayer, Compression, layer_bytes
+
+OWN_OPTIONS = ("key_bits", "value_bits", "max_tokens", "seed", "exact_prompt")
+"""Options of `TurboQuantCache` besides the fields of `tq_jax.CacheSpec`."""
+
+OF_THE_MODEL = ("num_kv_heads", "head_dim", "max_tokens")
+"""Fields of `tq_jax.CacheSpec` that each layer fills in itself."""
 
 
 class TurboQuantCache(Cache):
     """A cache whose full-attention layers are compressed.
 
     Args:
-        config: The model's.
-        key_bits: Bits a key coordinate, as in `tq_jax.QuantizerSpec`.
-        value_bits: Bits a value coordinate.
-        max_tokens: Tokens a row to have room for from the start; by default the prompt and some more. It grows.
+        config: Configuration of the model, `model.config`.
+        key_bits: Bits per key coordinate, as in `tq_jax.QuantizerSpec`.
+        value_bits: Bits per value coordinate.
+        max_tokens: Tokens per row that the cache has room for from the start; by default the prompt and some more. A
+            full cache grows.
         seed: Seed of the quantizers.
-        exact_prompt: Whether a prompt attends to itself as it is. If not, it attends to what the cache holds of it, as
-            later tokens do; without a window and centring it then does not matter how a prompt is cut into chunks.
-        options: Further fields of `tq_jax.CacheSpec` (window, sink_tokens, dtype ..., or whole key and value specs, in
-            place of the bits).
+        exact_prompt: Whether a prompt attends to its own keys and values before compression. If not, it attends to what
+            the cache holds of it, as later tokens do. Without a window and centring it then does not matter how a
+            prompt is cut into chunks.
+        options: Further fields of `tq_jax.CacheSpec`: window, sink_tokens, dtype ..., or whole key and value specs in
+            place of the bits.
 
     Raises:
-        ValueError: If the model has no full-attention layer, or for options that no `tq_jax.CacheSpec` has.
+        ValueError: If `config` is no configuration, or if the model has no full-attention layer.
+        TypeError: For an option that is no field of `tq_jax.CacheSpec`.
         NotImplementedError: For models whose layers share keys and values.
 
     Warns:
-        UserWarning: Which layers are compressed, if not all are.
+        UserWarning: If only some layers are compressed; it says which.
     """
 
     def __init__(
@@ -51,6 +62,8 @@ class TurboQuantCache(Cache):
         exact_prompt: bool = True,
         **options: Any,
     ) -> None:
+        _require_config(config)
+        _require_known(options)
         text = config.get_text_config(decoder=True)
         if getattr(text, "num_kv_shared_layers", 0):
             raise NotImplementedError(
@@ -71,14 +84,22 @@ class TurboQuantCache(Cache):
         if len(full) < len(layers):
             warnings.warn(self.summary(), stacklevel=2)
 
+    def __repr__(self) -> str:
+        chosen = self.compressed_layers
+        first = cast(CompressedLayer, self.layers[chosen[0]])
+        return (
+            f"TurboQuantCache({first.compression.describe()} in {len(chosen)} of {len(self.layers)} layers, "
+            f"{first.seen} tokens, {self.nbytes / 1e6:,.2f} MB)"
+        )
+
     @property
     def compressed_layers(self) -> list[int]:
-        """Which layers are compressed."""
+        """Indices of the compressed layers."""
         return [i for i, layer in enumerate(self.layers) if isinstance(layer, CompressedLayer)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors: pages, windows, statistics, rotations and counters, and those of the other layers."""
+        """Bytes of all tensors: pages, windows, statistics, rotations, counters, and tensors of the other layers."""
         total = 0
         for layer in self.layers:
             if isinstance(layer, CompressedLayer):
@@ -88,7 +109,7 @@ class TurboQuantCache(Cache):
         return total
 
     def summary(self) -> str:
-        """Which layers are compressed and how."""
+        """Says which layers are compressed, and how."""
         chosen = self.compressed_layers
         how = cast(CompressedLayer, self.layers[chosen[0]]).compression
         others = sorted({type(layer).__name__ for layer in self.layers if not isinstance(layer, CompressedLayer)})
@@ -96,3 +117,18 @@ class TurboQuantCache(Cache):
         return (
             f"TurboQuantCache compresses {len(chosen)} of {len(self.layers)} layers {chosen} to {how.describe()}{rest}"
         )
+
+
+def _require_config(config: Any) -> None:
+    """Raises ValueError for anything but the configuration of a model."""
+    if not hasattr(config, "get_text_config"):
+        hint = ": pass model.config" if hasattr(config, "config") else ""
+        raise ValueError(f"expected a config, got {type(config).__name__}{hint}")
+
+
+def _require_known(options: dict[str, Any]) -> None:
+    """Raises TypeError for options that no layer can have."""
+    fields = [field.name for field in dataclasses.fields(tq.CacheSpec) if field.name not in OF_THE_MODEL]
+    unknown = sorted(set(options) - set(fields))
+    if unknown:
+        raise TypeError(f"expected options among {[*OWN_OPTIONS, *fields]}, got {', '.join(unknown)}")

@@ -1,7 +1,7 @@
-"""Key statistics of a Hugging Face model, taken once and kept in a file, for caches that cannot take a prompt's own.
+"""Key statistics of a Hugging Face model, taken once and kept in a file, for caches that cannot use those of a prompt.
 
-A serving engine shares the pages of a prefix among requests, so what its keys are centred and weighted by has to be the
-same for all of them; see `tq_jax.statistics` and the option `statistics` of `interop.vllm`.
+A serving engine shares the pages of a prefix among requests, so all requests must centre and weight their keys by the
+same statistics; see `tq_jax.statistics` and the option `statistics` of `interop.vllm`.
 
     python -m interop.hf.calibrate MODEL keys.safetensors [--text FILE] [--tokens 2048]
 """
@@ -20,19 +20,22 @@ from tq_jax.data import persuasion
 from tq_jax.statistics import MIN_TOKENS
 
 FIRST_TOKENS = 4
-"""Tokens at the start of a text that are left out: their keys are unlike all others."""
+"""Tokens that are left out at the start of a text: their keys are unlike all others."""
+
+ABOUT = "Runs a Hugging Face model over some text and saves mean and channel weights of the keys of each layer."
+"""Description of the command."""
 
 
 def calibrate(model: PreTrainedModel, ids: torch.Tensor, path: str | Path) -> None:
     """Runs a model over some text and saves mean and channel weights of the keys of each layer.
 
     Args:
-        model: Any model that `interop.hf.capture` can record, whose layers have keys of one shape.
-        ids: [texts, tokens] without padding; a few thousand tokens of the kind that the model will see.
-        path: Where to write, see `tq_jax.save_statistics`.
+        model: Any model that `interop.hf.capture` can record and whose layers have keys of one shape.
+        ids: Token ids [texts, tokens] without padding; a few thousand tokens like those that the model will see.
+        path: File to write, see `tq_jax.save_statistics`.
 
     Raises:
-        ValueError: For too few tokens, or layers of different shapes.
+        ValueError: For too few tokens, or for layers with keys of different shapes.
 
     Example:
         >>> import tempfile
@@ -47,7 +50,7 @@ def calibrate(model: PreTrainedModel, ids: torch.Tensor, path: str | Path) -> No
     texts, tokens = ids.shape
     if texts * (tokens - FIRST_TOKENS) < MIN_TOKENS:
         raise ValueError(
-            f"expected at least {MIN_TOKENS} tokens behind the first {FIRST_TOKENS}, got {texts} x {tokens}"
+            f"expected at least {MIN_TOKENS} tokens after the first {FIRST_TOKENS}, got {texts} x {tokens}"
         )
     with capture(model) as captured, torch.inference_mode():
         model(ids)
@@ -62,13 +65,17 @@ def calibrate(model: PreTrainedModel, ids: torch.Tensor, path: str | Path) -> No
     tq.save_statistics(mean, weight, path)
 
 
-def main() -> None:
-    """The command: reads a model and some text, writes the file."""
-    parser = argparse.ArgumentParser(prog="python -m interop.hf.calibrate", description=__doc__)
-    parser.add_argument("model", help="a directory or name, as transformers takes it")
-    parser.add_argument("path", help="the file to write, *.safetensors")
-    parser.add_argument("--text", help="a file of text like what the model will see; Persuasion by default")
-    parser.add_argument("--tokens", type=int, default=2048)
+def main(prog: str = "python -m interop.hf.calibrate") -> None:
+    """Runs the command on the arguments of the process.
+
+    Args:
+        prog: Command line that the help text names.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=ABOUT)
+    parser.add_argument("model", help="directory or name of a model, as transformers takes it")
+    parser.add_argument("path", help="file to write, *.safetensors")
+    parser.add_argument("--text", help="file of text like the text that the model will see (default: Persuasion)")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of the text to read (default: 2048)")
     given = parser.parse_args()
     text = persuasion() if given.text is None else Path(given.text).read_text()
     ids = AutoTokenizer.from_pretrained(given.model)(text[: 20 * given.tokens], return_tensors="pt")["input_ids"]

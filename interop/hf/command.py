@@ -1,6 +1,6 @@
-"""`tq-jax hf`: a Hugging Face model directory with its usual cache against compressed ones: text, KL, bytes, time.
+"""`tq-jax hf`: compares a Hugging Face model's usual cache with compressed ones by text, KL, bytes and time.
 
-Importing this needs neither torch nor transformers, as the list of commands does not.
+Importing this module needs neither torch nor transformers, so that `tq-jax` can list the command without them.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ DEFAULT_BITS = "4/4,3/3"
 
 def hf(
     model: Annotated[Path, typer.Argument(help="Directory of a Hugging Face model.", exists=True, file_okay=False)],
-    prompt: Annotated[str | None, typer.Option(help="What to continue; the text by default.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to continue; by default, the beginning of the text.")] = None,
     text: TextFile = None,
     bits: Annotated[str, typer.Option(help="Key/value bits of each compressed cache, comma-separated.")] = DEFAULT_BITS,
-    context: Annotated[int, typer.Option(help="Tokens of the text before the positions compared.", min=1)] = 512,
-    positions: Annotated[int, typer.Option(help="Predictions compared.", min=1)] = 128,
+    context: Annotated[int, typer.Option(help="Tokens of the text before the predictions compared.", min=1)] = 512,
+    positions: Annotated[int, typer.Option(help="Number of predictions compared.", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 32,
-    device: Annotated[str, typer.Option(help="Where torch runs the model.")] = "cpu",
-    graphs: Annotated[bool, typer.Option("--graphs", help="Tokens of compressed caches from CUDA graphs.")] = False,
+    device: Annotated[str, typer.Option(help="Device on which torch runs the model.")] = "cpu",
+    graphs: Annotated[bool, typer.Option("--graphs", help="Decode with compressed caches by CUDA graphs.")] = False,
     json: JsonTarget = None,
 ) -> None:
     """Compare a Hugging Face model's usual cache with compressed ones: text, KL, bytes, time.
@@ -76,9 +76,9 @@ def hf(
 
 
 def make_table(rows: list["Row"], baseline: str) -> Table:
-    """The figures for a reader."""
+    """The figures as a table; ratio is the bytes of the usual cache per byte of the compressed one."""
     table = Table(title=f"DynamicCache in {baseline} against TurboQuantCache")
-    for name in ("cache", "layers", "MiB", "ratio", "KL", "KL max", "same top-1", "ms a token"):
+    for name in ("cache", "layers", "MiB", "ratio", "KL", "KL max", "same top-1", "ms per token"):
         table.add_column(name, justify="left" if name == "cache" else "right")
     for row in rows:
         table.add_row(

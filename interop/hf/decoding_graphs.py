@@ -3,8 +3,8 @@
     with decoding_graphs(model, cache):
         model.generate(**inputs, cache=cache)
 
-Where rows are few nearly all of a token's time is the host's, which launches some thirty kernels a layer. A replayed
-graph is one launch for all layers; a cache that grows by concatenation, like DynamicCache, cannot have one.
+With few rows, nearly all of the time of a token is spent on the host, which launches some thirty kernels per layer. A
+replayed graph is one launch for all layers. A cache that grows by concatenation, like DynamicCache, cannot have graphs.
 """
 
 import contextlib
@@ -21,31 +21,32 @@ from interop.hf.layer import CACHE_ARGUMENT, CompressedLayer
 from interop.launcher.cuda_graph import TensorGraph
 
 POSITIONS = {"position_ids": (1, 1), "cache_position": (1,)}
-"""Arguments, and their shapes, that a model makes of the number of tokens itself if it is not given them."""
+"""Arguments that a model derives from the number of tokens if they are not given, and their shapes."""
 
 
 @contextlib.contextmanager
 def decoding_graphs(model: Any, cache: TurboQuantCache) -> Iterator[None]:
-    """In the block, single tokens of a model over a cache are replayed from a CUDA graph; `generate` works as ever.
+    """In the block, decoding steps of a model over a cache are replayed from a CUDA graph; `generate` works as ever.
 
-    The first token of its kind runs as it does outside, the second is captured, and again when the cache has grown.
-    What is no single token (a prompt, a chunk to verify), has no room, changes the padding or wants a gradient, and
-    calls with other caches run as they do outside.
+    The first call with given shapes and options runs as outside the block. The second call is captured, later calls
+    are replayed, and after the cache has grown a call is captured anew. A call runs as outside the block if it has
+    several tokens per row (a prompt, a chunk to verify), another cache, no room in the cache, a mask that changes the
+    padding of earlier tokens, or gradients enabled.
 
-    Meanwhile weights must stay where they are. Hooks on parts of the model run where a graph is captured, not where it
-    is replayed.
+    Inside the block, the weights must stay where they are. Hooks on parts of the model run when a graph is captured,
+    not when it is replayed.
 
     Args:
-        model: On one GPU, with the attention implementation of `interop.hf`.
-        cache: All its layers compressed.
+        model: A model on one GPU, with the attention implementation of `interop.hf`.
+        cache: A cache whose layers are all compressed.
 
     Raises:
-        NotImplementedError: For a model elsewhere or a cache with other layers; and in the block for a model that reads
-            the number of tokens on the host or waits for the GPU.
+        NotImplementedError: For a model that is not on one GPU or a cache with other layers; in the block, for a model
+            that reads the number of tokens on the host or waits for the GPU.
     """
     _require_one_gpu(model)
     if len(cache.compressed_layers) != len(cache.layers):
-        raise NotImplementedError(f"CUDA graphs are of caches whose every layer is compressed, got {cache.summary()}")
+        raise NotImplementedError(f"CUDA graphs need a cache whose every layer is compressed, got {cache.summary()}")
     outside = vars(model).get("forward")
     model.forward = _Forward(model.forward, cache).wrapped()
     try:
@@ -59,11 +60,11 @@ def decoding_graphs(model: Any, cache: TurboQuantCache) -> Iterator[None]:
 def _require_one_gpu(model: Any) -> None:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
-        raise NotImplementedError(f"CUDA graphs are of models on one GPU, got {sorted(map(str, devices))}")
+        raise NotImplementedError(f"CUDA graphs need a model on one GPU, got {sorted(map(str, devices))}")
 
 
 class _Forward:
-    """A model's forward pass with graphs of its single tokens."""
+    """The forward pass of a model, with CUDA graphs of its decoding steps."""
 
     def __init__(self, forward: Callable, cache: TurboQuantCache) -> None:
         self._forward, self._cache = forward, cache
@@ -73,7 +74,7 @@ class _Forward:
         self._kernels: list[Any] = []
 
     def wrapped(self) -> Callable:
-        """As a function, with the signature of the model's own, which `generate` looks at."""
+        """The forward pass as a function with the signature of the model's own, which `generate` inspects."""
 
         @functools.wraps(self._forward)
         def forward(*given: Any, **named: Any) -> Any:
@@ -88,15 +89,15 @@ class _Forward:
         key = tuple((name, x.shape, x.dtype) for name, x in tensors.items()), tuple(others.items())
         try:
             hash(key)
-        except TypeError:  # lists and the like may change
+        except TypeError:  # a list, for example, may change until the replay
             return self._forward(**named)
         kernels = [layer.cache.kernels for layer in self._layers if layer.cache is not None]
         if any(a is not b for a, b in zip(kernels, self._kernels, strict=False)):
-            self._graphs.clear()  # memory has moved
+            self._graphs.clear()  # the memory of the cache has moved
         self._kernels = kernels
         if key not in self._graphs:
             out = self._forward(**named)
-            self._graphs[key] = None  # what launches does so now, and has loaded what a capture must not
+            self._graphs[key] = None  # this call has loaded the kernels, which a capture must not
             return out
         graph = self._graphs[key] = self._graphs[key] or self._capture(others, tensors)
         graph.replay(list(tensors.values()))
@@ -104,7 +105,7 @@ class _Forward:
         return tree_map_only(torch.Tensor, torch.clone, graph.out)
 
     def _tensors(self, named: dict[str, Any]) -> dict[str, torch.Tensor] | None:
-        """What differs from token to token, by argument; None for what is to run without a graph."""
+        """The tensors that differ from token to token, by argument; None for a call that runs without a graph."""
         tokens = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
         layer, ours = self._layers[0], named.get(CACHE_ARGUMENT) is self._cache
         if not ours or torch.is_grad_enabled() or tokens is None or tokens.shape[1] != 1:
@@ -116,7 +117,7 @@ class _Forward:
         found = {n: x for n, x in named.items() if isinstance(x, torch.Tensor) and not _is_mask_or_cache(n)}
         for name in (name for name in POSITIONS if name in self._parameters):
             if name not in found and layer.real is not None:
-                return None  # positions of padded rows are the model's own affair
+                return None  # the model derives the positions of padded rows from the mask
             found.setdefault(name, torch.full(POSITIONS[name], layer.seen, device=tokens.device))
         return found
 
@@ -124,7 +125,7 @@ class _Forward:
         rows, names = next(iter(tensors.values())).shape[0], list(tensors)
 
         def run(*given: torch.Tensor) -> Any:
-            # Four dimensions: a mask that is taken as it is, so that nothing asks how many tokens there are.
+            # Models take a mask of four dimensions as it is, without asking for the number of tokens.
             mask = torch.ones(rows, 1, 1, 1, dtype=torch.bool, device=given[0].device)
             named = dict(zip(names, given, strict=True)) | others | {CACHE_ARGUMENT: self._cache}
             return self._forward(attention_mask=mask, **named)
@@ -133,7 +134,7 @@ class _Forward:
             with _captured(self._layers):
                 return TensorGraph(run, list(tensors.values()), self._layers[0].compression.graph_pool)
         except RuntimeError as error:
-            raise NotImplementedError(f"the model's decoding step is no CUDA graph: {error}") from error
+            raise NotImplementedError(f"the model's decoding step cannot be a CUDA graph: {error}") from error
 
     def _count(self) -> None:
         real = self._layers[0].real
@@ -147,7 +148,7 @@ class _Forward:
 
 @contextlib.contextmanager
 def _captured(layers: list[CompressedLayer]) -> Iterator[None]:
-    """Lets a graph capture layers, which count nothing meanwhile: padding stays where it is, unseen by attention."""
+    """Marks layers as captured, so that they count no tokens; the cache holds no padding, so masks are not needed."""
     kept = [(layer, layer.real, layer.seen) for layer in layers]
     for layer in layers:
         layer.is_captured, layer.real = True, None
@@ -163,7 +164,7 @@ def _is_mask_or_cache(name: str) -> bool:
 
 
 def _goes_on(mask: torch.Tensor | None, layer: CompressedLayer) -> bool:
-    """Whether a mask of all tokens hides what was hidden and shows the new ones."""
+    """Whether a mask of all tokens hides the same tokens as before and shows the new ones."""
     if mask is None:
         return layer.real is None
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[1] != layer.seen + 1:

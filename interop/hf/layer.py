@@ -11,30 +11,47 @@ from transformers.cache_utils import CacheLayerMixin
 import tq_jax as tq
 from interop.launcher.cuda_graph import GraphPool
 from interop.torch.cache import TorchCache
+from interop.torch.rows import bits_label
 
 ATTENTION = "tq_jax"
-"""Name of the attention implementation."""
+"""Name of the attention implementation in transformers."""
 
 HEADROOM = 256
-"""Tokens that a layer has room for beyond its prompt before it grows the first time; it grows by a quarter then."""
+"""Tokens that a layer has room for beyond its prompt. A full layer grows by a quarter."""
 
 SOME_DIM = 128
-"""Head dimension to look at options with, before a layer has told its own."""
+"""Head dimension with which options are checked before a layer knows its own."""
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+"""Major and minor version of transformers."""
 
 CACHE_ARGUMENT = "cache" if VERSION >= (5, 24) else "past_key_values"
-"""What models and `generate` call the cache that they take."""
+"""Name of the argument by which models and `generate` take a cache."""
 
 CROP_COUNTS_REMOVED = VERSION >= (5, 0)
-"""Whether `crop(n)` of transformers' own layers removes -n tokens, as from 5.0; before, n was the final length."""
+"""Whether `crop(n)` removes -n tokens, as in transformers 5; in version 4, n was the final length."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitArguments:
+    """Arguments of attention that change the logits, by their names in transformers.
+
+    Attributes:
+        scaling: Factor of the logits; 1 / sqrt(d) by default.
+        softcap: Soft-cap: a logit x becomes softcap * tanh(x / softcap).
+        s_aux: Sink logits [h_q].
+    """
+
+    scaling: float | None
+    softcap: float | None
+    s_aux: torch.Tensor | None
 
 
 class Handle:
-    """What `update` returns in place of all keys (or values): the new ones, and where the others are.
+    """Stands for all keys (or all values) of a layer, in place of the tensor that `update` returns in other caches.
 
     Attributes:
-        layer: The layer that holds the others.
+        layer: The layer that holds the tokens so far.
         tokens: New keys or values [b, h_kv, t, d].
     """
 
@@ -63,7 +80,17 @@ _MISUSE = (
 
 @dataclasses.dataclass(frozen=True)
 class Compression:
-    """How layers are compressed; see `TurboQuantCache`."""
+    """How layers are compressed; one object for all layers of a cache.
+
+    Attributes:
+        key_bits: Bits per key coordinate.
+        value_bits: Bits per value coordinate.
+        max_tokens: Tokens per row that a layer has room for from the start; None to go by the prompt.
+        seed: Seed of the quantizers.
+        options: Further fields of `tq_jax.CacheSpec`.
+        exact_prompt: Whether a prompt attends to its own keys and values before compression.
+        graph_pool: Memory of the CUDA graphs of all layers, which never run at the same time.
+    """
 
     key_bits: float
     value_bits: float
@@ -74,7 +101,13 @@ class Compression:
     graph_pool: GraphPool = dataclasses.field(default_factory=GraphPool)
 
     def spec(self, kv_heads: int, head_dim: int, prompt: int) -> tq.CacheSpec:
-        """The spec of a layer whose first chunk has `prompt` tokens."""
+        """The spec of a layer.
+
+        Args:
+            kv_heads: KV heads of the layer.
+            head_dim: Dimension of a head.
+            prompt: Tokens of the first chunk.
+        """
         spec = tq.CacheSpec.recommended(kv_heads, head_dim, 1, self.key_bits, self.value_bits, **self.options)
         least = spec.sink_tokens + spec.window
         if self.max_tokens is not None:
@@ -83,24 +116,28 @@ class Compression:
         return dataclasses.replace(spec, max_tokens=least + pages * spec.page_size)
 
     def describe(self) -> str:
-        """Bits of keys and values; raises for options that no layer can have."""
+        """Checks the options and returns the bits of keys and values, like K4/V4.
+
+        Raises:
+            ValueError: For values of options that no layer can have.
+            NotImplementedError: For quantizers that are not supported.
+        """
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"expected max_tokens of at least 1, got {self.max_tokens}")
         given = [self.options.get(name) for name in ("key", "value")]
-        spec = self.spec(1, next((one.dim for one in given if one is not None), SOME_DIM), 1)
-        if spec.key is None or spec.value is None:
-            return "full precision"
-        return f"K{spec.key.bits:g}/V{spec.value.bits:g}"
+        return bits_label(self.spec(1, next((one.dim for one in given if one is not None), SOME_DIM), 1))
 
 
 class CompressedLayer(CacheLayerMixin):
-    """One layer's compressed keys and values.
+    """The compressed keys and values of one layer.
 
     Attributes:
-        cache: The tokens; rows are those of the batch. None before the first chunk.
-        real: bool [b, seen], which tokens of the sequence so far are no padding; None if all are.
-        is_captured: Whether a CUDA graph of a model is being captured by `interop.hf.decoding_graphs`, which counts the
-            tokens itself.
+        compression: How the layer is compressed.
+        cache: The tokens without padding, a cache row per row of the batch. None before the first chunk.
+        real: bool [b, seen] on the CPU, which tokens so far are no padding; None if there is no padding.
+        seen: Number of tokens so far, padding included.
+        is_captured: Whether `interop.hf.decoding_graphs` is capturing a CUDA graph of the model; it counts the tokens
+            itself.
     """
 
     is_sliding = False
@@ -116,14 +153,14 @@ class CompressedLayer(CacheLayerMixin):
         self.seen = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
-        """Notes where tokens live; memory is taken with the first chunk, whose length is known then."""
+        """Notes type and device; memory is taken with the first chunk, whose length is known then."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Handle, Handle]:
-        """Hands the new tokens to the attention function, which stores them: only it knows queries and padding."""
+        """Returns handles of the new tokens; the attention function, which knows queries and padding, stores them."""
         if key_states.shape != value_states.shape:
             raise NotImplementedError(
                 f"keys and values of one shape are compressed, got {list(key_states.shape)} and "
@@ -134,7 +171,14 @@ class CompressedLayer(CacheLayerMixin):
         return Handle(self, key_states), Handle(self, value_states)
 
     def store(self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None) -> None:
-        """Appends a chunk [b, h, t, d] without its padding."""
+        """Appends a chunk without its padding.
+
+        Args:
+            query: Queries [b, h_q, t, d].
+            k: Keys [b, h_kv, t, d].
+            v: Values, shaped like the keys.
+            real: As for `real_tokens`: bool [b, tokens so far], False for padding; None if there is no padding.
+        """
         cache, tokens, counts, _ = self._prepare(query, k, v, real)
         cache.append(*tokens[:2], query=tokens[2], lengths=counts)
         self.real, self.seen = real, self.seen + k.shape[2]
@@ -145,25 +189,28 @@ class CompressedLayer(CacheLayerMixin):
         k: torch.Tensor,
         v: torch.Tensor,
         real: torch.Tensor | None,
-        *,
-        scaling: float | None,
-        softcap: float | None,
-        s_aux: torch.Tensor | None,
+        logits: LogitArguments,
     ) -> torch.Tensor:
-        """Appends a chunk and attends over everything; outputs [b, t, h_q, d], zero for padding."""
+        """Appends a chunk and attends over the whole layer; arguments as for `store`.
+
+        Returns:
+            Outputs [b, t, h_q, d], zero for padding.
+        """
         cache, tokens, counts, order = self._prepare(query, k, v, real)
-        out = cache.extend(*tokens, lengths=counts, softcap=softcap, sink_logits=s_aux, scale=scaling)
+        out = cache.extend(
+            *tokens, lengths=counts, softcap=logits.softcap, sink_logits=logits.s_aux, scale=logits.scaling
+        )
         self.real, self.seen = real, self.seen + k.shape[2]
         return out if order is None else _take(out, torch.argsort(order, dim=1))
 
     def _prepare(
         self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
     ) -> tuple[TorchCache, list[torch.Tensor], list[int] | None, torch.Tensor | None]:
-        """Makes room for a chunk.
+        """Makes room for a chunk and moves its padding to the end.
 
         Returns:
-            The cache; keys, values and queries [b, t, h, d], padding last; and, None each without padding, tokens of
-            each row and, [b, t], where in the chunk they are.
+            The cache; keys, values and queries, [b, t, h, d] each, real tokens first; number of real tokens of each
+            row; position in the chunk of each of the moved tokens, int64 [b, t]. The last two are None without padding.
         """
         self._require_consistent(real)
         counts = order = None
@@ -176,7 +223,7 @@ class CompressedLayer(CacheLayerMixin):
         return self._make_room(k), tokens, counts, order
 
     def _require_consistent(self, real: torch.Tensor | None) -> None:
-        """Raises ValueError for a mask that hides other tokens than the masks before."""
+        """Raises ValueError if a mask hides other tokens than the masks of earlier chunks."""
         if self.real is None and real is None:
             return
         before = torch.ones(1, self.seen, dtype=torch.bool) if self.real is None else self.real
@@ -184,7 +231,7 @@ class CompressedLayer(CacheLayerMixin):
         if not bool((before == now).all()):
             raise ValueError(
                 f"expected the attention mask of the first {self.seen} tokens to be as before, "
-                f"got another one (padding is not stored): {(~now).sum(1).tolist()} hidden a row, "
+                f"got another one (padding is not stored): {(~now).sum(1).tolist()} tokens hidden in each row, "
                 f"{(~before).sum(1).tolist()} before"
             )
 
@@ -200,24 +247,29 @@ class CompressedLayer(CacheLayerMixin):
         return self.cache
 
     def get_seq_length(self, cache_position: Any = None) -> int:
-        """Tokens so far, padding included."""
+        """Number of tokens so far, padding included."""
         if self.is_captured:
             raise NotImplementedError("a CUDA graph of a model that reads the number of tokens on the host")
         return self.seen
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        """Length and offset of the keys a mask is for; 4.57 passes positions instead of their number."""
+        """Length and offset of the keys that a mask covers; transformers 4.57 passes positions, not their number."""
         count = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.seen + count, 0
 
     def get_max_length(self) -> int:
-        """No limit: the cache grows."""
+        """-1, because there is no limit: the cache grows."""
         return -1
 
     get_max_cache_shape = get_max_length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drops tokens from the end: -n of them, or, for n above 0 and before transformers 5, all but n."""
+        """Drops the latest tokens.
+
+        Args:
+            tokens_to_remove: Minus the number of tokens to drop; a positive number is the number of tokens to keep.
+                Zero drops none from transformers 5 on, and all before.
+        """
         n = tokens_to_remove
         length = self.seen + n if n < 0 or (n == 0 and CROP_COUNTS_REMOVED) else n
         length = max(0, min(length, self.seen))
@@ -231,7 +283,7 @@ class CompressedLayer(CacheLayerMixin):
         self.seen = length
 
     def reset(self) -> None:
-        """Empties the layer; its memory is kept."""
+        """Empties the layer and keeps its memory."""
         if self.cache is not None:
             self.cache.reset()
         self.real, self.seen = None, 0
@@ -243,31 +295,31 @@ class CompressedLayer(CacheLayerMixin):
             self.real = self.real[index.cpu()]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Beams continue others."""
+        """Row i continues row beam_idx[i]."""
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times."""
+        """Repeats every row, each time `repeats` times in succession."""
         rows = 0 if self.cache is None else self.cache.rows
         self._select(torch.arange(rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Some rows."""
+        """Keeps the rows of these indices, in their order."""
         rows = 0 if self.cache is None else self.cache.rows
         self._select(torch.arange(rows)[indices.cpu()])
 
     def offload(self) -> None:
-        """Not supported."""
+        """Raises NotImplementedError: the cache stays on its device."""
         raise NotImplementedError("a TurboQuantCache stays on its device, got offload()")
 
     prefetch = offload
 
 
 def layer_bytes(layer: Any) -> int:
-    """Bytes of all tensors of one of transformers' own layers, those in its dicts included."""
+    """Bytes of all tensors of a layer of transformers, tensors in its dicts included."""
     return sum(x.nbytes for x in jax.tree.leaves(vars(layer)) if isinstance(x, torch.Tensor))
 
 
 def _take(tokens: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Tokens [b, t, h, d] of each row in another order [b, t]."""
+    """Tokens [b, t, h, d], those of each row in the order [b, t]."""
     return torch.take_along_dim(tokens, order[:, :, None, None], dim=1)

@@ -1,4 +1,4 @@
-"""What `tq-jax hf` measures: one cache of a Hugging Face model over a text and a prompt."""
+"""The measurements of `tq-jax hf`: one cache of a Hugging Face model at a time, over a text and a prompt."""
 
 import contextlib
 import dataclasses
@@ -23,24 +23,24 @@ from tq_jax.commands.inputs import CHARACTERS_A_TOKEN, require_tokens
 from tq_jax.commands.output import refusing
 
 CHUNK = 16
-"""Positions compared at a time; few, so that little leaves the window before its time."""
+"""Positions per forward pass; few, so that few tokens leave the window earlier than in decoding."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One cache, measured.
+    """Measurements of one cache.
 
     Attributes:
-        cache: What it is.
-        key_bits: Bits of keys; None for the baseline.
-        value_bits: Likewise of values.
-        layers: Layers that are compressed.
+        cache: Name of the cache.
+        key_bits: Bits per key coordinate; None for the baseline.
+        value_bits: Bits per value coordinate; None for the baseline.
+        layers: Number of compressed layers.
         nbytes: Bytes of the cache after the text.
-        kl_mean: Mean divergence of the next-token distribution from the baseline, nats.
-        kl_max: Its largest.
-        top1: Share of positions with the baseline's most likely token.
-        ms_per_token: Median time of a decoded token.
-        text: What the model continued the prompt with.
+        kl_mean: Mean KL divergence of the next-token distribution from the baseline's, in nats.
+        kl_max: Largest KL divergence of a position, in nats.
+        top1: Share of positions whose most likely token is the baseline's.
+        ms_per_token: Median time per decoded token, in milliseconds.
+        text: Continuation of the prompt.
     """
 
     cache: str
@@ -57,17 +57,17 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A model, what it reads and what it is asked.
+    """A model with its text and its prompt.
 
     Attributes:
         network: The model.
-        tokenizer: Its tokenizer.
-        ids: [1, context + positions] of the text.
-        asked: [1, t] of the prompt.
+        tokenizer: Tokenizer of the model.
+        ids: Token ids of the text [1, context + positions].
+        asked: Token ids of the prompt [1, t].
         context: Tokens of the text before the positions compared.
-        new_tokens: Tokens to generate.
-        attention: The model's own attention implementation, that of the baseline.
-        graphs: Whether tokens of compressed caches are replayed from CUDA graphs.
+        new_tokens: Number of tokens to generate.
+        attention: The model's own attention implementation, which the baseline uses.
+        graphs: Whether decoding steps of compressed caches are replayed from CUDA graphs.
     """
 
     network: Any
@@ -91,11 +91,21 @@ def load_task(
     device: str,
     graphs: bool,
 ) -> Task:
-    """Loads a model directory; the prompt is the text's beginning by default.
+    """Loads a model and tokenizes its text and prompt.
+
+    Args:
+        model: Directory of the model.
+        content: The text.
+        prompt: The prompt; None for the beginning of the text.
+        context: Tokens of the text before the positions compared.
+        positions: Number of positions compared.
+        new_tokens: Number of tokens to generate.
+        device: Device on which torch runs the model.
+        graphs: Whether decoding steps of compressed caches are replayed from CUDA graphs.
 
     Raises:
         typer.BadParameter: For a directory without a model, a device that torch does not have, a text without tokens
-            to compare, an empty prompt, or a context that is shorter than what the model shall read.
+            to compare, an empty prompt, or a model whose context is too short for the text or the prompt.
     """
     _require_device(device)
     with refusing("torch,hf"):
@@ -117,15 +127,15 @@ def load_task(
 def _require_device(name: str) -> None:
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each way of not being there
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # depends on the kind of device
         raise typer.BadParameter(f"expected a device that torch has, got {name!r} ({error})") from error
 
 
 def require_supported(task: Task, widths: Sequence[tuple[float, float]]) -> None:
-    """Lets every cache have one token, before any has many.
+    """Runs one token with every compressed cache, before any long run starts.
 
     Raises:
-        typer.BadParameter: If the model's heads cannot have such bits, or its steps no graphs.
+        typer.BadParameter: If the model's heads cannot have such bits, or its decoding steps cannot be CUDA graphs.
     """
     task.network.set_attn_implementation(ATTENTION)
     for pair in widths:
@@ -135,20 +145,20 @@ def require_supported(task: Task, widths: Sequence[tuple[float, float]]) -> None
 
 
 def versions() -> dict[str, str]:
-    """Of what ran."""
+    """Versions of torch and transformers."""
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def measure(task: Task, widths: tuple[float, ...] | None, reference: Any = None) -> tuple[torch.Tensor, Row]:
-    """One cache over the text and the prompt.
+    """Measures one cache over the text and the prompt.
 
     Args:
-        task: The model and what it does.
-        widths: Bits of keys and values; None for the usual cache.
-        reference: Log-probabilities of the baseline, as returned for it.
+        task: The model with its text and its prompt.
+        widths: Bits of keys and values; None for the usual cache, the baseline.
+        reference: Log-probabilities that `measure` returned for the baseline; None for the baseline itself.
 
     Returns:
-        Log-probabilities of the positions, those of the baseline if there were some, and the row.
+        Log-probabilities of the baseline at the positions compared, and the measurements.
     """
     network, ids = task.network, task.ids
     network.set_attn_implementation(task.attention if widths is None else ATTENTION)
@@ -179,13 +189,13 @@ def measure(task: Task, widths: tuple[float, ...] | None, reference: Any = None)
 
 
 def steps(task: Task, cache: Any) -> contextlib.AbstractContextManager[None]:
-    """Decoding steps of a compressed cache from graphs, if they are wanted."""
+    """Replays decoding steps of a compressed cache from CUDA graphs in the block, if the task wants that."""
     wanted = task.graphs and isinstance(cache, TurboQuantCache)
     return decoding_graphs(task.network, cache) if wanted else contextlib.nullcontext()
 
 
 def make_cache(network: PreTrainedModel, widths: tuple[float, ...] | None) -> DynamicCache | TurboQuantCache:
-    """A new cache: the usual one, or one of some widths."""
+    """A new cache: a compressed one with these bits of keys and values, or the usual one for None."""
     if widths is None:
         return DynamicCache(config=network.config)
     with warnings.catch_warnings():
@@ -201,7 +211,7 @@ def cache_bytes(cache: DynamicCache | TurboQuantCache) -> int:
 
 
 def generate(network: PreTrainedModel, asked: torch.Tensor, cache: Any, count: int) -> tuple[list[int], float]:
-    """Greedy tokens and the median seconds of one; the first steps, which compile, are in no median of many."""
+    """Greedy tokens, and the median seconds per token without the first step, which compiles."""
     tokens, times = [], []
     step = asked
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A JAX function in two: what depends on nothing but constants, computed now, and the rest, to be lowered."""
+"""A JAX function split in two: the part that depends on constants alone, computed now, and the rest, to be lowered."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,12 +11,12 @@ from jax.extend.core import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The rest of a function.
+    """The rest of a function, after the part that depends on constants alone.
 
     Attributes:
-        function: From a list of arrays to a list of arrays: first the values, then the inputs in use.
-        values: What was computed beforehand and the rest needs.
-        used: Places of the inputs in use among the flat inputs.
+        function: The rest, from a list of arrays to a list of arrays. Its inputs are `values`, then the inputs in use.
+        values: Results of the first part that the rest needs.
+        used: Indices of the inputs in use, among the flat inputs of the whole function.
     """
 
     function: Callable[[Sequence[Any]], list[Any]]
@@ -25,11 +25,14 @@ class Split:
 
 
 def split_constants(function: Callable, *shapes: Any) -> Split:
-    """Computes what a function computes from constants alone.
+    """Runs the part of a function that depends on constants alone, and returns the rest.
 
     Args:
-        function: Of pytrees of arrays.
-        *shapes: Pytrees of `jax.ShapeDtypeStruct`.
+        function: A function of pytrees of arrays.
+        *shapes: Its inputs, as pytrees of `jax.ShapeDtypeStruct`.
+
+    Returns:
+        The rest of the function and the values that it needs.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,7 +1,8 @@
-"""JAX functions of kernels and simple operations between them, run by torch: kernels launched, the others as torch has.
+"""JAX functions of Pallas kernels and simple operations between them, run by torch.
 
-For what is worth several kernels and little else, like attention of long chunks. Like launches alone it waits for
-nothing, so that a CUDA graph can capture it.
+A kernel is launched; an operation between kernels is the torch function of the same meaning. This suits functions that
+are a few kernels and little else, like attention of long chunks. Nothing waits for the GPU, so that a CUDA graph can
+capture the whole function.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from interop.launcher import program as launcher
 from interop.launcher.constants import split_constants
 
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
-"""Operations that call another function, and the parameter that it is."""
+"""Operations that call another function, and the name of the parameter that holds this function."""
 
 
 def _broadcast(x: torch.Tensor, *, shape: tuple[int, ...], broadcast_dimensions: tuple[int, ...]) -> torch.Tensor:
@@ -58,7 +59,7 @@ OPERATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "sub": torch.sub,
     "transpose": lambda x, *, permutation: x.permute(permutation),
 }
-"""Operations by their name in JAX."""
+"""The torch function of each JAX operation, by the name of the operation."""
 
 PARAMETERS = {
     "broadcast_in_dim": ("shape", "broadcast_dimensions"),
@@ -72,19 +73,22 @@ PARAMETERS = {
     "squeeze": ("dimensions",),
     "transpose": ("permutation",),
 }
-"""Parameters that matter to them; the others say how XLA is to lay them out."""
+"""Parameters of JAX operations that the torch functions take; other parameters only concern XLA's layout."""
 
 
 class TorchFunction:
-    """A JAX function of kernels and simple operations as a function of torch tensors; see the module.
+    """A JAX function of kernels and simple operations between them, as a function of torch tensors.
+
+    The function is traced once. Each step of the trace becomes a launch (`TorchProgram`) or a function of `OPERATIONS`,
+    and a call runs the steps in order. `TorchProgram` alone is faster but takes functions without such operations only.
 
     Args:
-        function: The function; anything static is bound already.
-        *examples: Pytrees of tensors (meta ones will do), whose shapes and types are those of every call.
-        device: The GPU.
+        function: The function, with everything static bound.
+        *examples: Its arguments, as pytrees of tensors with the shapes and types of every call; meta tensors will do.
+        device: The GPU that it runs on.
 
     Raises:
-        NotImplementedError: For an operation that is not known here.
+        NotImplementedError: For an operation that is not in `OPERATIONS`.
     """
 
     def __init__(self, function: Callable, *examples: Any, device: torch.device) -> None:
@@ -107,12 +111,12 @@ class TorchFunction:
         launcher.require_alike(tensors, self._shapes, self.device)
 
     def launch(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Runs on flat inputs, which are checked, on the current stream."""
+        """Checks flat inputs and runs the function on them, on the current stream."""
         self.check(tensors)
         return self._run(tensors)
 
     def bind(self, fixed: Sequence[torch.Tensor]) -> Callable[[list[torch.Tensor]], tuple[torch.Tensor, ...]]:
-        """The function with its first inputs given, as one of the others; neither are checked."""
+        """The function with its first flat inputs bound, as a function of the others; nothing is checked."""
         return lambda given: self._run([*fixed, *given])
 
     def _run(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -123,7 +127,15 @@ class TorchFunction:
         return tuple(known[name].contiguous() for name in self._outputs)
 
     def _read(self, jaxpr: Any, names: dict[Any, Any]) -> Iterator[tuple[Any, list[Any], list[Any]]]:
-        """Steps of a function, those that it calls among them; `names` says under which its arguments are known."""
+        """Yields the steps of a function, with the steps of the functions that it calls.
+
+        Args:
+            jaxpr: The function.
+            names: Key of each variable's tensor in a run, for variables whose key is not the variable; written here.
+
+        Yields:
+            Function of a step, keys of its operands, keys of its results.
+        """
         for equation in jaxpr.eqns:
             kind, operands = equation.primitive.name, [self._name(atom, names) for atom in equation.invars]
             if kind in CALLS:
@@ -135,7 +147,7 @@ class TorchFunction:
                 found = [self._name(atom, inside) for atom in inner.jaxpr.outvars]
                 names.update(zip(equation.outvars, found, strict=True))
                 continue
-            # The same function may be called twice, with the same variables.
+            # A function that is called twice has the same variables each time, so keys are new objects.
             results = [object() for _ in equation.outvars]
             names.update(zip(equation.outvars, results, strict=True))
             yield self._step(equation), operands, results
@@ -163,7 +175,7 @@ class TorchFunction:
 
 
 class _Call:
-    """One equation as a function."""
+    """One equation of a jaxpr as a function of arrays."""
 
     def __init__(self, equation: Any) -> None:
         self._equation = equation

@@ -1,4 +1,4 @@
-"""Appending to a torch-owned cache where JAX computes codes and statistics and torch moves tokens and writes."""
+"""Appending to a torch-owned cache on a CPU: JAX computes codes and statistics, torch moves tokens and writes."""
 
 from typing import Any
 
@@ -21,12 +21,12 @@ def update_statistics(
     """Observes the queries of a chunk and fixes the statistics of rows whose first token leaves the window, in place.
 
     Args:
-        arrays: The cache's tensors, before the append.
-        k: [rows, t, h_kv, d], keys of the chunk.
-        query: Its queries.
-        lengths: Tokens of each row so far.
+        arrays: Tensors of the cache before the append.
+        k: Keys of the chunk [rows, t, h_kv, d].
+        query: Queries of the chunk [rows, t, h_q, d], or None to observe none.
+        lengths: Tokens of each row before the append.
         counts: New tokens of each row.
-        evicts: Whether tokens of each row leave.
+        evicts: For each row, whether the append moves any of its tokens to the pages.
 
     Returns:
         Whether the statistics of all rows are fixed now.
@@ -51,14 +51,14 @@ def update_statistics(
 
 
 def write_chunk(arrays: Any, view: Any, k: torch.Tensor, v: torch.Tensor, moves: Moves) -> None:
-    """Writes a chunk to the window and what leaves it to the pages.
+    """Writes a chunk to the window, and the tokens that leave the window to the pages.
 
     Args:
-        arrays: The cache's tensors.
-        view: The same as JAX arrays.
-        k: [rows, t, h_kv, d], of the cache's type.
-        v: Likewise.
-        moves: What goes where.
+        arrays: Tensors of the cache.
+        view: JAX views of the same memory.
+        k: Keys of the chunk [rows, t, h_kv, d], in the type of the window.
+        v: Values, shaped like the keys.
+        moves: Source and target of each token.
     """
     if moves.page.numel():
         _compress(arrays, view, k, v, moves)
@@ -84,7 +84,7 @@ def _compress(arrays: Any, view: Any, k: torch.Tensor, v: torch.Tensor, moves: M
 
 
 def _leaving(exact: torch.Tensor, chunk: torch.Tensor, moves: Moves, part: slice) -> torch.Tensor:
-    """Tokens that go to the pages, [n, h_kv, d]: those of the ring, then those of the chunk."""
+    """Tokens that go to the pages, [n, h_kv, d]: tokens of the ring, then tokens of the chunk."""
     split = moves.ring_row.numel()
     old, new = slice(part.start, min(part.stop, split)), slice(max(part.start - split, 0), max(part.stop - split, 0))
     ring = exact[moves.ring_row[old], :, moves.ring_slot[old]]

@@ -1,4 +1,8 @@
-"""Appending to a torch-owned cache on a GPU by kernels that torch launches: leave, encode keys and values, enter."""
+"""Appending to a torch-owned cache on a GPU by three kernels that torch launches.
+
+`leave` takes the tokens that leave the window, `encode` writes their codes to the pages, and `enter` writes the new
+tokens to the window.
+"""
 
 from typing import Any
 
@@ -14,14 +18,14 @@ from pallas_kernels.encode.encoder import Encoder
 from tq_jax.quantizer import encoder
 
 LONGEST = 2048
-"""Tokens appended at a time; what leaves meanwhile takes as much memory again."""
+"""Tokens per launch; the tokens that leave the window meanwhile take as much memory again."""
 
 
 class KernelAppend:
     """Appends to one cache; made once, and again when the cache's tensors are replaced.
 
     Args:
-        cache: The cache's tensors.
+        cache: Tensors of the cache.
     """
 
     def __init__(self, cache: tq.Cache) -> None:
@@ -39,15 +43,15 @@ class KernelAppend:
             weight=None if statistics is None else statistics.weight,
         )
         self._dtype = getattr(torch, spec.dtype)
-        self._program = BoundProgram(_Static(AppendPlan(spec.sinks, spec.max_tokens), encoders), arrays)
+        self._program = BoundProgram(_BoundAppend(AppendPlan(spec.sinks, spec.max_tokens), encoders), arrays)
 
     def __call__(self, k: torch.Tensor, v: torch.Tensor, counts: torch.Tensor | None = None) -> None:
-        """Appends chunks [rows, t, h_kv, d]. Launches only: a CUDA graph can capture it.
+        """Appends a chunk to every row. It only launches, so a CUDA graph can capture it.
 
         Args:
-            k: Keys.
-            v: Values.
-            counts: int32 [rows] on the GPU, tokens of each row's chunk that exist; t by default.
+            k: Keys [rows, t, h_kv, d].
+            v: Values, shaped like the keys.
+            counts: int32 [rows] on the GPU, number of real tokens in each row's chunk; t by default.
         """
         whole = k.shape[1]
         if whole == 1:
@@ -55,7 +59,7 @@ class KernelAppend:
             return
         for start in range(0, whole, LONGEST):
             count = min(LONGEST, whole - start)
-            size = 1 << (count - 1).bit_length()  # few sizes, so that few are compiled
+            size = 1 << (count - 1).bit_length()  # few sizes, so that few kernels are compiled
             part = [x[:, start : start + count].to(self._dtype) for x in (k, v)]
             here = counts
             if whole > LONGEST or size > count:
@@ -67,12 +71,12 @@ class KernelAppend:
 
 
 def _encoder(quantizer: tq.Quantizer) -> Encoder:
-    """The encoder of a quantizer of tensors, on the host."""
+    """The encoder of a quantizer whose leaves are tensors; its own arrays live on the host."""
     return encoder(jax.tree.map(lambda x: jnp.asarray(x.cpu().numpy()), quantizer))
 
 
-class _Static:
-    """The launches with the encoders bound; equal for equal encoders, so that layers share what is compiled."""
+class _BoundAppend:
+    """`append_cache` with plan and encoders bound; equal for equal encoders, so that layers share a program."""
 
     def __init__(self, plan: AppendPlan, encoders: tuple[Encoder, ...] | None) -> None:
         self.plan, self.encoders = plan, encoders
@@ -83,7 +87,7 @@ class _Static:
         return hash(self._key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and other._key == self._key
+        return isinstance(other, _BoundAppend) and other._key == self._key
 
     def __call__(self, arrays: CacheArrays, keys: Any, values: Any, counts: Any) -> CacheArrays:
         key, value = self.encoders or (None, None)

@@ -1,26 +1,47 @@
-"""`append` and `attend` of a torch-owned cache as torch custom ops: torch.compile sees calls and not their code.
+"""`append` and `attend` of a torch-owned cache as torch custom ops, so that torch.compile sees two opaque calls.
 
-A graph holds a number and a version. The cache behind the number keeps everything else, its tensors too: a graph that
-held them would copy them to make `append` functional. `append` writes the version and `attend` reads it, which keeps
-them in order.
+A compiled graph holds the number of a cache and a version tensor. It does not hold the cache's tensors, because
+torch.compile would copy them to make `append` functional. `append` writes the version and `attend` reads it, which
+keeps the two in order.
 """
 
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from interop.torch.cache import TorchCache
+from interop.torch.attend_on_gpu import AttendOptions
 
-_caches: "weakref.WeakValueDictionary[int, TorchCache]" = weakref.WeakValueDictionary()
+
+class NumberedCache(Protocol):
+    """What the ops call on the cache that a number stands for; see `interop.torch.cache.TorchCache`."""
+
+    def append_now(
+        self, k: torch.Tensor, v: torch.Tensor, *, query: torch.Tensor | None, lengths: Sequence[int] | None
+    ) -> None:
+        """Appends a chunk outside of a compiled graph."""
+        ...
+
+    def attend_now(
+        self,
+        query: torch.Tensor,
+        options: AttendOptions,
+        *,
+        sink_logits: torch.Tensor | None,
+        lengths: Sequence[int] | None,
+    ) -> torch.Tensor:
+        """Attends outside of a compiled graph."""
+        ...
+
+
+_caches: weakref.WeakValueDictionary[int, NumberedCache] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def register(cache: "TorchCache") -> int:
-    """The number of a cache, by which the ops find it as long as it lives."""
+def register(cache: NumberedCache) -> int:
+    """Gives a cache a number; the ops find the cache by this number as long as the cache lives."""
     number = next(_numbers)
     _caches[number] = cache
     return number
@@ -58,15 +79,8 @@ def attend(
     precise: bool,
 ) -> torch.Tensor:
     """`TorchCache.attend` of a numbered cache."""
-    return _caches[cache].attend_now(
-        query,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        scale=scale,
-        lengths=lengths,
-        precise=precise,
-    )
+    options = AttendOptions(sliding_window, softcap, scale, precise)
+    return _caches[cache].attend_now(query, options, sink_logits=sink_logits, lengths=lengths)
 
 
 @attend.register_fake
@@ -75,7 +89,7 @@ def _(query, version, cache, sliding_window, softcap, sink_logits, scale, length
 
 
 class _Refusal(torch.autograd.Function):
-    """The output, of which no gradient can be asked."""
+    """Identity whose backward pass raises."""
 
     @staticmethod
     def forward(context: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
@@ -87,7 +101,7 @@ class _Refusal(torch.autograd.Function):
 
 
 def refuse_gradient(output: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
-    """The output of attention over a cache; if inputs need a gradient, it raises NotImplementedError for who asks."""
+    """The output of attention over a cache; a backward pass from it to inputs raises NotImplementedError."""
     known = [x for x in inputs if x is not None]
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in known):
         return output

@@ -1,19 +1,19 @@
 """Pytrees of JAX arrays as pytrees of torch tensors over the same bytes, and back: quantizers, codes, whole caches.
 
-Nothing is copied, on CPU or GPU; what DLPack cannot carry without a copy is refused. A tree keeps its classes: the
-torch side of a `Cache` is a `Cache` whose leaves are tensors. Its full-precision tokens, which JAX holds as the bits of
-bfloat16 in uint16, are bfloat16 there.
+Nothing is copied, on CPU or GPU; a leaf that DLPack cannot share without a copy is refused. A tree keeps its classes:
+the torch side of a `Cache` is a `Cache` whose leaves are tensors. JAX holds full-precision tokens of bfloat16 as their
+bits in uint16; on the torch side they are bfloat16.
 
-Ownership. Both sides own the memory together: it lives until the last of them is dropped. Only one may write it:
+Ownership. Both sides own the memory together: it lives until both have dropped it. Only one side may write it:
 
 * Memory that torch allocated is written by torch, in place, and read by JAX. On the CPU an imported array sees later
   writes; donating it to a jitted function does not free it and does not update it in place (JAX makes a new buffer).
 * Memory that JAX allocated must not be written through its torch view: JAX assumes that arrays never change.
 
-Order. JAX runs asynchronously. On the CPU, wait for results before torch writes what they were computed from:
-`to_torch` of a result waits, and so does `jax.block_until_ready`. On a GPU an import waits for what torch's current
-stream has been given so far, and an export is ordered before what torch launches next; an array imported before a
-later write does not wait for that write, so import anew for each call there.
+Order. JAX runs asynchronously. On the CPU, wait for results before torch overwrites their inputs: `to_torch` of a
+result waits, and so does `jax.block_until_ready`. On a GPU an import waits for the work that torch's current stream has
+so far, and an export is ordered before what torch launches next. An array that was imported before a write of torch
+does not wait for this write, so on a GPU import anew for each call.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from jax.core import Tracer
 from tq_jax import Cache
 
 CPU_ALIGNMENT = 64
-"""Bytes that XLA's CPU buffers are aligned to; torch's own allocations are, views into them may not be."""
+"""Alignment of XLA's CPU buffers in bytes; torch allocates with this alignment, but a view may start anywhere."""
 
 _WIDE = {
     torch.int64: "int32",
@@ -35,7 +35,7 @@ _WIDE = {
     torch.float64: "float32",
     torch.complex128: "complex64",
 }
-"""Types that JAX narrows by copying unless jax_enable_x64 is set, and to what."""
+"""Types that JAX copies and narrows unless jax_enable_x64 is set, and the narrower type of each."""
 
 
 def to_torch(tree: Any) -> Any:
@@ -49,7 +49,7 @@ def to_torch(tree: Any) -> Any:
 
     Raises:
         ValueError: For a leaf that is no array, is traced, deleted, or spread over several devices.
-        NotImplementedError: For a type that DLPack does not carry (4-bit integers; they are packed into uint8 here).
+        NotImplementedError: For a type that DLPack does not carry, like 4-bit integers (pack them into uint8).
 
     Example:
         >>> import tq_jax as tq
@@ -66,15 +66,15 @@ def to_jax(tree: Any) -> Any:
     """The JAX view of a pytree of torch tensors; inverse of `to_torch`.
 
     Args:
-        tree: Tensors in any pytree. Each is dense (in any order of its axes) and, on a CPU, aligned to 64 bytes, as
-            tensors that torch allocates are.
+        tree: Tensors in any pytree. Each tensor is dense (in any order of its axes) and, on a CPU, aligned to 64
+            bytes, like every tensor that torch allocates.
 
     Returns:
         The same tree with JAX arrays over the same memory.
 
     Raises:
-        ValueError: For a leaf that is no tensor, requires a gradient, has gaps, starts off alignment, or has a type
-            that JAX would narrow.
+        ValueError: For a leaf that is no tensor, requires a gradient, has gaps, is not aligned, or has a type that JAX
+            would narrow.
         NotImplementedError: For a type or device that JAX does not have.
     """
     stored = _map_caches(tree, lambda exact: exact.view(torch.uint16))
@@ -122,7 +122,7 @@ def _import(tensor: Any) -> jax.Array:
 
 
 def _require_shareable(tensor: Any) -> None:
-    """Raises ValueError for tensors that JAX would copy, narrow or refuse."""
+    """Raises ValueError for a leaf that is no tensor or that JAX would copy, narrow or refuse."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"expected torch tensors, got {_name(tensor)}")
     if tensor.requires_grad:

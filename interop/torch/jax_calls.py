@@ -1,7 +1,7 @@
-"""What JAX computes for a cache that torch owns: torch tensors in and out, by DLPack, nothing of the cache copied.
+"""JAX computations on a cache that torch owns: torch tensors in and out through DLPack, without copies of the cache.
 
-Each function takes torch trees, runs one compiled JAX function and returns torch tensors whose values are there (on a
-GPU: ordered before what torch launches next).
+Each function takes pytrees of torch tensors, runs one compiled JAX function and returns torch tensors. On a CPU their
+values are computed when the function returns; on a GPU they are ordered before what torch launches next.
 """
 
 import functools
@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Bool, Float
 
 import tq_jax as tq
-from interop.torch.dlpack import to_jax, to_torch
+from interop.torch.dlpack import CPU_ALIGNMENT, to_jax, to_torch
 from tq_jax.quantizer import encode_rotated, to_rotated
 from tq_jax.statistics import KeyStatistics, fix_statistics, observe_queries
 
 LARGEST_BATCH = 2048
-"""Tokens encoded at a time; bounds the float32 copies of a long prompt."""
+"""Tokens per encoding call; bounds the float32 copies of a long prompt."""
 
 
 def encode_tokens(
@@ -29,16 +29,16 @@ def encode_tokens(
     """Codes of tokens.
 
     Args:
-        key_quantizer: JAX arrays on the tokens' device.
-        value_quantizer: Likewise.
+        key_quantizer: Quantizer of keys, whose leaves are JAX arrays on the tokens' device.
+        value_quantizer: Quantizer of values, whose leaves are JAX arrays on the tokens' device.
         keys: float32, at most LARGEST_BATCH tokens; centred and weighted already.
-        values: float32.
+        values: float32, of the same tokens.
 
     Returns:
         Codes of keys and of values, tensors with batch axes [n, h_kv].
     """
     count = keys.shape[0]
-    padded = 1 << (count - 1).bit_length()  # few sizes, so that few are compiled
+    padded = 1 << (count - 1).bit_length()  # few sizes, so that few functions are compiled
     keys, values = (_padded(x, padded) for x in (keys, values))
     codes = to_torch(_encode(key_quantizer, value_quantizer, to_jax(keys), to_jax(values)))
     return jax.tree.map(lambda x: x[:count], codes)
@@ -55,34 +55,45 @@ def update_statistics(
     center: bool,
     smooth: bool,
 ) -> KeyStatistics:
-    """Key statistics after a chunk: its queries observed, then fixed where asked for.
+    """Key statistics after a chunk: the queries are observed, then the statistics of the rows in `fix` are fixed.
 
     Args:
-        statistics: Tensors.
-        query: Queries of the chunk.
-        exists: Which tokens of the chunk there are.
-        keys: Everything at hand of rows that are to be fixed, float32; None to fix none.
-        valid: Which keys there are.
+        statistics: Statistics before, whose leaves are tensors.
+        query: Queries of the chunk, or None to observe none.
+        exists: Which tokens of the chunk are real, not padding.
+        keys: float32 keys of the window and of the chunk; None to fix no row.
+        valid: Which of `keys` are real; None to fix no row.
         fix: Rows to fix.
         center: Whether keys are centred.
         smooth: Whether channels are weighted.
+
+    Returns:
+        New statistics, on the device of `fix`.
     """
     given = (statistics, query, exists, keys, valid, fix)
-    here = fix.device if jax.default_backend() == "gpu" else torch.device("cpu")  # where JAX can read it
+    here = fix.device if jax.default_backend() == "gpu" else torch.device("cpu")  # JAX must be able to read it
     arrays = to_jax(jax.tree.map(lambda x: fresh(x.to(here)), given))
     new = to_torch(_update_statistics(*arrays, center=center, smooth=smooth))
     return jax.tree.map(lambda x: x.to(fix.device), new)
 
 
 def attend(query: Float[torch.Tensor, "b t h_q d"], cache: tq.Cache, **options: Any) -> torch.Tensor:
-    """`tq_jax.attend` on a torch query and a cache of JAX views; `lengths` and `sink_logits` are tensors too."""
+    """`tq_jax.attend` on a torch query and a cache of JAX views; options may be tensors (lengths, sink_logits)."""
     tensors = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
     arrays = to_jax({"query": fresh(query.detach()), **{name: fresh(x.detach()) for name, x in tensors.items()}})
     return to_torch(tq.attend(cache=cache, **(options | arrays)))
 
 
 def write_codes(pool: tq.Code, code: tq.Code, page: torch.Tensor, place: torch.Tensor, *, channel_major: bool) -> None:
-    """Writes codes [n, h_kv, ...] to their places; layouts as in `pallas_kernels.pages`."""
+    """Writes codes to their page slots; `pallas_kernels.pages` draws the layouts.
+
+    Args:
+        pool: Keys or values of the pages, whose leaves are tensors; written in place.
+        code: Codes with batch axes [n, h_kv].
+        page: Page of each code, int64 [n].
+        place: Place of each code in its page, int64 [n].
+        channel_major: Whether the pool stores its codes by channel, as values are stored.
+    """
     for name, tensor in vars(pool).items():
         if tensor is None:
             continue
@@ -92,9 +103,9 @@ def write_codes(pool: tq.Code, code: tq.Code, page: torch.Tensor, place: torch.T
 
 
 def fresh(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy of it if its memory is not laid out as JAX wants it."""
+    """The tensor, or a copy if JAX could not share its memory."""
     tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % CPU_ALIGNMENT == 0 else tensor.clone()
 
 
 def _padded(tokens: torch.Tensor, count: int) -> torch.Tensor:

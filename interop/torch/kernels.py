@@ -1,7 +1,7 @@
-"""The kernels of one torch-owned cache, and a token appended and attended to as a CUDA graph.
+"""The kernels of one torch-owned cache, and CUDA graphs that append a token and attend for it in one replay.
 
-Appending and attending are six launches, whose host time is most of a decoded token's where rows are few. A graph
-of both is one; what it reads is copied to where it was captured by one launch more.
+Appending and attending are six launches. With few rows, their host time is most of the time of a decoded token. A CUDA
+graph of both is one launch; one more launch copies the inputs to the addresses that the graph was captured with.
 """
 
 import functools
@@ -17,11 +17,11 @@ from interop.torch.attend_on_gpu import AttendOptions, KernelAttention
 
 
 class CacheKernels:
-    """Appending and attending on a GPU by kernels; made once, and again when the cache's tensors are replaced.
+    """Append and attention kernels of one cache; made once, and again when the cache's tensors are replaced.
 
     Args:
-        cache: The cache's tensors.
-        pool: Memory of its graphs.
+        cache: Tensors of the cache.
+        pool: Memory of the CUDA graphs.
     """
 
     def __init__(self, cache: tq.Cache, pool: GraphPool) -> None:
@@ -30,29 +30,37 @@ class CacheKernels:
 
     @functools.cached_property
     def append(self) -> KernelAppend:
-        """Appends chunks."""
+        """The launches that append a chunk."""
         return KernelAppend(self._cache)
 
     @functools.cached_property
     def attend(self) -> KernelAttention:
-        """Attends for chunks."""
+        """The launches that attend for a chunk."""
         return KernelAttention(self._cache)
 
     def prepare_replay(self, given: Sequence[torch.Tensor], options: dict[str, Any]) -> None:
-        """Says that chunks like these were appended and attended to: a capture would load no kernels."""
-        self._graphs[_kind(given, options)] = None
-
-    def replay(self, given: Sequence[torch.Tensor], options: dict[str, Any]) -> torch.Tensor | None:
-        """Appends a chunk and attends for it by a graph; None, and nothing is done, if that is not prepared.
+        """Notes that a chunk like this one has run, so that a capture has no kernels left to load.
 
         Args:
-            given: Keys, values and queries, each [rows, t, heads, d], and sink logits if there are any.
-            options: Of the attention, as of `AttendOptions`.
+            given: Inputs of the call, as for `replay`.
+            options: Fields of `AttendOptions`.
         """
-        kind = _kind(given, options)
-        if kind not in self._graphs:
+        self._graphs[_signature(given, options)] = None
+
+    def replay(self, given: Sequence[torch.Tensor], options: dict[str, Any]) -> torch.Tensor | None:
+        """Appends a chunk and attends for it by a CUDA graph.
+
+        Args:
+            given: Keys, values and queries, each [rows, t, heads, d], and sink logits [h_q] if there are any.
+            options: Fields of `AttendOptions`.
+
+        Returns:
+            The outputs; None, and the cache is unchanged, if no such call was prepared.
+        """
+        signature = _signature(given, options)
+        if signature not in self._graphs:
             return None
-        graph = self._graphs[kind] = self._graphs[kind] or self._capture(given, AttendOptions(**options))
+        graph = self._graphs[signature] = self._graphs[signature] or self._capture(given, AttendOptions(**options))
         graph.replay(given)
         return graph.out.clone()
 
@@ -64,6 +72,6 @@ class CacheKernels:
         return TensorGraph(launch, given, self._pool)
 
 
-def _kind(given: Sequence[torch.Tensor], options: dict[str, Any]) -> tuple[Any, ...]:
-    """What calls must have in common to share a graph."""
+def _signature(given: Sequence[torch.Tensor], options: dict[str, Any]) -> tuple[Any, ...]:
+    """Options, shapes, types and devices: calls with equal signatures share a graph."""
     return (*options.items(), *((x.shape, x.dtype, x.device) for x in given))

@@ -1,4 +1,4 @@
-"""Mean and channel weights of the keys of a layer, from some of its queries and keys."""
+"""Mean and channel weights of a layer's keys, computed from some of its queries and keys."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +11,11 @@ from tq_jax.statistics import empty_statistics, fix_statistics, observe_queries
 def key_statistics(
     query: Float[torch.Tensor, "n h_q d"], key: Float[torch.Tensor, "n h_kv d"]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Statistics as `tq_jax.statistics` fixes them, see there.
+    """Mean and channel weights by the rules of `tq_jax.statistics`.
 
     Args:
-        query: After rotary embedding.
-        key: Likewise, at least `tq_jax.statistics.MIN_TOKENS`.
+        query: Queries of n tokens, after rotary embedding.
+        key: Keys of the same tokens, after rotary embedding; at least `tq_jax.statistics.MIN_TOKENS` tokens.
 
     Returns:
         Mean and weight, float32 [h_kv, d].

@@ -1,7 +1,7 @@
-"""Whether the tokens of one append fit and where they go, worked out on the host: index tensors, no cache bytes.
+"""Whether the tokens of an append fit, and where each token goes: index tensors made on the host, no cache bytes.
 
-The rules are those of `tq_jax.append`: a new token goes to its sink or ring slot, and the oldest tokens of the ring, or
-of the chunk itself, leave for the pages.
+The rules are those of `tq_jax.append`: a new token goes to its sink slot or ring slot, and the oldest tokens of the
+ring, or of the chunk itself, leave for the pages.
 """
 
 import dataclasses
@@ -18,22 +18,22 @@ from tq_jax import CacheSpec
 
 @dataclasses.dataclass(frozen=True)
 class Moves:
-    """The moves of one append; index tensors are int64 on the cache's device, in one order for all rows.
+    """The moves of one append. Index tensors are int64 [tokens moved] on the cache's device; rows are cache rows.
 
     Attributes:
         kept_row: Row of each new token that stays in full precision.
-        kept_step: Its place in the chunk.
-        kept_slot: Its slot.
+        kept_step: Position in the chunk of each new token that stays in full precision.
+        kept_slot: Slot of each new token that stays in full precision.
         ring_row: Row of each token that leaves the ring for the pages.
-        ring_slot: Its slot.
+        ring_slot: Slot of each token that leaves the ring for the pages.
         chunk_row: Row of each new token that goes to the pages at once.
-        chunk_step: Its place in the chunk.
-        leaving_row: Row of each token that goes to the pages, those from the ring first.
-        page: Its page.
-        place: Its place in the page.
-        counters: int32 [2, rows], tokens of each row and tokens in its pages, afterwards.
-        length: The same on the host.
-        compressed: Likewise.
+        chunk_step: Position in the chunk of each new token that goes to the pages at once.
+        leaving_row: Row of each token that goes to the pages; tokens from the ring first, then tokens of the chunk.
+        page: Page of each token of `leaving_row`.
+        place: Place in the page of each token of `leaving_row`.
+        counters: int32 [2, rows] on the device: tokens of each row, and tokens in its pages, after the append.
+        length: Tokens of each row after the append, on the host.
+        compressed: Tokens in the pages of each row after the append, on the host.
     """
 
     kept_row: torch.Tensor
@@ -54,7 +54,7 @@ class Moves:
 def counters_after(
     spec: CacheSpec, length: tuple[int, ...], compressed: tuple[int, ...], counts: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Tokens of each row, and of them in its pages, after an append of counts[r] tokens to each row r."""
+    """Tokens of each row, and tokens in its pages, after an append of counts[r] tokens to each row r."""
     after = tuple(before + count for before, count in zip(length, counts, strict=True))
     places = dict(sink_slots=spec.sinks, ring=spec.ring)
     return after, tuple(max(old, left(new, **places)) for old, new in zip(compressed, after, strict=True))
@@ -71,11 +71,14 @@ def plan_append(
     """Plans an append of counts[r] tokens to each row r.
 
     Args:
-        spec: The cache's.
-        length: Tokens of each row before.
-        compressed: Tokens in the pages of each row before.
+        spec: Configuration of the cache.
+        length: Tokens of each row before the append.
+        compressed: Tokens in the pages of each row before the append.
         counts: New tokens of each row.
         device: Where the index tensors go.
+
+    Returns:
+        The moves and the counters after them.
 
     Example:
         >>> import tq_jax as tq
@@ -112,33 +115,39 @@ def require_room(spec: CacheSpec, lengths: tuple[int, ...], counts: tuple[int, .
     """Raises ValueError for rows without room for counts[r] more tokens."""
     total = [before + count for before, count in zip(lengths, counts, strict=True)]
     if max(total, default=0) > spec.max_tokens:
-        raise ValueError(f"expected at most max_tokens={spec.max_tokens} tokens a row, got {total}")
+        raise ValueError(f"expected at most max_tokens={spec.max_tokens} tokens per row, got {total}")
 
 
 def require_chunk(
     spec: CacheSpec,
     device: torch.device,
-    lengths: tuple[int, ...],
-    counts: tuple[int, ...],
+    rows: int,
     k: torch.Tensor,
     v: torch.Tensor,
     query: torch.Tensor | None,
 ) -> None:
-    """Raises ValueError for a chunk that does not fit, by its shapes, types, place or number of tokens."""
-    shape = (len(lengths), k.shape[1] if k.ndim == 4 else 0, spec.num_kv_heads, spec.head_dim)
+    """Raises ValueError for a chunk that a cache of so many rows cannot take, by its shapes, types or device."""
+    heads, dim = spec.num_kv_heads, spec.head_dim
+    tokens = k.shape[1] if k.ndim == 4 else 0
+    shape = (rows, tokens, heads, dim)
     if k.shape != shape or v.shape != shape:
-        raise ValueError(f"expected k and v of shape {shape}, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if query is not None and (query.shape != (*shape[:2], *query.shape[2:3], shape[3]) or query.shape[2] % shape[2]):
-        heads = f"a multiple of {shape[2]}"
-        raise ValueError(f"expected query of shape {(*shape[:2], heads, shape[3])}, got {tuple(query.shape)}")
+        got = f"{tuple(k.shape)}" if k.shape == v.shape else f"{tuple(k.shape)} and {tuple(v.shape)}"
+        heads_first = k.ndim == 4 and k.shape == v.shape == (rows, heads, k.shape[2], dim)
+        hint = ": transpose(1, 2)?" if heads_first else ""
+        raise ValueError(f"expected k and v of shape ({rows}, tokens, {heads}, {dim}) each, got {got}{hint}")
+    if query is not None and (query.shape != (rows, tokens, *query.shape[2:3], dim) or query.shape[2] % heads):
+        wanted = f"({rows}, {tokens}, a multiple of {heads}, {dim})"
+        raise ValueError(f"expected query of shape {wanted}, got {tuple(query.shape)}")
     for name, tensor in (("k", k), ("v", v), ("query", query)):
         if tensor is not None and not (tensor.is_floating_point() and tensor.device.type == device.type):
             raise ValueError(f"expected {name} to be floating point on {device}, got {tensor.dtype} on {tensor.device}")
-    require_room(spec, lengths, counts)
 
 
 def row_integers(given: Sequence[int] | torch.Tensor) -> tuple[int, ...]:
-    """Integers, one a row, or raises ValueError: a fraction would be cut off, a mask be taken for 0 and 1.
+    """One integer per row.
+
+    Raises:
+        ValueError: For fractions, which would be cut off, and masks, which would count as 0 and 1.
 
     Example:
         >>> row_integers(torch.tensor([3, 4]))

@@ -1,4 +1,4 @@
-"""The tensors of a torch-owned cache: allocated, taken row by row, and saved and loaded by name."""
+"""The tensors of a torch-owned cache: allocated, mapped over cache rows, saved and loaded by name."""
 
 import dataclasses
 import functools
@@ -15,12 +15,12 @@ from tq_jax.cache import require_counters
 from tq_jax.store import named_leaves
 
 SHARED = ("key_quantizer", "value_quantizer", "spec")
-"""Fields of a cache that all rows share and no append changes."""
+"""Fields of a cache that all rows share and that no append changes."""
 
 
 def empty_tensors(spec: tq.CacheSpec, batch: int, device: torch.device, **options: Any) -> tq.Cache:
     """The tensors of an empty cache, allocated by torch; options as in `tq_jax.init_cache`."""
-    # A cache for one token has the same quantizers, statistics and counters, and next to no memory.
+    # A cache of one token has the same quantizers, statistics and counters, and needs next to no memory.
     start = to_torch(tq.init_cache(dataclasses.replace(spec, max_tokens=1), batch, **options))
     start = jax.tree.map(lambda tensor: tensor.to(device, copy=True), start)
     return dataclasses.replace(start, spec=spec, **zero_pools(spec, batch, device))
@@ -42,8 +42,11 @@ def map_rows(arrays: tq.Cache, function: Callable[[torch.Tensor, bool], torch.Te
 
     Args:
         arrays: The cache.
-        function: Gets a tensor [rows, ...] and whether it is a pool, [rows, pages_per_row, ...]; returns what takes its
-            place, maybe of other rows.
+        function: Gets a tensor [rows, ...] and whether it is a pool, [rows, pages_per_row, ...]. Returns the tensor to
+            put in its place, which may have another number of rows.
+
+    Returns:
+        The cache with the new tensors.
     """
     rows, pages_per_row = arrays.length.shape[0], arrays.spec.pages_per_row
 
@@ -56,7 +59,13 @@ def map_rows(arrays: tq.Cache, function: Callable[[torch.Tensor, bool], torch.Te
 
 
 def move_rows(arrays: tq.Cache, source: dict[int, int], used: int) -> None:
-    """Makes row i what row source[i] was, in place, of pools only the first `used` pages of a row."""
+    """Copies row source[i] to row i, in place.
+
+    Args:
+        arrays: Tensors of the cache.
+        source: Old row of each row that changes.
+        used: Pages per row to copy; the others are not in use.
+    """
 
     def move(rows: torch.Tensor, paged: bool) -> torch.Tensor:
         part = rows[:, :used] if paged else rows
@@ -69,7 +78,13 @@ def move_rows(arrays: tq.Cache, source: dict[int, int], used: int) -> None:
 
 
 def grow_pools(arrays: tq.Cache, spec: tq.CacheSpec, used: int) -> tq.Cache:
-    """The cache with new pools for another max_tokens, into which the first `used` pages of each row are copied."""
+    """The cache with pools of another size.
+
+    Args:
+        arrays: Tensors of the cache.
+        spec: Its configuration with the new max_tokens.
+        used: Pages per row to copy to the new pools; the others are not in use.
+    """
     device: Any = arrays.length.device
     rows = arrays.length.shape[0]
     pages = zero_pools(spec, rows, device)["pages"]
@@ -86,10 +101,14 @@ def named_tensors(arrays: tq.Cache) -> dict[str, Any]:
 
 
 def load_tensors(arrays: tq.Cache, state: dict[str, Any]) -> None:
-    """Copies a state into tensors of the same spec; checks all of it before anything changes.
+    """Copies a state into tensors of the same spec; checks the whole state before any tensor changes.
+
+    Args:
+        arrays: Tensors of the cache.
+        state: As `named_tensors` returns it.
 
     Raises:
-        ValueError: For what does not fit, with what was expected and got.
+        ValueError: For missing or unknown names, another spec, or tensors of wrong shape, type or counters.
     """
     own = named_tensors(arrays)
     if set(own) != set(state):

@@ -1,27 +1,34 @@
-"""The attention backend as vLLM sees it: what it supports, how many bytes a token takes, and the metadata of a step."""
+"""The attention backend as vLLM sees it, and the attention of a layer over compressed pages."""
 
 import dataclasses
 import functools
 from typing import Any, ClassVar
 
+import jax
 import torch
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionCGSupport,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    MultipleOf,
-)
+from vllm.config import get_current_vllm_config, set_current_vllm_config
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType, MultipleOf
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import KVCacheLayout  # pyright: ignore[reportPrivateImportUsage]
 
-from interop.vllm.calls import SIZES, Call, plan_calls
+import tq_jax as tq
+from interop.torch.attend_on_gpu import AttendOptions
+from interop.torch.paged import PagedPool
+from interop.vllm.bias_statistics import Owner, bias_statistics
+from interop.vllm.metadata import TurboQuantBuilder, TurboQuantMetadata
 from interop.vllm.options import Options
-from interop.vllm.report import report
 from tq_jax.quantizer import MAX_DIM, MIN_DIM
+
+if current_platform.is_cuda() and jax.config.jax_platforms is None:  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_platforms", "cpu")  # torch launches the kernels; JAX must not take GPU memory
 
 
 class TurboQuantBackend(AttentionBackend):
-    """The backend before a layer is loaded; `for_options` makes the one that knows how the layer is compressed."""
+    """The backend of a layer before its weights are loaded; `for_options` makes the backend of a compressed layer."""
 
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar = [torch.float16, torch.bfloat16, torch.float32]
@@ -29,19 +36,17 @@ class TurboQuantBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        """The member of `AttentionBackendEnum`."""
+        """Name of the backend's member of `AttentionBackendEnum`."""
         return "CUSTOM"
 
     @staticmethod
     def get_impl_cls() -> Any:
-        """What runs in a layer."""
-        from interop.vllm.impl import TurboQuantImpl
-
+        """The class that runs in a layer."""
         return TurboQuantImpl
 
     @staticmethod
     def get_builder_cls() -> Any:
-        """What makes the metadata of a step."""
+        """The class that makes the metadata of a step."""
         return TurboQuantBuilder
 
     @staticmethod
@@ -51,53 +56,53 @@ class TurboQuantBackend(AttentionBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """Multiples of 64: on a GPU a tile of a long chunk is then of one block."""
+        """Multiples of 64: a tile of the prefill kernel then lies in one block."""
         return default_block_size if default_block_size % 64 == 0 else 64
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Layers one after the other: the pools of a layer are dense."""
+        """Layers one after the other, so that the pools of a layer are dense."""
         return (KVCacheLayout.LBHNC,)
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        """Whether quantizers of this dimension exist."""
+        """Whether there are quantizers of this dimension."""
         return MIN_DIM <= head_size <= MAX_DIM
 
     @classmethod
     def supports_sink(cls) -> bool:
-        """Learned sinks take part in the softmax."""
+        """Sink logits take part in the softmax."""
         return True
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
-        """Windows are honoured."""
+        """Sliding windows are honoured."""
         return True
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        """Connectors move blocks as runs of bytes, which they are not."""
+        """Connectors move blocks as runs of bytes, but a block is spread over several pools."""
         return False
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        """Calls are planned by the query lengths that the host knows."""
+        """Calls are planned from the query lengths on the host, so these must be right."""
         return False
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """Nothing is known yet."""
+        """The spec as it is: how the layer is compressed is not known yet."""
         return spec
 
 
 @functools.cache
 def for_options(options: Options) -> type[TurboQuantBackend]:
-    """The backend of layers that are compressed in one way; the same class for the same options."""
+    """The backend of layers compressed by given options; equal options give the same class."""
 
     class TurboQuantLayers(TurboQuantBackend):
         @classmethod
         def customize_spec(cls, spec: Any) -> Any:
-            """The true bytes of a token; the type stays the model's, because vLLM zeroes blocks of mixed types."""
+            """Sets the true bytes per token; the type stays the model's, because vLLM zeroes blocks of mixed types."""
             if spec.head_size_v != spec.head_size:
                 raise NotImplementedError(
                     f"keys and values of one size are compressed, got {spec.head_size} and {spec.head_size_v}"
@@ -109,47 +114,201 @@ def for_options(options: Options) -> type[TurboQuantBackend]:
     return TurboQuantLayers
 
 
-@dataclasses.dataclass
-class TurboQuantMetadata(AttentionMetadata):
-    """The calls of a step, shared by the layers."""
+class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
+    """The attention of one layer: compresses new tokens into vLLM's pages and attends over the pages.
 
-    calls: list[Call]
+    Arguments are those of vLLM's `AttentionImpl`.
+
+    Attributes:
+        layer_index: Index of the layer in the model; known once weights are loaded.
+        written: Tokens written so far.
+        attended: Queries attended with so far.
+        statistics: Mean and weight of the keys, [h_kv, d] each; None if keys are stored as they are, and until weights
+            are loaded.
+
+    Raises:
+        NotImplementedError: For an argument that has a meaning here but is not supported.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: Any = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        refused = {
+            "alibi_slopes": alibi_slopes,
+            "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
+            "kv_cache_dtype": None if kv_cache_dtype == "auto" else kv_cache_dtype,
+            "attn_type": None if attn_type == AttentionType.DECODER else attn_type,
+            **others,
+        }
+        for name, value in refused.items():
+            if value is not None and value is not False:
+                raise NotImplementedError(f"attention over compressed pages does not know {name}={value!r:.80}")
+        self._config = get_current_vllm_config()
+        self.options = Options.from_config(self._config.additional_config)
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.sliding_window, self.sinks = sliding_window, sinks
+        self.kv_cache_dtype = kv_cache_dtype
+        self._attend_options = AttendOptions(
+            sliding_window, logits_soft_cap or None, self.scale, precise=self.options.precise
+        )
+        # Kept to make another implementation of the same layer.
+        self._arguments = (
+            num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap,
+            attn_type, kv_sharing_target_layer_name,
+        )  # fmt: skip
+        self.layer_index: int | None = None
+        self.written = self.attended = 0
+        self.statistics: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._owner = Owner(self)
+        self._pool: PagedPool | None = None
+        self._memory: tuple[int, torch.Size] | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Finds out which layer this is; a boundary layer is given to vLLM's own attention."""
+        layers = self._config.compilation_config.static_forward_context
+        name, layer = next((name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self)
+        index: Any = extract_layer_index(name)
+        self.layer_index, self._memory = index, None
+        if self.options.compressed(index, self._config.model_config.hf_text_config.num_hidden_layers):
+            layer.attn_backend = for_options(self.options)
+            self.statistics = self._key_statistics(index)
+            return
+        layer.attn_backend, layer.impl = self._full_precision()
+        layer.backend = AttentionBackendEnum[layer.attn_backend.get_name()]
+        layer.impl.process_weights_after_loading(act_dtype)
+
+    def _key_statistics(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self.options.statistics is not None:
+            return layer_statistics(self.options.statistics, layer, self.num_kv_heads, self.head_size)
+        model = self._config.model_config
+        return bias_statistics(self._owner(), model.hf_text_config, positions=model.max_model_len)
+
+    def _full_precision(self) -> tuple[Any, Any]:
+        """The backend that vLLM would choose for this layer, and its implementation of the layer."""
+        config = AttentionSelectorConfig(
+            head_size=self.head_size,
+            dtype=self._config.model_config.dtype,
+            kv_cache_dtype="auto",
+            block_size=None,
+            has_sink=self.sinks is not None,
+            has_sliding_window=self.sliding_window is not None,
+        )
+        unset: Any = None
+        with set_current_vllm_config(self._config):
+            backend = resolve_obj_by_qualname(current_platform.get_attn_backend_cls(unset, config))
+            sinks = {} if self.sinks is None else {"sinks": self.sinks}
+            return backend, backend.get_impl_cls()(*self._arguments, **sinks)
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Compresses the tokens of a step into their page slots."""
+        if kv_cache.numel() == 0:  # while vLLM measures memory
+            return
+        if self._memory != (kv_cache.data_ptr(), kv_cache.shape):
+            self._pool, self._memory = self._make_pool(kv_cache, key.dtype), (kv_cache.data_ptr(), kv_cache.shape)
+        assert self._pool is not None
+        count = slot_mapping.shape[0]
+        self._pool.write(key[:count], value[:count], slot_mapping)
+        self.written += count
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TurboQuantMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attends with the queries of a step over the pages; writes the outputs to `output`."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("outputs are not quantized, got output_scale")
+        if attn_metadata is None:  # while vLLM measures memory
+            return output.zero_()
+        assert self._pool is not None
+        for call in attn_metadata.calls:
+            sinks = None if self.sinks is None else self.sinks.float()
+            out = self._pool.attend(call.take(query), call.rows, self._attend_options, sinks)
+            call.put(out, output)
+            self.attended += call.tokens.shape[0] if call.real is None else call.real.shape[0]
+        return output
+
+    def _make_pool(self, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedPool:
+        require_alike(kv_cache, self._config.compilation_config.static_forward_context)
+        return PagedPool(kv_cache, *_quantizers(self.options, self.head_size), dtype, self.statistics)
 
 
-class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
-    """Makes the metadata of a step, and, once, checks the configuration and reports."""
+def require_alike(memory: torch.Tensor, layers: dict[str, Any]) -> None:
+    """Raises NotImplementedError if another kind of layer uses the same memory.
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    vLLM lays cache groups over each other, and a block belongs to one group at a time. In a compressed layer a block is
+    a page of every pool; in any other layer, and in one of another shape, it is other bytes of the same memory.
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        if kv_cache_spec.state_content_bytes is None:
-            raise RuntimeError(
-                f"this vLLM does not say how many bytes a token takes in {layer_names}: got {kv_cache_spec}"
+    Args:
+        memory: Memory of a compressed layer.
+        layers: All layers of the model, by name.
+    """
+    start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+    for name, layer in layers.items():
+        other = getattr(layer, "kv_cache", None)
+        if not isinstance(other, torch.Tensor) or other.data_ptr() >= end or other.data_ptr() + other.nbytes <= start:
+            continue
+        alike = isinstance(layer.impl, TurboQuantImpl) and other.shape == memory.shape and other.data_ptr() == start
+        if not alike:
+            raise NotImplementedError(
+                f"layers that share memory have to be compressed and of one shape, got {list(memory.shape)} and, in "
+                f"{name}, {list(other.shape)} ({type(layer.impl).__name__}): boundary_layers=0, or one --block-size"
             )
-        _require_whole_blocks(vllm_config, kv_cache_spec)
-        self._sizes = SIZES[device.type]
-        report(vllm_config)
-
-    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> TurboQuantMetadata:
-        """The calls of a step."""
-        common = common_attn_metadata
-        if not isinstance(common.causal, bool) or not common.causal:
-            raise NotImplementedError(f"attention over compressed pages is causal, got causal={common.causal}")
-        count = common.num_reqs
-        starts = common.query_start_loc_cpu[: count + 1].tolist()
-        table = common.block_table_tensor[:count]
-        return TurboQuantMetadata(plan_calls(starts, common.seq_lens[:count], table, self._sizes))
 
 
-def _require_whole_blocks(vllm_config: Any, spec: Any) -> None:
-    """Raises NotImplementedError where vLLM would zero or copy blocks as runs of bytes: here those are others'."""
-    if getattr(vllm_config.model_config, "is_hybrid", False):
-        raise NotImplementedError(
-            "models with state-space layers are not supported: vLLM zeroes blocks of their caches"
+@functools.lru_cache(maxsize=8)
+def _quantizers(options: Options, head_size: int) -> tuple[tq.Quantizer, tq.Quantizer]:
+    """Quantizers of keys and values, shared by all layers."""
+    key, value = options.quantizers(head_size)
+    return tq.make_quantizer(key, seed=options.seed), tq.make_quantizer(value, seed=options.seed + 1)
+
+
+def layer_statistics(path: str, layer: int, heads: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and weight of a layer's keys, for the KV heads of this process.
+
+    Args:
+        path: File of statistics, see `tq_jax.save_statistics`.
+        layer: Index of the layer in the model.
+        heads: KV heads of this process.
+        dim: Dimension of a head.
+
+    Returns:
+        Mean and weight, float32 [heads, dim] each.
+
+    Raises:
+        ValueError: For a file that does not fit the model.
+    """
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    arrays = [torch.from_numpy(array) for array in tq.load_statistics(path)]
+    layers, total, found = arrays[0].shape
+    if layer >= layers or found != dim or total < heads:
+        raise ValueError(
+            f"expected statistics of more than {layer} layers, at least {heads} heads and {dim} channels in {path}, "
+            f"got {tuple(arrays[0].shape)}"
         )
-    unit = getattr(vllm_config.cache_config, "hash_block_size", None)
-    if unit is not None and unit != spec.block_size:
-        raise NotImplementedError(
-            f"prefixes are shared block by block, got hash_block_size={unit} of {spec.block_size}"
-        )
+    start = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
+    mean, weight = (x[layer, start : start + heads] for x in arrays)
+    return mean, weight

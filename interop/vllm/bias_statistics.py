@@ -1,10 +1,10 @@
 """Statistics of keys that have a bias, from a model's weights alone.
 
-A bias gives all keys of a head a common part, which can be many times what tells tokens apart, and a quantizer would
-spend its bits on it. Rotary embedding turns it with the position, so that its mean depends on which positions there
-are, and what is left is larger in some channels than in others. Both are found without any text, by the model's own
-projection and rotary embedding of random hidden states, at positions up to the last that a request can have, more of
-them at the start.
+A bias gives all keys of a head a common part. This part can be many times larger than the differences between tokens,
+and a quantizer would spend its bits on it. Rotary embedding turns the common part with the position, so that its mean
+depends on the positions in use, and the remainder is larger in some channels than in others. Mean and channel weights
+are found without any text: the model's own projection and rotary embedding are applied to random hidden states, at
+positions up to the last that a request can have, with more of them at the start.
 """
 
 import weakref
@@ -18,20 +18,21 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from interop.torch.key_statistics import key_statistics
 
 PROBES = 1024
-"""Random hidden states."""
+"""Number of random hidden states."""
 
 BIASED = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl")
-"""Model types whose keys have biases without saying so in their configuration."""
+"""Model types whose keys have a bias although their configuration does not say so."""
 
 HOW = "python -m interop.hf.calibrate MODEL keys.safetensors"
-"""What makes a file of statistics."""
+"""Command that makes a file of statistics."""
 
 
 class Owner:
-    """Finds the module of a model that holds an attention layer, and with it projections and rotary embedding.
+    """Finds the module of a model that owns an attention layer, its projections and its rotary embedding.
 
     Args:
-        impl: What runs in the layer, while that is being made: the module that takes in the layer is the one.
+        impl: Implementation of the layer, while the model is being built. The owner is the first module that registers
+            a child with this implementation.
     """
 
     def __init__(self, impl: Any) -> None:
@@ -46,7 +47,7 @@ class Owner:
         weakref.finalize(impl, self._hook.remove)
 
     def __call__(self) -> torch.nn.Module | None:
-        """The module, once the model is built."""
+        """The owner; call it once the model is built. None if no module was seen."""
         self._hook.remove()
         return None if self._found is None else self._found()
 
@@ -54,15 +55,18 @@ class Owner:
 def bias_statistics(
     owner: torch.nn.Module | None, config: Any, *, positions: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Mean and weight of the keys of a layer of this process, float32 [h_kv, d]; None if they have no bias.
+    """Mean and weight of a layer's keys, for the KV heads of this process.
 
     Args:
-        owner: What holds the layer; None if that is unknown.
-        config: The text configuration of the model.
-        positions: Positions that a token can have.
+        owner: Module that owns the layer; None if it is unknown.
+        config: Text configuration of the model.
+        positions: Number of positions that a token can have.
+
+    Returns:
+        Mean and weight, float32 [h_kv, d] each; None if the keys have no bias.
 
     Raises:
-        ValueError: For keys whose bias is not to be found out, with what to do.
+        ValueError: For keys whose bias cannot be found; the message says how to make a file of statistics.
     """
     parts = [] if owner is None else list(owner.children())
     projection: Any = next((part for part in parts if isinstance(part, QKVParallelLinear)), None)
@@ -72,7 +76,7 @@ def bias_statistics(
         return None
     device = next(owner.parameters()).device
     states = torch.randn(PROBES, projection.input_size, generator=torch.Generator().manual_seed(0), device="cpu")
-    states[-1] = 0  # gives the bias itself
+    states[-1] = 0  # projects to the bias itself
     sizes = [heads * projection.head_size for heads in (projection.num_heads, projection.num_kv_heads)]
     with torch.no_grad():
         out, apart = projection(states.to(device, projection.params_dtype))
@@ -98,5 +102,5 @@ def _rotates(config: Any) -> bool:
 def _message(expected: str, owner: Any) -> str:
     return (
         f"expected {expected} beside the attention of a model whose keys have a bias, to centre them by it, got "
-        f"{type(owner).__name__}: make a file of statistics by `{HOW}` and name it in the option statistics"
+        f"{type(owner).__name__}: make a file of statistics with `{HOW}` and name it in the option statistics"
     )

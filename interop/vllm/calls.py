@@ -1,4 +1,4 @@
-"""How the queries of one step become calls of few shapes: decodes together, chunks of prompts in pieces."""
+"""The queries of one step as calls of few shapes: decodes together, chunks of prompts in pieces."""
 
 import dataclasses
 import itertools
@@ -13,20 +13,20 @@ SIZES = {
     "cpu": (1, 8, 64, 256),
     "cuda": (1, 2, 4, MAX_QUERY_TOKENS, 16, 32, 64, 128, 256, 384, 512, 768, 1024),
 }
-"""Queries that the sequences of a call have, padding included; longer chunks are cut into pieces of the last."""
+"""Sizes of calls: queries per sequence, padding included. A longer chunk is cut into pieces of the last size."""
 
 QUERIES = {"cpu": 256, "cuda": 1024}
-"""Queries of a call at most; on a GPU launches cost more than padding."""
+"""Most queries per call, padding included; on a GPU a launch costs more than padding."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Queries that are attended with at once.
+    """Queries that attend in one call, of b sequences with t queries each, padding included.
 
     Attributes:
-        tokens: int64 [b * t], place of each query among the step's tokens; any for padding.
-        real: int64, which of them are no padding; None if all are.
-        rows: Their sequences; a piece of a chunk is one, that ends with the piece.
+        tokens: int64 [b * t], index of each query among the tokens of the step; arbitrary for padding.
+        real: int64, indices into `tokens` of the queries that are no padding; None if there is no padding.
+        rows: The b sequences. A piece of a chunk is a sequence that ends with the piece.
     """
 
     tokens: torch.Tensor
@@ -34,11 +34,11 @@ class Call:
     rows: PagedRows
 
     def take(self, query: torch.Tensor) -> torch.Tensor:
-        """Queries [b, t, ...] of a step's [tokens, ...]."""
+        """The queries of the call, [b, t, ...], from the queries of the step, [tokens, ...]."""
         return query[self.tokens].unflatten(0, (self.rows.counts.shape[0], -1))
 
     def put(self, out: torch.Tensor, output: torch.Tensor) -> None:
-        """Writes outputs [b, t, ...] to a step's."""
+        """Writes the outputs of the call, [b, t, ...], to the outputs of the step, [tokens, ...]."""
         flat = out.flatten(0, 1)
         if self.real is None:
             output[self.tokens] = flat
@@ -51,10 +51,10 @@ class Piece:
     """Successive queries of a request.
 
     Attributes:
-        request: Which.
-        first: Place of the first among the step's tokens.
-        count: How many.
-        behind: Tokens of the request behind the last of them.
+        request: Index of the request in the step.
+        first: Index of the first query among the tokens of the step.
+        count: Number of queries.
+        behind: Number of tokens of the request after the last query.
     """
 
     request: int
@@ -66,13 +66,16 @@ class Piece:
 def plan_calls(
     starts: Sequence[int], seq_lens: torch.Tensor, block_table: torch.Tensor, sizes: Sequence[int]
 ) -> list[Call]:
-    """The calls of a step. Nothing is read back from the device.
+    """Plans the calls of a step. Nothing is read back from the device.
 
     Args:
-        starts: First token of each request, and the end of the last.
-        seq_lens: Integers [requests], tokens of each request with those of the step, on the device.
-        block_table: int32 [requests, blocks], likewise.
-        sizes: Of calls, ascending.
+        starts: Index of the first token of each request among the tokens of the step, and the end of the last request.
+        seq_lens: Integers [requests] on the device: tokens of each request, the tokens of the step included.
+        block_table: int32 [requests, blocks] on the device: block of each run of tokens of each request.
+        sizes: Sizes of calls, ascending; see `SIZES`.
+
+    Returns:
+        Calls that have every query of the step once.
 
     Example:
         >>> lengths, table = torch.tensor([5, 300], dtype=torch.int32), torch.zeros(2, 8, dtype=torch.int32)
@@ -95,7 +98,7 @@ def plan_calls(
 
 
 def _call(pieces: list[Piece], size: int, seq_lens: torch.Tensor, block_table: torch.Tensor) -> Call:
-    padding = (1 << (len(pieces) - 1).bit_length()) - len(pieces)  # few sizes, so that few are compiled
+    padding = (1 << (len(pieces) - 1).bit_length()) - len(pieces)  # few sizes, so that few functions are compiled
     device = seq_lens.device
     request, count, behind = torch.tensor(
         [[p.request, p.count, p.behind] for p in pieces] + [[0, 0, 0]] * padding, dtype=torch.int64

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-if TYPE_CHECKING:  # the front end of vLLM reads options and needs no JAX
+if TYPE_CHECKING:  # the front end of vLLM reads options and must not import JAX
     from tq_jax import QuantizerSpec
 
 SECTION = "tq_jax"
@@ -15,16 +15,17 @@ ValueKind = Literal["mse", "group"]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How layers are compressed; hashable.
+    """How layers are compressed.
 
     Attributes:
-        key_bits: Bits a key coordinate, as in `tq_jax.QuantizerSpec`.
-        value_bits: Bits a value coordinate.
+        key_bits: Bits per key coordinate, as in `tq_jax.QuantizerSpec`.
+        value_bits: Bits per value coordinate.
         key_kind: Kind of the key quantizer.
         value_kind: Kind of the value quantizer.
-        search: Whether the step of each vector is searched, where its kind allows it.
+        search: Whether the quantization step of each vector is searched; kinds without a search ignore it.
         boundary_layers: How many layers at each end of the model stay in full precision.
-        statistics: File of key statistics, see `interop.hf.calibrate`; None for what the bias of keys does, if any.
+        statistics: File of key statistics, see `interop.hf.calibrate`. If None, keys that have a bias are centred by
+            statistics from the model's weights.
         seed: Seed of the key quantizers; values use seed + 1.
         precise: Two-byte arithmetic in the GPU kernels, see `tq_jax.attend`.
 
@@ -49,10 +50,10 @@ class Options:
 
     @classmethod
     def from_config(cls, additional_config: Any) -> "Options":
-        """The options in an additional configuration; those not given have their defaults.
+        """Reads the options from an additional configuration; an option that is not given has its default.
 
         Raises:
-            ValueError: For unknown options or values outside their sets.
+            ValueError: For an unknown option, or a value of the wrong type or outside its set.
         """
         given = additional_config.get(SECTION, {}) if isinstance(additional_config, dict) else {}
         if not isinstance(given, dict):
@@ -65,7 +66,7 @@ class Options:
 
     @property
     def label(self) -> str:
-        """Kinds and bits in short."""
+        """Kinds and bits in short, like K3/V4."""
         kinds = (
             f"{letter}{bits:g}{'' if kind == 'mse' else f' ({kind})'}"
             for letter, bits, kind in (
@@ -76,11 +77,14 @@ class Options:
         return "/".join(kinds)
 
     def quantizers(self, head_dim: int) -> "tuple[QuantizerSpec, QuantizerSpec]":
-        """Specs for keys and values.
+        """Specs of the quantizers of keys and values.
+
+        Args:
+            head_dim: Dimension of a head.
 
         Raises:
-            ValueError: As `tq_jax.QuantizerSpec` does.
-            NotImplementedError: Likewise.
+            ValueError: For values that `tq_jax.QuantizerSpec` refuses.
+            NotImplementedError: For dimensions and bits that `tq_jax.QuantizerSpec` does not support.
         """
         from tq_jax import recommended_quantizers
 
@@ -90,17 +94,17 @@ class Options:
         )  # fmt: skip
 
     def compressed(self, layer: int, layers: int) -> bool:
-        """Whether a layer of a model is compressed."""
+        """Whether the layer of this index, in a model of so many layers, is compressed."""
         return self.boundary_layers <= layer < layers - self.boundary_layers
 
     def content_bytes(self, head_dim: int, itemsize: int) -> int:
-        """Bytes that vLLM keeps for a head and token: codes and scales, padded to the size of the model's type."""
+        """Bytes per KV head and token in vLLM: codes and scales, padded to whole elements of the model's type."""
         stored = sum(spec.bytes_per_vector for spec in self.quantizers(head_dim))
         return -(-stored // itemsize) * itemsize
 
 
 def _check(name: str, value: Any) -> None:
-    """Raises ValueError for a value of the wrong type, or outside its set."""
+    """Raises ValueError for a value of the wrong type or outside its set."""
     kinds = {"key_kind": KeyKind, "value_kind": ValueKind}
     if name in kinds:
         if value not in get_args(kinds[name]):

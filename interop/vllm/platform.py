@@ -1,4 +1,4 @@
-"""vLLM's CPU platform, but that it honours `--attention-backend CUSTOM`, as the CUDA platform does."""
+"""vLLM's CPU platform with one change: it honours `--attention-backend CUSTOM`, as the CUDA platform does."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from interop.vllm.options import SECTION, Options
 
-# The one that vLLM would take; there are several kinds.
+# The class that vLLM would take on this CPU; there is one for each kind of CPU.
 _Base: Any = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")
 
 
 class TurboQuantCpuPlatform(_Base):
-    """The platform of the CPU at hand with our backend among the others."""
+    """The platform of this CPU, which also offers the backend of this package."""
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
-        """Refuses options that do not exist, or that nothing would read."""
+        """Refuses unknown options, and options without the backend that reads them."""
         super().check_and_update_config(vllm_config)
         Options.from_config(vllm_config.additional_config)
         given = isinstance(vllm_config.additional_config, dict) and SECTION in vllm_config.additional_config
@@ -30,10 +30,10 @@ class TurboQuantCpuPlatform(_Base):
     def get_attn_backend_cls(
         cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
     ) -> str:
-        """The path of the backend of a layer.
+        """The import path of the backend of a layer.
 
         Raises:
-            ValueError: If it is ours and does not fit the layer.
+            ValueError: If the backend of this package is selected and does not fit the layer.
         """
         if selected_backend != AttentionBackendEnum.CUSTOM:
             return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)

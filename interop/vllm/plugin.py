@@ -1,16 +1,16 @@
-"""The entry points: vLLM calls them once in each of its processes. They import neither JAX nor torch."""
+"""The entry points, which vLLM calls in each of its processes. They import neither JAX nor torch."""
 
 BACKEND = "interop.vllm.backend.TurboQuantBackend"
 PLATFORM = "interop.vllm.platform.TurboQuantCpuPlatform"
 
 
 def register() -> None:
-    """Puts the backend where `--attention-backend CUSTOM` finds it; entry point `vllm.general_plugins`."""
+    """Registers the backend as `--attention-backend CUSTOM`; entry point of `vllm.general_plugins`."""
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    logger = init_logger("vllm.tq_jax")  # a child of vLLM's, whose handlers show it
+    logger = init_logger("vllm.tq_jax")  # a child of vLLM's logger, whose handlers show its messages
     custom = AttentionBackendEnum.CUSTOM
     if custom.is_overridden() and custom.get_path() != BACKEND:
         logger.warning("tq_jax is not available: attention backend CUSTOM is %s already", custom.get_path())
@@ -24,7 +24,7 @@ def register() -> None:
 
 
 def platform() -> str | None:
-    """On CPUs, a platform that honours the backend; entry point `vllm.platform_plugins`."""
+    """Path of the CPU platform that honours the backend, None elsewhere; entry point of `vllm.platform_plugins`."""
     from vllm.platforms import cpu_platform_plugin
 
     return PLATFORM if cpu_platform_plugin() is not None else None

@@ -1,4 +1,4 @@
-"""What the backend says at the start: which layers are compressed, how, and what that saves."""
+"""The summary that the backend logs at the start: which layers are compressed, how, and how much that saves."""
 
 import dataclasses
 from typing import Any
@@ -7,16 +7,16 @@ from vllm.logger import init_logger
 
 from interop.vllm.options import Options
 
-logger = init_logger("vllm.tq_jax")  # a child of vLLM's, whose handlers show it
+logger = init_logger("vllm.tq_jax")  # a child of vLLM's logger, whose handlers show its messages
 
 
 def report(vllm_config: Any) -> None:
-    """Logs the summary; once a process."""
+    """Logs the summary, once per process."""
     logger.info_once(summary(vllm_config))
 
 
 def summary(vllm_config: Any) -> str:
-    """Which layers are compressed, how, and how many more tokens the same memory holds."""
+    """Says which layers are compressed, how, and how many times as many tokens the same memory holds."""
     layers = {
         name: layer
         for name, layer in vllm_config.compilation_config.static_forward_context.items()
@@ -38,8 +38,8 @@ def summary(vllm_config: Any) -> str:
     options = Options.from_config(vllm_config.additional_config)
     others = "" if len(compressed) == len(layers) else "; the others stay in full precision"
     centred = any(getattr(layer.impl, "statistics", None) is not None for layer in layers.values())
-    how = f", keys centred and weighted by {options.statistics or 'what their bias does'}" if centred else ""
+    how = f", keys centred and weighted by {options.statistics or 'their bias'}" if centred else ""
     return (
-        f"tq_jax compresses {len(compressed)} of {len(layers)} layers {compressed} to {options.label} ({content} a "
+        f"tq_jax compresses {len(compressed)} of {len(layers)} layers {compressed} to {options.label} ({content} per "
         f"head and token){how}{others}. The same memory holds {dense / full:.2f} times as many tokens"
     )

@@ -290,7 +290,8 @@ def test_prompts_that_read_their_codes(model, ids):
 
 def test_options_are_looked_at_first(model):
     cases = [
-        (TypeError, "unexpected keyword argument 'windw'", dict(windw=3)),
+        (TypeError, r"expected options among \['key_bits', .*'window', .*\], got windw", dict(windw=3)),
+        (TypeError, r"expected options among .*, got num_kv_heads", dict(num_kv_heads=2)),
         (NotImplementedError, "has bits in .*, got bits=7", dict(key_bits=7)),
         (ValueError, "expected max_tokens of at least 1, got 0", dict(max_tokens=0)),
         (ValueError, "expected a value spec of dim 64", dict(key=tq.QuantizerSpec(64), value=TWO)),
@@ -298,9 +299,21 @@ def test_options_are_looked_at_first(model):
     for error, message, options in cases:
         with pytest.raises(error, match=message):
             TurboQuantCache(model.config, **options)
+    with pytest.raises(ValueError, match=r"expected a config, got LlamaForCausalLM: pass model.config"):
+        TurboQuantCache(model)
+    with pytest.raises(ValueError, match="expected a config, got dict$"):
+        TurboQuantCache({})
     whole = TurboQuantCache(model.config, key=TWO, value_bits=8)
     assert whole.summary() == "TurboQuantCache compresses 2 of 2 layers [0, 1] to K2/V8"
     assert "to full precision" in TurboQuantCache(model.config, key=None, value=None).summary()
+
+
+def test_a_short_description(model, ids):
+    cache = compressed(model)
+    assert repr(cache) == "TurboQuantCache(K2/V2 in 2 of 2 layers, 0 tokens, 0.00 MB)"
+    with torch.no_grad():
+        model(ids, **given(cache))
+    assert repr(cache) == f"TurboQuantCache(K2/V2 in 2 of 2 layers, 60 tokens, {cache.nbytes / 1e6:.2f} MB)"
 
 
 def test_a_gradient_through_the_cache_is_refused(ids):

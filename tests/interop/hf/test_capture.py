@@ -82,7 +82,11 @@ def vit():
 
 def test_attentions_that_share_a_number_or_have_none():
     cases = [
-        ("one attention a layer, got a BartAttention and a BartAttention of layer 0", bart(), torch.ones(1, 5).long()),
+        (
+            "one attention per layer, got a BartAttention and a BartAttention of layer 0",
+            bart(),
+            torch.ones(1, 5).long(),
+        ),
         ("attentions that know their layer_idx, got a ViT", vit(), torch.ones(1, 3, 16, 16)),
     ]
     for message, model, given_ in cases:

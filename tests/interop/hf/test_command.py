@@ -70,7 +70,7 @@ def test_misuse(folder, tmp_path):
         ("is a directory", ["--text", str(tmp_path)]),
         ("expected a device that torch has, got 'nosuch'", ["--device", "nosuch"]),
         ("expected a device that torch has, got 'meta'", ["--device", "meta"]),
-        ("CUDA graphs are of models on one GPU, got ['cpu']", ["--graphs"]),
+        ("CUDA graphs need a model on one GPU, got ['cpu']", ["--graphs"]),
         ("expected at least 3128 tokens in all, got 2048", ["--context", "3000"]),
         ("expected at least 2050 tokens in all, got 2048", ["--context", "1900", "--new-tokens", "150"]),
     ]

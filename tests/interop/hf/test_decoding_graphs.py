@@ -41,7 +41,7 @@ def compressed(model, **options):
 @pytest.fixture
 def captures(monkeypatch, interpreted):
     """This machine as a GPU; gets the arguments of each step of a model that is captured."""
-    made, replaying, captured = [], [], decoding_graphs._captured
+    made, replaying, captured = [], [], graphs_module._captured
 
     class Step(Replayed):
         def __init__(self, function, examples, pool):
@@ -127,7 +127,9 @@ def test_what_is_refused(captures, model, ids, monkeypatch):
     sliding = tiny("Qwen2", **HEADS, **mixed)
     with pytest.warns(UserWarning, match="compresses 1 of 2 layers"):
         cache = compressed(sliding)
-    refused = pytest.raises(NotImplementedError, match="of caches whose every layer is compressed, got TurboQuantCache")
+    refused = pytest.raises(
+        NotImplementedError, match="need a cache whose every layer is compressed, got TurboQuantCache"
+    )
     with refused, decoding_graphs(sliding, cache):
         pass
     cache, forward = compressed(model), type(model).forward
@@ -146,6 +148,6 @@ def test_what_is_refused(captures, model, ids, monkeypatch):
 
 
 def test_a_model_on_a_cpu_is_refused(model):
-    refused = pytest.raises(NotImplementedError, match=r"CUDA graphs are of models on one GPU, got \['cpu'\]")
+    refused = pytest.raises(NotImplementedError, match=r"CUDA graphs need a model on one GPU, got \['cpu'\]")
     with refused, decoding_graphs(model, compressed(model)):
         pass

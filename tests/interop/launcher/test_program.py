@@ -19,11 +19,9 @@ import tq_jax as tq  # noqa: E402
 from interop.launcher import program  # noqa: E402
 from interop.launcher.constants import split_constants  # noqa: E402
 from interop.launcher.function import TorchFunction  # noqa: E402
-from interop.launcher.program import BoundProgram, Place, plan_launches, struct  # noqa: E402
-from interop.torch import (  # noqa: E402
-    append_on_gpu,
-    attend_on_gpu,
-)
+from interop.launcher.launches import ArrayPlace, plan_launches  # noqa: E402
+from interop.launcher.program import BoundProgram, struct  # noqa: E402
+from interop.torch import append_on_gpu, attend_on_gpu  # noqa: E402
 from interop.torch.append_on_gpu import KernelAppend  # noqa: E402
 from interop.torch.attend_on_gpu import AttendOptions, KernelAttention, kernel_arrays, padded_size  # noqa: E402
 from interop.torch.cache import TorchCache  # noqa: E402
@@ -51,7 +49,7 @@ def test_attention_is_three_launches(cache):
     function = attend_on_gpu._Static(SPEC, AttendOptions())
     plan = plan_launches(function, jax.tree.map(struct, arrays), query, None, None)
     assert [launch.kernel.name for launch in plan.launches] == ["prepare", "decode", "merge"]
-    assert plan.outputs == (Place("output", 0),) and plan.made == (((2, 1, 4, 64), "bfloat16"),)
+    assert plan.outputs == (ArrayPlace("output", 0),) and plan.made == (((2, 1, 4, 64), "bfloat16"),)
     read = {place.index for launch in plan.launches for place in launch.arguments if place.kind == "input"}
     assert read == set(range(len(plan.inputs)))
     assert len(plan.inputs) == 1 + len(jax.tree.leaves(arrays))

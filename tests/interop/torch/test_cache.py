@@ -282,7 +282,7 @@ def test_a_capture_leaves_the_counters_of_the_host(monkeypatch):
     cache.advance()
     cache.advance([0, 3])
     assert cache.lengths == (51, 54) and cache.compressed == (31, 34)
-    with pytest.raises(ValueError, match=r"at most max_tokens=96 tokens a row, got \[98, 101\]"):
+    with pytest.raises(ValueError, match=r"at most max_tokens=96 tokens per row, got \[98, 101\]"):
         cache.advance(47)
     with pytest.raises(ValueError, match="expected a count of at least 0, or one for each of 2 rows, got -1"):
         cache.advance(-1)
@@ -291,21 +291,40 @@ def test_a_capture_leaves_the_counters_of_the_host(monkeypatch):
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
+def test_heads_before_tokens_are_noticed():
+    """The layout of transformers; lengths, which then seem too large, are looked at later."""
+    cache, (k, v, _) = filled(), chunk(5)
+    message = r"expected k and v of shape \(2, tokens, 2, 32\) each, got \(2, 2, 5, 32\): transpose\(1, 2\)\?"
+    for lengths in (None, [5, 4]):
+        with pytest.raises(ValueError, match=message):
+            cache.append(k.transpose(1, 2), v.transpose(1, 2), lengths=lengths)
+    with pytest.raises(ValueError, match=r"got \(2, 2, 5, 31\)$"):
+        cache.append(k.transpose(1, 2)[..., 1:], v.transpose(1, 2)[..., 1:])
+
+
+def test_a_short_description():
+    cache = filled()
+    assert repr(cache) == f"TorchCache(K4/V4, rows=2, lengths=(50, 50), {cache.nbytes / 1e6:.2f} MB on cpu)"
+    many = TorchCache(tq.CacheSpec.full_precision(num_kv_heads=H, head_dim=D, max_tokens=8), 9)
+    assert repr(many).startswith("TorchCache(full precision, rows=9, lengths from 0 to 0, ")
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_errors():
     cache = filled()
     k, v, q = chunk(2)
     cases = [
-        (r"expected k and v of shape \(2, 2, 2, 32\), got \(1, 2, 2, 32\) and", lambda: cache.append(k[:1], v)),
+        (r"expected k and v of shape \(2, tokens, 2, 32\) each, got \(1, .*\) and", lambda: cache.append(k[:1], v)),
         (r"expected k and v of shape .*, got .* and \(2, 1, 2, 32\)", lambda: cache.append(k, v[:, :1])),
         (r"expected query of shape .*, got \(2, 1, 4, 32\)", lambda: cache.append(k, v, query=q[:, :1])),
         ("expected k to be floating point on cpu, got torch.int32 on cpu", lambda: cache.append(k.int(), v)),
         (r"expected 2 lengths from 0 to 2, got \[3, 0\]", lambda: cache.append(k, v, lengths=[3, 0])),
         (r"expected 2 lengths from 0 to 2, got \[1\]", lambda: cache.attend(q, lengths=[1])),
-        (r"query of shape .*multiple of 2.*, got \(2, 2, 3, 32\)", lambda: cache.append(k, v, query=q[:, :, 1:])),
+        (r"query of shape \(2, 2, a multiple of 2, 32\), got .*3, 32\)", lambda: cache.append(k, v, query=q[:, :, 1:])),
         (r"expected integers, one for each row, got \[1.5, 1\]", lambda: cache.append(k, v, lengths=[1.5, 1])),
         (r"one for each row, got \[True, False\]", lambda: cache.reorder(torch.tensor([True, False]))),
         ("expected k and v of shape .*, got", lambda: cache.append(k[0, 0, 0], v)),
-        (r"at most max_tokens=96 tokens a row, got \[97, 50\]", lambda: cache.append(*chunk(47)[:2], lengths=[47, 0])),
+        (r"max_tokens=96 tokens per row, got \[97, 50\]", lambda: cache.append(*chunk(47)[:2], lengths=[47, 0])),
         ("expected a length of at least 0, or one for each of 2 rows, got -1", lambda: cache.crop(-1)),
         (r"expected a length of at least 0, or one for each of 2 rows, got \[1\]", lambda: cache.crop([1])),
         ("expected a query on cpu, got one on meta", lambda: cache.attend(q.to("meta"))),

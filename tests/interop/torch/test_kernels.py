@@ -121,7 +121,7 @@ def test_a_graph_without_room_is_not_replayed(replayed):
     cache.append(*tokens(56, 1)[:2], lengths=[54, 0])
     for seed in range(2):
         cache.extend(*tokens(1, seed))
-    with pytest.raises(ValueError, match=r"expected at most max_tokens=96 tokens a row, got \[97, 20\]"):
+    with pytest.raises(ValueError, match=r"expected at most max_tokens=96 tokens per row, got \[97, 20\]"):
         cache.extend(*tokens(1, 3))
     assert cache.lengths == tuple(cache.arrays.length.tolist()) == (96, 19)
 

@@ -11,7 +11,8 @@ from interpreted import Interpreted, record_launches  # noqa: E402
 
 import tq_jax as tq  # noqa: E402
 from interop.launcher import program  # noqa: E402
-from interop.launcher.program import Place, plan_launches, struct  # noqa: E402
+from interop.launcher.launches import ArrayPlace, plan_launches  # noqa: E402
+from interop.launcher.program import struct  # noqa: E402
 from interop.torch import paged_on_gpu  # noqa: E402
 from interop.torch.attend_on_gpu import AttendOptions  # noqa: E402
 from interop.torch.cache import TorchCache  # noqa: E402
@@ -119,7 +120,7 @@ def test_launches_on_a_gpu(centred):
     inputs = (pool._kernels._arrays, query, table, integers(0, 0, 0, 0), integers(0, 0, 0, 0), *given, torch.zeros(8))
     plan = plan_launches(PagedAttend(spec, spec, AttendOptions()), *jax.tree.map(struct, inputs))
     assert [launch.kernel.name for launch in plan.launches] == ["prepare", "decode", "merge"]
-    assert plan.outputs == (Place("output", 0),) and plan.made == (((4, 2, 8, 64), "bfloat16"),)
+    assert plan.outputs == (ArrayPlace("output", 0),) and plan.made == (((4, 2, 8, 64), "bfloat16"),)
     read = [{place.index for place in launch.arguments if place.kind == "input"} for launch in plan.launches]
     assert set().union(*read) == set(range(len(plan.inputs)))
     own_table = 1 + len(jax.tree.leaves(pool._kernels._arrays))
@@ -130,7 +131,7 @@ def test_launches_on_a_gpu(centred):
     encode = PagedEncode(*quantizers)
     plan = plan_launches(encode, *jax.tree.map(struct, (pool.pages, tokens, tokens, slots, *given)))
     assert [launch.kernel.name for launch in plan.launches] == ["encode"] and plan.made == ()
-    assert plan.outputs == tuple(Place("input", i) for i in range(len(jax.tree.leaves(pool.pages))))
+    assert plan.outputs == tuple(ArrayPlace("input", i) for i in range(len(jax.tree.leaves(pool.pages))))
     assert encode == PagedEncode(*quantizers) and hash(encode) == hash(PagedEncode(*quantizers))
     assert encode != PagedEncode(quantizers[1], quantizers[0])
 

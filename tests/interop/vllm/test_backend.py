@@ -28,7 +28,7 @@ def config():
 def make_impl(config):
     from vllm.config import set_current_vllm_config
 
-    from interop.vllm.impl import TurboQuantImpl
+    from interop.vllm.backend import TurboQuantImpl
 
     def make(**options):
         with set_current_vllm_config(config):
@@ -55,7 +55,7 @@ def test_arguments_that_mean_something_are_refused(make_impl, given):
 
 def test_windows_caps_and_sinks_are_honoured(make_impl):
     """One sequence of 70 tokens in three blocks: as our own cache attends."""
-    from interop.vllm.backend import TurboQuantMetadata
+    from interop.vllm.metadata import TurboQuantMetadata
 
     random = torch.Generator().manual_seed(0)
     sinks = torch.randn(4, generator=random)
@@ -85,7 +85,7 @@ def test_windows_caps_and_sinks_are_honoured(make_impl):
 
 def test_memory_is_shared_by_layers_of_one_shape_only(make_impl):
     """Groups of sliding-window and full layers lie over each other."""
-    from interop.vllm.impl import require_alike
+    from interop.vllm.backend import require_alike
 
     buffer = torch.zeros(2 * 5 * 2 * PAGE * 36, dtype=torch.uint8)
     mine, next_one = buffer.view(2, 5, 2, PAGE, 36)
@@ -152,16 +152,16 @@ def test_bytes_of_a_token():
 
 
 def test_what_the_builder_refuses(monkeypatch):
-    from interop.vllm import backend
+    from interop.vllm import metadata
 
-    monkeypatch.setattr(backend, "report", lambda config: None)
+    monkeypatch.setattr(metadata, "report", lambda config: None)
 
     def build(spec_bytes=36, **changes):
         model = types.SimpleNamespace(is_hybrid=changes.pop("is_hybrid", False))
         cache = types.SimpleNamespace(**changes)
         config = types.SimpleNamespace(model_config=model, cache_config=cache, additional_config={})
         spec = types.SimpleNamespace(state_content_bytes=spec_bytes, block_size=32, head_size=D, num_kv_heads=2)
-        return backend.TurboQuantBuilder(spec, ["layer"], config, torch.device("cpu"))
+        return metadata.TurboQuantBuilder(spec, ["layer"], config, torch.device("cpu"))
 
     with pytest.raises(RuntimeError, match="does not say how many bytes"):
         build(spec_bytes=None)
@@ -177,7 +177,7 @@ def test_statistics_that_do_not_fit(tmp_path, monkeypatch):
     import numpy as np
     from vllm import distributed
 
-    from interop.vllm.impl import layer_statistics
+    from interop.vllm.backend import layer_statistics
 
     path = str(tmp_path / "keys.safetensors")
     arrays = np.arange(2 * 4 * 8, dtype=np.float32).reshape(2, 4, 8)

@@ -100,7 +100,7 @@ def test_qwen2_is_centred_by_its_weights(tmp_path, prompts):
     tq.save_statistics(mean, weight, tmp_path / "keys.safetensors")
     key, value = tq.QuantizerSpec(32, 4, scale="unbiased"), tq.QuantizerSpec(32, 4)
     assert found == own_answers(model, prompts, statistics=tmp_path / "keys.safetensors", key=key, value=value)
-    assert "(36 instead of 256 bytes a head and token), keys centred and weighted by what their bias does" in said
+    assert "(36 instead of 256 bytes per head and token), keys centred and weighted by their bias" in said
     centred, plain = (key_error(model, prompts[0], key, x) for x in ((mean, weight), (0 * mean, 0 * weight + 1)))
     assert centred < 0.2 * plain
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is
 
 POOL = 1 << 22
 CODES, DENSE = 16 + 16 + 2 + 2, 2 * 32 * 4
-"""Bytes of a head and token: 4-bit codes of 32 channels with their scales, and float32."""
+"""Bytes per head and token: 4-bit codes of 32 channels with their scales, and float32."""
 
 
 @pytest.fixture(scope="module")

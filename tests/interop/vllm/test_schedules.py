@@ -54,6 +54,7 @@ def test_boundary_layers_and_statistics(four_layers, statistics, prompts, said):
         blocks = engine.llm_engine.vllm_config.cache_config.num_gpu_blocks
         assert blocks == pytest.approx(POOL / (2 * 32 * (2 * 256 + 2 * 32)), rel=0.02)
     assert (
-        "tq_jax compresses 2 of 4 layers [1, 2] to K3/V4 (32 instead of 256 bytes a head and token), keys centred and "
-        f"weighted by {statistics}; the others stay in full precision. The same memory holds 1.78 times as many tokens"
+        "tq_jax compresses 2 of 4 layers [1, 2] to K3/V4 (32 instead of 256 bytes per head and token), keys centred "
+        f"and weighted by {statistics}; the others stay in full precision. "
+        "The same memory holds 1.78 times as many tokens"
     ) in said

@@ -75,7 +75,7 @@ def test_completions_are_those_of_our_cache(server, two_layers, prompts):
     assert [choice["token_ids"] for choice in found["choices"]] == expected
     assert expected[0] != own_answers(two_layers, prompts[:1])[0]  # of 4 bits
     said = log.read_text()
-    assert "tq_jax compresses 2 of 2 layers [0, 1] to K2/V2 (20 instead of 256 bytes a head and token)" in said
+    assert "tq_jax compresses 2 of 2 layers [0, 1] to K2/V2 (20 instead of 256 bytes per head and token)" in said
     assert "The same memory holds 12.80 times as many tokens" in said
 
 
