@@ -91,10 +91,26 @@ def build(names: Iterable[str] | None = None) -> typer.Typer:
 
     known = commands()
     for name in known if names is None else names:
-        module, function = known[name].split(":")
-        command = getattr(importlib.import_module(module), function)
+        command = _load(name, known[name])
         app.command(name, help=_help(command))(command)
     return app
+
+
+def _load(name: str, place: str) -> Callable:
+    """The function of a command; a command of another package that cannot be imported says so when it is called."""
+    module, function = place.split(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        if name in COMMANDS:
+            raise
+        reason = f"{name} is not available: {error}"
+
+    def unavailable() -> None:
+        raise typer.BadParameter(reason)
+
+    unavailable.__doc__ = reason
+    return unavailable
 
 
 def main(prog_name: str = "tq-jax") -> None:

@@ -61,16 +61,9 @@ class Scheme:
         return jax.eval_shape(lambda: decoder.init_cache(self.cache, batch=1)).nbytes
 
     def describe(self, decoder: Decoder) -> dict[str, Any]:
-        """Names, bits, and ratios to a bfloat16 cache (of a compressed token, of the whole cache), as plain data."""
-        return {
-            "scheme": self.name,
-            "label": self.label,
-            "key_bits": self.key_bits,
-            "value_bits": self.value_bits,
-            "stored_bits_per_element": self.stored_bits,
-            "ratio_compressed": 16 / self.stored_bits,
-            "ratio_total": full_scheme(decoder, self.cache.max_tokens).nbytes(decoder) / self.nbytes(decoder),
-        }
+        """The scheme as fields of a row; see `description`."""
+        ratio = full_scheme(decoder, self.cache.max_tokens).nbytes(decoder) / self.nbytes(decoder)
+        return description(self.name, self.label, (self.key_bits, self.value_bits), self.stored_bits, ratio)
 
     def start(self, decoder: Decoder, reference: "Reference") -> tq.Cache:
         """A cache that holds the prefix; see `Runner`."""
@@ -81,6 +74,27 @@ class Scheme:
     ) -> tuple[Float[Array, "t vocab"], tq.Cache]:
         """Appends a chunk and predicts; see `Runner`."""
         return _extend(decoder, tokens, cache, count)
+
+
+def description(name: str, label: str, bits: tuple[float, float], stored: float, ratio: float) -> dict[str, Any]:
+    """A way to store keys and values, as fields of a row.
+
+    Args:
+        name: Kind of scheme.
+        label: Short name for tables.
+        bits: Bits per key channel and per value channel.
+        stored: Stored bits per channel of a compressed token, scales included.
+        ratio: Bytes of a whole bfloat16 cache over bytes of this one.
+    """
+    return {
+        "scheme": name,
+        "label": label,
+        "key_bits": bits[0],
+        "value_bits": bits[1],
+        "stored_bits_per_element": stored,
+        "ratio_compressed": 16 / stored,
+        "ratio_total": ratio,
+    }
 
 
 def full_scheme(decoder: Decoder, max_tokens: int, *, dtype: tq.CacheDtype = "bfloat16") -> Scheme:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import tq_jax as tq
-from tq_jax.commands.divergence import Reference, Runner, Scheme, full_scheme, tq_scheme
+from tq_jax.commands.divergence import Reference, Runner, Scheme, description, full_scheme, tq_scheme
 from tq_jax.commands.eval.attention import AttentionQuality, compare_attention, read_back
 from tq_jax.commands.rivals import cache as rivals_cache
 from tq_jax.commands.rivals.roundings import RIVALS, Rival
@@ -89,15 +89,7 @@ class Rounded:
         stored = rival.stored_bits(dim, decoder.config.num_layers)
         exact = min(self.window + self.sinks, self.max_tokens)
         total = (16 * exact + stored * (self.max_tokens - exact)) / self.max_tokens
-        return {
-            "scheme": rival.name,
-            "label": rival.label,
-            "key_bits": rival.key.bits,
-            "value_bits": rival.value.bits,
-            "stored_bits_per_element": stored,
-            "ratio_compressed": 16 / stored,
-            "ratio_total": 16 / total,
-        }
+        return description(rival.name, rival.label, (rival.key.bits, rival.value.bits), stored, 16 / total)
 
     def start(self, decoder: Decoder, reference: Reference) -> rivals_cache.RivalCache:
         """A cache that holds the prefix; see `Runner`."""
