@@ -9,7 +9,7 @@ from tq_jax.commands.options import refusing
 from tq_jax.models import LanguageModel, cache_dir, load_model
 
 CHARACTERS_PER_TOKEN = 12
-"""Characters of a text that are tokenized per token that is needed; an upper bound, so that no token is missing."""
+"""Characters that are tokenized per token that is needed; texts have fewer characters per token."""
 
 
 def keep_compiled() -> None:

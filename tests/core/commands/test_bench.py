@@ -1,4 +1,4 @@
-"""`tq-jax bench` where there is no GPU: rows of the reference, and claims judged on rows that are given."""
+"""`tq-jax bench` without a GPU: rows of the reference, and claims judged on given rows."""
 
 import dataclasses
 import json
@@ -115,7 +115,7 @@ def test_the_encoder_takes_every_measured_case(case):
 
 
 def rows_for(ours: float, fp8: float = 100.0):
-    """Rows of every measured case in which the project takes so many microseconds, cuDNN 100 and 120."""
+    """Rows of every measured case: this project takes `ours` microseconds, cuDNN 100 and 120."""
     rows = []
     for op, cases in CASES.items():
         for shape in dict.fromkeys(case.shape for case in cases):

@@ -29,7 +29,7 @@ def passing():
 
 
 def failing():
-    """A check that does not."""
+    """A check that does not hold."""
     return [Claim("does not hold", 0.0, ">=", 1.0)]
 
 
@@ -65,7 +65,7 @@ def test_json_to_a_file(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with a file, a link to nowhere and a folder; at the end it has to be as it was."""
+    """A folder with a file, a link to nowhere and a folder; the test must leave it unchanged."""
     (tmp_path / "file.png").write_text("kept")
     (tmp_path / "link.png").symlink_to(tmp_path / "missing" / "out")
     (tmp_path / "folder.png").mkdir()

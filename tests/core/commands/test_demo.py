@@ -49,7 +49,7 @@ def test_bits():
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """Files that are no text and no model, by name."""
+    """Files that are neither a text nor a model, by name."""
     folder = tmp_path_factory.mktemp("cases")
     (folder / "latin.txt").write_bytes("Käse".encode("latin-1"))
     (folder / "empty.txt").write_text(" \n")
@@ -82,7 +82,7 @@ def test_mistakes_are_found_before_the_work(option, value, message, cases):
 
 
 def small_model(context, *, chat):
-    """A random model of words."""
+    """A random model whose tokens are words."""
     decoder = Decoder(dataclasses.replace(CONFIG, max_context=context), rngs=nnx.Rngs(0))
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"word": 0}, unk_token="word"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -103,7 +103,7 @@ def needle(
     console.print(make_table(rows))
     for claim in claims:
         console.print(f"{'holds' if claim.ok else 'FAILS'}  {claim.name}: {claim.figure:.3g} ({claim.note})")
-    texts = f"{facts} in a text" if facts > 1 else "each in its own text"
+    texts = f"{facts} per text" if facts > 1 else "each in its own text"
     from tq_jax.commands.needle.picture import draw  # matplotlib is optional
 
     draw(rows, plot, title=f"{model or DEFAULT_MODEL}: numbers found, {texts}, window {window}")

@@ -83,7 +83,7 @@ def make_haystack(tokenizer: Tokenizer, length: int, depths: tuple[float, ...], 
     frame = _split_chat(tokenizer, "", cities[0])[0]
     room = length - len(frame) - sum(len(tokenizer.encode(f" {fact}")) for fact in facts) - 8
     if room < 1:
-        raise ValueError(f"expected a length from some 200 tokens on, got {length}")
+        raise ValueError(f"expected a length of about 200 tokens or more, got {length}")
     if counts[-1] < room:
         raise ValueError(f"expected a length of at most {int(counts[-1])} tokens, got {length}")
     text = [f"{sentence}." for sentence in sentences[: int(np.searchsorted(counts, room))]]

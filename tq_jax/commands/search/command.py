@@ -36,7 +36,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     OBLIVIOUS: {"basis": "random"},
     OURS: {},
 }
-"""From the paper to the default, one change per line; "tq, random basis" is the step search."""
+"""From the paper to the default, one change per line; "tq, random basis" is the third change, the step search."""
 
 SCALAR = ("tqmse", "eden")
 """Scalar quantizers of faiss."""
