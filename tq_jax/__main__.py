@@ -2,4 +2,5 @@
 
 from tq_jax.commands.cli import main
 
-main()
+if __name__ == "__main__":
+    main("python -m tq_jax")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from tq_jax.commands.demo.command import parse_bits
-from tq_jax.commands.output import JsonTarget, environment, open_console, progress_bar, refusing, write_json
-from tq_jax.commands.texts import TextFile, read_text
+from tq_jax.commands.inputs import read_text
+from tq_jax.commands.options import JsonTarget, TextFile, parse_bits, refusing
+from tq_jax.commands.output import environment, open_console, progress_bar, write_json
 from tq_jax.data import persuasion
 
 if TYPE_CHECKING:

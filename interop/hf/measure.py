@@ -19,8 +19,8 @@ from interop.hf.attention import ATTENTION
 from interop.hf.cache import TurboQuantCache
 from interop.hf.decoding_graphs import decoding_graphs
 from interop.hf.layer import CACHE_ARGUMENT, layer_bytes
-from tq_jax.commands.inputs import CHARACTERS_A_TOKEN, require_tokens
-from tq_jax.commands.output import refusing
+from tq_jax.commands.inputs import CHARACTERS_PER_TOKEN, require_tokens
+from tq_jax.commands.options import refusing
 
 CHUNK = 16
 """Positions per forward pass; few, so that few tokens leave the window earlier than in decoding."""
@@ -111,7 +111,7 @@ def load_task(
     with refusing("torch,hf"):
         network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(model)
-    text = content[: CHARACTERS_A_TOKEN * (context + positions)]
+    text = content[: CHARACTERS_PER_TOKEN * (context + positions)]
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : context + positions].to(device)
     asked = ids[:, :context] if prompt is None else tokenizer(prompt, return_tensors="pt").input_ids.to(device)
     if ids.shape[1] <= context:

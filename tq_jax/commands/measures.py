@@ -1,4 +1,4 @@
-"""Random vectors, and the few measurements that the theorems and the audit share."""
+"""Random vectors, and measurements that `tq-jax validate` and `tq-jax audit` share."""
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +14,25 @@ def sphere(seed: int, count: int, dim: int) -> Float[Array, "count dim"]:
     """Uniformly random unit vectors, float32.
 
     Args:
-        seed: Of the random stream.
-        count: How many.
-        dim: Their dimensions.
+        seed: Seed of the random stream.
+        count: Number of vectors.
+        dim: Dimensions of each.
     """
     return unit(jax.random.normal(jax.random.key(seed), (count, dim)))
 
 
 def unit(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-    """Vectors divided by their norms."""
+    """The vectors divided by their norms."""
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def correlated(x: Float[Array, "n dim"], cosine: float, *, seed: int) -> Float[Array, "n dim"]:
-    """Unit vectors at an exact cosine to given unit vectors, in random directions around them.
+    """Unit vectors in random directions, at an exact cosine to given unit vectors.
 
     Args:
         x: Unit vectors.
         cosine: Inner product of each result with its vector.
-        seed: Of the random directions.
+        seed: Seed of the random directions.
 
     Example:
         >>> x = sphere(0, 2, 64)
@@ -45,12 +45,12 @@ def correlated(x: Float[Array, "n dim"], cosine: float, *, seed: int) -> Float[A
 
 
 def restore(spec: tq.QuantizerSpec, x: Float[Array, "*batch dim"], *, seed: int = 0) -> Float[Array, "*batch dim"]:
-    """What is left of vectors after quantizing and dequantizing them.
+    """Quantizes vectors and dequantizes them again.
 
     Args:
         spec: The quantizer.
         x: Vectors.
-        seed: Of the quantizer.
+        seed: Seed of the quantizer.
     """
     q = tq.make_quantizer(spec, seed=seed)
     return _dequantize(q, _quantize(q, x))
@@ -62,24 +62,24 @@ def distortion(spec: tq.QuantizerSpec, x: Float[Array, "n dim"], *, seed: int = 
     Args:
         spec: The quantizer.
         x: Vectors.
-        seed: Of the quantizer.
+        seed: Seed of the quantizer.
     """
     error = x - restore(spec, x, seed=seed)
     return float(jnp.mean(jnp.sum(error * error, axis=-1)) / jnp.mean(jnp.sum(x * x, axis=-1)))
 
 
 def scores(query: Float[Array, "q dim"], key: Float[Array, "n dim"]) -> Float[Array, "q n"]:
-    """All inner products, in float32 whatever the device's default."""
+    """All inner products, computed in full float32 precision on every device."""
     return jnp.einsum("qd,nd->qn", query, key, precision="highest")
 
 
 def recall(exact: Float[Array, "q n"], estimated: Float[Array, "q n"], k: int) -> float:
-    """Share of the k largest exact scores that are among the k largest estimated ones.
+    """Share of the k largest exact scores that are among the k largest estimated scores.
 
     Args:
-        exact: True scores, one row a query.
+        exact: True scores, one row per query.
         estimated: Scores from codes.
-        k: How many.
+        k: Number of largest scores.
 
     Example:
         >>> recall(jnp.array([[3.0, 2.0, 1.0]]), jnp.array([[3.0, 1.0, 2.0]]), 2)
@@ -98,14 +98,14 @@ def keys_with_outliers(
     Channel deviations are log-normal with four channels six times larger; the mean lies mostly in eight channels.
 
     Args:
-        seed: Of the random stream.
-        count: How many.
-        dim: Their dimensions.
+        seed: Seed of the random stream.
+        count: Number of keys.
+        dim: Channels of each.
         mean_norm: Norm of the shared mean; trained models have 0 to over 1000.
 
     Returns:
-        The mean, the channels' standard deviations, and the deviations of the keys from the mean in units of them: keys
-        are mean + std * deviation.
+        The mean, the standard deviation of each channel, and the deviation of each key from the mean in units of the
+        standard deviation: keys are mean + std * deviation.
     """
     channels, direction, draws = jax.random.split(jax.random.key(seed), 3)
     std = jnp.exp(0.6 * jax.random.normal(channels, (1, dim))).at[:, :4].multiply(6.0)
@@ -114,7 +114,7 @@ def keys_with_outliers(
 
 
 def attention_divergence(exact: Float[Array, "q n"], estimated: Float[Array, "q n"]) -> float:
-    """Mean KL divergence, in nats, of the softmax of estimated scores from that of exact ones.
+    """Mean KL divergence, in nats, of the softmax of estimated scores from the softmax of exact scores.
 
     Example:
         >>> attention_divergence(jnp.zeros((1, 4)), jnp.ones((1, 4)))
@@ -130,7 +130,7 @@ def mean_cosine(x: Float[Array, "n dim"], y: Float[Array, "n dim"]) -> float:
 
 
 def found(estimated: Float[Array, "q n"]) -> float:
-    """Share of rows i whose largest score is at column i: needles found.
+    """Share of needles that are found: rows i whose largest score is in column i.
 
     Example:
         >>> found(jnp.array([[2.0, 1.0], [2.0, 1.0]]))

@@ -1,4 +1,4 @@
-"""`tq-jax bench` where there is no GPU: rows of the reference, and claims judged on rows that are given."""
+"""`tq-jax bench` without a GPU: rows of the reference, and claims judged on given rows."""
 
 import dataclasses
 import json
@@ -36,6 +36,8 @@ def test_without_a_gpu_small_shapes_run_and_nothing_is_claimed(tmp_path, monkeyp
     result = run("--only", "mse4", "--json", str(path), "--png", str(picture))
     assert result.exit_code == 0, result.output
     assert "peers and claims are not measured" in result.output
+    assert "Wall-clock time per call on cpu, in microseconds" in result.output
+    assert "cuDNN" not in result.output
     found = json.loads(path.read_text())
     assert {"device", "versions", "commit", "copy_gbps", "rows"} <= found.keys()
     assert found["claims"] == [] == found["failed"]
@@ -113,7 +115,7 @@ def test_the_encoder_takes_every_measured_case(case):
 
 
 def rows_for(ours: float, fp8: float = 100.0):
-    """Rows of every measured case in which the project takes so many microseconds, cuDNN 100 and 120."""
+    """Rows of every measured case: this project takes `ours` microseconds, cuDNN 100 and 120."""
     rows = []
     for op, cases in CASES.items():
         for shape in dict.fromkeys(case.shape for case in cases):
@@ -153,6 +155,16 @@ def test_rows_say_how_many_times_faster_than_peers_they_are():
     claims.add_ratios(rows)
     own = [row for row in rows if row["impl"] == "triton" and row["op"] == "decode"]
     assert own[0]["faster_than"] == {"cudnn_bf16": 2.4, "jax_cudnn_bf16": 2.0, "flashinfer_fp8": 2.0}
+
+
+def test_columns_of_peers_that_were_not_measured_are_left_out():
+    rows = rows_for(50.0)
+    claims.add_ratios(rows)
+    names = [column.header for column in command.make_table(rows, gpu=True).columns]
+    assert names == ["op", "impl", "shape", "codes", "us", "floor", "of floor", "cuDNN", "FlashInfer fp8"]
+    table = command.make_table([row for row in rows if row["impl"] == "cudnn_bf16"], gpu=True)
+    assert [column.header for column in table.columns] == ["op", "impl", "shape", "us"]
+    assert str(table.title).startswith("GPU time per call on")
 
 
 def broken():

@@ -1,12 +1,17 @@
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 from refusals import refused
 from typer.testing import CliRunner
 
+import tq_jax
 from tq_jax.commands import cli
 from tq_jax.commands.audit import command as audit
 from tq_jax.commands.claims import Claim
@@ -24,7 +29,7 @@ def passing():
 
 
 def failing():
-    """A check that does not."""
+    """A check that does not hold."""
     return [Claim("does not hold", 0.0, ">=", 1.0)]
 
 
@@ -60,7 +65,7 @@ def test_json_to_a_file(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with a file, a link to nowhere and a folder; at the end it has to be as it was."""
+    """A folder with a file, a link to nowhere and a folder; the test must leave it unchanged."""
     (tmp_path / "file.png").write_text("kept")
     (tmp_path / "link.png").symlink_to(tmp_path / "missing" / "out")
     (tmp_path / "folder.png").mkdir()
@@ -134,6 +139,40 @@ def test_an_unknown_command_fails():
     assert run("vaildate").exit_code == 2
 
 
+def test_a_command_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(cli.metadata, "entry_points", lambda group: [])
+    result = CliRunner().invoke(cli.build(["demo", "doctor"]), ["hf", "model"], env={"COLUMNS": "2000"})
+    assert result.exit_code == 2
+    assert "expected a command among demo, doctor, got 'hf'; a command of another package is found" in result.output
+
+
+def test_a_command_of_another_package_that_cannot_be_imported_says_so(monkeypatch):
+    point = metadata.EntryPoint("extra", "no_such_module:extra", cli.GROUP)
+    monkeypatch.setattr(cli.metadata, "entry_points", lambda group: [point])
+    assert cli.commands()["extra"] == "no_such_module:extra"
+    app = cli.build(["doctor", "extra"])
+    assert "No module named 'no_such_module'" in CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+    result = CliRunner().invoke(app, ["extra"], env={"COLUMNS": "2000"})
+    assert result.exit_code == 2
+    assert "extra is not available: No module named 'no_such_module'" in result.output
+
+
+def test_the_version_is_printed():
+    result = run("--version")
+    assert (result.exit_code, result.output) == (0, f"{metadata.version('tq-jax')}\n")
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_paragraphs_of_help_are_wrapped_once(columns):
+    """Every line but the last of a paragraph is too full for the next word."""
+    result = CliRunner().invoke(cli.build(["eval"]), ["eval", "--help"], env={"COLUMNS": columns, "NO_COLOR": "1"})
+    text = result.output.split("Every text is")[1].split("Exits 0 only")[0]
+    for paragraph in re.split(r"\n\s*\n", f"Every text is{text}"):
+        lines = [line.split() for line in paragraph.splitlines() if line.strip()]
+        for line, following in itertools.pairwise(lines):
+            assert len(" ".join([*line, following[0]])) > int(columns) - 2  # a margin of one on each side
+
+
 def test_the_installed_program_runs():
     ran = subprocess.run(
         [sys.executable, "-c", "from tq_jax.commands.cli import main; main()", "validate", "--help"],
@@ -143,6 +182,17 @@ def test_the_installed_program_runs():
         check=True,
     )
     assert "Theorems 1-3" in ran.stdout
+
+
+def test_the_module_runs():
+    command = [sys.executable, "-m", "tq_jax"]
+    folder = Path(tq_jax.__file__).parents[1]
+    options = {"capture_output": True, "text": True, "timeout": 120, "cwd": folder}
+    ran = subprocess.run([*command, "validate", "--help"], **options, check=True)
+    assert "Usage: python -m tq_jax validate" in ran.stdout
+    assert "Theorems 1-3" in ran.stdout
+    assert subprocess.run([*command, "--version"], **options, check=True).stdout.strip() == metadata.version("tq-jax")
+    assert "got 'vaildate'" in subprocess.run([*command, "vaildate"], **options).stderr
 
 
 def test_vendored_text_is_clean():

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from tq_jax.commands import cli
 from tq_jax.commands.demo import command as room
-from tq_jax.commands.language import CHUNK, Quality, published_scheme, tq_scheme
+from tq_jax.commands.divergence import CHUNK, Quality, published_scheme, tq_scheme
+from tq_jax.commands.options import parse_bits
 from tq_jax.models import Decoder, DecoderConfig, LanguageModel
 from tq_jax.models.tokenizer import Tokenizer
 
@@ -40,15 +41,15 @@ def test_demo_on_the_real_model(tmp_path):
 
 
 def test_bits():
-    assert room.parse_bits("8/4,3.5/2") == [(8.0, 4.0), (3.5, 2.0)]
+    assert parse_bits("8/4,3.5/2") == [(8.0, 4.0), (3.5, 2.0)]
     for wrong in ("4", "4/4/4", "a/b", ""):
         with pytest.raises(typer.BadParameter, match="expected key/value bits like 4/4,3/3, got"):
-            room.parse_bits(wrong)
+            parse_bits(wrong)
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    """Files that are no text and no model, by name."""
+    """Files that are neither a text nor a model, by name."""
     folder = tmp_path_factory.mktemp("cases")
     (folder / "latin.txt").write_bytes("Käse".encode("latin-1"))
     (folder / "empty.txt").write_text(" \n")
@@ -81,7 +82,7 @@ def test_mistakes_are_found_before_the_work(option, value, message, cases):
 
 
 def small_model(context, *, chat):
-    """A random model of words."""
+    """A random model whose tokens are words."""
     decoder = Decoder(dataclasses.replace(CONFIG, max_context=context), rngs=nnx.Rngs(0))
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"word": 0}, unk_token="word"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -106,7 +107,7 @@ def test_what_the_model_cannot_read_is_found_before_the_work(context, chat, word
 
 
 def row(scheme, kl, ppl=10.0):
-    return room.Row(scheme, Quality(64, kl, kl, 1.0, 64, ppl, 10.0), 1.0, 1.0, 1)
+    return room.Row(scheme, Quality(64, kl, kl, 1.0, 64, ppl, 10.0), {}, 1)
 
 
 def test_claims_can_fail():

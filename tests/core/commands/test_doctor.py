@@ -11,7 +11,35 @@ def run(*arguments):
     return CliRunner().invoke(cli.build(["doctor"]), ["doctor", *arguments], catch_exceptions=False)
 
 
-def test_findings():
+@pytest.fixture
+def no_gpu(monkeypatch, tmp_path):
+    """A machine without an NVIDIA GPU and without the driver's tools."""
+    monkeypatch.setattr(doctor, "NVIDIA_DEVICE", tmp_path / "nvidia0")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("sign", ["device", "tool"])
+def test_a_gpu_that_jax_does_not_see(sign, no_gpu, monkeypatch):
+    assert doctor.unseen_gpu() is None
+    file = no_gpu / {"device": "nvidia0", "tool": "nvidia-smi"}[sign]
+    file.touch(0o755)
+    result = run()
+    assert "JAX sees no GPU: pip install 'jax[cuda13]'" in " ".join(result.output.split())
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert doctor.unseen_gpu() == "unset JAX_PLATFORMS=cpu"
+    monkeypatch.setattr(doctor.jax, "default_backend", lambda: "gpu")
+    assert doctor.unseen_gpu() is None
+
+
+def test_on_a_gpu_the_kernel_is_compared():
+    check = {"error": 1e-4, "tolerance": doctor.TOLERANCE, "warnings": [], "ok": True}
+    said = "Attention works: relative error 1.0e-04 to the reference (at most 0.001)"
+    assert doctor._verdict(check, gpu=True) == said
+
+
+def test_findings(no_gpu):
     result = run("--json", "-")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
@@ -25,7 +53,9 @@ def test_findings():
     assert "head dims" in axes["head dim"]["reference"]["112"]
     for axis in axes.values():
         assert len(axis["triton"]) + len(axis["reference"]) == len(doctor.AXES[axis["axis"]])
-    assert "No NVIDIA GPU: everything runs as the reference" in result.stderr
+    assert "No NVIDIA GPU: everything runs on the reference" in result.stderr
+    assert "the reference runs. Without a GPU there is no kernel to compare it with" in result.stderr
+    assert found["unseen_gpu"] is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 @pytest.fixture
 def wheels(tmp_path, monkeypatch):
-    """A folder that is all the registries there are; the cache is empty."""
+    """A folder that replaces all registries; the cache is empty."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")

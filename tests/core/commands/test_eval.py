@@ -12,15 +12,16 @@ from refusals import refused
 from typer.testing import CliRunner
 
 import tq_jax as tq
-from tq_jax.commands import cli, texts
-from tq_jax.commands.eval import ablation, attention, claims, picture
+from tq_jax.commands import cli
+from tq_jax.commands.divergence import CHUNK, full_scheme, make_reference, measure, published_scheme, tq_scheme
+from tq_jax.commands.eval import ablation, attention, claims, picture, texts
 from tq_jax.commands.eval import command as room
 from tq_jax.commands.eval.schemes import Packed, Rounded, attention_quality, candidates
 from tq_jax.commands.eval.statistics import Turned
-from tq_jax.commands.language import CHUNK, full_scheme, make_reference, measure, published_scheme, tq_scheme
-from tq_jax.commands.output import known_rows, parse_numbers
+from tq_jax.commands.eval.texts import load_text
+from tq_jax.commands.options import parse_numbers
+from tq_jax.commands.output import known_rows
 from tq_jax.commands.rivals.roundings import Float8, Rival
-from tq_jax.commands.texts import load_text
 from tq_jax.models import Decoder, DecoderConfig, LanguageModel
 from tq_jax.models.tokenizer import Tokenizer
 

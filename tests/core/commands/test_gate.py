@@ -1,4 +1,4 @@
-"""Every kernel lowers for CUDA without a GPU; those of three kinds compile, where the triton package is installed."""
+"""Every kernel lowers for CUDA without a GPU; three kinds of kernels compile, if the triton package is installed."""
 
 import json
 import sys

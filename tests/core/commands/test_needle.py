@@ -83,7 +83,7 @@ def test_haystacks_hold_their_facts():
         assert number not in asked
     assert 0 < places[0] < 0.3
     assert 0.7 < places[1] < 1
-    with pytest.raises(ValueError, match="expected a length from some 200"):
+    with pytest.raises(ValueError, match="expected a length of about 200"):
         make_haystack(tokenizer, 50, (0.5,), seed=0)
     with pytest.raises(ValueError, match="expected at most 12 depths, got 13"):
         make_haystack(tokenizer, 900, tuple(i / 13 for i in range(13)), seed=0)
@@ -111,7 +111,7 @@ def test_mistakes_are_found_before_the_work(option, value, message, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lengths", "0"], "expected a length from some 200 tokens on, got 0"),
+        (["--lengths", "0"], "expected a length of about 200 tokens or more, got 0"),
         (["--lengths", "512,8192"], "the model's context: expected at least 8256 tokens in all, got 8192"),
         (["--facts", "13", "--depths", ",".join(f"{i / 13}" for i in range(13))], "expected at most 12 depths, got 13"),
     ],

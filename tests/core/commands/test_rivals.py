@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tq_jax.codebook import lloyd_max
-from tq_jax.commands import language as la
+from tq_jax.commands import divergence as la
 from tq_jax.commands.eval.schemes import Rounded
 from tq_jax.commands.rivals import roundings as room
 from tq_jax.commands.rivals.cache import attend_dense, empty, fill, seen_everywhere

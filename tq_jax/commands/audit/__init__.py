@@ -1,1 +1,1 @@
-"""`tq-jax audit`: usual headlines about KV-cache compression, measured."""
+"""`tq-jax audit`: common headlines about KV-cache compression, measured."""

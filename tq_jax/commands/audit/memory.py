@@ -19,7 +19,7 @@ RUNS = 9
 
 
 def _seed_like(dim: int) -> tuple[tq.QuantizerSpec, tq.QuantizerSpec]:
-    """3-bit Prod keys with dense matrices and 2-bit grouped values."""
+    """3-bit Prod keys with dense matrices, and 2-bit grouped values."""
     key = tq.QuantizerSpec(dim=dim, bits=3, kind="prod", rotation="haar")
     return key, tq.QuantizerSpec(dim=dim, bits=2, kind="group", group=32)
 
@@ -39,7 +39,7 @@ def _full_bytes(dim: int, tokens: int) -> int:
 
 
 def _counted(key: tq.QuantizerSpec, value: tq.QuantizerSpec, tokens: int) -> float:
-    """Ratio to bfloat16 with all that the cache owns counted: codes, scales, matrices, statistics, sinks, window."""
+    """Compression ratio to bfloat16 with everything counted: codes, scales, matrices, statistics, sinks, window."""
     return _full_bytes(key.dim, tokens) / tq.init_cache(_cache_spec(key, value, tokens), batch=1).nbytes
 
 
@@ -81,7 +81,7 @@ def own_ratios() -> Sequence[Claim]:
 
 
 def fractional_bits() -> Sequence[Claim]:
-    """What 2.5 and 3.5 bits store."""
+    """Stored bits of 2.5-bit and 3.5-bit codes."""
     x = jax.random.normal(jax.random.key(0), (64, 128))
     stored = {}
     for bits in (2.5, 3.5):
@@ -91,7 +91,7 @@ def fractional_bits() -> Sequence[Claim]:
     parts = "; ".join(f"{indices:.2f} bits of indices, {total:.2f} stored" for total, indices in stored.values())
     return [
         Claim(
-            '"2.5 and 3.5 bits a channel" (deviation of stored bits, d=128)',
+            '"2.5 and 3.5 bits per channel" (deviation of stored bits, d=128)',
             off,
             "<=",
             0.0,
@@ -126,7 +126,7 @@ def _filled(spec: tq.CacheSpec, k: jax.Array, v: jax.Array, chunk: int = 8192) -
 
 
 def _tokens(count: int, heads: int, dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [1, 1, 64, dim] with logits of deviation 2, keys and values [1, count, heads, dim]."""
+    """Queries [1, 1, 64, dim] whose logits have standard deviation 2; keys and values [1, count, heads, dim]."""
     rq, rk, rv = jax.random.split(jax.random.key(1), 3)
     k, v = jax.random.normal(rk, (1, count, heads, dim)), jax.random.normal(rv, (1, count, heads, dim))
     return 2.0 * jax.random.normal(rq, (1, 1, 64, dim)), k, v
@@ -186,7 +186,7 @@ def dequantize_first() -> Sequence[Claim]:
             ">=",
             1.0,
             judgement="storage yes, compute no",
-            note=f"{stored:,} stored bytes become {expanded:,} in every step; 64 queries a head, {tokens} tokens",
+            note=f"{stored:,} stored bytes become {expanded:,} in every step; 64 queries per head, {tokens} tokens",
             details=work,
         )
     ]

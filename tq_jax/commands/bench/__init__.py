@@ -1,1 +1,1 @@
-"""`tq-jax bench`: time of operations on the device at hand."""
+"""`tq-jax bench`: time of operations on this machine's device."""

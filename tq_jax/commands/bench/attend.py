@@ -1,4 +1,4 @@
-"""Attention over a whole cache: window and first tokens in full precision, packed pages behind them."""
+"""Attention over a whole cache: window and sink tokens in full precision, all other tokens in packed pages."""
 
 import dataclasses
 import functools
@@ -18,18 +18,18 @@ from tq_jax.quantizer import QuantizerSpec
 
 WINDOW, SINKS = 128, 4
 TOLERANCE = 4e-3
-"""Relative error of outputs rounded to bfloat16."""
+"""Largest relative error of outputs that are rounded to bfloat16."""
 
 
 def jobs(setting: Setting) -> Iterator[Job]:
-    """Measurements of `attend` at 4 bits."""
+    """Yields the measurements of `attend` at 4 bits."""
     shapes = [DECODE[name] for name in ("batch 8", "batch 32", "long", "single")] if setting.gpu else [SMALL["decode"]]
     for shape in shapes:
         yield Job(f"attend {shape.label}, mse4/mse4", functools.partial(run_case, shape, setting))
 
 
 def run_case(shape: Shape, setting: Setting, *, bits: int = 4, page_size: int = 256) -> Iterator[Row]:
-    """The row of the project's kernels, or of the reference where there is no GPU."""
+    """Yields the row of the project's kernels, or of the reference if there is no GPU."""
     quantizer = QuantizerSpec(shape.head_dim, bits)
     tokens = shape.seq + WINDOW + SINKS
     spec = CacheSpec(

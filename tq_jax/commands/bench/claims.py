@@ -1,4 +1,4 @@
-"""What the kernels claim against peers and against themselves, and what rows say to it."""
+"""Claims about the kernels, compared with peers and with each other, and their figures from rows."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -9,15 +9,15 @@ from tq_jax.commands.bench.shapes import DECODE, PREFILL, Shape
 from tq_jax.commands.claims import Claim
 
 CUDNN = ("cudnn_bf16", "jax_cudnn_bf16")
-"""cuDNN by either route; the faster one counts."""
+"""cuDNN by torch and by JAX; the faster one counts."""
 
 FP8 = ("flashinfer_fp8",)
 OURS = ("triton", "mosaic", "tq")
 SAME = ("batch", "seq", "q_len", "q_heads", "kv_heads", "head_dim")
-"""What rows agree in that can be compared."""
+"""Fields that rows must agree in to be compared."""
 
 PEERS_OF = {"attend": "decode"}
-"""Operations that are compared with the peers of another."""
+"""Operations that are compared with the peers of another operation."""
 
 DECODE_BOUNDS = {
     "batch 8": {"cudnn": (2.9, 3.0, 3.5), "fp8": 1.9},
@@ -25,7 +25,7 @@ DECODE_BOUNDS = {
     "long": {"cudnn": (2.5, 2.6, 3.0), "fp8": 1.7},
     "single": {"cudnn": (2.0, 2.1, 2.2), "fp8": 1.5},
 }
-"""At each shape: how many times faster than cuDNN in bfloat16 at 4, 3 and 2 bits, and than FlashInfer in fp8 at 4."""
+"""Least speedup at each shape: over cuDNN in bfloat16 at 4, 3 and 2 bits, and over FlashInfer in fp8 at 4 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Ratio:
 
     Attributes:
         name: What is claimed.
-        over: Fields of the row above the line; a tuple names alternatives, of which the fastest counts.
-        under: Likewise below the line.
-        relation: How the ratio has to stand to the bound.
+        over: Fields of the numerator's row; a tuple lists alternatives, of which the fastest row counts.
+        under: Fields of the denominator's row, in the same form.
+        relation: Relation that must hold between ratio and bound.
         bound: The bound.
-        figures: The figure of each row.
+        figures: Names of the figures of numerator and denominator.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Ratio:
     figures: tuple[str, str] = ("us", "us")
 
     def measure(self, rows: Iterable[Row]) -> Claim | None:
-        """The claim with its figure; None if a row is missing.
+        """The claim with its figure from rows; None if a row is missing.
 
         Example:
             >>> rows = [{"impl": "a", "us": 6.0}, {"impl": "b", "us": 2.0}]
@@ -120,13 +120,13 @@ RATIOS = (*_decode_ratios(), *_encode_ratios(), *_prefill_ratios())
 
 
 def measure(rows: Sequence[Row]) -> tuple[list[Claim], list[str]]:
-    """Claims that can be measured from rows, and the names of the others."""
+    """The claims whose rows were measured, and the names of all other claims."""
     measured = {ratio.name: ratio.measure(rows) for ratio in RATIOS}
     return [claim for claim in measured.values() if claim], [name for name, claim in measured.items() if not claim]
 
 
 def add_ratios(rows: Sequence[Row]) -> None:
-    """Adds to the project's rows how many times faster than each peer at the same shape they are, as "faster_than"."""
+    """Adds "faster_than" to the project's rows: the speedup over each peer at the same shape."""
     for row in rows:
         if row["impl"] in OURS:
             peers = [other for other in rows if other["impl"] not in OURS and _same(row, other)]

@@ -1,4 +1,4 @@
-"""`tq-jax bench`: the kernels against the memory floor and against peers, in one process."""
+"""`tq-jax bench`: time of the kernels, compared with the memory floor and with peers in the same process."""
 
 import dataclasses
 import importlib
@@ -16,46 +16,40 @@ from rich.table import Table
 
 from tq_jax.commands.bench import claims, peers, timing
 from tq_jax.commands.bench.job import Job, Row, Setting
-from tq_jax.commands.output import (
-    JsonTarget,
-    environment,
-    open_console,
-    picture_option,
-    progress_bar,
-    require_labels,
-    write_json,
-)
+from tq_jax.commands.options import JsonTarget, picture_option, require_known, require_labels
+from tq_jax.commands.output import environment, open_console, progress_bar, write_json
 
 OPS = {name: f"tq_jax.commands.bench.{name}" for name in ("decode", "attend", "encode", "prefill", "model", "search")}
-"""Where the jobs of each operation are."""
+"""Module of each operation's jobs."""
 
 BY_DEFAULT = ["decode", "attend", "encode", "prefill"]
+"""Operations that are measured if none is named."""
 
 COPY_BYTES, MATRIX = {True: 2**30, False: 2**26}, {True: 8192, False: 512}
-"""Sizes of the copy and of the matrix product that set the floor, with and without a GPU."""
+"""Sizes of the copy and of the matrix product that set the floor, with a GPU (True) and without (False)."""
 
 
 def bench(
     ops: Annotated[
         list[str] | None, typer.Argument(help=f"Operations: {', '.join(OPS)}; by default {', '.join(BY_DEFAULT)}.")
     ] = None,
-    limit: Annotated[float, typer.Option(help="Start nothing new after so many seconds.", min=0)] = 1e9,
-    only: Annotated[str, typer.Option(help="Measure only what has this in its label.")] = "",
+    limit: Annotated[float, typer.Option(help="Seconds after which no further measurement starts.", min=0)] = 1e9,
+    only: Annotated[str, typer.Option(help="Measure only what has this text in its label.")] = "",
     against: Annotated[str, typer.Option(help="Peers, comma-separated.")] = ",".join(p.name for p in peers.PEERS),
     png: Annotated[Path | None, picture_option("time against bytes")] = None,
     json: JsonTarget = None,
 ) -> None:
-    """Time the kernels against the floor that memory sets and against peers in the same process.
+    """Time the kernels, and compare them with the floor that memory sets and with peers in the same process.
 
-    On a GPU: production shapes with cold caches, every row compared with the reference first; figures are written after
-    every row. Exits 0 only if all rows agree with the reference and the claims printed under the table hold. Without a
-    GPU small shapes run on the reference, and neither peers nor claims are measured.
+    On a GPU, measures production shapes with cold caches; every row is first compared with the reference. Without a
+    GPU, small shapes run on the reference, and neither peers nor claims are measured. Figures are written after every
+    row. Exits 0 only if all rows agree with the reference and the claims printed under the table hold.
     """
     started = time.monotonic()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # peers allocate on the same GPU
     console = open_console(json)
-    chosen = _choose(ops or BY_DEFAULT, OPS, "operations")
-    wanted = _choose(against.split(",") if against else [], [peer.name for peer in peers.PEERS], "peers")
+    chosen = require_known(ops or BY_DEFAULT, OPS, "operations")
+    wanted = require_known(against.split(",") if against else [], [peer.name for peer in peers.PEERS], "peers")
     gpu = jax.default_backend() == "gpu"
     setting = make_setting(gpu, wanted, console)
     speeds = {"copy_gbps": setting.copy_gbps, "matmul_tflops": setting.matmul_tflops}
@@ -85,22 +79,21 @@ def bench(
         raise typer.Exit(1)
 
 
-def _choose(names: Sequence[str], known: Any, what: str) -> list[str]:
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise typer.BadParameter(f"expected {what} among {', '.join(known)}, got {', '.join(map(repr, unknown))}")
-    return list(names)
-
-
 def make_setting(gpu: bool, wanted: Sequence[str], console: Console) -> Setting:
-    """Measures the copy, and finds out which of the wanted peers can run; says why the others cannot."""
+    """Measures the copy and the matrix product, and finds the peers that can run; prints why the others cannot.
+
+    Args:
+        gpu: Whether JAX has a GPU.
+        wanted: Names of the peers to compare with.
+        console: Where to print.
+    """
     setting = Setting(gpu, timing.copy_gbps(COPY_BYTES[gpu]), timing.matmul_tflops(MATRIX[gpu]))
     console.print(
         f"The floor of every row: a copy moves {setting.copy_gbps:.4g} GB/s, read plus written, and a bfloat16 matrix "
-        f"product does {setting.matmul_tflops:.4g} tera-operations a second"
+        f"product does {setting.matmul_tflops:.4g} tera-operations per second"
     )
     if not gpu:
-        console.print("No NVIDIA GPU: small shapes on the reference; peers and claims are not measured")
+        console.print("No NVIDIA GPU: small shapes run on the reference; peers and claims are not measured")
         return setting
     found = []
     for peer in (peer for peer in peers.PEERS if peer.name in wanted):
@@ -112,7 +105,7 @@ def make_setting(gpu: bool, wanted: Sequence[str], console: Console) -> Setting:
 
 
 def run(op: str, job: Job, data: dict[str, Any], console: Console) -> None:
-    """Adds a job's rows to the data; a failure is recorded and ends nothing but the job."""
+    """Adds a job's rows to the data; a failure is recorded and ends only this job."""
     try:
         for row in job.run():
             data["rows"].append(row)
@@ -135,7 +128,7 @@ def conclude(data: dict[str, Any], *, gpu: bool, console: Console) -> None:
     own = [failure for failure in data["failed"] if not failure["peer"]]
     wrong = [row for row in rows if not row.get("ok", True)]
     data["ok"] = bool(rows) and not own and not wrong and all(claim.ok for claim in measured)
-    console.print(make_table(rows))
+    console.print(make_table(rows, gpu=gpu))
     for claim in measured:
         verdict = "holds" if claim.ok else "FAILS"
         line = f"{verdict}  {claim.name} {claim.figure:.2f} ({claim.relation} {claim.bound:g})"
@@ -148,30 +141,45 @@ def conclude(data: dict[str, Any], *, gpu: bool, console: Console) -> None:
         console.print(f"{len(data['skipped'])} measurements did not start in time")
 
 
-def make_table(rows: Sequence[Row]) -> Table:
-    """The rows for a reader."""
-    table = Table(title="GPU time of a call, end to end, and how many times faster than peers", title_justify="left")
-    for name in ("op", "impl", "shape", "codes", "us", "end to end", "floor", "of floor", "cuDNN", "FlashInfer fp8"):
+def make_table(rows: Sequence[Row], *, gpu: bool) -> Table:
+    """The rows for a reader; columns that are empty in every row are left out.
+
+    Args:
+        rows: Rows as in the command's JSON.
+        gpu: Whether times are times of GPU kernels.
+    """
+    cells = [_cells(row) for row in rows]
+    names = [name for name in COLUMNS if any(line[name] for line in cells)]
+    compared = " and speedup over peers" if {"cuDNN", "FlashInfer fp8"} & set(names) else ""
+    kind, device = "GPU time" if gpu else "Wall-clock time", jax.devices()[0].device_kind
+    table = Table(title=f"{kind} per call on {device}, in microseconds{compared}", title_justify="left")
+    for name in names:
         table.add_column(name, justify="left" if name in ("op", "impl", "shape", "codes") else "right")
-    for row in rows:
-        shape = f"{row['batch']} x {row['seq']}" if "seq" in row else str(row.get("batch", ""))
-        shape += "".join(
-            f", {k} {row[k]}"
-            for k, usual in (("head_dim", 128), ("q_len", 1), ("capacity", None))
-            if row.get(k, usual) != usual
-        )
-        faster = row.get("faster_than", {})
-        cudnn = min((faster[name] for name in claims.CUDNN if name in faster), default="")
-        table.add_row(
-            row["op"],
-            row["impl"],
-            shape,
-            "/".join(row[x] for x in ("key", "value") if row.get(x)) + ("" if row.get("paged", True) else ", in order"),
-            f"{row['us']:.1f}",
-            f"{row['end_to_end_us']:.1f}" if "end_to_end_us" in row else "",
-            f"{row['floor_us']:.1f}" if "floor_us" in row else "",
-            f"{row['us'] / row['floor_us']:.2f}" if "floor_us" in row else "",
-            str(cudnn),
-            str(faster.get("flashinfer_fp8", "")),
-        )
+    for line in cells:
+        table.add_row(*(line[name] for name in names))
     return table
+
+
+COLUMNS = ("op", "impl", "shape", "codes", "us", "end to end", "floor", "of floor", "cuDNN", "FlashInfer fp8")
+"""Columns of the table, in order."""
+
+
+def _cells(row: Row) -> dict[str, str]:
+    """The text of a row in each column."""
+    shape = f"{row['batch']} x {row['seq']}" if "seq" in row else str(row.get("batch", ""))
+    usual = (("head_dim", 128), ("q_len", 1), ("capacity", None))
+    shape += "".join(f", {name} {row[name]}" for name, value in usual if row.get(name, value) != value)
+    codes = "/".join(row[x] for x in ("key", "value") if row.get(x)) + ("" if row.get("paged", True) else ", in order")
+    faster = row.get("faster_than", {})
+    return {
+        "op": row["op"],
+        "impl": row["impl"],
+        "shape": shape,
+        "codes": codes,
+        "us": f"{row['us']:.1f}",
+        "end to end": f"{row['end_to_end_us']:.1f}" if "end_to_end_us" in row else "",
+        "floor": f"{row['floor_us']:.1f}" if "floor_us" in row else "",
+        "of floor": f"{row['us'] / row['floor_us']:.2f}" if "floor_us" in row else "",
+        "cuDNN": str(min((faster[name] for name in claims.CUDNN if name in faster), default="")),
+        "FlashInfer fp8": str(faster.get("flashinfer_fp8", "")),
+    }

@@ -11,7 +11,7 @@ from tq_jax.commands.bench.shapes import DECODE, SMALL
 
 
 def tolerance(case: Case) -> float:
-    """Relative error that the kernel may have; one-byte queries, of many rows, a tenth of what the codes cost."""
+    """Largest relative error of the kernel: with one-byte queries, a tenth of the error of the codes."""
     shape = case.shape
     if has_pairs(shape.q_len * shape.q_heads // shape.kv_heads, dim=shape.head_dim):
         return 1e-3
@@ -22,7 +22,7 @@ DECODE_ATTENTION = Operation("decode", decode_attention, tolerance)
 
 
 def cases() -> Iterator[Case]:
-    """What is measured on a GPU; shapes in turn, so that a time limit cuts whole shapes."""
+    """Yields the cases for a GPU, sorted by shape, so that a time limit cuts whole shapes."""
     for name in ("batch 8", "batch 32", "long", "single"):
         for bits in (4, 3, 2):
             yield Case(DECODE[name], MSE[bits], MSE[bits])
@@ -36,6 +36,6 @@ def cases() -> Iterator[Case]:
 
 
 def jobs(setting: Setting) -> Iterator[Job]:
-    """Measurements of decode attention."""
+    """Yields the measurements of decode attention."""
     small = [Case(SMALL["decode"], MSE[bits], MSE[bits], page_size=128) for bits in (4, 2)]
     return DECODE_ATTENTION.jobs(list(cases()) if setting.gpu else small, setting)

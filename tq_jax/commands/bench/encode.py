@@ -17,9 +17,10 @@ from tq_jax.commands.bench.timing import Timing, time_runs
 from tq_jax.quantizer import QuantizerSpec, encoder, make_quantizer
 
 DIFFERENT = 1e-3
-"""Share of stored bytes that may differ from the reference: ties of float32 rounding."""
+"""Largest share of stored bytes that differ from the reference, because float32 rounding breaks ties differently."""
 
 CHECKED_TOKENS = 1024
+"""Most tokens that are compared with the reference."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +28,14 @@ class Case:
     """One measurement: keys and values of some tokens.
 
     Attributes:
-        batch: Sequences.
-        tokens: Tokens of each.
+        batch: Number of sequences.
+        tokens: Tokens per sequence.
         key: Arguments of the keys' quantizer besides dim.
-        value: Likewise of the values'.
+        value: Arguments of the values' quantizer besides dim.
         search: Whether the step of each vector is searched.
-        kv_heads: KV heads.
-        head_dim: Channels.
-        page_size: Tokens a page.
+        kv_heads: Number of KV heads.
+        head_dim: Channels of a head.
+        page_size: Tokens per page.
     """
 
     batch: int
@@ -48,7 +49,7 @@ class Case:
 
     @property
     def specs(self) -> tuple[QuantizerSpec, QuantizerSpec]:
-        """The quantizers."""
+        """The quantizers of keys and of values."""
 
         def spec(options: dict[str, Any]) -> QuantizerSpec:
             search: dict[str, Any] = {} if options.get("kind") == "group" else {"search": self.search}
@@ -58,12 +59,12 @@ class Case:
 
     @property
     def vectors(self) -> int:
-        """Keys and values together."""
+        """Number of vectors, keys and values together."""
         return 2 * self.batch * self.tokens * self.kv_heads
 
     @property
     def nbytes(self) -> int:
-        """Bytes of bfloat16 vectors read and of codes written.
+        """Bytes of the bfloat16 vectors that are read and of the codes that are written.
 
         Example:
             >>> Case(1, 1, MSE[4], MSE[4], kv_heads=1).nbytes
@@ -74,17 +75,17 @@ class Case:
 
     @property
     def label(self) -> str:
-        """The case in a line."""
+        """The case in one line."""
         key, value = (f"{spec.kind}{spec.bits:g}" for spec in self.specs)
         return f"encode {self.batch} x {self.tokens}, {key}/{value}" + (", search" if self.search else "")
 
 
 PROMPT = (8, 8192)
-"""Sequences and tokens whose keys and values are a million vectors."""
+"""Sequences, and tokens per sequence, whose keys and values are about a million vectors."""
 
 
 def cases() -> Iterator[Case]:
-    """What is measured on a GPU."""
+    """Yields the cases for a GPU."""
     for search in (False, True):
         for bits in (4, 3, 2):
             yield Case(*PROMPT, MSE[bits], MSE[bits], search=search)
@@ -93,14 +94,14 @@ def cases() -> Iterator[Case]:
 
 
 def jobs(setting: Setting) -> Iterator[Job]:
-    """Measurements of the encoder."""
+    """Yields the measurements of the encoder."""
     small = [Case(1, 256, MSE[4], MSE[4], kv_heads=2, page_size=128)]
     for case in cases() if setting.gpu else small:
         yield Job(case.label, functools.partial(run_case, case, setting))
 
 
 def run_case(case: Case, setting: Setting) -> Iterator[Row]:
-    """The row of the project's kernel, or of the reference where there is no GPU."""
+    """Yields the row of the project's kernel, or of the reference if there is no GPU."""
     implementation = "triton" if setting.gpu else "reference"
     row = {"op": "encode", "impl": implementation, "batch": case.batch, "seq": case.tokens, "kv_heads": case.kv_heads}
     row |= {"head_dim": case.head_dim, "key": _name(case.specs[0]), "value": _name(case.specs[1])}
@@ -116,7 +117,7 @@ def _name(spec: QuantizerSpec) -> str:
 
 
 def _arguments(case: Case) -> tuple[jax.Array, jax.Array, Pages, jax.Array, dict[str, Any]]:
-    """Vectors, empty pools, a slot in shuffled pages for each token, and encoders with statistics of keys."""
+    """Arguments of `encode_pages`: vectors, empty pools, each token's page slot in shuffled pages, and options."""
     quantizers = [make_quantizer(spec, seed=i) for i, spec in enumerate(case.specs)]
     shape = (case.batch, case.tokens, case.kv_heads, case.head_dim)
     keys, values = jax.random.normal(jax.random.key(0), (2, *shape), jnp.bfloat16)
@@ -150,7 +151,7 @@ def _time(case: Case, implementation: str) -> Timing:
 
 
 def _agreement(case: Case) -> Row:
-    """Share of bytes that differ from the reference, and whether two runs are equal bit by bit."""
+    """Share of bytes that differ from the reference, and whether two runs give equal bits."""
     got, again, want = (
         jax.tree.leaves(_function(implementation)(*arguments[:4], **arguments[4]))
         for implementation in ("triton", "triton", "reference")

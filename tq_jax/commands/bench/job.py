@@ -1,4 +1,4 @@
-"""What an operation's benchmark is given and what it gives."""
+"""Interface of the benchmarks: the setting that they get, and the jobs that they give."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -7,17 +7,18 @@ from typing import Any
 from tq_jax.commands.bench.peers import Peer
 
 Row = dict[str, Any]
+"""One measurement, as plain data."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Where and against what a benchmark runs.
+    """The device that a benchmark runs on, and the peers it is compared with.
 
     Attributes:
-        gpu: Whether JAX has an NVIDIA GPU. Without one small shapes run on the reference.
+        gpu: Whether JAX has an NVIDIA GPU. Without a GPU, small shapes run on the reference.
         copy_gbps: GB/s, read plus written, of a large copy in this run.
-        matmul_tflops: Tera-operations a second of a large bfloat16 matrix product in this run.
-        peers: The peers that can run here.
+        matmul_tflops: Tera-operations per second of a large bfloat16 matrix product in this run.
+        peers: The peers that can run on this machine.
     """
 
     gpu: bool
@@ -26,12 +27,12 @@ class Setting:
     peers: tuple[Peer, ...] = ()
 
     def floor(self, us: float, nbytes: int, operations: int = 0) -> Row:
-        """The part of a row that says how near to the hardware's limits so many microseconds are.
+        """Fields of a row that compare its time with the hardware's limits.
 
         Args:
-            us: The time.
-            nbytes: Bytes that have to be read and written.
-            operations: Multiplications and additions that have to be done.
+            us: The time, microseconds.
+            nbytes: Bytes that must be read and written.
+            operations: Multiplications and additions that must be done.
 
         Example:
             >>> Setting(gpu=False, copy_gbps=1000.0, matmul_tflops=1.0).floor(3.0, 2_000_000, 10)
@@ -47,9 +48,9 @@ class Job:
 
     Attributes:
         label: What is measured.
-        run: Measures it and yields rows, each with "op", "impl" and "us", as a rule with "bytes" and "floor_us", and if
-            it is this project's with "ok": whether it agrees with the reference.
-        peer: Whether it measures somebody else's implementation, whose failure is none of this project's.
+        run: Measures and yields rows. Each row has "op", "impl" and "us", usually "bytes" and "floor_us", and if it is
+            a row of this project's kernels "ok": whether the result agrees with the reference.
+        peer: Whether the job measures another project's implementation, whose failure does not fail the benchmark.
     """
 
     label: str

@@ -1,4 +1,4 @@
-"""Decoding of a whole model: time of a token against tokens in the cache, and against capacity that is not used.
+"""Decoding of a whole model: time per token, by tokens in the cache and by capacity of the cache.
 
 SmolLM2-135M-Instruct decodes greedily after prompts of several lengths from full-precision and K4/V4 caches.
 """
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 import tq_jax as tq
 from tq_jax.commands.bench.job import Job, Row, Setting
+from tq_jax.commands.divergence import Scheme, fill_cache, full_scheme, run_prompt, tq_scheme
 from tq_jax.commands.inputs import open_model
-from tq_jax.commands.language import Scheme, fill_cache, full_scheme, run_prompt, tq_scheme
 from tq_jax.data import persuasion
 from tq_jax.models import LanguageModel
 from tq_jax.models.generate import time_decode
@@ -27,8 +27,8 @@ def _model() -> LanguageModel:
 
 
 def jobs(setting: Setting) -> Iterator[Job]:
-    """One measurement a prompt, capacity and kind of cache."""
-    _model()  # what is wrong with it is said before anything is measured
+    """Yields one measurement per prompt, capacity and kind of cache."""
+    _model()  # a model that cannot be loaded is reported before anything is measured
     for used in USED:
         for capacity in CAPACITIES:
             for bits in (None, 4):
@@ -38,7 +38,7 @@ def jobs(setting: Setting) -> Iterator[Job]:
 
 
 def run(used: int, capacity: int, bits: int | None, *, gpu: bool) -> Iterator[Row]:
-    """The row of one cache; "us" is that of a token."""
+    """Yields the row of one cache; "us" is the time per token."""
     decoder = _model().decoder
     scheme: Scheme = (
         tq_scheme(decoder, capacity, key_bits=bits, value_bits=bits) if bits else full_scheme(decoder, capacity)
@@ -65,7 +65,7 @@ def run(used: int, capacity: int, bits: int | None, *, gpu: bool) -> Iterator[Ro
 
 @functools.lru_cache(maxsize=1)
 def _projections(used: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys, values and queries of a prompt of the shipped text."""
+    """Queries, keys and values of a prompt from the shipped text."""
     model = _model()
     tokens = jnp.asarray(model.tokenizer.encode(persuasion()[:40_000])[:used], jnp.int32)[None]
     return run_prompt(model.decoder, tokens)[1]

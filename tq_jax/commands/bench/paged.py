@@ -1,4 +1,4 @@
-"""Attention over packed pages, by one query or many: time, floor, peers, and agreement with the reference."""
+"""Attention of one or many queries over packed pages: time, floor, peers, and agreement with the reference."""
 
 import dataclasses
 import functools
@@ -26,12 +26,12 @@ class Case:
     """One measurement of the project's kernel.
 
     Attributes:
-        shape: What attends to what.
+        shape: Shape of the attention.
         key: Arguments of the keys' quantizer besides dim.
-        value: Likewise of the values'.
-        paged: Whether pages lie in random order, and not one after the other.
-        page_size: Tokens a page.
-        config: Tiles of the kernel; its own by default.
+        value: Arguments of the values' quantizer besides dim.
+        paged: Whether pages lie in random order instead of one after the other.
+        page_size: Tokens per page.
+        config: Tiles of the kernel; the kernel's default tiles if None.
     """
 
     shape: Shape
@@ -43,7 +43,7 @@ class Case:
 
     @property
     def specs(self) -> tuple[QuantizerSpec, QuantizerSpec]:
-        """The quantizers."""
+        """The quantizers of keys and of values."""
         return QuantizerSpec(self.shape.head_dim, **self.key), QuantizerSpec(self.shape.head_dim, **self.value)
 
     @property
@@ -59,12 +59,12 @@ class Case:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that have to be read."""
+        """Bytes of the keys and values that must be read."""
         return self.shape.nbytes(sum(spec.format.bytes_per_vector for spec in self.specs))
 
     @property
     def label(self) -> str:
-        """The case in a line."""
+        """The case in one line."""
         return f"{self.shape.label}, {'/'.join(self.names)}" + ("" if self.paged else ", in order")
 
 
@@ -73,9 +73,9 @@ class Operation:
     """An operation on pages.
 
     Attributes:
-        name: As in rows.
+        name: Name in rows.
         function: `decode_attention` or `prefill_attention`.
-        tolerance: Relative error that its kernel may have in a case.
+        tolerance: Gives the largest relative error of the kernel in a case.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Operation:
     tolerance: Callable[[Case], float]
 
     def jobs(self, cases: Sequence[Case], setting: Setting) -> Iterator[Job]:
-        """Measurements of cases; the peers of a shape come before its first case."""
+        """Yields the measurements of cases; the peers of a shape come before its first case."""
         measured: set[Shape] = set()
         for case in cases:
             for peer in setting.peers if case.shape not in measured else ():
@@ -95,7 +95,7 @@ class Operation:
 
 
 def run_peer(op: str, peer: Peer, shape: Shape, setting: Setting) -> Iterator[Row]:
-    """The row of a peer."""
+    """Yields the row of a peer."""
     nbytes = peer.nbytes(shape)
     stored = "fp8" if peer.element_bytes == 1 else "bf16"
     timing = peer.time(shape)
@@ -113,7 +113,7 @@ def run_peer(op: str, peer: Peer, shape: Shape, setting: Setting) -> Iterator[Ro
 
 
 def run_case(operation: Operation, case: Case, setting: Setting) -> Iterator[Row]:
-    """The row of the project's kernel, or of the reference where there is no GPU."""
+    """Yields the row of the project's kernel, or of the reference if there is no GPU."""
     shape, nbytes = case.shape, case.nbytes
     key, value = (spec.format for spec in case.specs)
     implementation = "triton" if setting.gpu else "reference"
@@ -146,7 +146,7 @@ def run_case(operation: Operation, case: Case, setting: Setting) -> Iterator[Row
 
 
 def random_pages(case: Case, copies: int) -> tuple[Pages, list[jax.Array]]:
-    """Pools of random bytes and positive scales for some copies of a case, and the block table of each."""
+    """Pools of random bytes and positive scales for several copies of a case, and the block table of each copy."""
     key, value = (spec.format for spec in case.specs)
     shape, size = case.shape, case.page_size
     count = copies * shape.batch * (shape.seq // size)
@@ -163,7 +163,7 @@ def random_pages(case: Case, copies: int) -> tuple[Pages, list[jax.Array]]:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def random_array(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Random bytes, random bits of bfloat16 for uint16, and positive scales for floats."""
+    """Random bytes for uint8, bits of normal bfloat16 numbers for uint16, and positive scales for floats."""
     if dtype == jnp.uint8:
         return jax.random.bits(key, shape, jnp.uint8)
     if dtype == jnp.uint16:
@@ -172,7 +172,7 @@ def random_array(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arra
 
 
 def agreement(got: Partial, again: Partial, want: Partial, tolerance: float) -> Row:
-    """Relative error to the reference, and whether two runs are equal bit by bit."""
+    """Relative error to the reference, and whether two runs give equal bits."""
 
     def normalized(partial: Partial) -> jax.Array:
         return partial.acc / jnp.where(partial.total > 0, partial.total, 1.0)[..., None]

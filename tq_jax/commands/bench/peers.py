@@ -12,6 +12,7 @@ from tq_jax.commands.bench.shapes import Shape
 from tq_jax.commands.bench.timing import Timing, num_copies, time_jax, time_torch
 
 FLASHINFER_PAGE = 64
+"""Tokens per page of FlashInfer's cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +20,12 @@ class Peer:
     """An implementation to compare with.
 
     Attributes:
-        name: As in the rows.
-        packages: What it needs besides JAX.
-        element_bytes: Bytes of a stored channel.
-        time: Times attention of a shape, causal masks aside.
-        dims: Head dims it is measured at; each may cost a compilation.
-        max_q_len: Most tokens of a sequence that may ask.
+        name: Name in rows.
+        packages: Packages that it needs besides JAX.
+        element_bytes: Bytes per stored channel.
+        time: Times attention of a shape, without causal masks.
+        dims: Head dims at which it is measured; each may cost a compilation.
+        max_q_len: Most query tokens per sequence.
     """
 
     name: str
@@ -35,16 +36,16 @@ class Peer:
     max_q_len: int = 4096
 
     def supports(self, shape: Shape) -> bool:
-        """Whether it is measured at a shape."""
+        """Whether the peer is measured at a shape."""
         return shape.head_dim in self.dims and shape.q_len <= self.max_q_len
 
     def nbytes(self, shape: Shape) -> int:
-        """Bytes of keys and values it reads."""
+        """Bytes of the keys and values that the peer reads."""
         return shape.nbytes(2 * shape.head_dim * self.element_bytes)
 
     @property
     def missing(self) -> str | None:
-        """Why it cannot run here; None if it can."""
+        """Why the peer cannot run on this machine; None if it can."""
         if jax.default_backend() != "gpu":
             return "no NVIDIA GPU"
         absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
@@ -52,7 +53,7 @@ class Peer:
 
 
 def _torch_tensors(shape: Shape, *, copies: int, order: tuple[int, ...], dtype: Any) -> tuple[Any, list[Any]]:
-    """Queries, and keys with values [2, ...] of each copy; order permutes batch, heads, tokens, channels."""
+    """Queries, and keys with values [2, ...] of each copy; `order` permutes batch, heads, tokens and channels."""
     import torch
 
     def random(heads: int, tokens: int, *lead: int) -> Any:

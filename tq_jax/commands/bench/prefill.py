@@ -1,4 +1,4 @@
-"""Prefill attention: the last tokens of a long prompt, or of several, over packed pages."""
+"""Prefill attention: the last tokens of one or several long prompts, over packed pages."""
 
 from collections.abc import Iterator
 
@@ -11,13 +11,13 @@ PREFILL_ATTENTION = Operation("prefill", prefill_attention, lambda case: 2e-3)
 
 
 def cases() -> Iterator[Case]:
-    """What is measured on a GPU."""
+    """Yields the cases for a GPU."""
     for shape in PREFILL.values():
         for bits in (4, 3, 2):
             yield Case(shape, MSE[bits], MSE[bits])
 
 
 def jobs(setting: Setting) -> Iterator[Job]:
-    """Measurements of prefill attention."""
+    """Yields the measurements of prefill attention."""
     small = [Case(SMALL["prefill"], MSE[4], MSE[4], page_size=128)]
     return PREFILL_ATTENTION.jobs(list(cases()) if setting.gpu else small, setting)

@@ -19,16 +19,16 @@ COLORS = {
 OWN = "#1b6ca8"
 COLUMNS = 4
 NAME_HEIGHT = 0.055
-"""Of a name of codes, as a share of a panel."""
+"""Height of a code's name, as a share of a panel."""
 
 
 def draw(rows: Sequence[Row], path: Path, *, copy_gbps: float, title: str) -> None:
-    """Draws rows into an image file, one panel a shape of an operation.
+    """Draws rows into an image file, one panel per shape of an operation.
 
     Args:
         rows: Rows of any operations.
-        path: Where to; the suffix says which format.
-        copy_gbps: Speed of the copy that sets the floor.
+        path: The file; its suffix sets the format.
+        copy_gbps: Speed of the copy that sets the floor, GB/s.
         title: Heading.
     """
     panels: dict[str, list[Row]] = {}
@@ -54,7 +54,7 @@ def draw(rows: Sequence[Row], path: Path, *, copy_gbps: float, title: str) -> No
 
 
 def _panel(axes: Any, rows: Sequence[Row], copy_gbps: float, seen: dict[str, Any]) -> None:
-    """Microseconds against megabytes of one shape, the project's rows with their codes; `seen` is for the legend."""
+    """Draws microseconds against megabytes of one shape, with names of codes; adds marks of the legend to `seen`."""
     for row in rows:
         color = COLORS.get(row["impl"], OWN)
         place = row["bytes"] / 1e6, row["us"]
@@ -68,7 +68,7 @@ def _panel(axes: Any, rows: Sequence[Row], copy_gbps: float, seen: dict[str, Any
 
 
 def _name_codes(axes: Any, rows: Sequence[Row], wide: float, high: float) -> None:
-    """Names rows in one column beside all of them, right of them if there is room, one above the other."""
+    """Writes the names of rows in one column beside all of them, to the right if there is room."""
     if not rows:
         return
     rows, places = sorted(rows, key=lambda row: row["us"]), [row["bytes"] / 1e6 for row in rows]
@@ -88,7 +88,7 @@ def _name_codes(axes: Any, rows: Sequence[Row], wide: float, high: float) -> Non
 
 
 def spread(heights: Sequence[float], gap: float = NAME_HEIGHT, top: float = 1 - NAME_HEIGHT) -> list[float]:
-    """Moves ascending heights up where they are closer than a gap, and down again where that is above the top.
+    """Moves ascending heights up where they are closer than a gap, and down again where they exceed the top.
 
     Example:
         >>> spread([1, 2, 7], gap=2, top=9), spread([1, 7, 8], gap=2, top=9)
@@ -105,7 +105,7 @@ def spread(heights: Sequence[float], gap: float = NAME_HEIGHT, top: float = 1 - 
 
 
 def _codes(row: Row) -> str:
-    """What a row stores, K4/V4 for two codes of mse, and whether it searched.
+    """Name of a row's codes: K4/V4 if both are mse, and whether the step was searched.
 
     Example:
         >>> _codes({"key": "mse4", "value": "mse2"}), _codes({"key": "prod3", "value": "group2", "search": True})
@@ -118,7 +118,7 @@ def _codes(row: Row) -> str:
 
 
 def _curve(axes: Any, rows: Sequence[Row]) -> None:
-    """Milliseconds of a decoded token against tokens in the cache, one line a cache and capacity."""
+    """Draws milliseconds per decoded token against tokens in the cache, one line per cache and capacity."""
     lines = dict.fromkeys((row["capacity"], row["key"]) for row in rows)
     capacities = sorted({capacity for capacity, _ in lines})
     for capacity, stored in lines:

@@ -17,17 +17,17 @@ from tq_jax.search.select import keep, narrow
 
 NEIGHBOURS = 10
 AGREEMENT = 0.99
-"""Share of neighbours that have to be those of float32 products of the same codes: equal scores may change places."""
+"""Least share of neighbours that agree with float32 products of the same codes; equal scores may change places."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A database and how it is asked.
+    """Size of a database and of a call.
 
     Attributes:
-        vectors: How many.
-        dim: Channels of each.
-        queries: Queries of a call.
+        vectors: Number of vectors in the database.
+        dim: Channels per vector.
+        queries: Queries per call.
     """
 
     vectors: int
@@ -36,11 +36,11 @@ class Shape:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The shape in one line."""
         return f"search {self.vectors} x {self.dim}, {self.queries} queries"
 
     def as_dict(self) -> Row:
-        """What rows agree in that can be compared."""
+        """The shape as fields of a row."""
         return {"op": "search", "batch": self.queries, "seq": self.vectors, "head_dim": self.dim}
 
 
@@ -52,7 +52,7 @@ BITS = (2, 4)
 
 
 def jobs(setting: Setting) -> Iterator[Job]:
-    """One measurement a width, and the exact search."""
+    """Yields one measurement per width, and the exact search."""
     for shape in SHAPES[setting.gpu]:
         for bits in BITS:
             yield Job(f"{shape.label}, mse{bits}", functools.partial(run, shape, bits, setting))
@@ -61,7 +61,7 @@ def jobs(setting: Setting) -> Iterator[Job]:
 
 @functools.lru_cache(maxsize=1)
 def _vectors(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors whose channels differ in variance, as those of embeddings do, and queries like them."""
+    """Vectors whose channels differ in variance, as channels of embeddings do, and queries of the same kind."""
     rng = np.random.default_rng(0)
     basis = np.linalg.qr(rng.standard_normal((shape.dim, shape.dim)))[0] * np.arange(1, shape.dim + 1) ** -0.5
     both = rng.standard_normal((shape.vectors + shape.queries, shape.dim), np.float32) @ basis.T.astype(np.float32)
@@ -69,7 +69,7 @@ def _vectors(shape: Shape) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run(shape: Shape, bits: int, setting: Setting) -> Iterator[Row]:
-    """The row of one width."""
+    """Yields the row of one width."""
     base, queries = _vectors(shape)
     index = nearest.build(base, nearest.IndexSpec(dim=shape.dim, bits=bits))
     nbytes = shape.vectors * index.bytes_per_vector
@@ -82,7 +82,7 @@ def run(shape: Shape, bits: int, setting: Setting) -> Iterator[Row]:
 
 
 def run_exact(shape: Shape, setting: Setting) -> Iterator[Row]:
-    """The row of float16 vectors: products with float32 sums and their best, tile by tile."""
+    """Yields the row of float16 vectors: products with float32 sums, and the best of them, tile by tile."""
     base, queries = _vectors(shape)
     stored = jnp.asarray(base, jnp.float16)
     inputs = [(copied, jnp.asarray(queries, jnp.float16)) for copied in _copies(stored, stored.nbytes)]
@@ -107,7 +107,7 @@ def _exact(base: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _copies(tree: nearest.Index | jax.Array, nbytes: int) -> list:
-    """Enough of them that none is in the cache when it is read again."""
+    """Enough copies of the arrays that none is in the GPU's cache when it is read again."""
     return [tree, *(jax.tree.map(jnp.copy, tree) for _ in range(num_copies(nbytes) - 1))]
 
 

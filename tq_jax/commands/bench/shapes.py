@@ -6,14 +6,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Attention of the last tokens of sequences over all of their tokens.
+    """Attention of the last tokens of sequences to all tokens of these sequences.
 
     Attributes:
-        batch: Sequences.
-        seq: Tokens of each.
-        q_len: Tokens of each that ask.
-        q_heads: Query heads.
-        kv_heads: KV heads.
+        batch: Number of sequences.
+        seq: Tokens per sequence.
+        q_len: Query tokens per sequence.
+        q_heads: Number of query heads.
+        kv_heads: Number of KV heads.
         head_dim: Channels of a head.
     """
 
@@ -25,7 +25,7 @@ class Shape:
     head_dim: int = 128
 
     def as_dict(self) -> dict[str, Any]:
-        """The shape as part of a row."""
+        """The shape as fields of a row."""
         return dataclasses.asdict(self)
 
     @property
@@ -41,11 +41,11 @@ class Shape:
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions of both products, causal masks aside."""
+        """Multiplications and additions of both products, without causal masks."""
         return 4 * self.batch * self.q_len * self.seq * self.q_heads * self.head_dim
 
     def nbytes(self, bytes_per_token: int) -> int:
-        """Bytes of keys and values that attention has to read, from those of a token and KV head."""
+        """Bytes of keys and values that attention must read, from the bytes per token and KV head."""
         return self.batch * self.seq * self.kv_heads * bytes_per_token
 
 
@@ -58,13 +58,13 @@ DECODE = {
     "dim 256": Shape(8, 32768, head_dim=256),
     "verify": Shape(8, 32768, q_len=4),
 }
-"""Llama 3.1 8B at several loads; other head dims; speculative tokens to verify."""
+"""Llama 3.1 8B at several loads, two other head dims, and four speculative tokens to verify."""
 
 PREFILL = {"chunk": Shape(1, 32768, q_len=256), "chunks": Shape(4, 32768, q_len=256)}
-"""A chunk of a long prompt; chunks of several."""
+"""One chunk of a long prompt, and chunks of several prompts."""
 
 SMALL = {
     "decode": Shape(2, 512, q_heads=8, kv_heads=2),
     "prefill": Shape(1, 256, q_len=32, q_heads=8, kv_heads=2),
 }
-"""What a CPU can run."""
+"""Shapes that a CPU can run."""

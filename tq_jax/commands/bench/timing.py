@@ -1,4 +1,4 @@
-"""How long work takes: GPU kernels by CUPTI, calls by the clock."""
+"""Timers: GPU kernels by CUPTI, whole calls by the clock."""
 
 import dataclasses
 import functools
@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from pallas_kernels.compat.device import gpu_kernel_times
 
 ITERATIONS, QUEUE = 9, 24
-"""Timed runs, and calls in a queue."""
+"""Number of timed runs, and of calls in a queue."""
 
 ROTATED_BYTES = 250e6
-"""Bytes that successive calls read before they read the same again: five times the L2 cache of an H100."""
+"""Bytes that calls read before they read the same bytes again: five times the L2 cache of an H100."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +24,9 @@ class Timing:
     """Medians over iterations.
 
     Attributes:
-        us: Microseconds a call: of its GPU kernels, or of the whole call where there is no GPU.
-        end_to_end_us: Microseconds a call in a queue of calls: dispatched by JAX from Python, or replayed from a CUDA
-            graph.
-        kernels: Microseconds a call of each kernel.
+        us: Microseconds per call: of its GPU kernels, or of the whole call if there is no GPU.
+        end_to_end_us: Microseconds per call in a queue of calls, dispatched by JAX or replayed from a CUDA graph.
+        kernels: Microseconds per call of each kernel.
     """
 
     us: float
@@ -35,13 +34,13 @@ class Timing:
     kernels: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Rounded, for a row."""
+        """The figures, rounded, as fields of a row."""
         kernels = {name: round(us, 2) for name, us in self.kernels.items()}
         return {"us": round(self.us, 2), "end_to_end_us": round(self.end_to_end_us, 2), "kernels": kernels}
 
 
 def num_copies(nbytes: int) -> int:
-    """Inputs to rotate, so that none is in the cache when it is read again.
+    """Number of inputs to rotate, so that none is in the GPU's cache when it is read again.
 
     Example:
         >>> num_copies(100_000_000), num_copies(10**9)
@@ -65,11 +64,11 @@ def time_jax(function: Callable, inputs: list[tuple]) -> Timing:
 
 
 def time_runs(run: Callable[[int], Any], calls: int) -> Timing:
-    """Times what makes some calls of JAX, repeats them, and waits for all.
+    """Times a function that makes several JAX calls, repeats them, and waits for all.
 
     Args:
-        run: Takes how often to repeat.
-        calls: How many calls it makes, not repeated.
+        run: The function; its argument is the number of repetitions.
+        calls: Number of calls per repetition.
     """
     if jax.default_backend() != "gpu":
         wall = median_time(functools.partial(run, 1), calls)
@@ -81,7 +80,7 @@ def time_runs(run: Callable[[int], Any], calls: int) -> Timing:
 
 
 def time_torch(calls: Sequence[Callable[[], Any]]) -> Timing:
-    """Times torch calls on a GPU: kernels, and end to end as replays of a CUDA graph of all of them.
+    """Times torch calls on a GPU: their kernels, and end to end by replays of a CUDA graph of all calls.
 
     Args:
         calls: The same operation on several inputs.
@@ -114,11 +113,11 @@ def time_torch(calls: Sequence[Callable[[], Any]]) -> Timing:
 
 
 def kernel_times(run: Callable[[], Any], calls: int) -> dict[str, float]:
-    """Median microseconds of every GPU kernel by name, a call, of a function that makes some calls and waits for them.
+    """Median microseconds per call of every GPU kernel, by name, of a function that makes calls and waits for them.
 
     Args:
         run: The function.
-        calls: How many calls it makes.
+        calls: Number of calls that it makes.
 
     Raises:
         RuntimeError: If runs launch different kernels.
@@ -136,11 +135,11 @@ def kernel_times(run: Callable[[], Any], calls: int) -> dict[str, float]:
 
 
 def median_time(run: Callable[[], Any], calls: int = 1) -> float:
-    """Median microseconds a call by the clock of a function that makes some calls and waits for them.
+    """Median microseconds per call, by the clock, of a function that makes calls and waits for them.
 
     Args:
         run: The function.
-        calls: How many calls it makes.
+        calls: Number of calls that it makes.
     """
     run()
     times = []
@@ -152,12 +151,12 @@ def median_time(run: Callable[[], Any], calls: int = 1) -> float:
 
 
 def copy_gbps(nbytes: int) -> float:
-    """GB/s, read plus written, of a copy that adds 1 to an array of so many bytes; four digits."""
+    """Speed of a copy that adds 1 to an array of `nbytes` bytes: GB/s, read plus written, to four digits."""
     x = jnp.zeros(nbytes // 4, jnp.float32)
     return float(f"{2 * x.nbytes / time_jax(jax.jit(lambda x: x + 1), [(x,)]).us / 1e3:.4g}")
 
 
 def matmul_tflops(size: int) -> float:
-    """Tera-operations a second of a bfloat16 product of square matrices of random numbers; four digits."""
+    """Speed of a bfloat16 product of random square matrices: tera-operations per second, to four digits."""
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
     return float(f"{2 * size**3 / time_jax(jax.jit(jnp.dot), [(a, b)]).us / 1e6:.4g}")

@@ -1,7 +1,10 @@
-"""`tq-jax doctor`: what this machine has, what runs on which implementation and why, and whether attention works."""
+"""`tq-jax doctor`: what this machine has, which implementation runs each case and why, and whether attention works."""
 
+import os
+import shutil
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,11 +20,15 @@ from pallas_kernels.pages import empty_pages
 from tq_jax.append import append
 from tq_jax.attention import attend
 from tq_jax.cache import CacheSpec, init_cache
-from tq_jax.commands.output import JsonTarget, environment, open_console, versions, write_json
+from tq_jax.commands.options import JsonTarget
+from tq_jax.commands.output import environment, open_console, versions, write_json
 from tq_jax.quantizer import QuantizerSpec, encoder, make_quantizer
 
+NVIDIA_DEVICE = Path("/dev/nvidia0")
+"""File that exists if the driver has an NVIDIA GPU."""
+
 TOLERANCE = 1e-3
-"""Relative error to the reference that attention may have."""
+"""Largest relative error of attention against the reference."""
 
 NEEDED_FOR = {
     "torch": "caches of PyTorch models, peers of tq-jax bench",
@@ -34,7 +41,7 @@ NEEDED_FOR = {
     "gguf": "tq-jax demo",
     "matplotlib": "pictures",
 }
-"""Optional packages."""
+"""Optional packages, and what each is needed for."""
 
 FORMATS = ("mse 1", "mse 2", "mse 2.5", "mse 3", "mse 3.5", "mse 4", "mse 5", "mse 8", "prod 3", "prod 4", "prod 5")
 AXES: dict[str, tuple[Any, ...]] = {
@@ -45,25 +52,23 @@ AXES: dict[str, tuple[Any, ...]] = {
     "group": (1, 2, 4, 5, 8, 16, 32),
     "page size": (8, 16, 32, 64, 128, 256),
 }
-"""What a call may differ in; a group is the query heads of a KV head."""
+"""Properties of a call, and values to try; a group is the number of query heads per KV head."""
 
 BASE: dict[str, Any] = dict(zip(AXES, (128, "mse 4", "mse 4", 1, 4, 128), strict=True))
-"""What the axes other than the one that is tried are at."""
+"""Values of the properties that are not being varied."""
 
 OPERATIONS: dict[str, dict[str, Any]] = {"decode": {}, "prefill": {"queries": 256}, "encode": {}}
-"""Operations with kernels, and in what their cases differ from BASE."""
+"""Operations with kernels, and how their cases differ from BASE."""
 
 
 def doctor(json: JsonTarget = None) -> None:
-    """Say what this machine has, which implementation each case takes and why, and whether attention works.
+    """Show what this machine has, which implementation runs each case and why, and whether attention works.
 
     Exits 0 only if attention over a small compressed cache agrees with the reference.
-
-    Args:
-        json: Where to write the findings.
     """
     console = open_console(json)
     found = environment() | {"backend": jax.default_backend(), "gpu": describe_gpu()}
+    found["unseen_gpu"] = unseen_gpu()
     found["packages"] = {name: version(name) for name in NEEDED_FOR}
     triton = found["packages"]["triton"]
     found["gate_known_to_hold"] = triton and is_known_to_hold(triton)
@@ -77,12 +82,12 @@ def doctor(json: JsonTarget = None) -> None:
 
 
 def version(name: str) -> str | None:
-    """Version of a package; None if it is not installed."""
+    """Version of a package; None if the package is not installed."""
     return versions([name]).get(name)
 
 
 def describe_gpu() -> dict[str, Any] | None:
-    """The first GPU of JAX; None if it has none."""
+    """The first GPU that JAX sees; None if it sees none."""
     if jax.default_backend() != "gpu":
         return None
     device = jax.devices()[0]
@@ -94,8 +99,18 @@ def describe_gpu() -> dict[str, Any] | None:
     }
 
 
+def unseen_gpu() -> str | None:
+    """How to let JAX use an NVIDIA GPU of this machine that it does not see; None if there is no such GPU."""
+    if jax.default_backend() == "gpu" or not (NVIDIA_DEVICE.exists() or shutil.which("nvidia-smi")):
+        return None
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and not {"cuda", "gpu"} & set(platforms.split(",")):
+        return f"unset JAX_PLATFORMS={platforms}"
+    return "pip install 'jax[cuda13]'"
+
+
 def kernel_axes(op: str) -> Iterator[dict[str, Any]]:
-    """For each axis the values that an operation's kernel takes, and why the reference takes the others."""
+    """Yields, for each axis, the values that an operation's kernel supports, and why it does not support the others."""
     for axis, values in AXES.items():
         if op == "encode" and axis in ("queries", "group"):
             continue
@@ -106,7 +121,7 @@ def kernel_axes(op: str) -> Iterator[dict[str, Any]]:
 
 
 def why_not(op: str, case: dict[str, Any]) -> str | None:
-    """Why the kernel of an operation does not take a case; None if it does."""
+    """Why the kernel of an operation does not support a case; None if it does."""
     try:
         specs = [_spec(case["head dim"], case[name]) for name in ("keys", "values")]
         keys, values = (spec.format for spec in specs)
@@ -128,7 +143,10 @@ def _spec(dim: int, name: str) -> QuantizerSpec:
 
 
 def check_attention() -> dict[str, Any]:
-    """Attends over a small compressed cache by what "auto" takes and by the reference."""
+    """Attends over a small compressed cache with implementation "auto", and compares the result with the reference.
+
+    Without a GPU, "auto" is the reference itself, so that the error is 0 if attention runs.
+    """
     quantizer = QuantizerSpec(64, 4)
     spec = CacheSpec(num_kv_heads=2, head_dim=64, max_tokens=512, key=quantizer, value=quantizer)
     key, value, query = jax.random.normal(jax.random.key(0), (3, 1, 300, 2, 64))
@@ -144,7 +162,7 @@ def check_attention() -> dict[str, Any]:
 
 
 def print_findings(found: dict[str, Any], console: Console) -> None:
-    """The findings for a reader."""
+    """Prints the findings for a reader."""
     line = lambda name, text: console.print(f"[bold]{name:>14}[/bold]  {text}", highlight=False)  # noqa: E731
     line("device", found["device"])
     if found["gpu"]:
@@ -155,16 +173,27 @@ def print_findings(found: dict[str, Any], console: Console) -> None:
     for name, number in found["packages"].items():
         note = f"; {version_note(number)}" if name == "triton" and number else ""
         line(name, f"{number or 'not installed'} ({NEEDED_FOR[name]}{note})")
-    where = (
-        "Kernels run" if found["gpu"] else "No NVIDIA GPU: everything runs as the reference. On one, kernels would run"
-    )
-    console.print(f"\n{where} these cases, and the reference, slowly, those that it says:")
+    if found["gpu"]:
+        where = "Kernels run"
+    elif found["unseen_gpu"]:
+        where = (
+            f"JAX sees no GPU: {found['unseen_gpu']}. Until then everything runs on the reference. Kernels would run"
+        )
+    else:
+        where = "No NVIDIA GPU: everything runs on the reference. With a GPU, kernels would run"
+    console.print(f"\n{where} these cases; the slow reference runs the cases that say so:", markup=False)
     for op, axes in found["kernels"].items():
         console.print(f"[bold]{op}[/bold]")
         for axis in axes:
             line(axis["axis"], ", ".join(axis["triton"]))
             for value, reason in axis["reference"].items():
                 console.print(f"{'':>16}{value}: reference, {reason}", style="yellow", highlight=False, markup=False)
-    check = found["check"]
+    console.print(f"\n{_verdict(found['check'], gpu=bool(found['gpu']))}")
+
+
+def _verdict(check: dict[str, Any], *, gpu: bool) -> str:
+    """What `check_attention` found, in one sentence."""
+    if check["ok"] and not gpu:
+        return "Attention works: the reference runs. Without a GPU there is no kernel to compare it with."
     verdict = "works" if check["ok"] else "FAILS"
-    console.print(f"\nAttention {verdict}: error {check['error']:.1e} to the reference (at most {check['tolerance']})")
+    return f"Attention {verdict}: relative error {check['error']:.1e} to the reference (at most {check['tolerance']})"

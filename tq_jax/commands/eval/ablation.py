@@ -1,16 +1,17 @@
-"""What each part of this package's caches is worth: from the published algorithm to the defaults, and beside them."""
+"""What each part of this package's caches is worth: steps from published to default, and variants of the default."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from tq_jax.commands.divergence import Scheme, published_scheme, tq_scheme
 from tq_jax.commands.eval.schemes import SINKS, Packed
 from tq_jax.commands.eval.statistics import Smoothed, Turned
-from tq_jax.commands.language import BITS, Scheme, published_scheme, tq_scheme
+from tq_jax.commands.options import BITS
 from tq_jax.models import Decoder
 
 Changes = dict[str, Any]
-"""Fields of a cache spec; "key" and "value" are themselves fields to change in their quantizers."""
+"""Changed fields of a cache spec; "key" and "value" hold changed fields of their quantizers."""
 
 PLAIN = {"center_keys": False, "smooth_keys": False}
 NO_SEARCH = {"key": {"search": False}, "value": {"search": False}}
@@ -19,7 +20,7 @@ STEPS: dict[str, Changes] = {
     "+ step search": PLAIN,
     "+ centred keys": {"smooth_keys": False},
 }
-"""From published to ours, which is all of them and smoothed keys."""
+"""Steps from the published algorithm to the defaults; the last step, smoothed keys, gives the defaults."""
 
 OTHERS: dict[str, Changes] = {
     "keys least squares": {"key": {"scale": "least_squares"}},
@@ -31,27 +32,27 @@ OTHERS: dict[str, Changes] = {
     "float32 window": {"dtype": "float32"},
     "no sink tokens": {"sink_tokens": 0},
 }
-"""One change to ours a line."""
+"""One change to the defaults per line."""
 
 POWERS = {
     "smoothing as in theory": (0.5, 0.5),
     "less smoothing by queries": (0.25, 0.5),
     "smoothing by keys alone": (0.0, 0.4),
 }
-"""Powers of the queries' and of the keys' spread in the weight of a channel; both are BALANCE in ours."""
+"""Exponents of the queries' and of the keys' spread in the weight of a channel; both are BALANCE by default."""
 
 SPLITS = (1, -1)
-"""Bits given from values to keys, where there are such codes."""
+"""Bits moved from values to keys, where codes of such widths exist."""
 
 
 def variants(decoder: Decoder, max_tokens: int, *, bits: Sequence[tuple[float, float]], window: int) -> list[Packed]:
-    """This package's caches, the published algorithm, and what lies between and beside them.
+    """The published algorithm, the steps to this package's caches, and variants of these caches.
 
     Args:
         decoder: The model.
-        max_tokens: Tokens that a cache can hold.
-        bits: Key and value bits.
-        window: Latest tokens in full precision; with none, the first tokens are not either.
+        max_tokens: Capacity of a cache row, tokens.
+        bits: Pairs of key and value bits.
+        window: Number of latest tokens in full precision; if it is 0, there are no sink tokens either.
     """
     found: list[Packed] = []
     exact = {"window": window, "sink_tokens": SINKS if window else 0}

@@ -1,4 +1,4 @@
-"""What compressed keys and values do to attention itself: errors of its outputs, correlation of its logits."""
+"""What compressed keys and values do to attention: errors of its outputs, correlation of its logits."""
 
 import dataclasses
 import functools
@@ -18,17 +18,17 @@ from tq_jax.commands.rivals.cache import attend_dense, dense_logits
 from tq_jax.quantizer import from_rotated
 
 LAST_QUERIES = 64
-"""Queries of the prompt's end that attend to the prompt."""
+"""Number of queries, the last ones of the prompt, that attend to the prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionQuality:
-    """Attention of the same queries to what a cache holds and to full precision.
+    """Attention of the same queries to a cache and to full precision, compared.
 
     Attributes:
-        error: float32 [layers, heads], root mean square of the outputs' errors over that of the outputs.
-        correlation: float32 [layers], of the logits of compressed tokens, each query's mean taken off, which softmax
-            does not see.
+        error: Relative error of the outputs (root mean square), float32 [layers, heads].
+        correlation: Correlation of the logits of compressed tokens, float32 [layers]. The mean of each query's logits
+            is subtracted first, because softmax ignores it.
     """
 
     error: np.ndarray
@@ -57,14 +57,14 @@ def compare_attention(
     *,
     scale: float,
 ) -> tuple[Float[Array, "rows h_q"], Float[Array, "rows"]]:
-    """Errors of the outputs and correlations of the logits, see `AttentionQuality`, layer by layer.
+    """Errors of the outputs and correlations of the logits, layer by layer; see `AttentionQuality`.
 
     Args:
-        projections: Queries, keys and values of n tokens in full precision, see `Decoder.projections`.
-        keys: What a cache gives back of the keys.
-        values: Likewise.
-        coded: The tokens that are compressed.
-        windows: Tokens that the queries of each layer see.
+        projections: Queries, keys and values of n tokens in full precision; see `Decoder.projections`.
+        keys: Keys as they are read from a cache.
+        values: Values as they are read from a cache.
+        coded: Whether each token is compressed.
+        windows: Sliding window of each layer, tokens.
         scale: Factor of <q, k>.
     """
     start = jnp.int32(max(keys.shape[1] - LAST_QUERIES, 0))
@@ -95,7 +95,7 @@ def _centred(logits: Float[Array, "b h g t n"], mask: Bool[Array, "t n"]) -> Flo
 
 @jax.jit
 def read_back(cache: tq.Cache) -> tuple[Float[Array, "rows n h_kv d"], Float[Array, "rows n h_kv d"]]:
-    """Keys and values of every token as the codes and the exact slots of a cache give them, [rows, max_tokens, h, d].
+    """Keys and values of every token, read from the codes and the full-precision slots: [rows, max_tokens, h, d].
 
     Raises:
         NotImplementedError: For keys with a sketch.

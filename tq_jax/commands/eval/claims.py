@@ -1,4 +1,4 @@
-"""What `tq-jax eval` holds its figures to."""
+"""What `tq-jax eval` claims."""
 
 from typing import Any
 
@@ -6,20 +6,20 @@ from tq_jax.commands.claims import Claim
 
 OURS = "tq"
 NEAR = 0.75
-"""Stored bits by which a rival's row may differ to be brought to equal bits."""
+"""Largest difference in stored bits at which a rival's divergence is converted to equal bits."""
 
 RATE = 4.0
-"""Factor of squared errors, and so of divergences, that a bit is worth in theory (arXiv 2504.19874, Theorem 1)."""
+"""Factor by which one bit reduces squared errors, and so divergences, in theory (arXiv 2504.19874, Theorem 1)."""
 
 
 def judge(rows: list[dict[str, Any]]) -> list[Claim]:
     """Whether each cache of equal key and value bits beats every rival, on each text and in each window.
 
     Args:
-        rows: What the command writes as "rows".
+        rows: Rows as in the command's JSON.
 
     Returns:
-        A claim a width, text and window: the least of the rivals' divergences at equal bits over that of the cache.
+        One claim per width, text and window: the smallest divergence of a rival at equal bits over the cache's own.
     """
     claims = []
     for row in rows:
@@ -39,7 +39,7 @@ def judge(rows: list[dict[str, Any]]) -> list[Claim]:
 
 
 def kl_at(row: dict[str, Any], bits: float) -> float:
-    """A row's divergence if it stored so many bits, by the rate of theory.
+    """A row's divergence, converted to a number of stored bits by the rate of theory.
 
     Example:
         >>> kl_at({"kl_mean": 0.01, "stored_bits_per_element": 4.5}, 4.0)
@@ -49,7 +49,7 @@ def kl_at(row: dict[str, Any], bits: float) -> float:
 
 
 def _comparable(rival: dict[str, Any], row: dict[str, Any]) -> bool:
-    """Whether a row is a rival of about the same size, or one that stores more and diverges more all the same."""
+    """Whether a row is a rival of about the same size, or a rival that stores more and still diverges more."""
     if rival["scheme"] in (OURS, "full"):
         return False
     more = rival["stored_bits_per_element"] - row["stored_bits_per_element"]

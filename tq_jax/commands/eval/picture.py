@@ -16,15 +16,15 @@ MARKS = {
     "int4": ("P", "#b8860b", "int4, Hadamard"),
     "fp8": ("X", "#555555", "fp8 e4m3"),
 }
-"""Marker, colour and name of each kind of scheme; that of "vllm_3bit_nc" is "vllm"."""
+"""Marker, colour and name of each kind of scheme; every "vllm_..." scheme is of kind "vllm"."""
 
 
 def draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Draws rows of `tq-jax eval` (their JSON form) into an image file, one panel a text and window.
+    """Draws rows of `tq-jax eval` (their JSON form) into an image file, one panel per text and window.
 
     Args:
-        rows: What the command writes as "rows".
-        path: Where to; the suffix says which format.
+        rows: Rows as in the command's JSON.
+        path: The file; its suffix sets the format.
         title: Heading.
     """
     texts, windows = (list(dict.fromkeys(row[name] for row in rows)) for name in ("text", "window"))
@@ -45,11 +45,11 @@ def draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
 
 
 def draw_ablation(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Draws rows of `tq-jax eval --ablation` into an image file: bars of divergence, one panel a width and window.
+    """Draws rows of `tq-jax eval --ablation` into an image file: bars of divergence, one panel per width and window.
 
     Args:
-        rows: What the command writes as "rows"; bars are geometric means over their texts.
-        path: Where to; the suffix says which format.
+        rows: Rows as in the command's JSON; a bar is the geometric mean over texts.
+        path: The file; its suffix sets the format.
         title: Heading.
     """
     panels: dict[tuple[float, int], dict[str, list[dict[str, Any]]]] = {}
@@ -77,7 +77,7 @@ def draw_ablation(rows: list[dict[str, Any]], path: Path, *, title: str) -> None
 
 
 def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that none with as few bits undercuts, by bits.
+    """Rows that have a smaller divergence than every row with fewer bits, sorted by bits.
 
     Example:
         >>> rows = [{"stored_bits_per_element": b, "kl_mean": kl} for b, kl in ((4, 0.1), (3, 0.2), (5, 0.3))]

@@ -1,4 +1,4 @@
-"""What `tq-jax eval` compares: this package's caches and its rivals, in the same window."""
+"""What `tq-jax eval` compares: this package's caches and their rivals, with the same tokens in full precision."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,37 +9,37 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import tq_jax as tq
+from tq_jax.commands.divergence import Reference, Runner, Scheme, description, full_scheme, tq_scheme
 from tq_jax.commands.eval.attention import AttentionQuality, compare_attention, read_back
-from tq_jax.commands.language import Reference, Runner, Scheme, full_scheme, tq_scheme
 from tq_jax.commands.rivals import cache as rivals_cache
 from tq_jax.commands.rivals.roundings import RIVALS, Rival
 from tq_jax.models import Decoder
 
 SINKS = 4
-"""First tokens in full precision where there is a window."""
+"""Sink tokens, if there is a window."""
 
 
 @runtime_checkable
 class Candidate(Runner, Protocol):
-    """A scheme with what the table says of it."""
+    """A scheme with its description for tables."""
 
     def describe(self, decoder: Decoder) -> dict[str, Any]:
-        """Name, bits, stored bits and ratios."""
+        """Name, label, bits, stored bits and ratios; see `Scheme.describe`."""
         ...
 
     def read(self, decoder: Decoder, reference: Reference) -> tuple[Array, Array]:
-        """Keys and values of the prefix as the cache gives them back, [rows, n, h_kv, d]."""
+        """Keys and values of the prefix as attention reads them from the cache, [rows, n, h_kv, d]."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A real cache.
+    """A real, packed cache.
 
     Attributes:
-        scheme: What it holds.
-        label: Short name for tables; that of the scheme by default.
-        name: Likewise.
+        scheme: How keys and values are stored.
+        label: Short name for tables; the scheme's label by default.
+        name: Name of the kind of scheme; the scheme's name by default.
     """
 
     scheme: Scheme
@@ -47,45 +47,35 @@ class Packed:
     name: str = ""
 
     def describe(self, decoder: Decoder) -> dict[str, Any]:
-        """See `Candidate`."""
-        scheme, spec = self.scheme, self.scheme.cache
-        full = full_scheme(decoder, spec.max_tokens).cache
-        sizes = [jax.eval_shape(lambda s=s: decoder.init_cache(s, batch=1)).nbytes for s in (full, spec)]
-        return {
-            "scheme": self.name or scheme.name,
-            "label": self.label or scheme.label,
-            "key_bits": scheme.key_bits,
-            "value_bits": scheme.value_bits,
-            "stored_bits_per_element": scheme.stored_bits,
-            "ratio_compressed": 16 / scheme.stored_bits,
-            "ratio_total": sizes[0] / sizes[1],
-        }
+        """The scheme's description, under this candidate's names."""
+        own = {"scheme": self.name or self.scheme.name, "label": self.label or self.scheme.label}
+        return self.scheme.describe(decoder) | own
 
     def start(self, decoder: Decoder, reference: Reference) -> tq.Cache:
-        """See `Runner`."""
+        """A cache that holds the prefix; see `Runner`."""
         return self.scheme.start(decoder, reference)
 
     def extend(
         self, decoder: Decoder, tokens: Int[Array, "1 t"], cache: tq.Cache, *, count: Int[Array, ""] | None = None
     ) -> tuple[Float[Array, "t vocab"], tq.Cache]:
-        """See `Runner`."""
+        """Appends a chunk and predicts; see `Runner`."""
         return self.scheme.extend(decoder, tokens, cache, count=count)
 
     def read(self, decoder: Decoder, reference: Reference) -> tuple[Array, Array]:
-        """See `Candidate`."""
+        """Keys and values of the prefix as attention reads them; see `Candidate`."""
         keys, values = read_back(self.start(decoder, reference))
         return keys[:, : reference.prefix], values[:, : reference.prefix]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rounded:
-    """A rival in the same window.
+    """A rival with the same tokens in full precision.
 
     Attributes:
         rival: How tokens are rounded.
-        max_tokens: Tokens that a row can hold.
-        window: Latest tokens in full precision.
-        sinks: First tokens in full precision.
+        max_tokens: Capacity of a cache row, tokens.
+        window: Number of latest tokens in full precision.
+        sinks: Number of first tokens in full precision.
     """
 
     rival: Rival
@@ -94,23 +84,15 @@ class Rounded:
     sinks: int
 
     def describe(self, decoder: Decoder) -> dict[str, Any]:
-        """See `Candidate`."""
+        """Name, label, bits, stored bits and ratios; see `Candidate`."""
         rival, dim = self.rival, decoder.config.head_dim
         stored = rival.stored_bits(dim, decoder.config.num_layers)
         exact = min(self.window + self.sinks, self.max_tokens)
         total = (16 * exact + stored * (self.max_tokens - exact)) / self.max_tokens
-        return {
-            "scheme": rival.name,
-            "label": rival.label,
-            "key_bits": rival.key.bits,
-            "value_bits": rival.value.bits,
-            "stored_bits_per_element": stored,
-            "ratio_compressed": 16 / stored,
-            "ratio_total": 16 / total,
-        }
+        return description(rival.name, rival.label, (rival.key.bits, rival.value.bits), stored, 16 / total)
 
     def start(self, decoder: Decoder, reference: Reference) -> rivals_cache.RivalCache:
-        """See `Runner`."""
+        """A cache that holds the prefix; see `Runner`."""
         config = decoder.config
         cache = rivals_cache.empty(
             self.rival,
@@ -131,11 +113,11 @@ class Rounded:
         *,
         count: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "t vocab"], rivals_cache.RivalCache]:
-        """See `Runner`."""
+        """Appends a chunk and predicts; see `Runner`."""
         return rivals_cache.extend(decoder, tokens, cache, count)
 
     def read(self, decoder: Decoder, reference: Reference) -> tuple[Array, Array]:
-        """See `Candidate`."""
+        """Keys and values of the prefix as attention reads them; see `Candidate`."""
         keys, values = rivals_cache.seen_everywhere(self.start(decoder, reference))
         return keys[:, : reference.prefix], values[:, : reference.prefix]
 
@@ -147,9 +129,9 @@ def candidates(
 
     Args:
         decoder: The model.
-        max_tokens: Tokens that a cache can hold.
-        bits: Key and value bits of this package's caches.
-        window: Latest tokens in full precision; with none, the first tokens are not either.
+        max_tokens: Capacity of a cache row, tokens.
+        bits: Pairs of key and value bits of this package's caches.
+        window: Number of latest tokens in full precision; if it is 0, there are no sink tokens either.
     """
     sinks = SINKS if window else 0
     ours = [tq_scheme(decoder, max_tokens, key_bits=k, value_bits=v) for k, v in bits]
@@ -161,14 +143,14 @@ def candidates(
 def attention_quality(
     decoder: Decoder, reference: Reference, candidate: Candidate, *, window: int, sinks: int
 ) -> AttentionQuality:
-    """What a candidate does to attention of the prefix's last tokens.
+    """What a candidate does to the attention of the prefix's last tokens.
 
     Args:
         decoder: The model.
-        reference: The text.
+        reference: The text in full precision.
         candidate: The scheme.
-        window: Latest tokens that the comparison of logits leaves out.
-        sinks: First tokens likewise.
+        window: Number of latest tokens that the comparison of logits leaves out.
+        sinks: Number of first tokens that the comparison of logits leaves out.
     """
     config, place = decoder.config, jnp.arange(reference.prefix)
     windows = [reference.prefix if window is None else window for window in config.layer_windows]

@@ -1,8 +1,8 @@
-"""Other statistics of keys than those that caches take, for ablation.
+"""Key statistics other than those that caches use, for ablation.
 
-Rotary positions turn what all keys share, a bias of their projection above all, so that a constant mean leaves much of
-it. The mean of keys before they were turned, turned to each position, leaves less; to read it back, every logit needs a
-product of the query with features of the key's position.
+All keys share a component, mostly the bias of the key projection. Rotary positions turn this component, so that
+subtracting a constant mean leaves much of it. The mean of the keys before they were turned, turned to each position,
+leaves less; but to read such keys, every logit needs a product of the query with features of the key's position.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 import tq_jax as tq
+from tq_jax.commands.divergence import Reference, fill_cache
 from tq_jax.commands.eval.schemes import Packed
-from tq_jax.commands.language import Reference, fill_cache
-from tq_jax.commands.rivals.cache import attend_dense, with_tokens
+from tq_jax.commands.rivals.cache import extend_dense
 from tq_jax.models import Decoder
 from tq_jax.models.rope import rotary_frequencies, rotate
 from tq_jax.quantizer import Quantizer
@@ -26,16 +26,16 @@ from tq_jax.statistics import BALANCE
 
 @dataclasses.dataclass(frozen=True)
 class Smoothed(Packed):
-    """A cache with other weights of channels, of the statistics of the same tokens.
+    """A cache with other weights of channels, computed from the same tokens.
 
     Attributes:
-        powers: Of the queries' and of the keys' spread.
+        powers: Exponents of the queries' and of the keys' spread in the weight of a channel.
     """
 
     powers: tuple[float, float] = (BALANCE, BALANCE)
 
     def start(self, decoder: Decoder, reference: Reference) -> tq.Cache:
-        """See `Runner`."""
+        """A cache that holds the prefix; see `Runner`."""
         query, key, _ = reference.projections
         statistics = channel_statistics(query, key[:, self.scheme.cache.sinks :], self.powers)
         cache = tq.init_cache(self.scheme.cache, batch=decoder.config.num_layers, statistics=statistics)
@@ -46,12 +46,12 @@ class Smoothed(Packed):
 def channel_statistics(
     query: Float[Array, "rows n h_q d"], key: Float[Array, "rows m h_kv d"], powers: tuple[float, float]
 ) -> tuple[Float[Array, "rows h_kv d"], Float[Array, "rows h_kv d"]]:
-    """Mean of the keys, and the queries' root mean square over the keys' deviation, each to its power.
+    """Mean of the keys, and weights: the queries' root mean square over the keys' deviation, each to its power.
 
     Args:
         query: Queries.
         key: Keys.
-        powers: Of the queries' spread and of the keys'.
+        powers: Exponents of the queries' and of the keys' spread.
     """
     mean = jnp.mean(key, axis=1)
     grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
@@ -64,17 +64,17 @@ def channel_statistics(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TurnedCache:
-    """Keys and values as they came; what of them is read is computed when it is read.
+    """Keys and values as they came; tokens are rounded when they are read.
 
     Attributes:
         keys: bfloat16 [layers, n, h_kv, d].
-        values: Likewise.
-        mean: float32 [layers, h_kv, d], of keys before they were turned.
-        weight: float32 [layers, h_kv, d], multiplied to what is quantized.
-        frequency: float32 [layers, d / 2], of the layers' positions.
-        quantizers: Of keys and of values.
-        length: int32, tokens.
-        spec: What the packed cache beside it holds. Static.
+        values: bfloat16 [layers, n, h_kv, d].
+        mean: Mean of the keys before they were turned, float32 [layers, h_kv, d].
+        weight: Factors of the centred keys before they are quantized, float32 [layers, h_kv, d].
+        frequency: Rotary frequencies of each layer, float32 [layers, d / 2].
+        quantizers: Quantizers of keys and of values.
+        length: Number of tokens, int32.
+        spec: Spec of the packed cache that stores the same tokens. Static.
     """
 
     keys: Float[Array, "rows n h_kv d"]
@@ -89,20 +89,20 @@ class TurnedCache:
 
 @dataclasses.dataclass(frozen=True)
 class Turned(Packed):
-    """A cache whose keys lose a mean that turns, rounded as it would be stored."""
+    """A cache that subtracts a turning mean from its keys; tokens are rounded as they would be stored."""
 
     def start(self, decoder: Decoder, reference: Reference) -> TurnedCache:
-        """See `Runner`."""
+        """A cache that holds the prefix; see `Runner`."""
         return _start(decoder, reference.projections, jnp.int32(reference.prefix), self.scheme.cache)
 
     def extend(
         self, decoder: Decoder, tokens: Int[Array, "1 t"], cache: TurnedCache, *, count: Int[Array, ""] | None = None
     ) -> tuple[Float[Array, "t vocab"], TurnedCache]:
-        """See `Runner`."""
+        """Appends a chunk and predicts; see `Runner`."""
         return _extend(decoder, tokens, cache, count)
 
     def read(self, decoder: Decoder, reference: Reference) -> tuple[Array, Array]:
-        """See `Candidate`."""
+        """Keys and values of the prefix as attention reads them; see `Candidate`."""
         keys, values = _seen_everywhere(self.start(decoder, reference))
         return keys[:, : reference.prefix], values[:, : reference.prefix]
 
@@ -129,18 +129,7 @@ def _start(
 def _extend(
     decoder: Decoder, tokens: Int[Array, "1 t"], cache: TurnedCache, count: Int[Array, ""] | None
 ) -> tuple[Float[Array, "t vocab"], TurnedCache]:
-    start = cache.length
-
-    def store(query: Array, key: Array, value: Array, carried: TurnedCache, rows: Array) -> TurnedCache:
-        return with_tokens(carried, key, value, rows[0], start)
-
-    def attend(query: Array, key: Array, value: Array, stored: TurnedCache, rows: Array, *, window, scale) -> Array:
-        keys, values = _seen(stored, rows)
-        return attend_dense(query, keys, values, start, scale=scale, sliding_window=window).astype(query.dtype)
-
-    cache = dataclasses.replace(cache, length=start + (tokens.shape[1] if count is None else count))
-    hidden, cache = decoder.run(tokens, cache, start[None], store, attend)
-    return decoder.logits(hidden)[0], cache
+    return extend_dense(decoder, tokens, cache, count, _seen)
 
 
 @jax.jit
@@ -150,7 +139,7 @@ def _seen_everywhere(cache: TurnedCache) -> Any:
 
 
 def _seen(cache: TurnedCache, rows: Int[Array, "b"]) -> tuple[Float[Array, "b n h d"], Float[Array, "b n h d"]]:
-    """Tokens of some layers as they are read, float32."""
+    """Keys and values of some layers as they are read, float32."""
     spec, place = cache.spec, jnp.arange(cache.keys.shape[1], dtype=jnp.int32)
     coded = ((place >= spec.sinks) & (place < cache.length - spec.window))[None, :, None, None]
     keys, values = (x[rows].astype(jnp.float32) for x in (cache.keys, cache.values))
@@ -163,5 +152,5 @@ def _seen(cache: TurnedCache, rows: Int[Array, "b"]) -> tuple[Float[Array, "b n 
 
 
 def _turn(x: Float[Array, "b n h d"], frequency: Float[Array, "b half"]) -> Float[Array, "b n h d"]:
-    """Vectors turned to positions 0, 1, ...; back from them for negative frequencies."""
+    """Turns vectors to positions 0, 1, ...; negative frequencies turn them back."""
     return rotate(x, jnp.arange(x.shape[1], dtype=jnp.float32)[None, :, None] * frequency[:, None])

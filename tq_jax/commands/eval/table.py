@@ -1,4 +1,4 @@
-"""What `tq-jax eval` prints."""
+"""Tables of `tq-jax eval`."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from rich.table import Table
 
 
 def make_table(rows: list[dict[str, Any]], title: str) -> Table:
-    """Rows of one text for a reader, by window and stored bits.
+    """Rows of one text for a reader, sorted by window and stored bits.
 
     Args:
-        rows: What the command writes as "rows".
+        rows: Rows as in the command's JSON.
         title: Name of the text.
     """
     table = Table(title=title, title_justify="left")
@@ -22,7 +22,7 @@ def make_table(rows: list[dict[str, Any]], title: str) -> Table:
 
 
 def one_line(row: dict[str, Any]) -> str:
-    """A row as it comes."""
+    """One row in one line, printed as soon as it is measured."""
     names = ("window", "", "bits", "KL", "99.9 %", "top-1", "equal", "perplexity", "logits r", "error")
     cells = (f"{name} {cell}".strip() for name, cell in zip(names, _cells(row), strict=True))
     return f"{row['text']}: " + ", ".join(cells)

@@ -13,15 +13,15 @@ class Case:
     """A function to lower and compile.
 
     Attributes:
-        name: What is special about it.
-        function: A function of arrays that launches Pallas Triton kernels, none of them interpreted.
+        name: What distinguishes the case.
+        function: A function of arrays that launches Pallas Triton kernels without interpreting them.
         arguments: Shapes of its arguments.
         config: Its tiles, for a reader.
-        expected: What the machine code of each kernel must contain, by the kernel's name; see
+        expected: Instructions that the machine code of each kernel must contain, by the kernel's name; see
             `pallas_kernels.compat.compile.INSTRUCTIONS`.
-        only: Names of the kernels to compile, where others have cases of their own; all if empty.
-        donated: Numbers of the arguments that results overwrite.
-        architectures: What it is compiled for; tiles may depend on the device.
+        only: Names of the kernels to compile, if the function launches kernels that other cases cover; all if empty.
+        donated: Indices of the arguments that results overwrite.
+        architectures: Architectures it is compiled for; tiles may depend on the device.
         quick: Whether it is compiled by default.
     """
 
@@ -36,13 +36,13 @@ class Case:
     quick: bool = False
 
     def lower(self) -> list[TritonKernel]:
-        """Its kernels as Triton IR."""
+        """The kernels of the case as Triton IR."""
         kernels = triton_kernels(lower_for_cuda(self.function, *self.arguments))
         return [kernel for kernel in kernels if not self.only or kernel.name in self.only]
 
 
 def by_tiles(tiles: Callable[[int], Hashable]) -> dict[Any, list[str]]:
-    """Architectures by what a function of compute capabilities, times ten, chooses for them; that of an H100 first.
+    """Groups architectures by the tiles that a function of the compute capability (times ten) chooses; an H100's first.
 
     Example:
         >>> by_tiles(lambda capability: 64 if capability == 100 else 128)

@@ -15,23 +15,17 @@ from pallas_kernels.compat.compile import ARCHITECTURES, Compiled, compile_for, 
 from pallas_kernels.compat.lowering import TritonKernel
 from tq_jax.commands.gate.case import Case
 from tq_jax.commands.gate.cases import all_cases
-from tq_jax.commands.output import (
-    JsonTarget,
-    environment,
-    open_console,
-    progress_bar,
-    refusing,
-    require_labels,
-    write_json,
-)
+from tq_jax.commands.options import JsonTarget, refusing, require_known, require_labels
+from tq_jax.commands.output import environment, open_console, progress_bar, write_json
 
 MOST_REGISTERS = 255
+"""Registers that a thread can have."""
 FAILURES_NAMED = 8
 """Most kernels that the last line names."""
 
 
 def make_row(op: str, case: Case, kernel: TritonKernel, architecture: str, job: Future[Compiled]) -> dict[str, Any]:
-    """One row of the report; what does not compile has its error in it."""
+    """One row of the report; if the kernel does not compile, the row has the error."""
     row: dict[str, Any] = {
         "kernel": f"{op} {case.name}" + (f": {kernel.name}" if kernel.name != op else ""),
         "config": case.config or f"{kernel.num_warps} warps, {kernel.num_stages} stages",
@@ -54,26 +48,21 @@ def make_row(op: str, case: Case, kernel: TritonKernel, architecture: str, job: 
 
 def gate(
     arch: Annotated[str, typer.Option(help="Architectures, comma-separated.")] = ",".join(ARCHITECTURES),
-    only: Annotated[str, typer.Option(help="Compile only kernels whose name contains this, all of them.")] = "",
-    full: Annotated[bool, typer.Option("--full", help="Compile every case, not one of each class.")] = False,
-    workers: Annotated[int, typer.Option(help="Compilers at a time; one a core by default.", min=0)] = 0,
+    only: Annotated[str, typer.Option(help="Compile every kernel whose name contains this text, and no other.")] = "",
+    full: Annotated[bool, typer.Option("--full", help="Compile every case instead of one of each class.")] = False,
+    workers: Annotated[int, typer.Option(help="Compilers that run at once; one per core by default.", min=0)] = 0,
     xla: Annotated[bool, typer.Option("--xla", help="Let XLA compile whole operations for an H100 instead.")] = False,
     json: JsonTarget = None,
 ) -> None:
     """Compile the GPU kernels for six GPU generations, without a GPU.
 
-    Exits 0 only if each compiles without spilling registers and with the tensor-core, lookup and asynchronous-copy
-    instructions it is made of; with --xla, if none spills and no operation copies the cache. Needs the triton package,
-    or with --xla the wheels of JAX for CUDA.
+    Exits 0 only if each kernel compiles without spilling registers and contains the tensor-core, lookup and
+    asynchronous-copy instructions that it needs; with --xla, only if no kernel spills more than is known and no
+    operation copies the cache. Needs the triton package, or with --xla the CUDA wheels of JAX.
     """
-    architectures = arch.split(",")
-    unknown = [name for name in architectures if name not in ARCHITECTURES]
-    if unknown:
-        raise typer.BadParameter(
-            f"expected architectures among {', '.join(ARCHITECTURES)}, got {', '.join(map(repr, unknown))}"
-        )
+    architectures = require_known(arch.split(","), ARCHITECTURES, "architectures")
     if xla and (only or full):
-        raise typer.BadParameter("--xla compiles the same cases always: expected neither --only nor --full")
+        raise typer.BadParameter("--xla always compiles the same cases: expected neither --only nor --full")
     console = open_console(json)
     if xla:
         rows = compile_by_xla()
@@ -121,7 +110,7 @@ def summarize(rows: Sequence[dict[str, Any]], verdict: str) -> str:
 
 
 def compile_by_xla() -> list[dict[str, Any]]:
-    """Rows of whole operations.
+    """Rows of whole operations, compiled by XLA.
 
     Raises:
         typer.BadParameter: If the wheels for CUDA are not installed.
@@ -136,9 +125,9 @@ def compile_by_xla() -> list[dict[str, Any]]:
 def compile_cases(
     cases: Sequence[tuple[str, Case]], architectures: Sequence[str], workers: int | None, console: Console
 ) -> list[dict[str, Any]]:
-    """Rows of the kernels of cases by architecture, compiled by several processes."""
+    """Compiles the kernels of the cases for every architecture, in several processes, and returns their rows."""
     rows, seen = [], set()
-    # Fresh processes: neither JAX nor MLIR survives a fork.
+    # Processes are spawned, because neither JAX nor MLIR survives a fork.
     context = multiprocessing.get_context("spawn")
     with progress_bar(console) as progress, ProcessPoolExecutor(workers, mp_context=context) as pool:
         task = progress.add_task("compiling", total=None)
@@ -147,7 +136,7 @@ def compile_cases(
             wanted = [name for name in architectures if name in case.architectures]
             for kernel in case.lower() if wanted else ():
                 for name in wanted:
-                    # Kernels around an operation's own are the same in many cases.
+                    # The kernels around an operation's main kernel are the same in many cases.
                     if (kernel, name) not in seen:
                         seen.add((kernel, name))
                         jobs[pool.submit(compile_for, kernel, name)] = op, case, kernel, name

@@ -1,7 +1,8 @@
 """`tq-jax gate --xla`: whole operations as XLA compiles them for an H100, without one.
 
-XLA brings its own Triton, which contracts and schedules differently from the `triton` package's: its registers are
-those of the device. It reads flags once a process, so that compiling has a process of its own.
+XLA brings its own Triton, which contracts and schedules differently from the `triton` package: the registers counted
+here are the registers that a device uses. XLA reads its flags once per process, so that compiling runs in a process of
+its own.
 """
 
 import importlib.util
@@ -36,17 +37,17 @@ CASES = {
     "decode K4/V4",
     *(f"prefill K{b}/V{b}, sm_90" for b in (2, 3, 4)),
 }
-"""Cases of the gate that are compiled; others have the same kinds of arrays."""
+"""Cases of the gate that are compiled; the remaining cases have the same kinds of arrays."""
 
 KNOWN_SPILLS = {"prefill K4/V4, sm_90": 8}
-"""Bytes of what is known to spill: here a register outside of the loops, which the triton package's compiler keeps."""
+"""Bytes known to spill: here a register outside of the loops, which the compiler of the triton package keeps."""
 
 TARGET = Path(__file__).with_name("h100.txtpb")
-"""What XLA has to know of the device."""
+"""Description of the device for XLA."""
 
 
 def missing() -> str | None:
-    """What is not installed; None if nothing."""
+    """How to install the wheels that are missing; None if none is missing."""
     found = importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_cuda13")
     if found and toolkit() is not None:
         return None
@@ -54,21 +55,21 @@ def missing() -> str | None:
 
 
 def toolkit() -> Path | None:
-    """Folder of the CUDA wheels that has an assembler, None if there is none."""
+    """Folder of the CUDA wheels, with an assembler; None if there is none."""
     spec = importlib.util.find_spec("nvidia")
     places = [Path(place) / "cu13" for place in (spec.submodule_search_locations or ()) if spec] if spec else []
     return next((place for place in places if (place / "bin" / "ptxas").is_file()), None)
 
 
 def compile_all() -> list[dict[str, Any]]:
-    """Rows of all kernels of CASES, compiled in a process of their own.
+    """Compiles all kernels of CASES in a separate process, and returns their rows.
 
     Raises:
-        RuntimeError: If that fails.
+        RuntimeError: If compiling fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_gpu_cuda_data_dir={toolkit()} --xla_gpu_autotune_level=0 --xla_dump_to={folder}"
-        # PTX alone: what passes print would be some 100 MB.
+        # Only PTX is dumped: the output of every pass would be about 100 MB.
         flags += " --xla_gpu_dump_llvmir=true --xla_dump_emitter_re=ptx"
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         command = [sys.executable, "-m", __name__, folder]
@@ -79,7 +80,7 @@ def compile_all() -> list[dict[str, Any]]:
 
 
 def rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows of all kernels of CASES; XLA was told to dump into the folder."""
+    """Yields the rows of all kernels of CASES; XLA dumps into the folder."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology="1x1x1")
     mesh = topologies.make_mesh(topology, (1,), ("gpu",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -89,7 +90,7 @@ def rows(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def case_rows(name: str, case: Case, sharding: Any, folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows of the kernels of a case, each with the copies of arguments in the whole computation."""
+    """Yields the rows of a case's kernels, each with the copies of arguments in the whole computation."""
     for old in folder.iterdir():
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arguments)
@@ -111,7 +112,7 @@ def case_rows(name: str, case: Case, sharding: Any, folder: Path) -> Iterator[di
 
 
 def passes(name: str, copies: list[str], spill_bytes: int) -> bool:
-    """Whether a case neither copies the cache nor spills more than is known.
+    """Whether a case neither copies the cache nor spills more than KNOWN_SPILLS allows.
 
     Example:
         >>> passes("encode prod 3", [], 0), passes("encode prod 3", [], 8), passes("prefill K4/V4, sm_90", [], 8)
@@ -121,7 +122,7 @@ def passes(name: str, copies: list[str], spill_bytes: int) -> bool:
 
 
 def copies_of(hlo: str, arguments: list[Any]) -> list[str]:
-    """Copies in optimized HLO of what has the type of an argument of 32 KiB or more.
+    """Types of copied arrays in optimized HLO that are types of arguments of 32 KiB or more.
 
     Example:
         >>> copies_of("%copy.1 = u8[2048,1024]{1,0} copy(%p)", [jax.ShapeDtypeStruct((2048, 1024), "uint8")])
@@ -134,7 +135,7 @@ def copies_of(hlo: str, arguments: list[Any]) -> list[str]:
 
 
 def assemble(ptx: Path) -> str:
-    """What the assembler says of a file of PTX."""
+    """The assembler's resource usage report on a PTX file."""
     tool = toolkit()
     assert tool is not None
     command = [tool / "bin" / "ptxas", "-v", f"-arch={ARCHITECTURE}", ptx, "-o", os.devnull]
@@ -142,7 +143,7 @@ def assemble(ptx: Path) -> str:
 
 
 def resources(usage: str, kernel: str) -> dict[str, int]:
-    """Registers and spilled bytes of a kernel in what the assembler says.
+    """Registers and spilled bytes of a kernel in an assembler's report.
 
     Example:
         >>> resources("properties for merge_1 8 bytes stack frame, 4 bytes spill stores: Used 40 registers", "merge")

@@ -1,4 +1,4 @@
-"""`tq-jax inspect`: what a file of this package holds, and whether it is sound."""
+"""`tq-jax inspect`: the content of a file of this package, and whether the file is sound."""
 
 import dataclasses
 import importlib
@@ -12,7 +12,8 @@ from rich.table import Table
 
 from tq_jax import store
 from tq_jax.cache import CacheSpec
-from tq_jax.commands.output import JsonTarget, open_console, refusing, write_json
+from tq_jax.commands.options import JsonTarget, refusing
+from tq_jax.commands.output import open_console, write_json
 from tq_jax.files import Shapes, read_arrays, read_header
 from tq_jax.search import store as index_store
 
@@ -24,8 +25,8 @@ class Kind:
     """A kind of file.
 
     Attributes:
-        expected: Finds in a header what arrays there are.
-        facts: Says what header and arrays mean.
+        expected: Names and shapes of the arrays, from the header.
+        facts: Facts for a reader, from header and arrays.
     """
 
     expected: Callable[[dict[str, Any]], Shapes]
@@ -36,19 +37,15 @@ def inspect_file(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A cache, a search index or key statistics.")],
     target: JsonTarget = None,
 ) -> None:
-    """Shows what a saved cache, search index or file of key statistics holds, with the bytes of every array.
+    """Show what a saved cache, search index or file of key statistics holds, with the bytes of every array.
 
-    Reads it whole: header, names, types, shapes and every byte are checked, and the command fails if one is wrong.
-
-    Args:
-        file: The file.
-        target: Where to write JSON.
+    Reads the whole file. Exits 0 only if header, names, types, shapes and every byte are as they were written.
     """
     console = open_console(target)
     with refusing("models"):
         importlib.import_module("safetensors")
     if target not in (None, "-") and file.resolve() == Path(str(target)).resolve():
-        raise typer.BadParameter(f"expected --json of another file than {file}")
+        raise typer.BadParameter(f"expected --json to name another file than {file}")
     try:
         report = describe(file)
     except (FileNotFoundError, ValueError) as error:
@@ -63,14 +60,14 @@ def inspect_file(
 
 
 def describe(file: Path) -> dict[str, Any]:
-    """What a file holds.
+    """The content of a file, as plain data.
 
     Args:
         file: The file.
 
     Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is damaged, or of no kind known here.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or of an unknown format.
     """
     kind = _kind(file)
     header, arrays = read_arrays(file, kind.expected)
@@ -98,7 +95,7 @@ def _kind(file: Path) -> Kind:
     }
     found = read_header(file)["format"]
     if found not in kinds:
-        raise ValueError(f"{file.name}: expected a format of {', '.join(map(repr, kinds))}, got {found!r}")
+        raise ValueError(f"{file.name}: expected a format among {', '.join(map(repr, kinds))}, got {found!r}")
     return kinds[found]
 
 

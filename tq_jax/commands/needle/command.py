@@ -1,7 +1,9 @@
-"""`tq-jax needle`: facts hidden in a long text, asked for in a chat, with compressed caches and without."""
+"""`tq-jax needle`: facts hidden in a long text are asked for in a chat, with compressed caches and without."""
 
+import dataclasses
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,39 +11,54 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from tq_jax.commands.claims import Claim
-from tq_jax.commands.demo.command import DEFAULT_MODEL, parse_bits
+from tq_jax.commands.divergence import Reference, run_prompt
 from tq_jax.commands.eval.schemes import Candidate, Packed, candidates
-from tq_jax.commands.inputs import ModelName, open_model, require_tokens
-from tq_jax.commands.language import Reference, run_prompt
+from tq_jax.commands.inputs import keep_compiled, open_model, require_tokens
 from tq_jax.commands.needle.haystack import DIGITS, Haystack, make_haystack
-from tq_jax.commands.output import (
+from tq_jax.commands.options import (
+    DEFAULT_MODEL,
     JsonTarget,
-    environment,
-    known_rows,
-    open_console,
+    ModelName,
+    Resume,
+    parse_bits,
     parse_numbers,
     picture_option,
-    progress_bar,
     refusing,
-    write_json,
 )
-from tq_jax.models import Decoder, cache_dir
+from tq_jax.commands.output import environment, known_rows, open_console, progress_bar, write_json, write_partial
+from tq_jax.models import Decoder
 
-ASKED = 64
-"""Tokens that a question and its answer are padded to a multiple of."""
+PADDING = 64
+"""The length of a question with its answer is padded to a multiple of so many tokens."""
 
 RIVALS = ("TurboQuant mse 4", "TurboQuant mse 3", "TurboQuant prod 4", "KIVI 2, groups of 32")
 HOLDING = ("K4/V4", "K3/V3")
-"""Caches that must find what full precision knows."""
+"""Caches that must find every number that full precision knows."""
 
 KNOWN = 0.5
-"""Probability of a number from which on full precision knows it; others are found by a hair."""
+"""Least probability at which full precision knows a number; numbers below are found by a narrow margin."""
 
-LOST_A_DIGIT = 0.02
-"""Nats of log-probability that K4/V4 may lose, the mean over digits."""
+LOST_PER_DIGIT = 0.02
+"""Log-probability that K4/V4 may lose per digit, mean, nats."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A prompt with facts in it.
+
+    Attributes:
+        size: Number of tokens that the prompt is padded to.
+        seed: Index of the repetition.
+        haystack: The prompt and its questions.
+    """
+
+    size: int
+    seed: int
+    haystack: Haystack
 
 
 def needle(
@@ -49,21 +66,21 @@ def needle(
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts, comma-separated.")] = "1024,2048,4096",
     depths: Annotated[str, typer.Option(help="Where facts lie, from 0 to 1, ascending.")] = "0.05,0.25,0.5,0.75,0.95",
     bits: Annotated[str, typer.Option(help="Key/value bits of this package's caches.")] = "4/4,3/3,2/2",
-    facts: Annotated[int, typer.Option(help="Facts in one text; the next depths are of another.", min=1)] = 1,
-    repeats: Annotated[int, typer.Option(help="Texts of each length and of the same depths.", min=1)] = 2,
+    facts: Annotated[int, typer.Option(help="Facts per text; further depths go to further texts.", min=1)] = 1,
+    repeats: Annotated[int, typer.Option(help="Texts per length and depth.", min=1)] = 2,
     window: Annotated[int, typer.Option(help="Latest tokens in full precision.", min=0)] = 128,
-    plot: Annotated[Path, picture_option("what was found")] = Path("tq-jax-needle.png"),
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that the JSON file has already.")] = False,
+    plot: Annotated[Path, picture_option("the numbers found")] = Path("tq-jax-needle.png"),
+    resume: Resume = False,
     json: JsonTarget = None,
 ) -> None:
     """Hide seven-digit numbers in a novel and ask for each in a chat, from compressed caches.
 
-    Every number is graded twice: whether greedy decoding writes all its digits, and the log-probability of the digits.
-    Full precision is asked the same. Several facts in one text are harder: small models confuse them. Exits 0 only if
-    K4/V4 and K3/V3 find every number that full precision gives a probability of at least one half, and K4/V4 loses at
-    most 0.02 nats a digit.
+    Every number is graded twice: by whether greedy decoding writes all its digits, and by the log-probability of the
+    digits. The same questions are asked in full precision. Several facts in one text are harder, because small models
+    confuse them. Exits 0 only if K4/V4 and K3/V3 find every number to which full precision gives a probability of at
+    least one half, and K4/V4 loses at most 0.02 nats per digit.
     """
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    keep_compiled()
     console = open_console(json)
     sizes, places, widths = parse_numbers(lengths, int), parse_depths(depths), parse_bits(bits)
     kind = {"model": model or DEFAULT_MODEL, "window": window, "facts": facts, "depths": places}
@@ -71,35 +88,22 @@ def needle(
     groups = [places[i : i + facts] for i in range(0, len(places), facts)]
     language_model = open_model(model)
     decoder = language_model.decoder
-    require_tokens("the model's context", decoder.config.max_context, max(sizes) + ASKED)
+    require_tokens("the model's context", decoder.config.max_context, max(sizes) + PADDING)
     with refusing("models"):
-        every = candidates(decoder, max(sizes) + 2 * ASKED, bits=widths, window=window)
+        every = candidates(decoder, max(sizes) + 2 * PADDING, bits=widths, window=window)
         plan = [
-            (size, seed, make_haystack(language_model.tokenizer, size, group, seed=seed * len(groups) + index))
+            Text(size, seed, make_haystack(language_model.tokenizer, size, group, seed=seed * len(groups) + index))
             for size, seed, (index, group) in itertools.product(sizes, range(repeats), enumerate(groups))
         ]
     chosen = [c for c in every if isinstance(c, Packed) or c.describe(decoder)["label"] in RIVALS]
     payload = kind | environment()
-    with progress_bar(console) as progress:
-        task = progress.add_task("", total=len(plan) * len(chosen))
-        for size, seed, haystack in plan:
-            labels = [{"length": size, "seed": seed} | candidate.describe(decoder) for candidate in chosen]
-            first = {"depth": haystack.questions[0].depth}
-            done = [any(row.items() >= (label | first).items() for row in rows) for label in labels]
-            progress.advance(task, sum(done))
-            if all(done):
-                continue
-            prompt = read_prompt(decoder, haystack, size)
-            for label, candidate in itertools.compress(zip(labels, chosen, strict=True), (not x for x in done)):
-                progress.update(task, description=f"{size} tokens, {label['label']}", advance=1)
-                rows += [label | found for found in ask(decoder, prompt, haystack, candidate)]
-                if json not in (None, "-"):
-                    write_json(payload | {"rows": rows, "complete": False}, json)
+    for _ in ask_all(decoder, plan, chosen, rows, console):
+        write_partial(payload, rows, json)
     claims = judge(rows)
     console.print(make_table(rows))
     for claim in claims:
         console.print(f"{'holds' if claim.ok else 'FAILS'}  {claim.name}: {claim.figure:.3g} ({claim.note})")
-    texts = f"{facts} in a text" if facts > 1 else "each in its own text"
+    texts = f"{facts} per text" if facts > 1 else "each in its own text"
     from tq_jax.commands.needle.picture import draw  # matplotlib is optional
 
     draw(rows, plot, title=f"{model or DEFAULT_MODEL}: numbers found, {texts}, window {window}")
@@ -110,10 +114,10 @@ def needle(
 
 
 def parse_depths(text: str) -> tuple[float, ...]:
-    """Depths of an option like "0.05,0.5".
+    """Parses depths like "0.05,0.5".
 
     Raises:
-        typer.BadParameter: If the text is something else, or they do not ascend from 0 to 1.
+        typer.BadParameter: If the text is not a list of numbers, or the numbers do not ascend from 0 to 1.
 
     Example:
         >>> parse_depths("0.05,0.5")
@@ -125,8 +129,36 @@ def parse_depths(text: str) -> tuple[float, ...]:
     return found
 
 
+def ask_all(
+    decoder: Decoder, plan: Sequence[Text], chosen: Sequence[Candidate], rows: list[dict[str, Any]], console: Console
+) -> Iterator[None]:
+    """Asks every question of every text from every cache; adds rows, and yields after each cache.
+
+    Args:
+        decoder: The model.
+        plan: The texts.
+        chosen: The caches.
+        rows: Rows that are known; they are not measured again.
+        console: Where to show progress.
+    """
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=len(plan) * len(chosen))
+        for text in plan:
+            labels = [{"length": text.size, "seed": text.seed} | candidate.describe(decoder) for candidate in chosen]
+            first = {"depth": text.haystack.questions[0].depth}
+            done = [any(row.items() >= (label | first).items() for row in rows) for label in labels]
+            progress.advance(task, sum(done))
+            if all(done):
+                continue
+            prompt = read_prompt(decoder, text.haystack, text.size)
+            for label, candidate in itertools.compress(zip(labels, chosen, strict=True), (not x for x in done)):
+                progress.update(task, description=f"{text.size} tokens, {label['label']}", advance=1)
+                rows += [label | found for found in ask(decoder, prompt, text.haystack, candidate)]
+                yield
+
+
 def read_prompt(decoder: Decoder, haystack: Haystack, size: int) -> Reference:
-    """Runs the shared prompt exactly, right-padded to a size."""
+    """Runs the shared prompt in full precision, right-padded to a number of tokens."""
     padded = np.zeros(size, np.int32)
     padded[: len(haystack.tokens)] = haystack.tokens
     _, projections = run_prompt(decoder, jnp.asarray(padded)[None])
@@ -138,17 +170,18 @@ def ask(decoder: Decoder, prompt: Reference, haystack: Haystack, candidate: Cand
 
     Args:
         decoder: The model.
-        prompt: See `read_prompt`.
+        prompt: The result of `read_prompt`.
         haystack: The questions.
-        candidate: What the cache is.
+        candidate: The cache.
 
     Returns:
-        For each question: depth, whether each digit is the most likely token, and the log-probability of all digits.
+        For each question: its depth, whether each digit is the most likely token, and the log-probability of all
+        digits.
     """
     found, filled = [], candidate.start(decoder, prompt)
     for question in haystack.questions:
         tokens = question.prompt + question.answer
-        padded = np.zeros((1, -(-len(tokens) // ASKED) * ASKED), np.int32)
+        padded = np.zeros((1, -(-len(tokens) // PADDING) * PADDING), np.int32)
         padded[0, : len(tokens)] = tokens
         cache = jax.tree.map(jnp.copy, filled)
         logits, _ = candidate.extend(decoder, jnp.asarray(padded), cache, count=jnp.int32(len(tokens)))
@@ -160,11 +193,11 @@ def ask(decoder: Decoder, prompt: Reference, haystack: Haystack, candidate: Cand
     return found
 
 
-def judge(rows: list[dict[str, Any]]) -> list[Claim]:
-    """Whether compressed caches find what full precision knows.
+def judge(rows: Sequence[dict[str, Any]]) -> list[Claim]:
+    """Whether compressed caches find the numbers that full precision knows.
 
     Args:
-        rows: What the command writes as "rows".
+        rows: Rows as in the command's JSON.
     """
 
     def of(label: str) -> dict[tuple, dict[str, Any]]:
@@ -183,12 +216,12 @@ def judge(rows: list[dict[str, Any]]) -> list[Claim]:
     if ours := of(HOLDING[0]):
         change = float(np.mean([ours[key]["log_prob"] - row["log_prob"] for key, row in full.items()])) / DIGITS
         name = f"{HOLDING[0]}: log-probability of a digit, change"
-        claims.append(Claim(name, change, ">=", -LOST_A_DIGIT, note="nats, mean"))
+        claims.append(Claim(name, change, ">=", -LOST_PER_DIGIT, note="nats, mean"))
     return claims
 
 
-def make_table(rows: list[dict[str, Any]]) -> Table:
-    """Numbers found and mean log-probability, by cache and length."""
+def make_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Numbers found and their mean log-probability, by cache and length."""
     table = Table(title="Numbers found, and the mean log-probability of their digits", title_justify="left")
     lengths = list(dict.fromkeys(row["length"] for row in rows))
     for name in ("cache", "bits", *(f"{n} tokens" for n in lengths)):

@@ -1,4 +1,4 @@
-"""Haystacks: a long text with facts in it, and a chat that asks for one of them."""
+"""Haystacks: a long text with facts in it, and chats each of which asks for one of the facts."""
 
 import dataclasses
 
@@ -25,16 +25,16 @@ CITIES = (
 FACT = "Remember this: the phone number of {city} is {number}."
 QUESTION = "What is the phone number of {city}?"
 ANSWER = "The phone number of {city} is "
-"""Begins the model's answer; its last token is a lone space, so that the next ones are digits."""
+"""Beginning of the model's answer; its last token is a single space, so that the next tokens are digits."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One needle asked for.
+    """A question about one fact.
 
     Attributes:
-        depth: Where the fact lies, from 0 (the beginning) to 1.
-        prompt: Tokens of the question and of the answer up to the number.
+        depth: Place of the fact in the text, from 0 (the beginning) to 1 (the end).
+        prompt: Tokens of the question, and of the answer up to the number.
         answer: Tokens of the number.
     """
 
@@ -45,11 +45,11 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Haystack:
-    """A prompt that all questions share.
+    """A prompt with its questions.
 
     Attributes:
-        tokens: The chat up to the end of the text.
-        questions: One for each fact in it.
+        tokens: Tokens of the chat up to the end of the text, which all questions share.
+        questions: One question per fact in the text.
     """
 
     tokens: list[int]
@@ -57,16 +57,16 @@ class Haystack:
 
 
 def make_haystack(tokenizer: Tokenizer, length: int, depths: tuple[float, ...], *, seed: int) -> Haystack:
-    """A chat about *Persuasion*, from a random chapter on, with a fact at each depth.
+    """A chat about *Persuasion*, starting at a random chapter, with a fact at each depth.
 
     Args:
-        tokenizer: The model's.
-        length: Most tokens of the shared prompt; it has a few less.
-        depths: Where to put the facts, ascending.
-        seed: Of numbers, names and chapter.
+        tokenizer: The model's tokenizer.
+        length: Largest number of tokens of the shared prompt, which has a few less.
+        depths: Places of the facts, ascending.
+        seed: Seed of numbers, names and chapter.
 
     Raises:
-        ValueError: If there are more facts than names, or the text is too short for the length.
+        ValueError: If there are more facts than names, or the length is too small or larger than the text.
     """
     if len(depths) > len(CITIES):
         raise ValueError(f"expected at most {len(CITIES)} depths, got {len(depths)}")
@@ -83,7 +83,7 @@ def make_haystack(tokenizer: Tokenizer, length: int, depths: tuple[float, ...], 
     frame = _split_chat(tokenizer, "", cities[0])[0]
     room = length - len(frame) - sum(len(tokenizer.encode(f" {fact}")) for fact in facts) - 8
     if room < 1:
-        raise ValueError(f"expected a length from some 200 tokens on, got {length}")
+        raise ValueError(f"expected a length of about 200 tokens or more, got {length}")
     if counts[-1] < room:
         raise ValueError(f"expected a length of at most {int(counts[-1])} tokens, got {length}")
     text = [f"{sentence}." for sentence in sentences[: int(np.searchsorted(counts, room))]]
@@ -100,7 +100,7 @@ def make_haystack(tokenizer: Tokenizer, length: int, depths: tuple[float, ...], 
 
 
 def _split_chat(tokenizer: Tokenizer, text: str, city: str) -> tuple[list[int], list[int]]:
-    """Tokens of a chat up to the end of the text, and from the question on."""
+    """Tokens of a chat: up to the end of the text, and from the question on."""
     question = QUESTION.format(city=city)
     chat = tokenizer.chat_prompt([{"role": "user", "content": f"{text}\n\n{question}"}])
     place = chat.rindex(question)

@@ -1,4 +1,4 @@
-"""The picture of `tq-jax needle`: a heat map a cache, length of the prompt against depth of the number."""
+"""The picture of `tq-jax needle`: one heat map per cache, length of the prompt against depth of the number."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 WORST = -7.0
-"""Log-probability at the dark end of the colours: a number that the model gives one in a thousand."""
+"""Log-probability at the dark end of the colours: one in a thousand."""
 
 
 def draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
     """Draws rows of `tq-jax needle` (their JSON form) into an image file.
 
     Args:
-        rows: What the command writes as "rows".
-        path: Where to; the suffix says which format.
+        rows: Rows as in the command's JSON.
+        path: The file; its suffix sets the format.
         title: Heading.
     """
     labels, lengths, depths = (list(dict.fromkeys(row[name] for row in rows)) for name in ("label", "length", "depth"))
@@ -41,7 +41,7 @@ def draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
 
 
 def _draw_panel(axes: Any, rows: list[dict[str, Any]], lengths: list[int], depths: list[float]) -> Any:
-    """Colours by log-probability, and how many numbers were found of how many."""
+    """Draws one cache: colours for the log-probability, and how many numbers were found."""
     cells = [[[r for r in rows if (r["length"], r["depth"]) == (n, d)] for n in lengths] for d in depths]
     mean = np.array([[np.mean([r["log_prob"] for r in cell]) for cell in line] for line in cells])
     image = axes.imshow(mean, cmap="viridis", vmin=WORST, vmax=0.0, aspect="auto")

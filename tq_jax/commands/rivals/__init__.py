@@ -1,1 +1,1 @@
-"""Other ways to quantize keys and values, rounded as they store numbers."""
+"""Quantizers of other projects, as baselines for evaluation."""

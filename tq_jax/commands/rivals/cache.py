@@ -1,7 +1,7 @@
-"""A cache that keeps all tokens, and shows those that left the window as a rival's codes would give them back.
+"""A cache that keeps every token as it came, and reads compressed tokens as a rival's codes would give them back.
 
-The procedure is that of the real cache: the same first and latest tokens in full precision, the same bfloat16 tokens
-given to the quantizer, the same chunks. Only what is in between differs.
+The procedure is the real cache's: the same sink tokens and latest tokens in full precision, the same bfloat16 tokens
+given to the quantizer, the same chunks. Only the tokens in between differ.
 """
 
 import dataclasses
@@ -18,26 +18,26 @@ from tq_jax.commands.rivals.roundings import RIVALS, Rival, Rounding
 from tq_jax.models import Decoder
 
 Kept = TypeVar("Kept", bound=Any)
-"""A dataclass with pools of keys and of values, [rows, tokens, h_kv, d]."""
+"""A dataclass with pools of keys and of values, [rows, tokens, h_kv, d], and a length, int32."""
 
 ROUND_TO = 128
-"""Tokens that the length of a cache is a multiple of."""
+"""The capacity of a cache is a multiple of so many tokens."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RivalCache:
-    """Keys and values as they came; what of them is read is computed when it is read.
+    """Keys and values as they came; tokens are rounded when they are read.
 
     Attributes:
         keys: bfloat16 [rows, tokens, h_kv, d].
-        values: Likewise.
-        length: int32, tokens of every row.
-        window: int32, latest tokens that are read as they are.
-        sinks: int32, first tokens that are.
-        chosen: int32, which of the rivals it is.
-        layers: Layers of the model; row r is of layer r // (rows / layers). Static.
-        rivals: All that one compiled function serves. Static.
+        values: bfloat16 [rows, tokens, h_kv, d].
+        length: Tokens of every row, int32.
+        window: Number of latest tokens that are read in full precision, int32.
+        sinks: Number of first tokens that are read in full precision, int32.
+        chosen: Index of the rival among `rivals`, int32.
+        layers: Layers of the model; row r belongs to layer r // (rows / layers). Static.
+        rivals: Every rival that one compiled function serves. Static.
     """
 
     keys: Float[Array, "rows n h_kv d"]
@@ -59,10 +59,10 @@ def empty(
         rival: How tokens are rounded.
         rows: Sequences times layers.
         layers: Layers of the model.
-        max_tokens: Tokens a row.
-        heads: KV heads and their channels.
-        window: Latest tokens in full precision.
-        sinks: First tokens in full precision.
+        max_tokens: Capacity of a row, tokens.
+        heads: Number of KV heads, and channels of each.
+        window: Number of latest tokens in full precision.
+        sinks: Number of first tokens in full precision.
     """
     pool = jnp.zeros((rows, -(-max_tokens // ROUND_TO) * ROUND_TO, *heads), jnp.bfloat16)
     rivals = RIVALS if rival in RIVALS else (rival,)
@@ -88,7 +88,7 @@ def with_tokens(
     row: Int[Array, ""] | int,
     start: Int[Array, ""] | int,
 ) -> Kept:
-    """A cache with new tokens from a place of some rows on."""
+    """The cache with new tokens, written from a row and a position on."""
     pools = [
         lax.dynamic_update_slice(pool, new.astype(pool.dtype), (row, start, 0, 0))
         for pool, new in ((cache.keys, key), (cache.values, value))
@@ -96,24 +96,50 @@ def with_tokens(
     return dataclasses.replace(cache, keys=pools[0], values=pools[1])
 
 
-@functools.partial(jax.jit, donate_argnums=2)
-def extend(
-    decoder: Decoder, tokens: Int[Array, "1 t"], cache: RivalCache, count: Int[Array, ""] | None
-) -> tuple[Float[Array, "t vocab"], RivalCache]:
-    """Appends a chunk, or the first `count` tokens of it, and predicts what follows each; see `Decoder.extend`."""
+Read = Callable[[Kept, Int[Array, "b"]], tuple[Float[Array, "b n h_kv d"], Float[Array, "b n h_kv d"]]]
+"""Gives keys and values of some rows of a cache as they are read, float32."""
+
+
+def extend_dense(
+    decoder: Decoder, tokens: Int[Array, "1 t"], cache: Kept, count: Int[Array, ""] | None, read: Read
+) -> tuple[Float[Array, "t vocab"], Kept]:
+    """Appends a chunk, or its first `count` tokens, and predicts the token after each; see `Decoder.extend`.
+
+    Args:
+        decoder: The model.
+        tokens: The chunk.
+        cache: Keys and values as they came.
+        count: Number of tokens that are appended; None for all.
+        read: What attention reads.
+
+    Returns:
+        Next-token logits, and the cache.
+    """
     start = cache.length
 
-    def store(query: Array, key: Array, value: Array, carried: RivalCache, rows: Array) -> RivalCache:
+    def store(query: Array, key: Array, value: Array, carried: Kept, rows: Array) -> Kept:
         return with_tokens(carried, key, value, rows[0], start)
 
-    def attend(query: Array, key: Array, value: Array, stored: RivalCache, rows: Array, *, window, scale) -> Array:
-        layer = rows[0] // (stored.keys.shape[0] // stored.layers)
-        keys, values = seen(stored, stored.keys[rows], stored.values[rows], layer)
-        return attend_dense(query, keys, values, start, scale=scale, sliding_window=window)
+    def attend(query: Array, key: Array, value: Array, stored: Kept, rows: Array, *, window, scale) -> Array:
+        keys, values = read(stored, rows)
+        return attend_dense(query, keys, values, start, scale=scale, sliding_window=window).astype(query.dtype)
 
     cache = dataclasses.replace(cache, length=start + (tokens.shape[1] if count is None else count))
     hidden, cache = decoder.run(tokens, cache, start[None], store, attend)
     return decoder.logits(hidden)[0], cache
+
+
+@functools.partial(jax.jit, donate_argnums=2)
+def extend(
+    decoder: Decoder, tokens: Int[Array, "1 t"], cache: RivalCache, count: Int[Array, ""] | None
+) -> tuple[Float[Array, "t vocab"], RivalCache]:
+    """`extend_dense` on a rival's tokens, compiled; the cache is donated."""
+
+    def read(stored: RivalCache, rows: Array) -> tuple[Array, Array]:
+        layer = rows[0] // (stored.keys.shape[0] // stored.layers)
+        return seen(stored, stored.keys[rows], stored.values[rows], layer)
+
+    return extend_dense(decoder, tokens, cache, count, read)
 
 
 def seen(
@@ -126,7 +152,7 @@ def seen(
     coded = place < jnp.where((layer < edge) | (layer >= cache.layers - edge), 0, count)
 
     def read(tokens: Array, rounding: Rounding) -> Array:
-        # Groups of tokens begin behind the first tokens that stay as they are.
+        # Groups of tokens begin after the sink tokens.
         tokens = jnp.roll(tokens.astype(jnp.float32), -cache.sinks, axis=1)
         rounded = jnp.where(coded[None, :, None, None], rounding(tokens, coded), tokens)
         return jnp.roll(rounded, cache.sinks, axis=1)
@@ -158,7 +184,7 @@ def attend_dense(
     scale: float,
     sliding_window: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "b t h_q d"]:
-    """Causal attention of t tokens at positions start, start + 1, ... to tokens 0, 1, ..., plainly."""
+    """Causal attention of t tokens at positions start, start + 1, ... to tokens 0, 1, ..., without compression."""
     logits = dense_logits(query, keys) * scale
     age = start + jnp.arange(query.shape[1])[:, None] - jnp.arange(keys.shape[1])[None]
     visible = (age >= 0) if sliding_window is None else (age >= 0) & (age < sliding_window)

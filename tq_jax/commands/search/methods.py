@@ -1,4 +1,4 @@
-"""The quantizers that `tq-jax search` compares: ours, as published and improved, and those of faiss."""
+"""The quantizers that `tq-jax search` compares: this package's, as published and improved, and those of faiss."""
 
 import dataclasses
 import time
@@ -12,30 +12,36 @@ from tq_jax import search as nearest
 from tq_jax.commands.search.data import DataSet
 
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of results at which recall is measured."""
+
 OURS, OBLIVIOUS, PQ, RABITQ = "tq", "tq, random basis", "faiss PQ", "faiss RaBitQ"
 
-
 LONG = 5.0
-"""Seconds of CPU time after which work is not repeated."""
+"""Seconds of CPU time after which a measurement is not repeated."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """Seconds of a step: of the wall, and of all cores together, which a busy machine disturbs less."""
+    """Seconds of a step.
+
+    Attributes:
+        wall: By the wall clock.
+        cpu: CPU time of all cores together, which a busy machine disturbs less.
+    """
 
     wall: float
     cpu: float
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, Clock]:
-    """A result, waited for, and how long it took."""
+    """Runs work and waits for its result; returns the result and the time that it took."""
     wall, cpu = time.perf_counter(), time.process_time()
     result = jax.block_until_ready(work())
     return result, Clock(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def quickest(work: Callable[[], Any]) -> tuple[Any, Clock]:
-    """A result, and the least of up to three clocks: what others do on the machine only adds to them."""
+    """Runs work up to three times; returns the result and the least time, because other load only adds to it."""
     result, best = timed(work)
     spent = best.cpu
     for _ in range(2):
@@ -46,7 +52,16 @@ def quickest(work: Callable[[], Any]) -> tuple[Any, Clock]:
 
 
 def ours(data: DataSet, bits: float, **options: Any) -> dict[str, Any]:
-    """Figures of an index of ours; encoding is timed once compiled, the first call is given too."""
+    """Figures of an index of this package.
+
+    Args:
+        data: The data set.
+        bits: Bits per channel.
+        **options: Further fields of the index's spec.
+
+    Returns:
+        A row; encoding is timed without compilation, and "first_seconds" is the time of the first call.
+    """
     spec = nearest.IndexSpec(dim=data.base.shape[1], bits=bits, **options)
     _, first = timed(lambda: nearest.build(data.base, spec))
     index, encoding = quickest(lambda: nearest.build(data.base, spec))
@@ -56,7 +71,7 @@ def ours(data: DataSet, bits: float, **options: Any) -> dict[str, Any]:
 
 
 def one_thread() -> Any:
-    """Faiss on one thread: several would spin while they wait for each other, and CPU time would count that."""
+    """The faiss module, set to one thread: threads that spin while they wait would count as CPU time."""
     import faiss
 
     faiss.omp_set_num_threads(1)
@@ -64,7 +79,7 @@ def one_thread() -> Any:
 
 
 def faiss_pq(data: DataSet, budget: int) -> dict[str, Any]:
-    """Product quantization of faiss with 8 bits a sub-quantizer (LUT256), as many of them as bytes."""
+    """Figures of faiss's product quantization with 8 bits per sub-quantizer (LUT256), one per byte of the budget."""
     faiss = one_thread()
 
     def build() -> Any:
@@ -80,7 +95,7 @@ def faiss_pq(data: DataSet, budget: int) -> dict[str, Any]:
 
 
 def spread(x: np.ndarray, parts: int) -> np.ndarray:
-    """Channels in so many equal parts, padded with zeros within each, so that any number of parts can be used."""
+    """Pads channels with zeros to `parts` parts of equal width, so that any number of parts can be used."""
     runs = np.array_split(np.arange(x.shape[1]), parts)
     width = max(map(len, runs))
     out = np.zeros((len(x), parts, width), np.float32)
@@ -90,7 +105,7 @@ def spread(x: np.ndarray, parts: int) -> np.ndarray:
 
 
 def faiss_rabitq(data: DataSet, bits: int) -> dict[str, Any]:
-    """RaBitQ of faiss behind a random rotation, centred; queries at 8 bits, which find what floats do, faster."""
+    """Figures of faiss's RaBitQ after a random rotation, centred; 8-bit queries find the same as floats, but faster."""
     faiss = one_thread()
 
     def build(x: np.ndarray) -> Any:
@@ -102,9 +117,8 @@ def faiss_rabitq(data: DataSet, bits: int) -> dict[str, Any]:
 
 
 def faiss_scalar(data: DataSet, name: str) -> dict[str, Any]:
-    """A scalar quantizer of faiss behind a random rotation."""
+    """Figures of a scalar quantizer of faiss after a random rotation."""
     faiss = one_thread()
-
     kind = getattr(faiss.ScalarQuantizer, name)
     return _rotated(data, lambda x: faiss.IndexScalarQuantizer(x.shape[1], kind, faiss.METRIC_INNER_PRODUCT))
 
@@ -128,7 +142,7 @@ def _rotated(data: DataSet, make: Callable[[np.ndarray], Any]) -> dict[str, Any]
 
 
 def exact(data: DataSet) -> dict[str, Any]:
-    """Full-precision vectors in faiss."""
+    """Figures of full-precision vectors in faiss."""
     faiss = one_thread()
 
     def build() -> Any:

@@ -1,4 +1,4 @@
-"""The picture of `tq-jax search`: recall against bytes, one panel a data set."""
+"""The picture of `tq-jax search`: recall against bytes, one panel per data set."""
 
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draws rows of `tq-jax search` (their JSON form) into an image file.
 
     Args:
-        rows: What the command writes as "rows".
-        path: Where to; the suffix says which format.
+        rows: Rows as in the command's JSON.
+        path: The file; its suffix sets the format.
     """
     names = list(dict.fromkeys(row["data"] for row in rows))
     figure = Figure(figsize=(4.2 * len(names), 4), layout="constrained")
@@ -31,7 +31,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             chosen = sorted((r for r in rows if r["data"] == name and r["method"] in same), key=lambda r: r["bytes"])
             points = [row["bytes"] for row in chosen], [row["recall"]["1"] for row in chosen]
             axes.plot(*points, marker=marker, color=color, label=method)
-        axes.set(title=name, xlabel="bytes a vector, scales included", ylabel="recall 1@1", ylim=(0, 1))
+        axes.set(title=name, xlabel="bytes per vector, scales included", ylabel="recall 1@1", ylim=(0, 1))
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=7, loc="lower right")
     figure.savefig(path, dpi=130)

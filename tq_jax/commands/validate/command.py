@@ -1,7 +1,7 @@
 """`tq-jax validate`: the paper's theorems and the exact figures of the codebooks, measured through the public API.
 
-Exact distortions are those of the optimal scalar quantizer of the coordinate density (arXiv 2504.19874, section 3.1),
-to five digits; the paper's own table truncates them.
+The exact distortions are distortions of the optimal scalar quantizer for the coordinate density (arXiv 2504.19874,
+section 3.1), to five digits; the paper's own table truncates them.
 """
 
 import math
@@ -16,7 +16,7 @@ import tq_jax as tq
 from pallas_kernels.packing import unpack
 from tq_jax.commands.claims import Claim, conclude
 from tq_jax.commands.measures import correlated, distortion, recall, restore, scores, sphere, unit
-from tq_jax.commands.output import JsonTarget
+from tq_jax.commands.options import JsonTarget
 
 BITS = (1, 2, 3, 4)
 EXACT_MSE = {
@@ -42,17 +42,15 @@ UPPER = math.sqrt(3) * math.pi / 2
 def validate(json: JsonTarget = None) -> None:
     """Check the paper's theorems and the exact figures of the codebooks.
 
-    Measures on random vectors, through the same functions a program calls, what arXiv 2504.19874 proves (Theorems 1-3)
-    and what its quantizers must reach exactly. Under a minute on two cores. Exits 0 only if every claim holds.
-
-    Args:
-        json: Where to write the figures.
+    Measures on random vectors, through the functions that a program calls, what arXiv 2504.19874 proves (Theorems 1-3)
+    and what its quantizers must reach exactly. Takes less than a minute on two cores. Exits 0 only if every claim
+    holds.
     """
     conclude("TurboQuant, theorems and exact figures", CHECKS, json)
 
 
 def _mse(bits: float, **options) -> tq.QuantizerSpec:
-    """Algorithm 1 as published at dim 128 unless options say otherwise."""
+    """Algorithm 1 as published, at dim 128 unless options change it."""
     return tq.QuantizerSpec(**({"dim": 128, "bits": bits, "kind": "mse", "scale": "norm"} | options))
 
 

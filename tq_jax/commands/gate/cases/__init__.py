@@ -1,4 +1,4 @@
-"""Which kernels `tq-jax gate` compiles: functions that launch Pallas Triton kernels, a module per operation."""
+"""The kernels that `tq-jax gate` compiles, as functions that launch them: one module per operation."""
 
 import importlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ OPERATIONS = ("decode", "prefill", "encode", "append", "attend")
 
 
 def all_cases() -> Iterator[tuple[str, Case]]:
-    """Every case with its operation."""
+    """Yields every case with the name of its operation."""
     for op in OPERATIONS:
         for case in importlib.import_module(f"tq_jax.commands.gate.cases.{op}").cases():
             yield op, case

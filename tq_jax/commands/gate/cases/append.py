@@ -1,4 +1,4 @@
-"""The kernels around encoding to compile: key statistics, and what moves tokens out of the window and into it."""
+"""Cases of the kernels around encoding: key statistics, and the moves of tokens out of the window and into it."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from tq_jax.commands.gate.cases.decode import BATCH, KV_HEADS
 from tq_jax.quantizer import QuantizerSpec, encoder
 
 CHUNK = 256
-"""Tokens of a chunk."""
+"""Tokens per chunk."""
 
 
 def cases() -> Iterator[Case]:
-    """The cases, of which the quick ones stand for each class of code."""
+    """Yields the cases; the quick cases cover each class of code."""
     for dim in (64, 80, 128, 256):
         yield case(f"dim {dim}", dim, quick=dim == 128)
     yield case("one token", 128, tokens=1, quick=True)
@@ -31,14 +31,14 @@ def cases() -> Iterator[Case]:
 
 
 def case(name: str, dim: int, *, tokens: int = CHUNK, quick: bool = False, **cache: Any) -> Case:
-    """A chunk into a cache of two quantizers of 4 bits.
+    """Appends a chunk to a cache of two 4-bit quantizers.
 
     Args:
-        name: What is special about it.
-        dim: Head dim.
-        tokens: Tokens of the chunk.
-        quick: Whether it is compiled by default.
-        **cache: Further options of the cache.
+        name: What distinguishes the case.
+        dim: Channels of a head.
+        tokens: Tokens per row of the chunk.
+        quick: Whether the case is compiled by default.
+        **cache: Further fields of the cache's spec.
     """
     four = QuantizerSpec(dim, 4)
     spec = CacheSpec(KV_HEADS, dim, 8192, key=four, value=four, page_size=128, **cache)
@@ -59,12 +59,12 @@ def case(name: str, dim: int, *, tokens: int = CHUNK, quick: bool = False, **cac
         return append_cache(keys, values, arrays, plan, key=key, value=value)
 
     chunk = jax.ShapeDtypeStruct((BATCH, tokens, KV_HEADS, dim), jnp.dtype(spec.dtype))
-    # Encode kernels have cases of their own.
+    # The encode kernels have their own cases.
     return Case(name, run, (chunk, chunk, *jax.eval_shape(parts)), only=("leave", "enter"), donated=(2,), quick=quick)
 
 
 def statistics_case(dim: int, *, quick: bool) -> Case:
-    """The statistics of rows that get a token each."""
+    """Updates the key statistics of rows that get one token each."""
     spec = CacheSpec(KV_HEADS, dim, 8192, key=QuantizerSpec(dim, 4), value=QuantizerSpec(dim, 4))
     plan = statistics_plan(spec, interpret=False)
 

@@ -1,4 +1,4 @@
-"""The kernels before and after decode to compile: types, head dims, bases, masks; not every combination."""
+"""Cases of the kernels before and after decode: types, head dims, rotations and masks, but not every combination."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ from tq_jax.quantizer import QuantizerSpec, sketch_gain
 
 
 def cases() -> Iterator[Case]:
-    """The cases, of which the quick ones stand for each class of code."""
+    """Yields the cases; the quick cases cover each class of code."""
     spec = QuantizerSpec
     for dim in (64, 80, 96, 128, 192, 256):
         yield case(f"dim {dim}", spec(dim, 4), spec(dim, 4), quick=dim in (80, 128, 256))
@@ -50,16 +50,16 @@ def case(
     """Attention over a cache of two quantizers.
 
     Args:
-        name: What is special about it.
+        name: What distinguishes the case.
         key: Key quantizer.
         value: Value quantizer.
-        group: Query heads a KV head.
+        group: Query heads per KV head.
         count: Query tokens.
         options: Logit options.
         query: Type of the queries.
-        sinks: Whether there are learned sink logits.
-        quick: Whether it is compiled by default.
-        **cache: Further options of the cache.
+        sinks: Whether there are sink logits.
+        quick: Whether the case is compiled by default.
+        **cache: Further fields of the cache's spec.
     """
     spec = CacheSpec(KV_HEADS, key.dim, 8192, key=key, value=value, page_size=128, **cache)
     plan = whole_cache.AttendPlan(
@@ -85,5 +85,5 @@ def case(
         integers,
         shape((heads,), jnp.float32) if sinks else None,
     )
-    # Decode kernels have cases of their own.
+    # The decode kernels have their own cases.
     return Case(name, run, arguments, only=("prepare", "merge"), quick=quick)

@@ -1,4 +1,4 @@
-"""Decode kernels to compile: every supported format, head dim, mask and row count; not every combination."""
+"""Cases of the decode kernel: every supported format, head dim, mask and row count, but not every combination."""
 
 import functools
 from collections.abc import Iterator
@@ -15,18 +15,20 @@ from tq_jax.quantizer import QuantizerSpec
 
 BATCH, PAGES, KV_HEADS, PAGE_SIZE = 2, 64, 2, 128
 LARGE = 3 * 2**30 // (BATCH * KV_HEADS * PAGE_SIZE * 64)
-"""Pages of a row for which pools of 4-bit codes take offsets of 64 bits."""
+"""Pages per row from which on pools of 4-bit codes need 64-bit offsets."""
 
 PLAIN = LogitOptions(scale=0.1)
 EVERYTHING = LogitOptions(scale=0.1, softcap=30.0, sliding_window=512)
+SHAPE: dict[str, Any] = {"group": 4, "count": 1, "bias": False}
+"""Query heads per KV head, query tokens, and whether logits have a bias, if a case does not say."""
 
 
 def cases() -> Iterator[Case]:
-    """The cases, of which the quick ones stand for the classes of tiles and of code that nothing spills from."""
+    """Yields the cases; the quick cases cover each class of tiles and of code."""
     spec = QuantizerSpec
     for bits in (1, 2, 3, 4, 8):
         yield from cases_of(f"K{bits}/V{bits}", spec(128, bits), spec(128, bits), quick=bits > 1)
-        # Keys of 8 bits have two-byte queries anyway.
+        # With keys of 8 bits, queries always have two bytes.
         name = f"K{bits}/V{bits}, group 16, precise"
         yield from cases_of(name, spec(128, bits), spec(128, bits), group=16, precise=True, quick=bits == 3)
     for dim in (64, 80, 96, 192, 256):
@@ -53,29 +55,23 @@ def cases_of(
     key: QuantizerSpec,
     value: QuantizerSpec,
     *,
-    group: int = 4,
-    count: int = 1,
     options: LogitOptions = PLAIN,
-    bias: bool = False,
     precise: bool = False,
-    pages: int = PAGES,
     quick: bool = False,
+    **shape: Any,
 ) -> Iterator[Case]:
-    """Attention of some query tokens over pages of two quantizers, for each choice of tiles.
+    """Attention over pages of two quantizers, one case per choice of tiles.
 
     Args:
-        name: What is special about it.
+        name: What distinguishes the case.
         key: Key quantizer.
         value: Value quantizer.
-        group: Query heads a KV head.
-        count: Query tokens.
         options: Logit options.
-        bias: Whether logits are biased.
         precise: Whether queries have two bytes.
-        pages: Pages of each of the rows.
-        quick: Whether it is compiled by default.
+        quick: Whether the case is compiled by default.
+        **shape: Arguments of `paged_arguments` that differ from SHAPE.
     """
-    arguments = paged_arguments(key, value, group=group, count=count, options=options, bias=bias, pages=pages)
+    arguments = paged_arguments(key, value, options=options, **(SHAPE | shape))
 
     def tiles(capability: int) -> TileConfig:
         formats = key.format, value.format
@@ -83,7 +79,7 @@ def cases_of(
 
     for config, architectures in by_tiles(tiles).items():
         stages = stages_for(key.format, config)
-        # Bytes need no lookup, and one stage no copies ahead.
+        # Codes of 8 bits need no lookup, and a single stage copies nothing ahead.
         found = ["mma", *(() if key.bits == value.bits == 8 else ("prmt",)), *(("async",) if stages > 1 else ())]
         yield Case(
             name if "sm_90" in architectures else f"{name}, {', '.join(architectures)}",

@@ -1,4 +1,4 @@
-"""Encode kernels to compile: every format, head dim and kind of rotation; not every combination."""
+"""Cases of the encode kernels: every format, head dim and kind of rotation, but not every combination."""
 
 import functools
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ TOKENS = 4096
 
 
 def cases() -> Iterator[Case]:
-    """The cases, of which the quick ones stand for the classes of tiles and of code that nothing spills from."""
+    """Yields the cases; the quick cases cover each class of tiles and of code."""
     spec = QuantizerSpec
     for bits in (1, 2, 3, 4, 5, 8):
         yield case(f"V{bits}", spec(128, bits), quick=bits == 4)
@@ -55,16 +55,16 @@ def case(
     pages: int = PAGES,
     quick: bool = False,
 ) -> Case:
-    """Raw bfloat16 vectors into pages.
+    """Encodes bfloat16 vectors into pages.
 
     Args:
-        name: What is special about it.
-        spec: Their quantizer.
-        keys: Whether they are keys, centred and weighted.
+        name: What distinguishes the case.
+        spec: Quantizer of the vectors.
+        keys: Whether the vectors are keys, which are centred and weighted.
         rows: Rows of the batch.
-        tokens: Tokens a row.
+        tokens: Tokens per row.
         pages: Pages of the pool.
-        quick: Whether it is compiled by default.
+        quick: Whether the case is compiled by default.
     """
     shape = jax.ShapeDtypeStruct
     pools = jax.eval_shape(lambda: empty_pages(pages, KV_HEADS, PAGE_SIZE, spec.format, spec.format))
@@ -89,7 +89,7 @@ def case(
 
 
 def together(bits: int, *, quick: bool) -> Case:
-    """Keys and values of a token of several rows in one launch."""
+    """Encodes keys and values of several rows, one token each, in one launch."""
     spec, rows = QuantizerSpec(128, bits, search=True), 32
     shape = jax.ShapeDtypeStruct
     pools = jax.eval_shape(lambda: empty_pages(PAGES, KV_HEADS, PAGE_SIZE, spec.format, spec.format))

@@ -1,33 +1,30 @@
-"""Prefill kernels to compile, with the tiles of each kind of device: formats, head dims, masks and row counts."""
+"""Cases of the prefill kernel, with the tiles of each kind of device: formats, head dims, masks and row counts."""
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 from pallas_kernels.attention import LogitOptions
 from pallas_kernels.attention.prefill.launch_triton import attend_pages, config_for
 from tq_jax.commands.gate.case import Case
-from tq_jax.commands.gate.cases.decode import (
-    EVERYTHING,
-    LARGE,
-    PAGE_SIZE,
-    PAGES,
-    PLAIN,
-    paged_arguments,
-)
+from tq_jax.commands.gate.cases.decode import EVERYTHING, LARGE, PLAIN, SHAPE, paged_arguments
 from tq_jax.quantizer import QuantizerSpec
 
 DEVICES = {"sm_90": ("sm_90",), "sm_100": ("sm_100",), "others": ("sm_80", "sm_86", "sm_89", "sm_120")}
-"""Architectures that take the same tiles."""
+"""Architectures of each kind of device; a kind has the same tiles."""
+
+CHUNK: dict[str, Any] = SHAPE | {"count": 256}
+"""Arguments of `paged_arguments` if a case does not say."""
 
 
 def cases() -> Iterator[Case]:
-    """The cases for every kind of device."""
+    """Yields the cases for every kind of device."""
     for kind in DEVICES:
         yield from cases_for(kind)
 
 
 def cases_for(kind: str) -> Iterator[Case]:
-    """The cases for a kind of device, of which the quick ones stand for the classes of tiles and of code."""
+    """Yields the cases for one kind of device; the quick cases cover each class of tiles and of code."""
     case = functools.partial(make_case, kind)
     spec = QuantizerSpec
     for bits in (1, 2, 3, 4, 8):
@@ -51,19 +48,23 @@ def make_case(
     key: QuantizerSpec,
     value: QuantizerSpec,
     *,
-    group: int = 4,
-    count: int = 256,
     options: LogitOptions = PLAIN,
-    bias: bool = False,
-    page_size: int = PAGE_SIZE,
-    pages: int = PAGES,
     quick: bool = False,
+    **shape: Any,
 ) -> Case:
-    """Attention of a chunk over pages on a kind of device; other arguments as in `gate_decode.case`."""
+    """Attention of a chunk of 256 tokens over pages of two quantizers.
+
+    Args:
+        kind: Kind of device, a key of DEVICES.
+        name: What distinguishes the case.
+        key: Key quantizer.
+        value: Value quantizer.
+        options: Logit options.
+        quick: Whether the case is compiled by default.
+        **shape: Arguments of `paged_arguments` that differ from CHUNK.
+    """
     architectures = DEVICES[kind]
-    arguments = paged_arguments(
-        key, value, group=group, count=count, options=options, bias=bias, page_size=page_size, pages=pages
-    )
+    arguments = paged_arguments(key, value, options=options, **(CHUNK | shape))
     capability = int(architectures[0].removeprefix("sm_"))
     config = config_for(arguments.query.shape, arguments.pages, key.format, value.format, capability=capability)
     return Case(

@@ -13,8 +13,8 @@ def draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
     """Draws rows of `tq-jax demo` (their JSON form) into an image file.
 
     Args:
-        rows: What the command writes as "rows".
-        path: Where to; the suffix says which format.
+        rows: Rows as in the command's JSON.
+        path: The file; its suffix sets the format.
         title: Heading.
     """
     figure = Figure(figsize=(11, 4.6), layout="constrained")

