@@ -1,18 +1,16 @@
 """The public encode ops."""
 
-import warnings
+import functools
 
-import jax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import choose
 from pallas_kernels.encode import launch_triton, reference
 from pallas_kernels.encode.arguments import EncodeArguments
 from pallas_kernels.encode.config import TileConfig
 from pallas_kernels.encode.encoder import Encoder
 from pallas_kernels.format import Code, ScaleRule, VectorFormat
 from pallas_kernels.pages import Pages
-
-IMPLEMENTATIONS = ("auto", "reference", "triton")
 
 
 def encode(
@@ -93,12 +91,9 @@ def encode_pages(
     _check_pages(keys, values, pages, slots, key, value)
     if (mean is None) != (weight is None):
         raise ValueError(f"expected mean and weight both or neither, got {mean is not None} and {weight is not None}")
-    if implementation not in IMPLEMENTATIONS:
-        raise NotImplementedError(f"implementation={implementation!r}; encode_pages has: {IMPLEMENTATIONS}")
-    if implementation == "auto":
-        implementation = _best(pages, key, value)
+    check = functools.partial(launch_triton.check_supported, pages, key, value)
     arguments = EncodeArguments(keys, values, slots, key, value, mean, weight)
-    if implementation == "triton":
+    if choose(implementation, op="encode_pages", check=check) == "triton":
         return launch_triton.encode_pages(arguments, pages, config=config)
     return reference.encode_pages(arguments, pages)
 
@@ -113,15 +108,3 @@ def _check_pages(keys: Array, values: Array, pages: Pages, slots: Array, key: En
             )
         if (encoder.sketch is not None) != getattr(encoder.format, "residual", False):
             raise ValueError(f"expected a sketch exactly for formats with a residual, got {encoder.sketch is not None}")
-
-
-def _best(pages: Pages, key: Encoder, value: Encoder) -> str:
-    """The kernel on a GPU unless it does not support the case, which is warned about (once, by Python's default)."""
-    if jax.default_backend() != "gpu":
-        return "reference"
-    try:
-        launch_triton.check_supported(pages, key, value)
-    except NotImplementedError as error:
-        warnings.warn(f"tokens are encoded by the slow reference: {error}", stacklevel=3)
-        return "reference"
-    return "triton"
