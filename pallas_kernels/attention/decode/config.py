@@ -72,6 +72,7 @@ def default_config(
     columns: int = INSTRUCTION_COLUMNS,
     dim: int = 128,
     value_parts: int = 1,
+    sketched: bool = False,
     precise: bool = False,
     bits: tuple[int, int] = (4, 4),
     capability: int = HOPPER,
@@ -90,7 +91,8 @@ def default_config(
         page_size: Tokens per page.
         columns: Columns per KV head, padding included.
         dim: Head dim.
-        value_parts: Value scales per token.
+        value_parts: Value scales per token; more than one for min-max values.
+        sketched: Whether keys have the sketch of Prod.
         precise: See `TileConfig`.
         bits: Bits of the widest codes of keys and of values.
         capability: Compute capability of the device, times ten.
@@ -103,11 +105,16 @@ def default_config(
         return TileConfig(tile=256, num_warps=4, num_stages=3, programs=multiprocessors * 2, precise=precise)
     # With 16 columns, two products of 3-bit codes take two registers too many; on 10.0 any width takes one too many.
     short = not narrow and ((capability == BLACKWELL and dim == 128) or (precise and min(bits) < 4))
-    tile = 128 if dim in (64, 128) and value_parts == 1 and not short else 64
+    # Four scales per token of min-max values leave registers for 128 tokens on Hopper alone, where tiles of 64 take 1.8
+    # times as long.
+    few_scales = value_parts == 1 or (value_parts == 4 and capability == HOPPER)
+    tile = 128 if dim in (64, 128) and few_scales and not short else 64
     while tile > 32 and page_size % tile and tile % page_size:
         tile //= 2
-    # On Blackwell, 3-bit keys have no registers for a third stage: 8 bytes spilled with triton 3.7.1.
-    stages = 2 if capability >= BLACKWELL and narrow and bits[0] == 3 and value_parts == 1 else 3
+    # A third stage spilled with triton 3.7.1: 8 bytes of 3-bit keys on Blackwell, 8 to 16 of a sketch beside min-max
+    # values, which takes the same time with two.
+    crowded = bits[0] == 3 and value_parts == 1 and capability >= BLACKWELL and narrow
+    stages = 2 if crowded or (sketched and value_parts > 1 and tile == 128) else 3
     return TileConfig(tile=tile, num_warps=2, num_stages=stages, programs=multiprocessors * 4, precise=precise)
 
 

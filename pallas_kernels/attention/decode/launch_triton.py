@@ -175,6 +175,7 @@ def config_for(
         columns=padded_columns(count * heads // kv_heads, dim=dim),
         dim=dim,
         value_parts=len(value_parts(value_format)),
+        sketched=isinstance(key_format, CodebookFormat) and key_format.residual,
         precise=precise,
         bits=(widest(key_format), widest(value_format)),
         capability=compute_capability() if capability is None else capability,

@@ -143,6 +143,9 @@ def test_tiles_of_devices():
         c: [default_config(128, columns=n, dim=d, capability=c).tile for n, d in shapes] for c in (80, 90, 100, 120)
     }
     assert tiles == {80: [128, 128, 128], 90: [128, 128, 128], 100: [128, 64, 128], 120: [128, 128, 128]}
-    assert default_config(128, value_parts=4).tile == 64
+    tiles = [default_config(128, value_parts=4, capability=c).tile for c in (80, 90, 100)]
+    assert tiles == [64, 128, 64]
+    stages = [default_config(128, value_parts=4, sketched=s).num_stages for s in (False, True)]
+    assert stages == [3, 2]
     stages = {c: [default_config(128, bits=(n, n), capability=c).num_stages for n in (3, 4)] for c in (90, 100, 120)}
     assert stages == {90: [3, 3], 100: [2, 3], 120: [2, 3]}
