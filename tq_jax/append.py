@@ -21,7 +21,7 @@ from tq_jax.quantizer import encoder, is_traced
 from tq_jax.statistics import BALANCE, EQUAL, FLOOR, MIN_TOKENS, KeyStatistics, fix_statistics, observe_queries
 
 FEW_TOKENS = 8
-"""Tokens of a chunk whose statistics one program a row is enough for."""
+"""Longest chunk, in tokens, for whose statistics one program per row is enough."""
 
 
 def append(
@@ -118,7 +118,7 @@ def _check_values(cache: Cache, k: Array, v: Array, query: Array | None, lengths
         raise ValueError(f"expected lengths from 0 to {k.shape[1]}, got {count.tolist()}")
     total = np.asarray(cache.length)[row] + count
     if np.any(total > cache.spec.max_tokens):
-        raise ValueError(f"expected at most max_tokens={cache.spec.max_tokens} tokens a row, got {total.tolist()}")
+        raise ValueError(f"expected at most max_tokens={cache.spec.max_tokens} tokens per row, got {total.tolist()}")
     exists = np.arange(k.shape[1]) < count[:, None]
     for name, array, dtype in (("k", k, cache.spec.dtype), ("v", v, cache.spec.dtype), ("query", query, "float32")):
         if array is None:
@@ -241,7 +241,7 @@ def _update_by_kernel(cache: Cache, k: Array, query: Array | None, lengths: Arra
 
 
 def statistics_plan(spec: CacheSpec, *, interpret: bool) -> StatisticsPlan:
-    """What is static about the kernel of statistics."""
+    """Static configuration of the kernel of statistics."""
     return StatisticsPlan(
         sink_slots=spec.sinks,
         max_tokens=spec.max_tokens,
@@ -255,13 +255,7 @@ def statistics_plan(spec: CacheSpec, *, interpret: bool) -> StatisticsPlan:
     )
 
 
-def _append_by_kernels(
-    cache: Cache,
-    k: Float[Array, "b t h_kv d"],
-    v: Float[Array, "b t h_kv d"],
-    lengths: Int[Array, "b"],
-    rows: Int[Array, "b"],
-) -> Cache:
+def _append_by_kernels(cache: Cache, k: Array, v: Array, lengths: Array, rows: Array) -> Cache:
     """The cache with a chunk; its statistics are up to date."""
     spec = cache.spec
     key, value = _encoders(cache)

@@ -47,7 +47,7 @@ def view_pages(memory: torch.Tensor, key: tq.QuantizerSpec, value: tq.QuantizerS
     needed = key.bytes_per_vector + value.bytes_per_vector
     if not memory.is_contiguous() or memory.shape[3] * memory.itemsize < needed:
         raise ValueError(
-            f"expected dense memory of {needed} bytes a head and token, got {memory.shape[3] * memory.itemsize} with "
+            f"expected dense memory of {needed} bytes per head and token, got {memory.shape[3] * memory.itemsize} with "
             f"strides {memory.stride()}"
         )
     flat = memory.view(torch.uint8).reshape(-1)

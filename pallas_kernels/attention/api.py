@@ -45,14 +45,10 @@ def prefill_attention(
     Args:
         arguments: Queries, pages and options. The kernel reads value scales as float16, whatever they are stored as.
         implementation: See `pallas_kernels.dispatch.Implementation`.
-        config: Tile sizes of the kernel; by default those for the shapes.
+        config: Query rows and tokens of a program; by default those for the shapes.
 
     Returns:
-        The partial attention; its `acc` is in the rotated basis of the values.
-
-    Raises:
-        ValueError: If head counts or dims do not fit, or the sketch of queries is missing or superfluous.
-        NotImplementedError: For an implementation that does not exist, or "triton" if it does not support the case.
+        The partial attention, as `decode_attention` returns it; the errors are the same, too.
     """
     return run_pages(arguments, prefill, "prefill_attention", implementation, config)
 

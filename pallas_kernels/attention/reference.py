@@ -79,7 +79,7 @@ def visibility(
     stored: Bool[Array, "b n s"],
     options: LogitOptions,
 ) -> Bool[Array, "b n t s"]:
-    """Which keys a query sees: stored, not in its future, inside its sliding window."""
+    """Which keys a query sees: keys that are stored, not in its future, and inside its sliding window."""
     distance = positions[:, None, :, None] - key_positions[:, :, None, :]
     visible = stored[:, :, None, :] & (distance >= 0)
     return visible if options.sliding_window is None else visible & (distance < options.sliding_window)

@@ -207,7 +207,7 @@ def test_overflow_under_jit_is_marked_and_changes_nothing_else():
     out = tq.attend(q[:, -1:], after)
     assert bool(jnp.isnan(out[0]).all())
     assert bool(jnp.isfinite(out[1]).all())
-    with pytest.raises(ValueError, match=r"expected at most max_tokens=40 tokens a row, got \[60, 35\]"):
+    with pytest.raises(ValueError, match=r"expected at most max_tokens=40 tokens per row, got \[60, 35\]"):
         tq.append(cache, k, v)
 
 

@@ -128,14 +128,7 @@ def tq_scheme(decoder: Decoder, max_tokens: int, *, key_bits: float, value_bits:
 
 
 def published_scheme(decoder: Decoder, max_tokens: int, *, key_bits: float, value_bits: float) -> Scheme:
-    """TurboQuant as published (Algorithm 1, norm as scale), with the window and the sink tokens of `tq_scheme`.
-
-    Args:
-        decoder: The model.
-        max_tokens: Capacity of a cache row, tokens.
-        key_bits: Bits per key channel.
-        value_bits: Bits per value channel.
-    """
+    """TurboQuant as published (Algorithm 1, norm as scale), with the window and sink tokens of `tq_scheme`."""
     scheme = tq_scheme(decoder, max_tokens, key_bits=key_bits, value_bits=value_bits)
     plain = [tq.QuantizerSpec(dim=decoder.config.head_dim, bits=bits, scale="norm") for bits in (key_bits, value_bits)]
     spec = dataclasses.replace(scheme.cache, key=plain[0], value=plain[1], center_keys=False, smooth_keys=False)

@@ -306,14 +306,6 @@ def _attend_cache(
     precise: bool,
 ) -> jax.Array:
     """Attention over all tokens of the cache: the `Attend` of a compressed cache."""
-    mixed = tq.attend(
-        query,
-        cache,
-        lengths=lengths,
-        rows=rows,
-        sliding_window=window,
-        scale=scale,
-        implementation=implementation,
-        precise=precise,
-    )
+    options: dict[str, Any] = dict(sliding_window=window, scale=scale, implementation=implementation, precise=precise)
+    mixed = tq.attend(query, cache, lengths=lengths, rows=rows, **options)
     return mixed.astype(query.dtype)

@@ -13,7 +13,6 @@ from pallas_kernels.attention.decode.config import TileConfig, column_block, def
 from pallas_kernels.attention.decode.kernel_triton import attend
 from pallas_kernels.attention.decode.plan import DecodeInputs, DecodePlan
 from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
-from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.compat.device import compute_capability, multiprocessors
 from pallas_kernels.dispatch import interprets
@@ -65,17 +64,7 @@ def attend_splits(x: PagedArguments, *, config: TileConfig | None, precise: bool
     Raises:
         NotImplementedError: For shapes or formats outside the kernel's limits.
     """
-    plan, num_warps, num_stages = decode_plan(
-        x.query.shape,
-        x.pages,
-        x.block_table.shape[1],
-        key_format=x.key_format,
-        value_format=x.value_format,
-        options=x.options,
-        config=config,
-        precise=precise,
-        interpret=interpret,
-    )
+    plan, num_warps, num_stages = decode_plan(x, config=config, precise=precise, interpret=interpret)
     inputs = DecodeInputs(
         query=x.query.astype(jnp.float32),
         pages=x.pages,
@@ -89,50 +78,40 @@ def attend_splits(x: PagedArguments, *, config: TileConfig | None, precise: bool
 
 
 def decode_plan(
-    query_shape: tuple[int, ...],
-    pages: Pages,
-    table_width: int,
-    *,
-    key_format: VectorFormat,
-    value_format: VectorFormat,
-    options: LogitOptions,
-    config: TileConfig | None,
-    precise: bool = False,
-    interpret: bool,
+    x: PagedArguments, *, config: TileConfig | None, precise: bool = False, interpret: bool
 ) -> tuple[DecodePlan, int, int]:
-    """The plan for queries [b, t, h_q, d] and a block table [b, table_width], warps and stages.
+    """The plan, the number of warps and the number of stages for queries over pages.
 
     Raises:
         NotImplementedError: For shapes or formats outside the kernel's limits.
     """
-    batch, count, heads, _ = query_shape
-    kv_heads, page_size = pages.keys.packed.shape[1:3]
-    check_supported(query_shape, pages, key_format, value_format, config, precise=precise)
-    config = config_for(query_shape, pages, key_format, value_format, precise=precise) if config is None else config
-    group = heads // kv_heads
-    dim = max(query_shape[3], value_format.dim)
-    columns = padded_columns(count * group, dim=dim)
+    shapes = x.query.shape, x.pages, x.key_format, x.value_format
+    check_supported(*shapes, config, precise=precise)
+    config = config_for(*shapes, precise=precise) if config is None else config
+    batch, count, _, head_dim = x.query.shape
+    dim, capacity = max(head_dim, x.value_format.dim), x.block_table.shape[1] * x.page_size
+    columns = padded_columns(count * x.group, dim=dim)
     block = column_block(columns, dim=dim)
     plan = DecodePlan(
-        keys=key_parts(key_format),
-        values=value_parts(value_format, num_warps=config.num_warps),
-        options=options,
+        keys=key_parts(x.key_format),
+        values=value_parts(x.value_format, num_warps=config.num_warps),
+        options=x.options,
         count=count,
-        group=group,
+        group=x.group,
         columns=block,
         blocks=columns // block,
         tile=config.tile,
-        page_size=page_size,
-        splits=num_splits(config, batch=batch, kv_heads=kv_heads, capacity=table_width * page_size),
+        page_size=x.page_size,
+        splits=num_splits(config, batch=batch, kv_heads=x.kv_heads, capacity=capacity),
         num_warps=config.num_warps,
         precise=config.precise,
         interpret=interpret,
     )
-    return plan, config.num_warps, stages_for(key_format, config)
+    return plan, config.num_warps, stages_for(x.key_format, config)
 
 
 def stages_for(key_format: VectorFormat, config: TileConfig) -> int:
-    """Steps whose loads are in flight."""
+    """Steps whose loads are in flight at once."""
     # Pipelined loads of 4-bit keys of 192 channels came out wrong on an H100; those of other widths and dims did not.
     wrong = isinstance(key_format, CodebookFormat) and any((b.bits, b.dim) == (4, 192) for b in key_format.segments)
     return 1 if wrong else config.num_stages
@@ -205,7 +184,7 @@ def check_supported(
         raise NotImplementedError(f"the Triton kernel has head dims {DIMS}, got {dim} and {value_format.dim}")
     if count > MAX_QUERY_TOKENS or group > MAX_GROUP:
         raise NotImplementedError(
-            f"the Triton kernel has up to {MAX_QUERY_TOKENS} query tokens and {MAX_GROUP} query heads a KV head, "
+            f"the Triton kernel has up to {MAX_QUERY_TOKENS} query tokens and {MAX_GROUP} query heads per KV head, "
             f"got {count} and {group}"
         )
     key_parts(key_format)

@@ -18,47 +18,28 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.attention.options import LogitOptions
+from pallas_kernels.attention.page_plan import PagePlan
 from pallas_kernels.numerics import BYTE_BITS, INSTRUCTION_ROWS
-from pallas_kernels.tiles.layout import Part
 
 LARGEST_ONE_BYTE, LARGEST_TWO_BYTES = 127.0, 127.0 * (1 << BYTE_BITS)
 """Largest integers of numbers that are quantized to one byte and to two."""
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodePlan:
-    """Static configuration of the kernel.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodePlan(PagePlan):
+    """Static configuration of the decode kernel, whose splits are per sequence and KV head.
 
     Attributes:
-        keys: Parts of the keys.
-        values: Parts of the values.
-        options: Logit options.
-        count: Query tokens.
-        group: Query heads per KV head.
         columns: Columns per program.
         blocks: Programs that share the columns of a KV head, count * group query rows padded.
-        tile: Tokens per step.
-        page_size: Tokens per page.
-        splits: Programs per sequence and KV head that share its tokens.
         num_warps: Warps per program.
         precise: Whether queries have two bytes even if that takes two products.
-        interpret: Whether the kernel runs as jnp.
     """
 
-    keys: tuple[Part, ...]
-    values: tuple[Part, ...]
-    options: LogitOptions
-    count: int
-    group: int
     columns: int
     blocks: int
-    tile: int
-    page_size: int
-    splits: int
     num_warps: int
     precise: bool
-    interpret: bool
 
     @property
     def pairs(self) -> bool:

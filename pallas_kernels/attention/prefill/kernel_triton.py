@@ -22,11 +22,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.attention.options import LogitOptions
+from pallas_kernels.attention.page_plan import PagePlan
 from pallas_kernels.numerics import FLOOR, HIDDEN, LOG2_E
 from pallas_kernels.tiles.float16_triton import UNIT, centroid_tile, min_max_tile
 from pallas_kernels.tiles.intrinsics_triton import exp2, log2, tanh
-from pallas_kernels.tiles.layout import Part, Tile
+from pallas_kernels.tiles.layout import Tile
 from pallas_kernels.tiles.loads_triton import load_fields, load_scale, load_shifts, page_of, slot_of
 
 HEADROOM = 8.0
@@ -42,33 +42,15 @@ XLA would write equal or consecutive numbers by a kernel of its own.
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class PrefillPlan:
-    """Static configuration of the kernel.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillPlan(PagePlan):
+    """Static configuration of the prefill kernel, whose splits are per block of query rows.
 
     Attributes:
-        keys: Parts of the keys.
-        values: Parts of the values.
-        options: Logit options.
-        count: Query tokens.
-        group: Query heads per KV head.
         rows: Query rows per program.
-        tile: Tokens per step.
-        page_size: Tokens per page.
-        splits: Programs per block of query rows that share the tokens.
-        interpret: Whether the kernel runs as jnp.
     """
 
-    keys: tuple[Part, ...]
-    values: tuple[Part, ...]
-    options: LogitOptions
-    count: int
-    group: int
     rows: int
-    tile: int
-    page_size: int
-    splits: int
-    interpret: bool
 
 
 @jax.tree_util.register_dataclass

@@ -147,7 +147,7 @@ def config_for(
 
 
 def _is_lean(fmt: VectorFormat) -> bool:
-    """Whether a format has 4 bits and one scale a token."""
+    """Whether a format has 4 bits and one scale per token."""
     return isinstance(fmt, CodebookFormat) and not fmt.residual and [book.bits for book in fmt.segments] == [4]
 
 
@@ -168,7 +168,7 @@ def check_supported(
     kv_heads, page_size = pages.keys.packed.shape[1:3]
     if heads // kv_heads > decode.MAX_GROUP:
         raise NotImplementedError(
-            f"the Triton kernel has up to {decode.MAX_GROUP} query heads a KV head, got {heads // kv_heads}"
+            f"the Triton kernel has up to {decode.MAX_GROUP} query heads per KV head, got {heads // kv_heads}"
         )
     # Formats, dims and pools have the limits of the decode kernel, whatever the number of query rows.
     decode.check_supported((batch, 1, kv_heads, dim), pages, key_format, value_format, None)

@@ -98,7 +98,10 @@ def test_pools_fill_the_memory():
 @pytest.mark.parametrize(
     ("memory", "message"),
     [
-        (torch.zeros(5, 2, PAGE, 35, dtype=torch.uint8), "expected dense memory of 36 bytes a head and token, got 35"),
+        (
+            torch.zeros(5, 2, PAGE, 35, dtype=torch.uint8),
+            "expected dense memory of 36 bytes per head and token, got 35",
+        ),
         (torch.zeros(5, PAGE, 2, 36, dtype=torch.uint8).transpose(1, 2), "got 36 with strides"),
         (torch.zeros(5, 1, 6, 36, dtype=torch.uint8), "multiples of 64 bytes, got .* a page_size that 64 divides"),
     ],

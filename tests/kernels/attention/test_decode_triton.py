@@ -116,7 +116,7 @@ def test_limits_are_named():
 
     for match, arguments in [
         ("head dims .*, got 48 and 48", {"dim": 48}),
-        ("up to 8 query tokens and 16 query heads a KV head, got 9 and 2", {"count": 9}),
+        ("up to 8 query tokens and 16 query heads per KV head, got 9 and 2", {"count": 9}),
         ("got 1 and 17", {"heads": 17}),
         ("pages of a multiple of 16 tokens .*, got page_size=24", {"page": 24}),
         ("that divide 128 or are a multiple of it, got page_size=192", {"page": 192, "config": TileConfig(tile=128)}),

@@ -156,7 +156,7 @@ def test_limits_and_errors():
 
     for match, arguments in [
         ("head dims .*, got 48 and 48", {"key": QuantizerSpec(48, 4), "value": QuantizerSpec(48, 4)}),
-        ("up to 16 query heads a KV head, got 17", {"heads": 17}),
+        ("up to 16 query heads per KV head, got 17", {"heads": 17}),
         ("pages of a multiple of 16 tokens that divide .*, got page_size=40", {"page": 40}),
         (
             "pages of a multiple of 16 tokens that divide 64 .*, got page_size=96",

@@ -25,6 +25,19 @@ TABLES = (2, 3, 4)
 ALL = (1, 2, 3, 4, 5, 8)
 DIMS = (64, 128)
 SMALL = np.float32(table_ptx.SMALL)
+
+
+def every_codebook(test):
+    """Runs a test of emulated PTX for every width and head dim."""
+    for mark in (
+        pytest.mark.parametrize("bits", ALL),
+        pytest.mark.parametrize("dim", DIMS),
+        pytest.mark.usefixtures("emulated"),
+    ):
+        test = mark(test)
+    return test
+
+
 WIDTH = 16
 
 
@@ -109,9 +122,7 @@ def test_tables_have_limits():
     assert [table_ptx.cell_offset(codebook(128, bits)) for bits in (1, 5, 8)] == [None] * 3
 
 
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("bits", ALL)
+@every_codebook
 def test_codes_of_every_threshold_and_its_neighbours(bits, dim):
     book = codebook(dim, bits)
     y = extremes(book, dim)
@@ -122,9 +133,7 @@ def test_codes_of_every_threshold_and_its_neighbours(bits, dim):
         np.testing.assert_array_equal(codes, signed(index, np.signbit(y), book))
 
 
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("bits", ALL)
+@every_codebook
 def test_a_magnitude_at_a_threshold_goes_up_here_and_down_in_the_reference(bits, dim):
     """Elsewhere the reference has the same levels; 8 bits have no thresholds but floors, which agree."""
     book = codebook(dim, bits)
@@ -146,9 +155,7 @@ def test_a_negative_zero_is_negative_here_and_positive_in_the_reference(bits):
     assert (np.asarray(reference.quantize_segment(jnp.asarray(y), book, scale="norm", search=False)[0]) == 0).all()
 
 
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("bits", ALL)
+@every_codebook
 def test_codes_of_random_vectors_are_those_of_the_reference(bits, dim):
     book = codebook(dim, bits)
     y, unit = normal(dim)
