@@ -307,13 +307,7 @@ def _leaving(
     return jnp.where(new, chunk[0], ring[0]), jnp.where(new, chunk[1], ring[1])
 
 
-def _compress(
-    cache: Cache,
-    keys: Float[Array, "b t h_kv d"],
-    values: Float[Array, "b t h_kv d"],
-    rows: Int[Array, "b"],
-    slots: Int[Array, "b t"],
-) -> Pages:
+def _compress(cache: Cache, keys: Array, values: Array, rows: Array, slots: Array) -> Pages:
     """Quantizes tokens and writes them to their slots of the pages, but for those of negative slots."""
     assert cache.pages is not None and cache.key_quantizer is not None and cache.value_quantizer is not None
     statistics = cache.statistics

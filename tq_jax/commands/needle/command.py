@@ -14,21 +14,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tq_jax.commands import options
 from tq_jax.commands.claims import Claim
 from tq_jax.commands.divergence import Reference, run_prompt
 from tq_jax.commands.eval.schemes import Candidate, Packed, candidates
 from tq_jax.commands.inputs import keep_compiled, open_model, require_tokens
 from tq_jax.commands.needle.haystack import DIGITS, Haystack, make_haystack
-from tq_jax.commands.options import (
-    DEFAULT_MODEL,
-    JsonTarget,
-    ModelName,
-    Resume,
-    parse_bits,
-    parse_numbers,
-    picture_option,
-    refusing,
-)
 from tq_jax.commands.output import environment, known_rows, open_console, progress_bar, write_json, write_partial
 from tq_jax.models import Decoder
 
@@ -62,16 +53,16 @@ class Text:
 
 
 def needle(
-    model: ModelName = None,
+    model: options.ModelName = None,
     lengths: Annotated[str, typer.Option(help="Tokens of the prompts, comma-separated.")] = "1024,2048,4096",
     depths: Annotated[str, typer.Option(help="Where facts lie, from 0 to 1, ascending.")] = "0.05,0.25,0.5,0.75,0.95",
     bits: Annotated[str, typer.Option(help="Key/value bits of this package's caches.")] = "4/4,3/3,2/2",
     facts: Annotated[int, typer.Option(help="Facts per text; further depths go to further texts.", min=1)] = 1,
     repeats: Annotated[int, typer.Option(help="Texts per length and depth.", min=1)] = 2,
     window: Annotated[int, typer.Option(help="Latest tokens in full precision.", min=0)] = 128,
-    plot: Annotated[Path, picture_option("the numbers found")] = Path("tq-jax-needle.png"),
-    resume: Resume = False,
-    json: JsonTarget = None,
+    plot: Annotated[Path, options.picture_option("the numbers found")] = Path("tq-jax-needle.png"),
+    resume: options.Resume = False,
+    json: options.JsonTarget = None,
 ) -> None:
     """Hide seven-digit numbers in a novel and ask for each in a chat, from compressed caches.
 
@@ -82,14 +73,14 @@ def needle(
     """
     keep_compiled()
     console = open_console(json)
-    sizes, places, widths = parse_numbers(lengths, int), parse_depths(depths), parse_bits(bits)
-    kind = {"model": model or DEFAULT_MODEL, "window": window, "facts": facts, "depths": places}
+    sizes, places, widths = options.parse_numbers(lengths, int), parse_depths(depths), options.parse_bits(bits)
+    kind = {"model": model or options.DEFAULT_MODEL, "window": window, "facts": facts, "depths": places}
     rows = known_rows(json, kind) if resume else []
     groups = [places[i : i + facts] for i in range(0, len(places), facts)]
     language_model = open_model(model)
     decoder = language_model.decoder
     require_tokens("the model's context", decoder.config.max_context, max(sizes) + PADDING)
-    with refusing("models"):
+    with options.refusing("models"):
         every = candidates(decoder, max(sizes) + 2 * PADDING, bits=widths, window=window)
         plan = [
             Text(size, seed, make_haystack(language_model.tokenizer, size, group, seed=seed * len(groups) + index))
@@ -106,7 +97,7 @@ def needle(
     texts = f"{facts} per text" if facts > 1 else "each in its own text"
     from tq_jax.commands.needle.picture import draw  # matplotlib is optional
 
-    draw(rows, plot, title=f"{model or DEFAULT_MODEL}: numbers found, {texts}, window {window}")
+    draw(rows, plot, title=f"{model or options.DEFAULT_MODEL}: numbers found, {texts}, window {window}")
     console.print(f"Picture: {plot}")
     write_json(payload | {"rows": rows, "complete": True, "claims": [claim.as_dict() for claim in claims]}, json)
     if not all(claim.ok for claim in claims):
@@ -123,7 +114,7 @@ def parse_depths(text: str) -> tuple[float, ...]:
         >>> parse_depths("0.05,0.5")
         (0.05, 0.5)
     """
-    found = tuple(parse_numbers(text, float))
+    found = tuple(options.parse_numbers(text, float))
     if found[-1] > 1 or any(below >= above for below, above in itertools.pairwise(found)):
         raise typer.BadParameter(f"expected depths from 0 to 1, ascending, got {text!r}")
     return found

@@ -52,16 +52,9 @@ def make_case(
     quick: bool = False,
     **shape: Any,
 ) -> Case:
-    """Attention of a chunk of 256 tokens over pages of two quantizers.
+    """Attention of a chunk of 256 tokens over pages of two quantizers, on a kind of device, a key of DEVICES.
 
-    Args:
-        kind: Kind of device, a key of DEVICES.
-        name: What distinguishes the case.
-        key: Key quantizer.
-        value: Value quantizer.
-        options: Logit options.
-        quick: Whether the case is compiled by default.
-        **shape: Arguments of `paged_arguments` that differ from CHUNK.
+    The other arguments are those of `decode.cases_of`; `shape` differs from CHUNK.
     """
     architectures = DEVICES[kind]
     arguments = paged_arguments(key, value, options=options, **(CHUNK | shape))
