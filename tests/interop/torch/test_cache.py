@@ -217,7 +217,7 @@ def test_a_wrong_state_changes_nothing():
         (r"expected overflow of torch.bool\[2\], got list", {"overflow": [False]}, []),
         (r"expected pages.keys.scale of torch.float16.*, got torch.float32", {"pages.keys.scale": scale}, []),
         ("expected a state of spec {.*\"window\": 16}, got {}", {"spec": "{}"}, []),
-        (r"all but 4 first and at most 16 latest ones compressed; got length=\[97, 97\]", {"length": wide}, []),
+        (r"all compressed but the first 4 and at most 16 of the latest; got length=\[97, 97\]", {"length": wide}, []),
         (r"got length=\[70, 70\], compressed=\[49, 49\]", {"compressed": state["compressed"] - 1}, []),
     ]  # fmt: skip
     for message, changes, dropped in cases:
