@@ -1,4 +1,4 @@
-"""What pytest collects beside the tests."""
+"""Which files pytest collects beside the tests."""
 
 import importlib.util
 from pathlib import Path

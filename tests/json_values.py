@@ -1,4 +1,4 @@
-"""What a file may hold where something else was expected: in JSON also nothing, in GGUF always something."""
+"""Values that a file may hold where another kind was expected: in JSON also nothing, in GGUF always something."""
 
 from hypothesis import strategies as st
 

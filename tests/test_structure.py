@@ -218,7 +218,7 @@ PATHS = {
 """Import paths that users rely on, and names that they find there."""
 
 NEEDS = {"interop.hf": "transformers", "interop.capture": "transformers", "interop.calibrate": "transformers"}
-"""What a module of `interop` needs beside torch."""
+"""Packages that a module of `interop` needs beside torch."""
 
 
 def require_frameworks(module: str) -> None:

@@ -36,17 +36,17 @@ def append(
 ) -> Cache:
     """Appends one token or a chunk of tokens to every row.
 
-    Call it inside a jitted function that donates the cache, and the update happens in place.
+    If a jitted function that donates the cache calls this function, the update happens in place.
 
     Args:
         cache: The cache.
         k: Keys, after rotary embedding.
         v: Values.
         query: Queries of the same tokens; only their channel-wise power is kept, for `smooth_keys`.
-        lengths: Tokens of each row's chunk that exist, at most t; the rest is right padding. All by default.
-        rows: The cache rows that k and v belong to, all different. All rows in order by default.
-        implementation: "reference" is jnp on any device; "triton" the Pallas kernels (interpreted where JAX has no GPU,
-            slowly); "auto" takes the kernels on a GPU for what they support and the reference elsewhere.
+        lengths: Tokens of each row's chunk that exist, at most t; the rest is right padding. By default all exist.
+        rows: The cache rows that k and v belong to, all different; all rows in order by default.
+        implementation: "reference" is jnp on any device; "triton" is the Pallas kernels (interpreted, slowly, where JAX
+            has no GPU); "auto" takes the kernels on a GPU if they support the cache, and the reference elsewhere.
 
     Returns:
         The new cache.
@@ -54,8 +54,8 @@ def append(
     Raises:
         ValueError: For shapes that do not fit; and, outside jit, for tokens that are NaN, infinite or too large for the
             cache's dtype or, once they leave the window, for their scale_dtype, and for a row without room for its
-            chunk. Under jit such tokens make what attends to them NaN, and a chunk without room leaves its row as it
-            was and marks it in `cache.overflow`.
+            chunk. Under jit, queries that attend to such tokens get NaN, and a chunk without room leaves its row as it
+            was and marks the row in `cache.overflow`.
         NotImplementedError: For "triton" where the kernels do not support the case.
 
     Example:
@@ -135,7 +135,7 @@ def _scale_dtypes(spec: CacheSpec) -> str:
 
 
 def _check(cache: Cache) -> None:
-    """Raises NotImplementedError for what the kernels do not support; traced, for nothing of it has to be computed."""
+    """Raises NotImplementedError if the kernels do not support the cache; traced, so that no encoder is computed."""
     check_append(arrays_of(cache), *_encoders(cache))
 
 
@@ -189,8 +189,8 @@ def _append(
     slot = slot_of(position, **places)
     kept = exists & stays(position, after[:, None], **places)
     place = (rows[:, None], slice(None), jnp.where(kept, slot, cache.exact_keys.shape[2]))
-    # What is not kept is dropped, whatever it is; naming what was read from the ring there, and the statistics that are
-    # fixed from it, tells XLA that the ring is read before it is overwritten, which spares a copy of it.
+    # Tokens that are not kept are dropped, whatever they hold. Their places name the tokens read from the ring, and the
+    # statistics that are fixed from it: XLA then knows that the ring is read before it is overwritten and copies nothing.
     read = left_keys if statistics is None else left_keys - statistics.mean[rows][:, None]
     new_keys = jnp.where(kept[:, :, None, None], k, read)
     new_values = jnp.where(kept[:, :, None, None], v, left_values)
@@ -230,7 +230,7 @@ def _update(
 
 
 def _update_by_kernel(cache: Cache, k: Array, query: Array | None, lengths: Array, rows: Array) -> KeyStatistics:
-    """What `_update` does, for a chunk of few tokens."""
+    """The same as `_update` by a kernel, for a chunk of few tokens."""
     spec = cache.spec
     window = cache.exact_keys if cache.exact_keys.size else None
     return update_statistics(
@@ -308,7 +308,7 @@ def _leaving(
 
 
 def _compress(cache: Cache, keys: Array, values: Array, rows: Array, slots: Array) -> Pages:
-    """Quantizes tokens and writes them to their slots of the pages, but for those of negative slots."""
+    """Quantizes tokens and writes them to their page slots; tokens with negative slots are skipped."""
     assert cache.pages is not None and cache.key_quantizer is not None and cache.value_quantizer is not None
     statistics = cache.statistics
     return encode_pages(
@@ -325,7 +325,7 @@ def _compress(cache: Cache, keys: Array, values: Array, rows: Array, slots: Arra
 
 
 def _scalars_finite(pages: Pages, slots: Int[Array, "b t"]) -> Bool[Array, "b"]:
-    """Whether all stored scalars of the tokens at some slots are finite, row by row; negative slots are none."""
+    """Whether all stored scalars of the tokens at some page slots are finite, row by row; negative slots hold none."""
     page_size = pages.keys.scale.shape[-1]
     page, place = jnp.maximum(slots, 0) // page_size, slots % page_size
     pools = [getattr(code, name) for code in (pages.keys, pages.values) for name in ("scale", "zero", "residual")]

@@ -37,7 +37,7 @@ SHARED_FIELDS = ("pages", "exact_keys", "exact_values", "length", "compressed", 
 """Fields that a `Cache` and the `CacheArrays` of its kernels both have."""
 
 LONGEST = 1024
-"""Query tokens that the kernels take at a time; bounds what they hand on to each other."""
+"""Query tokens that the kernels take at a time; bounds the arrays that they hand on to each other."""
 
 
 def attend(
@@ -56,8 +56,8 @@ def attend(
 ) -> Float[Array, "b t h_q d"]:
     """Attention of the latest tokens over everything in the cache, causal.
 
-    The queries are those of the last t tokens appended (`append` first, then `attend`). Tokens are read as the cache
-    holds them: sinks and window in full precision, the others from their codes, in the rotated basis and without
+    The queries belong to the last t tokens appended (`append` first, then `attend`). Tokens are read as the cache holds
+    them: sink tokens and window in full precision, all others from their codes, in the rotated basis and without
     reconstructing them in the original one.
 
     Args:
@@ -66,17 +66,18 @@ def attend(
         implementation: "reference" is jnp on any device; "triton" is three GPU kernels (interpreted, slowly, where JAX
             has no GPU); "auto" takes the kernels on a GPU for every case that they support, and the reference
             elsewhere.
-        sliding_window: A query sees itself and the sliding_window - 1 tokens before it. All by default.
+        sliding_window: A query sees itself and the sliding_window - 1 tokens before it. By default it sees all tokens
+            before it.
         softcap: Logits x become softcap * tanh(x / softcap).
-        sink_logits: A learned logit a head that takes part in the softmax and has no value.
+        sink_logits: A learned logit per head that takes part in the softmax and has no value.
         scale: Factor of <q, k>; 1/sqrt(head_dim) by default.
-        lengths: Queries of each row that exist, at most t, right-padded like the chunk they come from. Row i's are
-            those of its last lengths[i] tokens; the outputs of padding are zero.
-        rows: The cache rows of the queries. All rows in order by default.
-        precise: Two-byte queries in the kernel however many rows there are, see `TileConfig`; the reference always is
-            precise.
-        config: Tiles of the kernel instead of those for the page size, and its own `precise`; without influence on the
-            reference, to which it cannot be given by name.
+        lengths: Queries of each cache row that exist, at most t, right-padded like the chunk they come from.
+            Row i has queries of its last lengths[i] tokens; the outputs of padding are zero.
+        rows: The cache rows of the queries; all rows in order by default.
+        precise: Two-byte queries in the kernel however many query rows there are, see `TileConfig`; the reference is
+            always precise.
+        config: Tiles of the kernel, and their own `precise`, in place of those for the page size. The reference has no
+            tiles: implementation="reference" with a config is refused.
 
     Returns:
         Attention outputs in the type of the queries. NaN for rows that overflowed; zero where no token is visible.
@@ -114,17 +115,16 @@ def attend(
         sliding_window = None
     options = LogitOptions.for_head_dim(spec.head_dim, scale=scale, softcap=softcap, sliding_window=sliding_window)
     plan = _plan(cache, options, precise, config)
-
     check = functools.partial(check_attend, query.shape, cache.pages, plan)
     if config is not None and query.shape[1] > MAX_QUERY_TOKENS:
-        check()  # tiles that nothing could take are never ignored
+        check()  # a config that no kernel takes is refused, never ignored
     if choose(implementation, op="attend", check=check) == "triton":
         return _attend_by_kernels(query, cache, lengths, rows, sink_logits, plan=plan)
     return _attend_by_reference(query, cache, lengths, rows, sink_logits, options=options)
 
 
 def check_query(spec: CacheSpec, batch: int, query: Any, sink_logits: Any, **above_zero: float | None) -> None:
-    """Raises ValueError for shapes of queries or sinks, JAX's or others', or for options that do not fit."""
+    """Raises ValueError for shapes of queries or sink logits, of any framework, or for options that do not fit."""
     shape = tuple(query.shape)
     fits = len(shape) == 4 and shape[0] == batch and shape[2] % spec.num_kv_heads == 0 and shape[3] == spec.head_dim
     if not fits:
@@ -140,7 +140,7 @@ def check_query(spec: CacheSpec, batch: int, query: Any, sink_logits: Any, **abo
 
 
 def _check_rows(cache: Cache, tokens: int, lengths: Any, rows: Any) -> None:
-    """Raises ValueError for more or fewer queries than there can be, and for rows that the cache has not."""
+    """Raises ValueError for numbers of queries or for cache rows out of range."""
     for name, array, most in (("lengths", lengths, tokens), ("rows", rows, cache.rows - 1)):
         if array is None or is_traced(array):
             continue
@@ -175,7 +175,7 @@ def _attend_by_kernels(
     arrays, count = arrays_of(cache), query.shape[1]
     if count <= LONGEST:
         return attend_cache(query, arrays, plan, rows=rows, counts=lengths, sink_logits=sink_logits)
-    # Queries are placed by the number of tokens from them to the end of their row, which a block of them says so.
+    # The position of a query follows from the number of tokens from it to the end of its row; so does that of a block.
     left = jnp.full(query.shape[0], count, jnp.int32) if lengths is None else lengths
     parts: list[Any] = [
         attend_cache(
@@ -205,7 +205,7 @@ def arrays_of(cache: Cache) -> CacheArrays:
 
 
 def basis_of(quantizer: Quantizer | None) -> Basis | None:
-    """What `to_rotated` does, as arrays; None for nothing."""
+    """The map `to_rotated` as arrays; None for the identity."""
     if quantizer is None or not quantizer.rotations:
         return None
     segments = []

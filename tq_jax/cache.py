@@ -28,7 +28,7 @@ KEY_KINDS, VALUE_KINDS = ("mse", "prod"), ("mse", "group")
 
 @dataclasses.dataclass(frozen=True)
 class CacheSpec:
-    """What a cache holds; static and hashable.
+    """The contents of a cache; static and hashable.
 
     `CacheSpec.recommended` makes the spec that the measurements use. The bare defaults of `QuantizerSpec` are the
     paper's Algorithm 1 with the scale of least error; everything else, step search too, is an option to set.

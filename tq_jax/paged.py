@@ -30,11 +30,11 @@ def attend_packed(
     Args:
         query: Queries, float32.
         pages: The pools.
-        quantizers: Of keys and of values.
+        quantizers: Quantizers of keys and of values.
         table: Page of each run of page_size tokens of each sequence.
-        lengths: Tokens of each sequence in pages; anything behind them may hold garbage.
+        lengths: Tokens of each sequence in pages; slots behind them may hold garbage.
         positions: Position of each query, counted like the tokens of the pages.
-        statistics: Of the keys; None for keys that are stored as they are.
+        statistics: Statistics of the keys; None for keys that are stored as they are.
         options: Logit options.
     """
     key_quantizer, value_quantizer = quantizers
@@ -82,13 +82,13 @@ def attend_paged(
     Args:
         query: Queries after rotary embedding, of any float type.
         pages: The pools.
-        quantizers: Of keys and of values.
+        quantizers: Quantizers of keys and of values.
         table: Page of each run of page_size tokens of each sequence.
         lengths: Tokens of each sequence, those of the queries included.
         counts: Queries of each sequence, the last of its tokens; right-padded.
         options: Logit options.
-        statistics: Of the keys; None for keys that are stored as they are.
-        sink_logits: A learned logit a head that takes part in the softmax and has no value.
+        statistics: Statistics of the keys; None for keys that are stored as they are.
+        sink_logits: A learned logit per head that takes part in the softmax and has no value.
 
     Returns:
         Outputs in the type of the queries; zero for padding.

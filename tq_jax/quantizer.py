@@ -33,7 +33,9 @@ GROUP_BITS = (2, 4)
 
 @dataclasses.dataclass(frozen=True)
 class QuantizerSpec:
-    """What a quantizer does; static and hashable. See `recommended_quantizers` for the specs that measurements use.
+    """The choices that make a quantizer; static and hashable.
+
+    See `recommended_quantizers` for the specs that measurements use.
 
     Attributes:
         dim: Dimensions of a vector, 16 to 512.

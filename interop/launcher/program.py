@@ -154,7 +154,7 @@ class TorchProgram:
 
 
 class Program(Protocol):
-    """What `BoundProgram` calls on the class that runs a function: `TorchProgram` or `TorchFunction`."""
+    """The methods that `BoundProgram` calls on the class that runs a function: `TorchProgram` or `TorchFunction`."""
 
     def __init__(self, function: Callable, *examples: Any, device: torch.device) -> None: ...
 

@@ -17,7 +17,7 @@ from tq_jax.quantizer import sketch_gain
 
 @dataclasses.dataclass(frozen=True)
 class AttendOptions:
-    """What is static about a call; hashable. Fields as the arguments of `tq_jax.attend`."""
+    """Static options of a call; hashable. The fields are arguments of `tq_jax.attend`."""
 
     sliding_window: int | None = None
     softcap: float | None = None
@@ -30,7 +30,7 @@ class AttendOptions:
         return {"sliding_window": self.sliding_window, "softcap": self.softcap, "scale": self.scale}
 
     def for_head_dim(self, head_dim: int) -> LogitOptions:
-        """What kernels and the reference know of them."""
+        """The options as kernels and the reference take them."""
         return LogitOptions.for_head_dim(
             head_dim, scale=self.scale, softcap=self.softcap, sliding_window=self.sliding_window
         )
@@ -94,7 +94,7 @@ def padded_size(count: int) -> int:
 
 
 def kernel_arrays(cache: tq.Cache) -> CacheArrays:
-    """What the kernels read of a cache: its own tensors, and the matrices of its rotations."""
+    """The arrays of a cache that the kernels read: its own tensors, and the matrices of its rotations."""
     device: Any = cache.length.device
 
     def tensor(leaf: Any) -> torch.Tensor:

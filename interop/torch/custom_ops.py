@@ -16,7 +16,7 @@ from interop.torch.attend_on_gpu import AttendOptions
 
 
 class NumberedCache(Protocol):
-    """What the ops call on the cache that a number stands for; see `interop.torch.cache.TorchCache`."""
+    """The methods that the ops call on the cache that a number stands for; see `interop.torch.cache.TorchCache`."""
 
     def append_now(
         self, k: torch.Tensor, v: torch.Tensor, *, query: torch.Tensor | None, lengths: Sequence[int] | None

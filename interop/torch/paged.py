@@ -180,7 +180,7 @@ class PagedPool:
             query: After rotary embedding.
             rows: The sequences.
             options: Of the logits; `precise` is of the kernels for few queries, that for more always is.
-            sink_logits: float32, a learned logit a head that takes part in the softmax and has no value.
+            sink_logits: float32, a learned logit per head that takes part in the softmax and has no value.
 
         Returns:
             Outputs, zero for padding.

@@ -38,9 +38,9 @@ def prefill_attention(
 ) -> Partial:
     """Attends with many query tokens over packed pages, on tensor cores straight from the codes.
 
-    It computes what `decode_attention` does, for the chunks of a chunked prefill and for speculated tokens; positions
-    may be in any order. If the chunk's own tokens are not in the pages, the caller attends to them and merges both
-    parts with `merge`.
+    The operation computes the same as `decode_attention`, for the chunks of a chunked prefill and for speculated tokens;
+    positions may be in any order. If the chunk's own tokens are not in the pages, the caller attends to them and merges
+    both parts with `merge`.
 
     Args:
         arguments: Queries, pages and options. The kernel reads value scales as float16, whatever they are stored as.

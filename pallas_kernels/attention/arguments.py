@@ -1,4 +1,4 @@
-"""What attention over packed pages is given, in one pytree."""
+"""The arguments of attention over packed pages, in one pytree."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class PagedArguments:
         query: Rotated queries, float32; h_q is a multiple of the pages' KV heads.
         pages: Pools of packed keys and values.
         block_table: Page of each run of page_size tokens of each sequence.
-        lengths: Tokens of each sequence in the pages; what lies behind them may be garbage, NaN included.
+        lengths: Tokens of each sequence in the pages; slots behind them may hold garbage, NaN included.
         positions: Position of each query, counted like the tokens of the pages.
         key_format: Format of the keys (static).
         value_format: Format of the values (static).

@@ -21,7 +21,7 @@ from pallas_kernels.tiles.rotation_triton import Basis
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedArrays:
-    """What attention reads of a layer's pages, the same in every call; a pytree.
+    """The arrays of a layer's pages that attention reads, the same in every call; a pytree.
 
     Attributes:
         pages: Pools of packed keys and values.

@@ -117,7 +117,7 @@ def is_known_to_hold(version: str) -> bool:
 
 
 def version_note(version: str) -> str:
-    """What is known of the gate with a version of the `triton` package, for a reader.
+    """Whether the gate is known to hold with a version of the `triton` package, for a reader.
 
     Example:
         >>> version_note("3.7.1")

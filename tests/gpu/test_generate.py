@@ -68,7 +68,7 @@ def forced_logits(
 
 
 def noise(keys: jax.Array, shape: tuple[int, ...]) -> np.ndarray:
-    """What drawing adds to the logits [n, b, vocab] after each token."""
+    """The noise that drawing adds to the logits [n, b, vocab] after each token."""
 
     def draw(step: jax.Array) -> jax.Array:
         return jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), shape[2:]))(keys)
@@ -82,7 +82,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 class Continuations:
-    """What a decoder writes after prompts, and its logits on given tokens."""
+    """The tokens that a decoder writes after prompts, and its logits on given tokens."""
 
     def __init__(self, decoder: Decoder, prompts: list[list[int]], sampling: Sampling) -> None:
         self.decoder, self.sampling, key = decoder, sampling, jax.random.key(7)

@@ -1,4 +1,4 @@
-"""What a compressed cache does to a language model: divergence of its next-token distributions from full precision.
+"""The effect of a compressed cache on a language model: divergence of its next-token distributions from full precision.
 
 A text is teacher-forced. Its first part, the prefix, fills the cache (and gives the key statistics). The rest runs in
 chunks, each of which is appended before its tokens attend, so that every prediction reads the cache as a decoding step

@@ -1,4 +1,4 @@
-"""What commands read: a model, a text, and the first tokens of a text."""
+"""The inputs of commands: a model, a text, and the first tokens of a text."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What commands write: tables and progress for a reader, one JSON object for a program, and where figures come from."""
+"""The output of commands: tables and progress for a reader, one JSON object for a program, where figures come from."""
 
 import contextlib
 import json

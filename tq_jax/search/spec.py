@@ -20,7 +20,7 @@ SCALAR_BYTES = 2
 
 @dataclasses.dataclass(frozen=True)
 class IndexSpec:
-    """What an index stores and how it compares; static and hashable.
+    """The choices that make an index; static and hashable.
 
     Attributes:
         dim: Dimensions of a vector, 16 to 4096.

@@ -48,8 +48,8 @@ def default_config(
 ) -> PrefillConfig:
     """The configuration for pages of a size: the largest tiles that spill no registers.
 
-    It has two stages, because Triton does not compile the kernel with three for compute capability 10.0; three where 32
-    query rows of several segments spill with two.
+    The configuration has two stages, because Triton does not compile the kernel with three for compute capability
+    10.0; three where 32 query rows of several segments spill with two.
 
     Args:
         page_size: Tokens per page.

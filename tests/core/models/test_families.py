@@ -138,7 +138,7 @@ def test_what_the_families_read(pair):
 
 
 def write_gguf(path, config, state) -> None:
-    """What the public converter writes: names by the gguf package, Llama's projections permuted, Gemma's norms + 1."""
+    """A file of the public converter: names by the gguf package, Llama's projections permuted, Gemma's norms + 1."""
     import gguf
 
     arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}

@@ -147,7 +147,7 @@ def test_sizes_of_padded_chunks():
 
 
 def test_operations_between_kernels():
-    """What torch makes of operations, functions that are called twice, and constants."""
+    """Torch runs operations, functions that are called twice, and constants."""
     table = jnp.arange(6.0).reshape(2, 3)
 
     @jax.jit
@@ -174,7 +174,7 @@ def test_operations_between_kernels():
 
 
 def test_launches_get_the_addresses_of_tensors(cache, monkeypatch):
-    """What a kernel is launched with: grid, stream, then operands and results where the plan has them."""
+    """The arguments that a kernel is launched with: grid, stream, then operands and results where the plan has them."""
     launched = record_launches(monkeypatch)
     k, v, _ = tokens(1, 0)
     KernelAppend(cache.arrays)(k, v)

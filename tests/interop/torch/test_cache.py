@@ -266,7 +266,7 @@ def test_a_full_precision_cache():
 
 
 def test_a_capture_leaves_the_counters_of_the_host(monkeypatch):
-    """What a CUDA graph records does not run, so replays are announced; lengths may lie on the GPU."""
+    """Launches that a CUDA graph records do not run, so replays are announced; lengths may lie on the GPU."""
     cache, recorded = filled(), []
     monkeypatch.setattr(TorchCache, "is_capturing", True)
     monkeypatch.setattr(

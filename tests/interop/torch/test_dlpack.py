@@ -122,7 +122,7 @@ def test_what_cannot_be_exported():
 
 
 def test_donating_an_import_leaves_the_tensor_alone():
-    """What the docstring says of donation: no update in place, no error."""
+    """Donation does as the docstring says: no update in place, no error."""
     tensor = torch.zeros(64)
     result = jax.jit(lambda x: x + 1, donate_argnums=0)(to_jax(tensor))
     assert float(result[0]) == 1.0 and not tensor.any()

@@ -145,7 +145,7 @@ def test_pools_are_shared_by_copies_of_one_model_only():
 
 
 class Graph:
-    """What a CUDA graph is asked, and a replay that computes anew."""
+    """The calls that a CUDA graph gets, and a replay that computes anew."""
 
     def __init__(self):
         self.calls = []

@@ -58,7 +58,7 @@ def expected(two_layers, prompts):
 
 @pytest.fixture
 def said():
-    """What the backend logs, whatever vLLM makes of the loggers above it."""
+    """The messages that the backend logs, whatever vLLM makes of the loggers above it."""
     messages, handler = [], logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logger = logging.getLogger("vllm.tq_jax")

@@ -106,7 +106,7 @@ def test_qwen2_is_centred_by_its_weights(tmp_path, prompts):
 
 
 def _look(engine):
-    """What is said at the start, and the statistics of each layer."""
+    """The message at the start, and the statistics of each layer."""
     from interop.vllm.report import summary
 
     def look(worker):

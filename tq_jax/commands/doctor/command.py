@@ -192,7 +192,7 @@ def print_findings(found: dict[str, Any], console: Console) -> None:
 
 
 def _verdict(check: dict[str, Any], *, gpu: bool) -> str:
-    """What `check_attention` found, in one sentence."""
+    """The finding of `check_attention` in one sentence."""
     if check["ok"] and not gpu:
         return "Attention works: the reference runs. Without a GPU there is no kernel to compare it with."
     verdict = "works" if check["ok"] else "FAILS"

@@ -1,4 +1,4 @@
-"""What each part of this package's caches is worth: steps from published to default, and variants of the default."""
+"""The worth of each part of this package's caches: steps from published to default, and variants of the default."""
 
 import dataclasses
 from collections.abc import Sequence

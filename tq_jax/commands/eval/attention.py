@@ -1,4 +1,4 @@
-"""What compressed keys and values do to attention: errors of its outputs, correlation of its logits."""
+"""The effect of compressed keys and values on attention: errors of its outputs, correlation of its logits."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What `tq-jax eval` claims."""
+"""The claims of `tq-jax eval`."""
 
 from typing import Any
 

@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """The measurements to make.
 
     Attributes:
         model: Name or path of the model.

@@ -1,4 +1,4 @@
-"""What `tq-jax eval` compares: this package's caches and their rivals, with the same tokens in full precision."""
+"""The candidates of `tq-jax eval`: this package's caches and their rivals, with the same tokens in full precision."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -143,7 +143,7 @@ def candidates(
 def attention_quality(
     decoder: Decoder, reference: Reference, candidate: Candidate, *, window: int, sinks: int
 ) -> AttentionQuality:
-    """What a candidate does to the attention of the prefix's last tokens.
+    """The effect of a candidate on the attention of the prefix's last tokens.
 
     Args:
         decoder: The model.
