@@ -190,7 +190,8 @@ def _append(
     kept = exists & stays(position, after[:, None], **places)
     place = (rows[:, None], slice(None), jnp.where(kept, slot, cache.exact_keys.shape[2]))
     # Tokens that are not kept are dropped, whatever they hold. Their places name the tokens read from the ring, and the
-    # statistics that are fixed from it: XLA then knows that the ring is read before it is overwritten and copies nothing.
+    # statistics that are fixed from it: XLA then knows that the ring is read before it is overwritten, and copies
+    # nothing.
     read = left_keys if statistics is None else left_keys - statistics.mean[rows][:, None]
     new_keys = jnp.where(kept[:, :, None, None], k, read)
     new_values = jnp.where(kept[:, :, None, None], v, left_values)

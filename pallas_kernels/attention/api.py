@@ -38,7 +38,7 @@ def prefill_attention(
 ) -> Partial:
     """Attends with many query tokens over packed pages, on tensor cores straight from the codes.
 
-    The operation computes the same as `decode_attention`, for the chunks of a chunked prefill and for speculated tokens;
+    The operation computes the same as `decode_attention`, for chunks of a chunked prefill and for speculated tokens;
     positions may be in any order. If the chunk's own tokens are not in the pages, the caller attends to them and merges
     both parts with `merge`.
 
