@@ -7,7 +7,7 @@ from importlib import resources
 def persuasion() -> str:
     r"""Returns *Persuasion* by Jane Austen (1818, public domain), 24 chapters, 464,284 characters.
 
-    One paragraph a line with single spaces, a blank line between paragraphs; chapter headings are paragraphs.
+    One paragraph per line with single spaces, a blank line between paragraphs; chapter headings are paragraphs.
 
     Returns:
         The novel without its title page.
