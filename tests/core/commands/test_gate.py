@@ -11,6 +11,7 @@ from refusals import refused
 from typer.testing import CliRunner
 
 from pallas_kernels.compat.compile import ARCHITECTURES, KNOWN_TO_HOLD, Compiled, compile_for, version_note
+from pallas_kernels.compat.device import H100_MULTIPROCESSORS
 from tq_jax.commands import cli
 from tq_jax.commands.gate import xla
 from tq_jax.commands.gate.cases import all_cases
@@ -150,3 +151,9 @@ def test_the_command_compiles():
     assert all(row["ok"] for row in rows)
     assert f"Compiled by triton {sys.modules['triton'].__version__}: the gate is known to hold for" in result.stderr
     assert result.stderr.splitlines()[-1] == f"{len(rows)} of {len(rows)} compile as they should"
+
+
+def test_the_device_of_whole_operations_is_described():
+    """XLA compiles for a GPU that is absent by a description of it, which lies beside the command."""
+    described = xla.TARGET.read_text("utf-8")
+    assert described.startswith("gpu_device_info {") and f"core_count: {H100_MULTIPROCESSORS}" in described
