@@ -38,7 +38,7 @@ def choose(implementation: str, *, op: str, check: Callable[[], None], stackleve
     """
     if implementation not in get_args(Implementation):
         raise NotImplementedError(f"implementation={implementation!r}; {op} has: {get_args(Implementation)}")
-    if implementation == "reference" or (implementation == "auto" and jax.default_backend() != "gpu"):
+    if implementation == "reference" or (implementation == "auto" and interprets()):
         return "reference"
     try:
         check()

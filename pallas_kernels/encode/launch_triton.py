@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import interprets
 from pallas_kernels.encode import channel_quads_triton as channel_quads
 from pallas_kernels.encode.arguments import EncodeArguments
 from pallas_kernels.encode.config import EncodeConfig, default_config
@@ -56,8 +57,7 @@ def encode_pages(
         NotImplementedError: If a shape or a format is outside the limits of the kernel.
     """
     check_supported(pages, arguments.key, arguments.value)
-    if interpret is None:
-        interpret = jax.default_backend() != "gpu"
+    interpret = interprets() if interpret is None else interpret
     keys, values, slots = arguments.keys, arguments.values, arguments.slots.astype(jnp.int32)
     options: dict[str, Any] = dict(rows=arguments.rows, config=config, interpret=interpret)
     if keys.size == 0 or not pages.keys.scale.size:
