@@ -278,8 +278,9 @@ def test_weights_by_powers_are_those_of_the_cache(decoder, reference):
 def test_a_mean_that_turns_takes_a_bias_away():
     sizes = {"dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "ffn_dim": 96}
     biased = Decoder(DecoderConfig(vocab_size=97, architecture="qwen2", **sizes), rngs=nnx.Rngs(0))
-    bias = biased.blocks.attention.key.bias
-    bias[...] = 10 * jax.random.normal(jax.random.key(0), bias.shape)
+    bias = biased.blocks[0].attention.qkv.bias  # [layers, h_kv, g + 2, d]
+    keys = 10 * jax.random.normal(jax.random.key(0), bias[...][:, :, -2].shape)
+    bias[...] = bias[...].at[:, :, -2].set(keys)
     ids = np.random.default_rng(0).integers(0, 97, CHUNK + 301).tolist()
     reference = make_reference(biased, ids, positions=CHUNK)
     scheme = tq_scheme(biased, 400, key_bits=3, value_bits=3)
