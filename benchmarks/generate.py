@@ -44,7 +44,7 @@ def time_tokens(shape: str, batch: int, context: int) -> dict[str, Any]:
         first = jnp.zeros(batch, jnp.int32)
         copy = functools.partial(jax.tree.map, jnp.copy, cache)
         _, _, seconds = time_decode(decoder, first, copy, max_new_tokens=65, repeats=3)
-        row[f"{name}, cache GB"], row[f"{name}, ms a token"] = cache.nbytes / 1e9, seconds / 64 * 1e3
+        row[f"{name}, cache GB"], row[f"{name}, ms per token"] = cache.nbytes / 1e9, seconds / 64 * 1e3
         del cache, copy
     return row
 

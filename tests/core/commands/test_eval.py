@@ -8,7 +8,6 @@ import pytest
 import tokenizers
 import typer
 from flax import nnx
-from refusals import refused
 from typer.testing import CliRunner
 
 import tq_jax as tq
@@ -180,23 +179,6 @@ def test_numbers_and_texts_that_do_not_fit_are_refused(decoder, tmp_path):
         room.first_tokens(model, "own", content, 60)
     with pytest.raises(typer.BadParameter, match="the model's context: expected at least 2000 tokens .* got 1024"):
         room.first_tokens(model, "own", "word " * 3000, 2000)
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("--bits", "9/4", "expected key/value bits of"),
-        ("--model", "/nowhere/model.gguf", "no GGUF file at /nowhere/model.gguf"),
-        ("--texts", "", "expected a file or one of persuasion"),
-        ("--texts", "pydoc,pydoc", "expected texts of different names, got pydoc, pydoc"),
-        ("--windows", "128,1020", "expected windows that leave something of the prompt of 1024, got '128,1020'"),
-        ("--windows", "0.5", "expected comma-separated numbers of at least 0"),
-        ("--positions", "0", "--positions"),
-        ("--prompt", "-1", "--prompt"),
-    ],
-)
-def test_mistakes_are_found_before_the_work(option, value, message, tmp_path):
-    assert message in refused("eval", option, value, "--plot", str(tmp_path / "x.png"))
 
 
 def test_texts_that_cannot_be_had(tmp_path, monkeypatch):
