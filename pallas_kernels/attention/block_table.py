@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.attention.pipeline import AttendPlan, attend_prepared
-from pallas_kernels.attention.prepare_triton import PrepareInputs
+from pallas_kernels.attention.prepare_arguments import PrepareInputs
 from pallas_kernels.pages import Pages
 from pallas_kernels.tiles.rotation_triton import Basis
 

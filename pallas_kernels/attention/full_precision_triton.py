@@ -1,7 +1,7 @@
-"""Attention over full-precision slots, as programs of the prepare kernel.
+"""Attention over full-precision tokens, as programs of the prepare kernel.
 
-The slots of a cache row are one per sink token, then a ring of the latest tokens. Their keys and values stay in the
-original basis; docs/decode_step.md shows where they join the packed tokens.
+The slots of a cache row are one per sink token, then a ring of the latest tokens; new tokens are not in the cache yet.
+Their keys and values stay in the original basis; docs/decode_step.md shows where they join the packed tokens.
 """
 
 from typing import Any
@@ -58,45 +58,126 @@ def attend_slots(
         Sum of 2**(w - peak) * value [queries, d padded], peak [queries] and sum of 2**(w - peak) [queries], with w =
         logit * log2(e).
     """
-    slots, dim = keys.shape[2:]
-    padded = query.shape[1]
-    shape = (tile, padded)
-    channel = lax.broadcasted_iota(jnp.int32, shape, 1)  # [tile, d padded]
+    slots = keys.shape[2]
+    channel = lax.broadcasted_iota(jnp.int32, (tile, query.shape[1]), 1)  # [tile, d padded]
     queries = _terms(query, query_terms)  # [queries, d padded] each
 
     def step(index: jax.Array, state: tuple) -> tuple:
-        acc, peak, total = state  # [queries, d padded], [queries], [queries]
         slot = index * tile + lax.broadcasted_iota(jnp.int32, (tile,), 0)  # [tile]
         token, stored = token_in_slot(slot, *lengths, sink_slots=sink_slots, slots=slots)  # [tile] each
         # A single tile is loaded before the lengths are known: one trip to memory less.
-        mask = jnp.broadcast_to((slot < slots if single else stored)[:, None], shape)  # [tile, d padded]
-        if dim < padded:
-            mask = mask & (channel < dim)
-        at = (*(jnp.broadcast_to(i, shape) for i in (*where, slot[:, None])), channel)
-        k, v = (plt.load(pool.at[at], mask=mask, other=_zero(pool)) for pool in (keys, values))  # [tile, d padded]
+        wanted = slot < slots if single else stored  # [tile]
+        k, v = _load_slots((keys, values), where, slot, wanted, channel)  # [tile, d padded]
         if single:
             # Slots that were never written may hold NaN.
             v = jnp.where(stored[:, None], v, _zero(values))
-        # [queries, tile]
-        logits = _product(queries, _widened(k), transpose=True, interpret=interpret) * (options.scale * LOG2_E)
-        if options.softcap is not None:
-            cap = options.softcap * LOG2_E
-            logits = cap * tanh(logits * (1.0 / cap), interpret=interpret)
-        distance = position[:, None] - token[None, :]  # [queries, tile]
-        visible = stored[None, :] & (distance >= 0)  # [queries, tile]
-        if options.sliding_window is not None:
-            visible = visible & (distance < options.sliding_window)
-        w = jnp.where(visible, logits, HIDDEN)
-        new = jnp.maximum(jnp.maximum(peak, jnp.max(w, axis=1)), FLOOR)  # [queries]
-        p = exp2(w - new[:, None], interpret=interpret)  # [queries, tile]
-        alpha = exp2(peak - new, interpret=interpret)  # [queries]
-        parts = _terms(p, max(query_terms, 2))
-        acc = acc * alpha[:, None] + _product(parts, _widened(v), transpose=False, interpret=interpret)
-        return acc, new, total * alpha + jnp.sum(p, axis=1)
+        visible = _visible(token, stored, position, options)
+        return _fold(state, queries, k, v, visible, options, interpret=interpret)
 
-    zero = jnp.zeros((query.shape[0],), jnp.float32)
-    state = (jnp.zeros(query.shape, jnp.float32), zero + FLOOR, zero)
+    state = _empty(query)
     return step(tiles[0], state) if single else lax.fori_loop(*tiles, step, state)
+
+
+def attend_new(
+    query: jax.Array,
+    token: jax.Array,
+    new: tuple[Any, Any],
+    where: tuple[jax.Array, jax.Array],
+    count: jax.Array,
+    *,
+    tile: int,
+    options: LogitOptions,
+    query_terms: int,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attends over the queries' own tokens, each over itself and those before it.
+
+    Args:
+        query: float32 [queries, d padded], one query row each.
+        token: int32 [queries], number of each query's token.
+        new: References [b, t, h_kv, d] of keys and values; uint16 are the bits of bfloat16.
+        where: Sequence and KV head.
+        count: Tokens that exist; those behind them may hold NaN.
+        tile: t or more.
+        options: Logit options.
+        query_terms: bfloat16 numbers that sum to a query.
+        interpret: Whether the kernel runs as jnp.
+
+    Returns:
+        As `attend_slots`.
+    """
+    shape = (tile, query.shape[1])
+    channel = lax.broadcasted_iota(jnp.int32, shape, 1)  # [tile, d padded]
+    key_token = lax.broadcasted_iota(jnp.int32, (tile,), 0)  # [tile]
+    exists = key_token < count  # [tile]
+    sequence, head = where
+    mask = jnp.broadcast_to(exists[:, None], shape) & (channel < new[0].shape[3])  # [tile, d padded]
+    at = (*(jnp.broadcast_to(i, shape) for i in (sequence, key_token[:, None], head)), channel)
+    k, v = (plt.load(pool.at[at], mask=mask, other=_zero(pool)) for pool in new)  # [tile, d padded]
+    visible = _visible(key_token, exists, token, options)  # [queries, tile]
+    return _fold(_empty(query), _terms(query, query_terms), k, v, visible, options, interpret=interpret)
+
+
+def _empty(query: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The state of `_fold` for queries [queries, d padded] before any key."""
+    zero = jnp.zeros((query.shape[0],), jnp.float32)
+    return jnp.zeros(query.shape, jnp.float32), zero + FLOOR, zero
+
+
+def _fold(
+    state: tuple[jax.Array, jax.Array, jax.Array],
+    queries: list[jax.Array],
+    k: jax.Array,
+    v: jax.Array,
+    visible: jax.Array,
+    options: LogitOptions,
+    *,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The state with stored keys and values [tile, d padded] that queries see where `visible` [queries, tile] is."""
+    acc, peak, total = state  # [queries, d padded], [queries], [queries]
+    logits = _logits(queries, k, options, interpret=interpret)  # [queries, tile]
+    w = jnp.where(visible, logits, HIDDEN)
+    new = jnp.maximum(jnp.maximum(peak, jnp.max(w, axis=1)), FLOOR)  # [queries]
+    p = exp2(w - new[:, None], interpret=interpret)  # [queries, tile]
+    alpha = exp2(peak - new, interpret=interpret)  # [queries]
+    parts = _terms(p, max(len(queries), 2))
+    acc = acc * alpha[:, None] + _product(parts, _widened(v), transpose=False, interpret=interpret)
+    return acc, new, total * alpha + jnp.sum(p, axis=1)
+
+
+def _load_slots(
+    pools: tuple[Any, Any],
+    where: tuple[jax.Array, jax.Array],
+    slot: jax.Array,
+    wanted: jax.Array,
+    channel: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Keys and values [tile, d padded] in the wanted slots [tile] of a row and KV head, zero elsewhere."""
+    shape, dim = channel.shape, pools[0].shape[3]
+    mask = jnp.broadcast_to(wanted[:, None], shape)  # [tile, d padded]
+    if dim < shape[1]:
+        mask = mask & (channel < dim)
+    at = (*(jnp.broadcast_to(i, shape) for i in (*where, slot[:, None])), channel)
+    return tuple(plt.load(pool.at[at], mask=mask, other=_zero(pool)) for pool in pools)
+
+
+def _logits(queries: list[jax.Array], keys: jax.Array, options: LogitOptions, *, interpret: bool) -> jax.Array:
+    """Soft-capped logits [queries, tile] times log2(e), of queries [queries, d padded] by terms."""
+    logits = _product(queries, _widened(keys), transpose=True, interpret=interpret) * (options.scale * LOG2_E)
+    if options.softcap is None:
+        return logits
+    cap = options.softcap * LOG2_E
+    return cap * tanh(logits * (1.0 / cap), interpret=interpret)
+
+
+def _visible(token: jax.Array, stored: jax.Array, position: jax.Array, options: LogitOptions) -> jax.Array:
+    """Which tokens [tile], as far as they are stored [tile], the query at each position [queries] sees."""
+    distance = position[:, None] - token[None, :]  # [queries, tile]
+    visible = stored[None, :] & (distance >= 0)
+    if options.sliding_window is not None:
+        visible = visible & (distance < options.sliding_window)
+    return visible
 
 
 def query_block(count: int, group: int, largest: int) -> int:

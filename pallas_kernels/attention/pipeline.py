@@ -19,7 +19,8 @@ from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_pla
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.attention.prefill import launch_triton as prefill
-from pallas_kernels.attention.prepare_triton import Prepared, PrepareInputs, prepare, prepare_plan
+from pallas_kernels.attention.prepare_arguments import Prepared, PrepareInputs
+from pallas_kernels.attention.prepare_triton import prepare, prepare_plan
 from pallas_kernels.format import VectorFormat
 from pallas_kernels.numerics import LOG2_E
 from pallas_kernels.pages import Pages

@@ -1,8 +1,8 @@
 """The prepare kernel: every input of decode besides the pages, and attention over full-precision slots.
 
-Its programs do three things side by side: attend over a run of full-precision slots; rotate a block of queries, with
-the bias of centred keys and the sketch of Prod keys; and write the block table of a sequence, the number of its tokens
-in pages and the positions of its queries. The rotated basis begins here and ends in `merge_triton`; docs/decode_step.md
+Its programs do four things side by side: attend over a run of full-precision slots; attend over the queries' own tokens,
+if the cache does not hold them yet; rotate a block of queries, with the bias of centred keys and the sketch of Prod
+keys; and write the block table of a sequence, the number of its tokens in pages and the positions of its queries. The rotated basis begins here and ends in `merge_triton`; docs/decode_step.md
 draws all three launches.
 """
 
@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.attention.full_precision_triton import attend_slots, query_block
+from pallas_kernels.attention.full_precision_triton import attend_new, attend_slots, query_block
 from pallas_kernels.attention.options import LogitOptions
+from pallas_kernels.attention.prepare_arguments import Prepared, PrepareInputs, PreparePlan
 from pallas_kernels.compat.device import H100_MULTIPROCESSORS
 from pallas_kernels.numerics import INSTRUCTION_ROWS, power_of_two
 from pallas_kernels.tiles.rotation_triton import Basis, apply_factors, channels_of, grid_of, load_signs
@@ -45,97 +46,6 @@ MOST_ROTATED = 4
 
 FOUR_WARP_BYTES = 256
 """Bytes of a full-precision key up to which a program has four warps, not eight."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparePlan:
-    """Static configuration of the kernel.
-
-    Attributes:
-        options: Logit options.
-        kv_heads: KV heads.
-        sink_slots: Full-precision slots before the ring, one per sink token.
-        pages_per_row: Pages per cache row; 0 without compressed tokens.
-        sketch_gain: Factor of the sketch of queries.
-        slot_tile: Full-precision slots per step.
-        slot_queries: Query rows of a KV head that a program attends with.
-        slot_splits: Programs that share the slots of a sequence and KV head; 0 without slots.
-        rotated: Queries that a program rotates.
-        num_warps: Warps per program.
-        interpret: Whether the kernel runs as jnp.
-    """
-
-    options: LogitOptions
-    kv_heads: int
-    sink_slots: int
-    pages_per_row: int
-    sketch_gain: float
-    slot_tile: int
-    slot_queries: int
-    slot_splits: int
-    rotated: int
-    num_warps: int
-    interpret: bool
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PrepareInputs:
-    """Arrays of the kernel, or references; None where a field does not apply.
-
-    Attributes:
-        query: [b, t, h_q, d] of any float type.
-        rows: int32 [b], cache row of each sequence; None for all in order.
-        counts: int32 [b], query tokens of each sequence; None for t.
-        length: int32 [rows], tokens of each cache row.
-        compressed: int32 [rows], tokens in pages.
-        keys: [rows, h_kv, slots, d], full-precision keys; uint16 are the bits of bfloat16.
-        values: [rows, h_kv, slots, d], full-precision values, of the type of the keys.
-        mean: float32 [rows, h_kv, d], subtracted from compressed keys.
-        weight: float32 [rows, h_kv, d], multiplied to compressed keys.
-        basis: Rotated basis of compressed keys.
-        sketch: float32 [d, d], matrix of Prod keys.
-    """
-
-    query: Any
-    rows: Any
-    counts: Any
-    length: Any
-    compressed: Any
-    keys: Any
-    values: Any
-    mean: Any
-    weight: Any
-    basis: Basis | None
-    sketch: Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """Outputs of the kernel; None where a field does not apply.
-
-    Attributes:
-        acc: float32 [b, h_kv, slot_splits, t * g, d], attention over full-precision slots, see `merge_triton.Splits`.
-        peak: float32 [b, h_kv, slot_splits, t * g].
-        total: float32 [b, h_kv, slot_splits, t * g].
-        query: float32 [b, t, h_q, d], divided by the weight and rotated.
-        bias: float32 [b, t, h_q], logits of the queries with the key mean.
-        sketch: float32 [b, t, h_q, d], sketch of the rotated queries times its gain.
-        table: int32 [b, pages_per_row], block table.
-        lengths: int32 [b], tokens in pages.
-        positions: int32 [b, t], positions of the queries, counted from the first token behind the sink tokens.
-    """
-
-    acc: Any = None
-    peak: Any = None
-    total: Any = None
-    query: Any = None
-    bias: Any = None
-    sketch: Any = None
-    table: Any = None
-    lengths: Any = None
-    positions: Any = None
 
 
 def prepare_plan(
@@ -189,17 +99,17 @@ def prepare(x: PrepareInputs, plan: PreparePlan) -> Prepared:
     return out
 
 
-def _programs(x: PrepareInputs, plan: PreparePlan) -> tuple[int, int, int]:
-    """Programs for slots, for rotation and for block tables."""
+def _programs(x: PrepareInputs, plan: PreparePlan) -> tuple[int, int, int, int]:
+    """Programs for rotation, for slots, for new tokens and for block tables."""
     batch, count, heads, dim = x.query.shape
     kv_heads = plan.kv_heads
     group = heads // kv_heads
-    blocks = -(-count * group // plan.slot_queries)
-    slots = batch * kv_heads * blocks * plan.slot_splits
+    blocks = batch * kv_heads * -(-count * group // plan.slot_queries)
+    slots, new = blocks * plan.slot_splits, 0 if x.new_keys is None else blocks
     if not plan.pages_per_row:
-        return slots, 0, 0
+        return 0, slots, new, 0
     rotate = -(-batch * count * heads // plan.rotated) * (1 if x.sketch is None else -(-dim // SKETCHED))
-    return slots, rotate, batch * -(-plan.pages_per_row // TABLE_BLOCK)
+    return rotate, slots, new, batch * -(-plan.pages_per_row // TABLE_BLOCK)
 
 
 def _outputs(x: PrepareInputs, plan: PreparePlan) -> Prepared:
@@ -210,8 +120,8 @@ def _outputs(x: PrepareInputs, plan: PreparePlan) -> Prepared:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     out = Prepared()
-    if plan.slot_splits:
-        lead = (batch, kv_heads, plan.slot_splits, count * heads // kv_heads)
+    if splits := plan.slot_splits + (x.new_keys is not None):
+        lead = (batch, kv_heads, splits, count * heads // kv_heads)
         out = dataclasses.replace(out, acc=floats(*lead, dim), peak=floats(*lead), total=floats(*lead))
     if plan.pages_per_row:
         out = dataclasses.replace(
@@ -227,17 +137,19 @@ def _outputs(x: PrepareInputs, plan: PreparePlan) -> Prepared:
 
 
 def _body(x: PrepareInputs, out: Prepared, *, plan: PreparePlan) -> None:
-    """The kernel body; the number of a program says which of the three tasks it has. All arguments are references."""
+    """The kernel body; the number of a program says which of the tasks it has. All arguments are references."""
     program = pl.program_id(0)
-    slots, rotate, tables = _programs(x, plan)
-    if rotate:
-        # Rotations come first: their arithmetic hides behind the loads of the other tasks.
-        pl.when(program < rotate)(lambda: _rotate(x, out, program, plan))
-    if slots:
-        here = (program >= rotate) & (program < rotate + slots)
-        pl.when(here)(lambda: _attend(x, out, program - rotate, plan))
-    if tables:
-        pl.when(program >= slots + rotate)(lambda: _write_table(x, out, program - slots - rotate, plan))
+    # Rotations come first: their arithmetic hides behind the loads of the other tasks.
+    tasks = _rotate, _attend, _attend_new, _write_table
+    end = 0
+    for task, programs in zip(tasks, _programs(x, plan), strict=True):
+        begin, end = end, end + programs
+        if programs:
+            here = (program >= begin) & (program < end)
+
+            @pl.when(here)
+            def _(task: Any = task, begin: int = begin) -> None:
+                task(x, out, program - begin, plan)
 
 
 def _row(x: PrepareInputs, sequence: jax.Array) -> jax.Array:
@@ -247,54 +159,110 @@ def _row(x: PrepareInputs, sequence: jax.Array) -> jax.Array:
 
 def _first_position(x: PrepareInputs, sequence: jax.Array, row: jax.Array) -> jax.Array:
     """Position of the first query of a sequence."""
-    return x.length[row] - (x.query.shape[1] if x.counts is None else x.counts[sequence])
+    back = x.counts if x.back is None else x.back
+    return x.length[row] - (x.query.shape[1] if back is None else back[sequence])
 
 
-def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
-    """Attends with a block of query rows over a share of the slots of a sequence and KV head."""
+@dataclasses.dataclass(frozen=True)
+class _QueryRows:
+    """A block of query rows of a sequence and KV head, and which part of the keys it attends to.
+
+    Attributes:
+        query: float32 [queries, d padded].
+        token: int32 [queries], query token of each row.
+        column: int32 [queries], number of each row among those of the KV head.
+        channel: int32 [queries, d padded].
+        mask: bool [queries, d padded], whether the row and the channel exist.
+        sequence: Sequence of the batch, a number.
+        head: KV head, a number.
+        part: Part of the keys, a number.
+    """
+
+    query: jax.Array
+    token: jax.Array
+    column: jax.Array
+    channel: jax.Array
+    mask: jax.Array
+    sequence: jax.Array
+    head: jax.Array
+    part: jax.Array
+
+
+def _query_rows(x: PrepareInputs, program: jax.Array, plan: PreparePlan, *, parts: int) -> _QueryRows:
+    """The query rows of a program, of which each block has one program per part of the keys."""
     count, heads, dim = x.query.shape[1:]
-    kv_heads, slots = x.keys.shape[1:3]
-    group, padded = heads // kv_heads, power_of_two(dim)
-    size = plan.slot_queries
-    split, rest = _divided(program, plan.slot_splits)
+    group, size = heads // plan.kv_heads, plan.slot_queries
+    part, rest = _divided(program, parts)
     block, rest = _divided(rest, -(-count * group // size))
-    head, sequence = _divided(rest, kv_heads)
-    row = _row(x, sequence)
-    length, compressed = x.length[row], x.compressed[row]
-
+    head, sequence = _divided(rest, plan.kv_heads)
     column = block * size + lax.broadcasted_iota(jnp.int32, (size,), 0)  # [queries], query rows
     token, query_head = _token_and_head(column, head, group)  # [queries] each
-    shape = (size, padded)
+    shape = (size, power_of_two(dim))
     channel = lax.broadcasted_iota(jnp.int32, shape, 1)  # [queries, d padded], as are mask and query
     mask = jnp.broadcast_to((column < count * group)[:, None], shape) & (channel < dim)
     index = [jnp.broadcast_to(i, shape) for i in (sequence, token[:, None], query_head[:, None])]
     query = plt.load(x.query.at[(*index, channel)], mask=mask, other=jnp.zeros((), x.query.dtype))
+    return _QueryRows(query.astype(jnp.float32), token, column, channel, mask, sequence, head, part)
 
+
+def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
+    """Attends with a block of query rows over a share of the slots of a sequence and KV head."""
+    slots = x.keys.shape[2]
+    this = _query_rows(x, program, plan, parts=plan.slot_splits)
+    row = _row(x, this.sequence)
+    length, compressed = x.length[row], x.compressed[row]
     single = plan.slot_splits * plan.slot_tile >= slots
     used = lax.div(jnp.minimum(length, slots) + (plan.slot_tile - 1), jnp.int32(plan.slot_tile))
     share = lax.div(used + (plan.slot_splits - 1), jnp.int32(plan.slot_splits))
-    begin = split if single else split * share
-    # acc [queries, d padded], peak and total [queries]
-    acc, peak, total = attend_slots(
-        query.astype(jnp.float32),
-        _first_position(x, sequence, row) + token,
+    begin = this.part if single else this.part * share
+    state = attend_slots(
+        this.query,
+        _first_position(x, this.sequence, row) + this.token,
         x.keys,
         x.values,
-        (row, head),
+        (row, this.head),
         (begin, jnp.minimum(begin + share, used)),
         (length, compressed),
         tile=plan.slot_tile,
         sink_slots=plan.sink_slots,
         options=plan.options,
-        query_terms=TERMS.get(jnp.dtype(x.query.dtype).name, 3),
+        query_terms=_terms_of(x),
         single=single,
         interpret=plan.interpret,
     )
-    at = [jnp.broadcast_to(i, shape) for i in (sequence, head, split, column[:, None])]
-    plt.store(out.acc.at[(*at, channel)], acc, mask=mask)
-    at = [jnp.broadcast_to(i, (size,)) for i in (sequence, head, split)]
-    for ref, value in ((out.peak, peak), (out.total, total)):
-        plt.store(ref.at[(*at, column)], value, mask=column < count * group)
+    _store_split(out, this, this.part, state)
+
+
+def _attend_new(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
+    """Attends with a block of query rows over the new tokens of a sequence and KV head."""
+    count = x.query.shape[1]
+    this = _query_rows(x, program, plan, parts=1)
+    state = attend_new(
+        this.query,
+        this.token,
+        (x.new_keys, x.new_values),
+        (this.sequence, this.head),
+        jnp.int32(count) if x.counts is None else x.counts[this.sequence],
+        tile=max(LEAST_SLOTS, power_of_two(count)),
+        options=plan.options,
+        query_terms=_terms_of(x),
+        interpret=plan.interpret,
+    )
+    _store_split(out, this, jnp.int32(plan.slot_splits), state)
+
+
+def _terms_of(x: PrepareInputs) -> int:
+    return TERMS.get(jnp.dtype(x.query.dtype).name, 3)
+
+
+def _store_split(out: Prepared, this: _QueryRows, split: jax.Array, state: tuple[jax.Array, ...]) -> None:
+    """Writes acc [queries, d padded], peak and total [queries] of a split."""
+    shape, acc = this.mask.shape, state[0]
+    at = [jnp.broadcast_to(i, shape) for i in (this.sequence, this.head, split, this.column[:, None])]
+    plt.store(out.acc.at[(*at, this.channel)], acc, mask=this.mask)
+    at = [jnp.broadcast_to(i, shape[:1]) for i in (this.sequence, this.head, split)]
+    for ref, value in ((out.peak, state[1]), (out.total, state[2])):
+        plt.store(ref.at[(*at, this.column)], value, mask=this.column < out.acc.shape[3])
 
 
 def _rotate(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:

@@ -4,11 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.attention.pipeline import AttendPlan, attend_prepared
-from pallas_kernels.attention.prepare_triton import PrepareInputs
+from pallas_kernels.attention.prepare_arguments import PrepareInputs
 from pallas_kernels.pages import Pages
 from pallas_kernels.tiles.rotation_triton import Basis
 
@@ -53,16 +53,22 @@ def attend_cache(
     *,
     rows: Int[Array, "b"] | None = None,
     counts: Int[Array, "b"] | None = None,
+    new: tuple[Shaped[Array, "b t h_kv d"], Shaped[Array, "b t h_kv d"]] | None = None,
+    back: Int[Array, "b"] | None = None,
     sink_logits: Float[Array, "h_q"] | None = None,
 ) -> Float[Array, "b t h_q d"] | Partial:
-    """Causal attention of the latest queries of each cache row, of any number, over everything in the cache.
+    """Causal attention of queries, of any number, over everything in the cache.
 
     Args:
         query: Queries as the model has them, of any float type.
         cache: The cache.
         plan: The configuration.
         rows: Cache row of each sequence; all rows in order by default.
-        counts: Queries of each sequence, right-padded: its last `counts` tokens; t by default.
+        counts: Queries of each sequence, right-padded; t by default.
+        new: Keys and values of the queries' own tokens, if the cache does not hold them yet: of its type of
+            full-precision tokens, and of MAX_QUERY_TOKENS at most.
+        back: Tokens from the first query to the end of the cache row, 0 if the queries follow its tokens; `counts` by
+            default, for queries of the row's last tokens.
         sink_logits: Learned logits without a value.
 
     Returns:
@@ -73,7 +79,7 @@ def attend_cache(
         NotImplementedError: For shapes or formats outside the kernels' limits.
     """
     return attend_prepared(
-        prepare_inputs(query, cache, rows, counts),
+        prepare_inputs(query, cache, rows, counts, back, new),
         cache.pages,
         plan,
         stored_dtype=cache.exact_keys.dtype,
@@ -83,12 +89,15 @@ def attend_cache(
     )
 
 
-def prepare_inputs(query: Any, cache: CacheArrays, rows: Any, counts: Any) -> PrepareInputs:
+def prepare_inputs(
+    query: Any, cache: CacheArrays, rows: Any, counts: Any, back: Any = None, new: tuple[Any, Any] | None = None
+) -> PrepareInputs:
     """The arrays of a cache that the first kernel reads."""
     return PrepareInputs(
         query=query,
         rows=rows,
         counts=counts,
+        back=back,
         length=cache.length,
         compressed=cache.compressed,
         keys=cache.exact_keys if cache.exact_keys.size else None,
@@ -97,4 +106,6 @@ def prepare_inputs(query: Any, cache: CacheArrays, rows: Any, counts: Any) -> Pr
         weight=cache.weight,
         basis=cache.key_basis,
         sketch=cache.sketch,
+        new_keys=None if new is None else new[0],
+        new_values=None if new is None else new[1],
     )

@@ -22,6 +22,7 @@ from flax import nnx
 from jax import lax
 
 import tq_jax as tq
+from pallas_kernels.attention import MAX_QUERY_TOKENS
 from tq_jax.attention import Implementation
 from tq_jax.models.blocks import linear
 from tq_jax.models.causal import causal_attention
@@ -29,11 +30,13 @@ from tq_jax.models.config import DecoderConfig, Run, runs_of
 from tq_jax.models.families import FAMILIES
 from tq_jax.models.rope import Turn, rotary_turn
 
-# (query [b, t, h_q, d], key and value [b, t, h_kv, d], cache, cache rows int32 [b]) -> the cache afterwards
-Store = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], Any]
-# (arguments of `Store`, with the cache that it returned; window: int or None, tokens that a query sees, itself
-# included; scale: float) -> mixed values [b, t, h_q, d]
-Attend = Callable[..., jax.Array]
+# (query [b, t, h_q, d], key and value [b, t, h_kv, d], carry, cache rows int32 [b]; window: int or None, tokens that a
+# query sees, itself included; scale: float) -> mixed values [b, t, h_q, d], the carry for the next layer, and arrays that
+# are kept of every layer
+LayerMix = Callable[..., tuple[jax.Array, Any, Any]]
+
+FEW_TOKENS = MAX_QUERY_TOKENS
+"""Longest chunk whose keys and values wait for the last layer, so that those of all layers are appended at once."""
 
 
 class Decoder(nnx.Module):
@@ -113,10 +116,10 @@ class Decoder(nnx.Module):
             Hidden states [b, t, dim] after the final norm.
         """
 
-        def store(query: jax.Array, key: jax.Array, value: jax.Array, cache: None, rows: jax.Array) -> None:
-            return cache
+        def mix(query: jax.Array, key: jax.Array, value: jax.Array, carry: None, rows: jax.Array, **options: Any):
+            return causal_attention(query, key, value, **options), None, None
 
-        return self.run(tokens, None, jnp.zeros(tokens.shape[:1], jnp.int32), store, _attend_chunk)[0]
+        return self.run(tokens, None, jnp.zeros(tokens.shape[:1], jnp.int32), mix)[0]
 
     def projections(self, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
         """Queries, keys and values of a prompt that runs exactly, for studies of real caches.
@@ -129,15 +132,12 @@ class Decoder(nnx.Module):
             and values [num_layers * b, t, num_kv_heads, head_dim]). Rotary embedding is already applied to queries and
             keys. The first axis has the order of cache rows.
         """
-        heads = (self.config.num_heads, self.config.num_kv_heads, self.config.num_kv_heads)
-        rows = self.config.num_layers * tokens.shape[0]
-        dtype = self.embedding.param_dtype
-        empty = tuple(jnp.zeros((rows, tokens.shape[1], h, self.config.head_dim), dtype) for h in heads)
 
-        def store(query: jax.Array, key: jax.Array, value: jax.Array, seen: tuple[jax.Array, ...], rows: jax.Array):
-            return tuple(past.at[rows].set(x) for past, x in zip(seen, (query, key, value), strict=True))
+        def mix(query: jax.Array, key: jax.Array, value: jax.Array, carry: None, rows: jax.Array, **options: Any):
+            return causal_attention(query, key, value, **options), None, (query, key, value)
 
-        return self.run(tokens, empty, jnp.zeros(tokens.shape[:1], jnp.int32), store, _attend_chunk)
+        hidden, _, kept = self.run(tokens, None, jnp.zeros(tokens.shape[:1], jnp.int32), mix)
+        return hidden, kept
 
     def prefill(
         self, tokens: jax.Array, cache: tq.Cache, *, lengths: jax.Array | None = None
@@ -156,8 +156,13 @@ class Decoder(nnx.Module):
             ValueError: If the cache does not have `num_layers * b` rows.
         """
         self.require_rows(cache, batch=tokens.shape[0])
-        start = jnp.zeros(tokens.shape[:1], jnp.int32)
-        return self.run(tokens, cache, start, partial(_append, lengths=lengths), _attend_chunk)
+
+        def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: tq.Cache, rows: jax.Array, **options: Any):
+            stored = tq.append(cache, key, value, query=query, lengths=lengths, rows=rows)
+            return causal_attention(query, key, value, **options), stored, None
+
+        hidden, cache, _ = self.run(tokens, cache, jnp.zeros(tokens.shape[:1], jnp.int32), mix)
+        return hidden, cache
 
     def extend(
         self,
@@ -165,16 +170,19 @@ class Decoder(nnx.Module):
         cache: tq.Cache,
         *,
         lengths: jax.Array | None = None,
+        as_stored: bool = False,
         implementation: Implementation = "auto",
         precise: bool = False,
     ) -> tuple[jax.Array, tq.Cache]:
-        """Append tokens to the cache and attend over all tokens that it then holds.
+        """Attend over the tokens of the cache and, exactly, over those of a chunk, and append the chunk.
 
         Args:
             tokens: int32 [b, t], right-padded. t = 1 is a step of decoding, t > 1 a teacher-forced chunk.
             cache: From `prefill` or an earlier `extend`, or empty.
             lengths: int32 [b], valid tokens of this chunk per sequence; None means all. A sequence with 0 valid tokens
                 stays as it was.
+            as_stored: Whether tokens of the chunk see each other as the cache holds them, as for the study of a cache:
+                each layer appends the chunk first and attends then.
             implementation: Implementation of attention, see `tq_jax.attend`.
             precise: Whether attention is precise, see `tq_jax.attend`.
 
@@ -185,8 +193,33 @@ class Decoder(nnx.Module):
             ValueError: If the cache does not have `num_layers * b` rows.
         """
         self.require_rows(cache, batch=tokens.shape[0])
-        attend = partial(_attend_cache, lengths=lengths, implementation=implementation, precise=precise)
-        return self.run(tokens, cache, cache.length[: tokens.shape[0]], partial(_append, lengths=lengths), attend)
+        how: dict[str, Any] = {"lengths": lengths, "implementation": implementation, "precise": precise}
+        few = tokens.shape[1] <= FEW_TOKENS and not as_stored
+
+        def mix(
+            query: jax.Array,
+            key: jax.Array,
+            value: jax.Array,
+            cache: tq.Cache,
+            rows: jax.Array,
+            *,
+            window: int | None,
+            scale: float,
+        ) -> tuple[jax.Array, tq.Cache, Any]:
+            chunk = None if as_stored else (key, value)
+            stored = tq.append(cache, key, value, query=query, lengths=lengths, rows=rows) if not few else cache
+            mixed = tq.attend(
+                query, stored if as_stored else cache, chunk=chunk, rows=rows, sliding_window=window, scale=scale, **how
+            )
+            return mixed, stored, (query, key, value) if few else None
+
+        hidden, cache, kept = self.run(tokens, cache, cache.length[: tokens.shape[0]], mix)
+        if few:
+            # One append for all layers: a layer only reads the cache.
+            query, key, value = kept
+            every = None if lengths is None else jnp.tile(lengths, self.config.num_layers)
+            cache = tq.append(cache, key, value, query=query, lengths=every)
+        return hidden, cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of the next token.
@@ -203,54 +236,51 @@ class Decoder(nnx.Module):
     def run(
         self,
         tokens: jax.Array,
-        cache: Any,
+        carry: Any,
         start: jax.Array,
-        store: Store,
-        attend: Attend,
-    ) -> tuple[jax.Array, Any]:
-        """Run tokens with functions of the caller that keep keys and values and attend to them.
+        mix: LayerMix,
+    ) -> tuple[jax.Array, Any, Any]:
+        """Run tokens with a function of the caller that attends and keeps keys and values.
 
         Args:
             tokens: int32 [b, t].
-            cache: Any pytree; it is carried through the layers.
+            carry: Any pytree; `mix` of one layer hands it to that of the next.
             start: int32 [b], position of the first token of each sequence.
-            store: Puts the queries, keys and values of a layer into the cache.
-            attend: Mixes the values of a layer, given the cache that `store` returned.
+            mix: Mixes the values of a layer.
 
         Returns:
-            Hidden states [b, t, dim] after the final norm, and the cache.
+            Hidden states [b, t, dim] after the final norm, the carry after the last layer, and the arrays that `mix`
+            keeps: those of all layers in the order of cache rows, [num_layers * b, ...].
         """
         b, t = tokens.shape
         positions = start[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]
         sequences = jnp.arange(b, dtype=jnp.int32)
         turns = {window: self._turn(positions, window) for window in set(self.config.layer_windows)}
-        carry = self._embed(tokens), cache
+        state, kept = (self._embed(tokens), carry), []
         for run, blocks in zip(self.runs, self.blocks, strict=True):
-            attend_run = partial(attend, window=run.window, scale=self.config.attention_scale)
+            options = {"window": run.window, "scale": self.config.attention_scale}
 
             def layer(
-                carry: tuple[jax.Array, Any],
+                state: tuple[jax.Array, Any],
                 inputs: tuple[jax.Array, Any],
                 turn: Turn = turns[run.window],
-                attend: Attend = attend_run,
-            ) -> tuple[tuple[jax.Array, Any], None]:
-                (hidden, cache), (index, block) = carry, inputs
+                mix: LayerMix = partial(mix, **options),
+            ) -> tuple[tuple[jax.Array, Any], Any]:
+                (hidden, carry), (index, block) = state, inputs
                 rows = index * b + sequences
-
-                def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-                    stored = store(query, key, value, cache, rows)
-                    return attend(query, key, value, stored, rows), stored
-
-                return block(hidden, turn, mix), None
+                hidden, (carry, kept) = block(hidden, turn, lambda q, k, v: _mixed(mix(q, k, v, carry, rows)))
+                return (hidden, carry), kept
 
             if run.count == 1:
-                graph, state = nnx.split(blocks)
-                alone = nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
-                carry, _ = layer(carry, (jnp.int32(run.first), alone))
+                graph, arrays = nnx.split(blocks)
+                alone = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays))
+                state, found = layer(state, (jnp.int32(run.first), alone))
+                kept.append(found)
             else:
-                carry, _ = lax.scan(layer, carry, (run.first + jnp.arange(run.count, dtype=jnp.int32), blocks))
-        hidden, cache = carry
-        return self.norm(hidden), cache
+                state, found = lax.scan(layer, state, (run.first + jnp.arange(run.count, dtype=jnp.int32), blocks))
+                kept.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found))
+        hidden, carry = state
+        return self.norm(hidden), carry, jax.tree.map(lambda *x: jnp.concatenate(x), *kept)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         hidden = self.embedding(tokens)
@@ -278,47 +308,7 @@ class Decoder(nnx.Module):
             )
 
 
-def _append(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    cache: tq.Cache,
-    rows: jax.Array,
-    *,
-    lengths: jax.Array | None,
-) -> tq.Cache:
-    """Append the tokens of a layer: the `Store` of a compressed cache."""
-    return tq.append(cache, key, value, query=query, lengths=lengths, rows=rows)
-
-
-def _attend_chunk(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    cache: Any,
-    rows: jax.Array,
-    *,
-    window: int | None,
-    scale: float,
-) -> jax.Array:
-    """Exact attention over the tokens of this call: an `Attend` that does not read the cache."""
-    return causal_attention(query, key, value, scale=scale, window=window)
-
-
-def _attend_cache(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    cache: tq.Cache,
-    rows: jax.Array,
-    *,
-    window: int | None,
-    scale: float,
-    lengths: jax.Array | None,
-    implementation: Implementation,
-    precise: bool,
-) -> jax.Array:
-    """Attention over all tokens of the cache: the `Attend` of a compressed cache."""
-    options: dict[str, Any] = dict(sliding_window=window, scale=scale, implementation=implementation, precise=precise)
-    mixed = tq.attend(query, cache, lengths=lengths, rows=rows, **options)
-    return mixed.astype(query.dtype)
+def _mixed(found: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, tuple[Any, Any]]:
+    """The mixed values, and all else that a layer hands on."""
+    mixed, *rest = found
+    return mixed, tuple(rest)

@@ -1,0 +1,121 @@
+"""Exact causal attention of a chunk of tokens over itself, without a [t, t] matrix of scores.
+
+Right-padded batches need no mask: padding comes after every valid token, so no valid query sees it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.attention.options import LogitOptions
+from pallas_kernels.attention.partial import Partial
+from pallas_kernels.compat import cudnn
+from pallas_kernels.dispatch import choose
+from pallas_kernels.numerics import HIDDEN
+
+BLOCK = 256
+"""Tokens per block of queries and per block of keys of the reference."""
+
+
+def attend_chunk(
+    query: Float[Array, "b t h_q d"],
+    key: Float[Array, "b t h_kv d"],
+    value: Float[Array, "b t h_kv d"],
+    *,
+    options: LogitOptions,
+    implementation: str = "auto",
+    block: int = BLOCK,
+) -> Partial:
+    """Attention of every token over itself and the tokens before it.
+
+    Args:
+        query: Queries after rotary embedding.
+        key: Keys after rotary embedding, in the type of the queries.
+        value: Values.
+        options: Logit options.
+        implementation: "reference" is jnp; "auto" is cuDNN on a GPU for the types and head dims that it has, and the
+            reference elsewhere.
+        block: Tokens per block of the reference.
+
+    Returns:
+        The attention, already normalized if cuDNN attends.
+    """
+    check = functools.partial(cudnn.check_supported, query, softcap=options.softcap)
+    if choose(implementation, op="attention within a prompt", check=check) == "reference":
+        return _by_blocks(query, key, value, options=options, block=block)
+    out, log_sum_exp = cudnn.attend_causal(
+        query, key, value, scale=options.scale, sliding_window=options.sliding_window
+    )
+    return Partial(out.astype(jnp.float32), log_sum_exp, jnp.ones_like(log_sum_exp))
+
+
+def _by_blocks(query: Array, key: Array, value: Array, *, options: LogitOptions, block: int) -> Partial:
+    """Attends block by block; a block of queries skips the blocks of keys that none of its queries sees.
+
+    A running maximum and a running sum replace the full softmax (online softmax, arXiv:1805.02867).
+    """
+    b, t, h_q, d = query.shape
+    h_kv = key.shape[2]
+    block = min(block, t)
+    blocks = -(-t // block)
+    pad = ((0, 0), (0, blocks * block - t), (0, 0), (0, 0))
+    grouped = jnp.pad(query, pad).reshape(b, blocks, block, h_kv, h_q // h_kv, d)
+    key, value = jnp.pad(key, pad), jnp.pad(value, pad)
+    window = options.sliding_window
+
+    def query_block(_: None, index: Array) -> tuple[None, tuple[Array, Array, Array]]:
+        q = lax.dynamic_index_in_dim(grouped, index, axis=1, keepdims=False)  # [b, block, h_kv, g, d]
+
+        def key_block(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            k, v = (lax.dynamic_slice_in_dim(x, j * block, block, axis=1) for x in (key, value))
+            return _fold(state, q, k, v, options=options, query_start=index * block, key_start=j * block)
+
+        first = 0 if window is None else jnp.maximum(index * block - (window - 1), 0) // block
+        return None, lax.fori_loop(first, index + 1, key_block, _empty(q))
+
+    _, parts = lax.scan(query_block, None, jnp.arange(blocks))  # [blocks, b, h_kv, g, block, ...]
+
+    def in_order(x: Array) -> Array:
+        x = jnp.moveaxis(x, (1, 0, 4), (0, 1, 2))  # [b, blocks, block, h_kv, g, ...]
+        return x.reshape(b, blocks * block, h_q, *x.shape[5:])[:, :t]
+
+    return Partial(*(in_order(x) for x in parts))
+
+
+def _empty(q: Array) -> tuple[Array, Array, Array]:
+    """The state of `_fold` for a block of queries [b, s, h_kv, g, d] before its first block of keys."""
+    b, block, h_kv, group, d = q.shape
+    rows = (b, h_kv, group, block)
+    return jnp.zeros((*rows, d), jnp.float32), jnp.full(rows, HIDDEN, jnp.float32), jnp.zeros(rows, jnp.float32)
+
+
+def _fold(
+    state: tuple[Array, Array, Array],
+    q: Array,  # [b, s, h_kv, g, d]
+    k: Array,  # [b, u, h_kv, d]
+    v: Array,  # [b, u, h_kv, d]
+    *,
+    options: LogitOptions,
+    query_start: Array,
+    key_start: Array,
+) -> tuple[Array, Array, Array]:
+    """Fold a block of keys and values into the running sums of a block of queries.
+
+    The state holds the mixed values [b, h_kv, g, s, d] before normalization, and the maximum and the sum of the softmax
+    [b, h_kv, g, s]. `query_start` and `key_start` are the positions of the first tokens of the two blocks.
+    """
+    acc, peak, total = state
+    scores = jnp.einsum("bshgd,buhd->bhgsu", q, k, preferred_element_type=jnp.float32) * jnp.float32(options.scale)
+    if options.softcap is not None:
+        scores = options.softcap * jnp.tanh(scores / options.softcap)
+    q_pos, k_pos = query_start + jnp.arange(q.shape[1]), key_start + jnp.arange(k.shape[1])
+    age = q_pos[:, None] - k_pos[None, :]
+    visible = (age >= 0) if options.sliding_window is None else (age >= 0) & (age < options.sliding_window)
+    scores = jnp.where(visible[None, None, None], scores, jnp.float32(HIDDEN))
+    new_peak = jnp.maximum(peak, scores.max(axis=-1))
+    weight, shrink = jnp.exp(scores - new_peak[..., None]), jnp.exp(peak - new_peak)
+    mixed = jnp.einsum("bhgsu,buhd->bhgsd", weight.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return acc * shrink[..., None] + mixed, new_peak, total * shrink + weight.sum(axis=-1)
