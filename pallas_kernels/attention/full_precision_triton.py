@@ -58,35 +58,17 @@ def attend_slots(
         Sum of 2**(w - peak) * value [queries, d padded], peak [queries] and sum of 2**(w - peak) [queries], with w =
         logit * log2(e).
     """
-    slots, dim = keys.shape[2:]
-    padded = query.shape[1]
-    shape = (tile, padded)
-    channel = lax.broadcasted_iota(jnp.int32, shape, 1)  # [tile, d padded]
+    slots = keys.shape[2]
+    channel = lax.broadcasted_iota(jnp.int32, (tile, query.shape[1]), 1)  # [tile, d padded]
     queries = _terms(query, query_terms)  # [queries, d padded] each
 
     def step(index: jax.Array, state: tuple) -> tuple:
         acc, peak, total = state  # [queries, d padded], [queries], [queries]
         slot = index * tile + lax.broadcasted_iota(jnp.int32, (tile,), 0)  # [tile]
         token, stored = token_in_slot(slot, *lengths, sink_slots=sink_slots, slots=slots)  # [tile] each
-        # A single tile is loaded before the lengths are known: one trip to memory less.
-        mask = jnp.broadcast_to((slot < slots if single else stored)[:, None], shape)  # [tile, d padded]
-        if dim < padded:
-            mask = mask & (channel < dim)
-        at = (*(jnp.broadcast_to(i, shape) for i in (*where, slot[:, None])), channel)
-        k, v = (plt.load(pool.at[at], mask=mask, other=_zero(pool)) for pool in (keys, values))  # [tile, d padded]
-        if single:
-            # Slots that were never written may hold NaN.
-            v = jnp.where(stored[:, None], v, _zero(values))
-        # [queries, tile]
-        logits = _product(queries, _widened(k), transpose=True, interpret=interpret) * (options.scale * LOG2_E)
-        if options.softcap is not None:
-            cap = options.softcap * LOG2_E
-            logits = cap * tanh(logits * (1.0 / cap), interpret=interpret)
-        distance = position[:, None] - token[None, :]  # [queries, tile]
-        visible = stored[None, :] & (distance >= 0)  # [queries, tile]
-        if options.sliding_window is not None:
-            visible = visible & (distance < options.sliding_window)
-        w = jnp.where(visible, logits, HIDDEN)
+        k, v = _load_slots(keys, values, where, slot, stored, channel, single=single)  # [tile, d padded] each
+        logits = _logits(queries, k, options, interpret=interpret)  # [queries, tile]
+        w = jnp.where(_visible(token, stored, position, options), logits, HIDDEN)
         new = jnp.maximum(jnp.maximum(peak, jnp.max(w, axis=1)), FLOOR)  # [queries]
         p = exp2(w - new[:, None], interpret=interpret)  # [queries, tile]
         alpha = exp2(peak - new, interpret=interpret)  # [queries]
@@ -97,6 +79,48 @@ def attend_slots(
     zero = jnp.zeros((query.shape[0],), jnp.float32)
     state = (jnp.zeros(query.shape, jnp.float32), zero + FLOOR, zero)
     return step(tiles[0], state) if single else lax.fori_loop(*tiles, step, state)
+
+
+def _load_slots(
+    keys: Any,
+    values: Any,
+    where: tuple[jax.Array, jax.Array],
+    slot: jax.Array,
+    stored: jax.Array,
+    channel: jax.Array,
+    *,
+    single: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [tile, d padded] in slots [tile] of a row and KV head; values are zero where none is stored."""
+    shape, (slots, dim) = channel.shape, keys.shape[2:]
+    # A single tile is loaded before the lengths are known: one trip to memory less.
+    mask = jnp.broadcast_to((slot < slots if single else stored)[:, None], shape)  # [tile, d padded]
+    if dim < shape[1]:
+        mask = mask & (channel < dim)
+    at = (*(jnp.broadcast_to(i, shape) for i in (*where, slot[:, None])), channel)
+    k, v = (plt.load(pool.at[at], mask=mask, other=_zero(pool)) for pool in (keys, values))  # [tile, d padded]
+    if single:
+        # Slots that were never written may hold NaN.
+        v = jnp.where(stored[:, None], v, _zero(values))
+    return k, v
+
+
+def _logits(queries: list[jax.Array], keys: jax.Array, options: LogitOptions, *, interpret: bool) -> jax.Array:
+    """Soft-capped logits [queries, tile] times log2(e), of queries [queries, d padded] by terms."""
+    logits = _product(queries, _widened(keys), transpose=True, interpret=interpret) * (options.scale * LOG2_E)
+    if options.softcap is None:
+        return logits
+    cap = options.softcap * LOG2_E
+    return cap * tanh(logits * (1.0 / cap), interpret=interpret)
+
+
+def _visible(token: jax.Array, stored: jax.Array, position: jax.Array, options: LogitOptions) -> jax.Array:
+    """Which tokens [tile], as far as they are stored [tile], the query at each position [queries] sees."""
+    distance = position[:, None] - token[None, :]  # [queries, tile]
+    visible = stored[None, :] & (distance >= 0)
+    if options.sliding_window is not None:
+        visible = visible & (distance < options.sliding_window)
+    return visible
 
 
 def query_block(count: int, group: int, largest: int) -> int:
