@@ -60,8 +60,7 @@ def append(
 
     Example:
         >>> import tq_jax as tq
-        >>> spec = tq.CacheSpec(num_kv_heads=2, head_dim=64, max_tokens=512, key=tq.QuantizerSpec(dim=64),
-        ...                     value=tq.QuantizerSpec(dim=64))
+        >>> spec = tq.CacheSpec.recommended(num_kv_heads=2, head_dim=64, max_tokens=512)
         >>> cache = tq.append(tq.init_cache(spec, batch=1), jnp.ones((1, 200, 2, 64)), jnp.ones((1, 200, 2, 64)))
         >>> cache.length.tolist(), cache.compressed.tolist()
         ([200], [68])

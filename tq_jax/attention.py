@@ -63,24 +63,21 @@ def attend(
     Args:
         query: Queries after rotary embedding; h_q is a multiple of the cache's KV heads.
         cache: The cache.
-        implementation: "reference" is jnp on any device; "triton" is three GPU kernels (interpreted, slowly, where JAX
-            has no GPU); "auto" takes the kernels on a GPU for every case that they support, and the reference
-            elsewhere.
-        sliding_window: A query sees itself and the sliding_window - 1 tokens before it. By default it sees all tokens
-            before it.
+        implementation: "reference" is jnp on any device; "triton" is three GPU kernels, interpreted, slowly, where JAX
+            has no GPU; "auto" takes these on a GPU for every case that they support, and the reference elsewhere.
+        sliding_window: A query sees itself and the sliding_window - 1 tokens before it; all of them by default.
         softcap: Logits x become softcap * tanh(x / softcap).
         sink_logits: A learned logit per head that takes part in the softmax and has no value.
         scale: Factor of <q, k>; 1/sqrt(head_dim) by default.
-        lengths: Queries of each cache row that exist, at most t, right-padded like the chunk they come from.
-            Row i has queries of its last lengths[i] tokens; the outputs of padding are zero.
+        lengths: Queries of each row that exist, at most t: those of its last lengths[i] tokens, right-padded.
         rows: The cache rows of the queries; all rows in order by default.
         precise: Two-byte queries in the kernel however many query rows there are, see `TileConfig`; the reference is
             always precise.
-        config: Tiles of the kernel, and their own `precise`, in place of those for the page size. The reference has no
-            tiles: implementation="reference" with a config is refused.
+        config: Tiles of the kernel, and their own `precise`, in place of those for the page size; not for the
+            reference, which has no tiles.
 
     Returns:
-        Attention outputs in the type of the queries. NaN for rows that overflowed; zero where no token is visible.
+        Outputs in the type of the queries. NaN for rows that overflowed; zero for padding and where no token is seen.
 
     Raises:
         ValueError: For shapes or options that do not fit; and, outside jit, for lengths or rows out of range.
@@ -88,11 +85,9 @@ def attend(
 
     Example:
         >>> import tq_jax as tq
-        >>> spec = tq.CacheSpec(num_kv_heads=2, head_dim=64, max_tokens=512, key=tq.QuantizerSpec(dim=64),
-        ...                     value=tq.QuantizerSpec(dim=64))
+        >>> cache = tq.init_cache(tq.CacheSpec.recommended(num_kv_heads=2, head_dim=64, max_tokens=512), batch=1)
         >>> k = jnp.sin(jnp.arange(300 * 2 * 64.0)).reshape(1, 300, 2, 64)
-        >>> cache = tq.append(tq.init_cache(spec, batch=1), k, k)
-        >>> tq.attend(jnp.ones((1, 1, 8, 64)), cache).shape
+        >>> tq.attend(jnp.ones((1, 1, 8, 64)), tq.append(cache, k, k)).shape
         (1, 1, 8, 64)
     """
     spec = cache.spec

@@ -80,15 +80,7 @@ def append_cache(
     Raises:
         NotImplementedError: For shapes or formats outside the kernels' limits.
     """
-    pages = cache.pages
-    window = WindowPlan(
-        sink_slots=plan.sink_slots,
-        max_tokens=plan.max_tokens,
-        pages_per_row=0 if pages is None else pages.keys.packed.shape[0] // cache.length.shape[0],
-        page_size=1 if pages is None else pages.keys.packed.shape[2],
-        leaves=pages is not None,
-        interpret=plan.interpret,
-    )
+    pages, window = cache.pages, _window_plan(cache, plan)
     exact = (cache.exact_keys, cache.exact_values) if cache.exact_keys.size else (None, None)
     kept = Window(*exact, cache.length, cache.compressed, cache.overflow)
     new = NewTokens(keys, values, counts, rows)
@@ -115,6 +107,19 @@ def append_cache(
         length=entered.length,
         compressed=entered.compressed,
         overflow=entered.overflow,
+    )
+
+
+def _window_plan(cache: CacheArrays, plan: AppendPlan) -> WindowPlan:
+    """Static configuration of the kernels of the window."""
+    pages = cache.pages
+    return WindowPlan(
+        sink_slots=plan.sink_slots,
+        max_tokens=plan.max_tokens,
+        pages_per_row=0 if pages is None else pages.keys.packed.shape[0] // cache.length.shape[0],
+        page_size=1 if pages is None else pages.keys.packed.shape[2],
+        leaves=pages is not None,
+        interpret=plan.interpret,
     )
 
 

@@ -272,7 +272,8 @@ def fill_cache(cache: tq.Cache, query: Array, key: Array, value: Array, length: 
 def _extend(
     decoder: Decoder, tokens: Int[Array, "1 t"], cache: tq.Cache, count: Int[Array, ""] | None
 ) -> tuple[Float[Array, "t vocab"], tq.Cache]:
-    hidden, cache = decoder.extend(tokens, cache, lengths=None if count is None else count[None])
+    lengths = None if count is None else count[None]
+    hidden, cache = decoder.extend(tokens, cache, lengths=lengths, as_stored=True)
     return decoder.logits(hidden)[0], cache
 
 

@@ -92,13 +92,10 @@ def attend(x: DecodeInputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan
     state = page_of(x, row, begin, plan), parts, _folded_zeros(plan)
     _, parts, total = lax.fori_loop(begin, end, step, state)
     _store_acc(parts, acc_ref, (row, head, split), block * plan.columns, plan)
-    peak, total = parts[0][1], jnp.sum(total, axis=0)  # [columns] each
-    if plan.pairs:
-        # Both columns of a pair have the same numbers: [columns / 2].
-        peak, total = (jnp.max(number.reshape(-1, 2), axis=1) for number in (peak, total))
-    columns = pl.ds(block * plan.columns, peak.shape[0])
-    peak_ref[row, head, split, columns] = peak
-    total_ref[row, head, split, columns] = total
+    numbers = _per_row((parts[0][1], jnp.sum(total, axis=0)), plan)
+    columns = pl.ds(block * plan.columns, numbers[0].shape[0])
+    for ref, number in zip((peak_ref, total_ref), numbers, strict=True):
+        ref[row, head, split, columns] = number
 
 
 def _logit_unit(plan: DecodePlan) -> float:
@@ -125,6 +122,11 @@ def _pair_sums(x: jax.Array, plan: DecodePlan) -> jax.Array:
     """Sums of both columns of each pair of x [n, columns], in both columns; a thread holds both."""
     pairs = x.reshape(-1, plan.columns // 2, 2)  # [n, columns / 2, 2]
     return jnp.broadcast_to(jnp.sum(pairs, axis=2, keepdims=True), pairs.shape).reshape(x.shape)
+
+
+def _per_row(numbers: tuple[jax.Array, ...], plan: DecodePlan) -> tuple[jax.Array, ...]:
+    """Numbers [columns], of which both columns of a pair have the same, as one per pair: [columns / 2]."""
+    return tuple(jnp.max(x.reshape(-1, 2), axis=1) for x in numbers) if plan.pairs else numbers
 
 
 def _tiles_of_split(x: DecodeInputs, row: jax.Array, split: jax.Array, plan: DecodePlan) -> tuple[jax.Array, jax.Array]:

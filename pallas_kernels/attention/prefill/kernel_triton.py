@@ -188,20 +188,13 @@ def _run(
         # Masks take registers, which the logits of half a tile leave.
         plan, first, last = dataclasses.replace(plan, tile=plan.tile // 2), first * 2, last * 2
 
-    def key_scales(page: jax.Array, index: jax.Array) -> list[jax.Array]:
-        """float16 [tile] per key part."""
-        keys = x.pages.keys
-        refs = [keys.residual if part.sketch else keys.scale for part in plan.keys]
-        where = (page, kv_head, slot_of(index, plan))
-        return [load_scale(r, p, where, plan, dtype=jnp.float16) for r, p in zip(refs, plan.keys, strict=True)]
-
     def step(index: jax.Array, state: tuple) -> tuple:
         (page, scales, nearer), acc, base, total = state  # pages [] or [tile]
         where = (page, kv_head, slot_of(index, plan))
         # Read early, as Triton pipelines no loads of two bytes per thread: scales by a step, their pages by another.
         ahead = (
             page_of(x, sequence, index + 1, plan),
-            key_scales(nearer, index + 1),
+            _key_scales(x, nearer, kv_head, index + 1, plan),
             page_of(x, sequence, index + 2, plan),
         )
         tokens = index * plan.tile + lax.broadcasted_iota(jnp.int32, (plan.tile,), 0)  # [tile]
@@ -220,8 +213,17 @@ def _run(
         return ahead, acc, new_base, total
 
     page = page_of(x, sequence, first, plan)
-    ahead = (page, key_scales(page, first), page_of(x, sequence, first + 1, plan))
+    ahead = (page, _key_scales(x, page, kv_head, first, plan), page_of(x, sequence, first + 1, plan))
     return lax.fori_loop(first, last, step, (ahead, *sums))[1:]
+
+
+def _key_scales(
+    x: PrefillInputs, page: jax.Array, kv_head: jax.Array, index: jax.Array, plan: PrefillPlan
+) -> list[jax.Array]:
+    """float16 scales [tile] per key part of the tile of an index, which is in a page, or in pages [tile]."""
+    keys, where = x.pages.keys, (page, kv_head, slot_of(index, plan))
+    refs = [keys.residual if part.sketch else keys.scale for part in plan.keys]
+    return [load_scale(r, p, where, plan, dtype=jnp.float16) for r, p in zip(refs, plan.keys, strict=True)]
 
 
 def _tiles_of_split(x: PrefillInputs, rows: _Rows, plan: PrefillPlan) -> tuple[jax.Array, jax.Array, jax.Array]:

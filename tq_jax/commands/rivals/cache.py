@@ -117,15 +117,14 @@ def extend_dense(
     """
     start = cache.length
 
-    def store(query: Array, key: Array, value: Array, carried: Kept, rows: Array) -> Kept:
-        return with_tokens(carried, key, value, rows[0], start)
-
-    def attend(query: Array, key: Array, value: Array, stored: Kept, rows: Array, *, window, scale) -> Array:
+    def mix(query: Array, key: Array, value: Array, carried: Kept, rows: Array, *, window: int | None, scale: float):
+        stored = with_tokens(carried, key, value, rows[0], start)
         keys, values = read(stored, rows)
-        return attend_dense(query, keys, values, start, scale=scale, sliding_window=window).astype(query.dtype)
+        mixed = attend_dense(query, keys, values, start, scale=scale, sliding_window=window)
+        return mixed.astype(query.dtype), stored, None
 
     cache = dataclasses.replace(cache, length=start + (tokens.shape[1] if count is None else count))
-    hidden, cache = decoder.run(tokens, cache, start[None], store, attend)
+    hidden, cache, _ = decoder.run(tokens, cache, start[None], mix)
     return decoder.logits(hidden)[0], cache
 
 
