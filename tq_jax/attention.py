@@ -1,5 +1,6 @@
 """Attention over a compressed cache."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -21,11 +22,12 @@ from pallas_kernels.attention import (
     attend_cache,
     merge,
 )
+from pallas_kernels.attention.chunk import attend_chunk
 from pallas_kernels.attention.pipeline import check_attend
 from pallas_kernels.attention.reference import attend_tokens, nothing
 from pallas_kernels.dispatch import Implementation, choose, interprets
 from pallas_kernels.tiles.rotation_triton import Basis, Segment
-from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers
+from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers, to_storage
 from tq_jax.paged import attend_packed, finish
 from tq_jax.quantizer import Quantizer, is_traced, sketch_gain
 from tq_jax.rotation import mixing_factors
@@ -44,6 +46,7 @@ def attend(
     query: Float[Array, "b t h_q d"],
     cache: Cache,
     *,
+    chunk: tuple[Float[Array, "b t h_kv d"], Float[Array, "b t h_kv d"]] | None = None,
     implementation: Implementation = "auto",
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -56,20 +59,22 @@ def attend(
 ) -> Float[Array, "b t h_q d"]:
     """Attention of the latest tokens over everything in the cache, causal.
 
-    The queries belong to the last t tokens appended (`append` first, then `attend`). Tokens are read as the cache holds
-    them: sink tokens and window in full precision, all others from their codes, in the rotated basis and without
-    reconstructing them in the original one.
+    The queries belong to the last t tokens appended (`append` first, then `attend`), or, if a chunk is given, to tokens
+    that follow those of the cache (`attend` first, then `append`): they see each other exactly, whatever the cache will
+    hold of them. Tokens are read as the cache holds them: sink tokens and window in full precision, all others from
+    their codes, in the rotated basis and without reconstructing them in the original one.
 
     Args:
         query: Queries after rotary embedding; h_q is a multiple of the cache's KV heads.
         cache: The cache.
+        chunk: Keys, after rotary embedding, and values of the queries' tokens, if the cache does not hold them yet.
         implementation: "reference" is jnp on any device; "triton" is three GPU kernels, interpreted, slowly, where JAX
             has no GPU; "auto" takes these on a GPU for every case that they support, and the reference elsewhere.
         sliding_window: A query sees itself and the sliding_window - 1 tokens before it; all of them by default.
         softcap: Logits x become softcap * tanh(x / softcap).
         sink_logits: A learned logit per head that takes part in the softmax and has no value.
         scale: Factor of <q, k>; 1/sqrt(head_dim) by default.
-        lengths: Queries of each row that exist, at most t: those of its last lengths[i] tokens, right-padded.
+        lengths: Queries of each row that exist, at most t, right-padded; all by default.
         rows: The cache rows of the queries; all rows in order by default.
         precise: Two-byte queries in the kernel however many query rows there are, see `TileConfig`; the reference is
             always precise.
@@ -102,6 +107,8 @@ def attend(
             f"got {precise=}, {implementation=}"
         )
     _check_rows(cache, query.shape[1], lengths, rows)
+    if chunk is not None:
+        chunk = _stored(spec, query, *chunk)
     rows = None if rows is None else rows.astype(jnp.int32)
     lengths = None if lengths is None else lengths.astype(jnp.int32)
     if query.size == 0:
@@ -114,8 +121,16 @@ def attend(
     if config is not None and query.shape[1] > MAX_QUERY_TOKENS:
         check()  # a config that no kernel takes is refused, never ignored
     if choose(implementation, op="attend", check=check) == "triton":
-        return _attend_by_kernels(query, cache, lengths, rows, sink_logits, plan=plan)
-    return _attend_by_reference(query, cache, lengths, rows, sink_logits, options=options)
+        return _attend_by_kernels(query, cache, lengths, rows, sink_logits, chunk, plan=plan)
+    return _attend_by_reference(query, cache, lengths, rows, sink_logits, chunk, options=options)
+
+
+def _stored(spec: CacheSpec, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+    """Keys and values of a chunk as the cache holds them in full precision, or raises ValueError."""
+    expected = (*query.shape[:2], spec.num_kv_heads, spec.head_dim)
+    if key.shape != expected or value.shape != expected:
+        raise ValueError(f"expected keys and values of a chunk of shape {expected}, got {key.shape} and {value.shape}")
+    return to_storage(spec, key), to_storage(spec, value)
 
 
 def check_query(spec: CacheSpec, batch: int, query: Any, sink_logits: Any, **above_zero: float | None) -> None:
@@ -185,26 +200,62 @@ def _attend_by_kernels(
     lengths: Array | None,
     rows: Array | None,
     sink_logits: Array | None,
+    chunk: tuple[Array, Array] | None,
     *,
     plan: AttendPlan,
 ) -> Any:
-    arrays, count = arrays_of(cache), query.shape[1]
+    arrays, (batch, count) = arrays_of(cache), query.shape[:2]
+    few: dict[str, Any] = {"rows": rows, "sink_logits": sink_logits}
+    if count <= MAX_QUERY_TOKENS and chunk is not None:
+        return attend_cache(query, arrays, plan, counts=lengths, new=chunk, back=jnp.zeros(batch, jnp.int32), **few)
+    if chunk is not None:
+        return _attend_long_chunk(query, cache, lengths, rows, sink_logits, chunk, plan=plan)
     if count <= LONGEST:
-        return attend_cache(query, arrays, plan, rows=rows, counts=lengths, sink_logits=sink_logits)
+        return attend_cache(query, arrays, plan, counts=lengths, **few)
     # The position of a query follows from the number of tokens from it to the end of its row; so does that of a block.
-    left = jnp.full(query.shape[0], count, jnp.int32) if lengths is None else lengths
+    left = jnp.full(batch, count, jnp.int32) if lengths is None else lengths
     parts: list[Any] = [
-        attend_cache(
-            lax.slice_in_dim(query, start, min(start + LONGEST, count), axis=1),
-            arrays,
-            plan,
-            rows=rows,
-            counts=left - start,
-            sink_logits=sink_logits,
-        )
+        attend_cache(query[:, start : start + LONGEST], arrays, plan, counts=left - start, **few)
         for start in range(0, count, LONGEST)
     ]
     return jnp.concatenate(parts, axis=1)
+
+
+def _attend_long_chunk(
+    query: Array,
+    cache: Cache,
+    lengths: Array | None,
+    rows: Array | None,
+    sink_logits: Array | None,
+    chunk: tuple[Array, Array],
+    *,
+    plan: AttendPlan,
+) -> Array:
+    """Kernels attend over the cache, cuDNN or the reference over the chunk itself; the two are merged."""
+    batch, count = query.shape[:2]
+    behind: list[Any] = [
+        attend_cache(
+            query[:, start : start + LONGEST],
+            arrays_of(cache),
+            dataclasses.replace(plan, partial=True),
+            rows=rows,
+            back=jnp.full(batch, -start, jnp.int32),
+        )
+        for start in range(0, count, LONGEST)
+    ]
+    over_cache = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *behind)
+    own = attend_chunk(query, *(from_storage(cache.spec, x).astype(query.dtype) for x in chunk), options=plan.options)
+    exists = jnp.arange(count, dtype=jnp.int32)[None] < (count if lengths is None else lengths[:, None])
+    return _finished(merge(over_cache, own), query, cache, rows, sink_logits, exists)
+
+
+def _finished(
+    partial: Partial, query: Array, cache: Cache, rows: Array | None, sink_logits: Array | None, exists: Array
+) -> Array:
+    """The output: zero where no query exists, NaN for rows that overflowed."""
+    out = finish(partial, sink_logits, jnp.broadcast_to(exists, query.shape[:2]))
+    overflow = cache.overflow if rows is None else cache.overflow[rows]
+    return jnp.where(overflow[:, None, None, None], jnp.nan, out).astype(query.dtype)
 
 
 def arrays_of(cache: Cache) -> CacheArrays:
@@ -241,23 +292,31 @@ def _attend_by_reference(
     lengths: Array | None,
     rows: Array | None,
     sink_logits: Array | None,
+    chunk: tuple[Array, Array] | None,
     *,
     options: LogitOptions,
 ) -> Array:
-    """Window and pages one after the other, in plain jnp."""
+    """Window, pages and chunk one after the other, in plain jnp."""
     rows = jnp.arange(cache.rows, dtype=jnp.int32) if rows is None else rows
     lengths = jnp.full(rows.shape, query.shape[1], jnp.int32) if lengths is None else lengths
     length = cache.length[rows]
     step = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    positions = (length - lengths)[:, None] + step
+    positions = (length - lengths if chunk is None else length)[:, None] + step
     precise = query.astype(jnp.float32)
     partial = nothing(query, query.shape[3])
     if cache.exact_keys.shape[2]:
         partial = _attend_exact(precise, cache, rows, positions, options)
     if cache.pages is not None:
         partial = merge(partial, _attend_compressed(precise, cache, rows, positions, options))
-    out = finish(partial, sink_logits, step < lengths[:, None])
-    return jnp.where(cache.overflow[rows][:, None, None, None], jnp.nan, out).astype(query.dtype)
+    exists = step < lengths[:, None]
+    if chunk is not None:
+        # Padding may hold NaN, which no weight, not even zero, makes harmless.
+        key, value = (jnp.where(exists[:, :, None, None], from_storage(cache.spec, x), 0) for x in chunk)
+        own = attend_chunk(
+            precise, key.astype(jnp.float32), value.astype(jnp.float32), options=options, implementation="reference"
+        )
+        partial = merge(partial, own)
+    return _finished(partial, query, cache, rows, sink_logits, exists)
 
 
 def _attend_exact(

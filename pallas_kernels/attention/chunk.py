@@ -5,7 +5,6 @@ Right-padded batches need no mask: padding comes after every valid token, so no 
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float

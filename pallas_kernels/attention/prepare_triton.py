@@ -1,9 +1,9 @@
 """The prepare kernel: every input of decode besides the pages, and attention over full-precision slots.
 
-Its programs do four things side by side: attend over a run of full-precision slots; attend over the queries' own tokens,
-if the cache does not hold them yet; rotate a block of queries, with the bias of centred keys and the sketch of Prod
-keys; and write the block table of a sequence, the number of its tokens in pages and the positions of its queries. The rotated basis begins here and ends in `merge_triton`; docs/decode_step.md
-draws all three launches.
+Its programs do four things side by side: attend over a run of full-precision slots; attend over the queries' own
+tokens, if the cache does not hold them yet; rotate a block of queries, with the bias of centred keys and the sketch of
+Prod keys; and write the block table of a sequence, the number of its tokens in pages and the positions of its queries.
+The rotated basis begins here and ends in `merge_triton`; docs/decode_step.md draws all three launches.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.prepare_arguments import Prepared, PrepareInputs, PreparePlan
 from pallas_kernels.compat.device import H100_MULTIPROCESSORS
 from pallas_kernels.numerics import INSTRUCTION_ROWS, power_of_two
-from pallas_kernels.tiles.rotation_triton import Basis, apply_factors, channels_of, grid_of, load_signs
+from pallas_kernels.tiles.rotation_triton import apply_factors, channels_of, grid_of, load_signs
 
 SKETCHED, TABLE_BLOCK = 16, 1024
 """Coordinates per program that sketches, entries per program that writes a block table."""

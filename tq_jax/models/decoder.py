@@ -1,10 +1,10 @@
 """A decoder in Flax NNX over a compressed KV cache.
 
-Layers that are alike and follow each other form a run: one block whose parameters carry a leading layer axis, run by one
-`lax.scan`. On a GPU every layer is a run of its own: XLA copies the slice of a layer before a product reads it, which
-would make a decoding step three times as slow. On a CPU a run is as long as it can be: 30 layers in one program take a
-minute to compile there. One cache holds every layer: cache row `layer * b + sequence` belongs to that layer of that
-sequence, so no part of the cache is sliced out or stacked back.
+Layers that are alike and follow each other form a run: one block whose parameters carry a leading layer axis, run by
+one `lax.scan`. On a GPU every layer is a run of its own: XLA copies the slice of a layer before a product reads it,
+which would make a decoding step three times as slow. On a CPU a run is as long as it can be: 30 layers in one program
+take a minute to compile there. One cache holds every layer: cache row `layer * b + sequence` belongs to that layer of
+that sequence, so no part of the cache is sliced out or stacked back.
 
 Local layers (a query sees a sliding window only) keep all their tokens compressed, like the other layers: this is
 simple, and takes more memory than a ring of one window would.
@@ -31,8 +31,8 @@ from tq_jax.models.families import FAMILIES
 from tq_jax.models.rope import Turn, rotary_turn
 
 # (query [b, t, h_q, d], key and value [b, t, h_kv, d], carry, cache rows int32 [b]; window: int or None, tokens that a
-# query sees, itself included; scale: float) -> mixed values [b, t, h_q, d], the carry for the next layer, and arrays that
-# are kept of every layer
+# query sees, itself included; scale: float) -> mixed values [b, t, h_q, d], the carry for the next layer, and arrays
+# that are kept of every layer
 LayerMix = Callable[..., tuple[jax.Array, Any, Any]]
 
 FEW_TOKENS = MAX_QUERY_TOKENS
@@ -59,9 +59,7 @@ class Decoder(nnx.Module):
         (1, 3, 64)
     """
 
-    def __init__(
-        self, config: DecoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs, unroll: bool | None = None
-    ):
+    def __init__(self, config: DecoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs, unroll: bool | None = None):
         if config.architecture not in FAMILIES:
             raise NotImplementedError(f"architecture {config.architecture!r}: supported are {sorted(FAMILIES)}")
         family, dtype = FAMILIES[config.architecture], jnp.dtype(dtype)
@@ -215,10 +213,12 @@ class Decoder(nnx.Module):
 
         hidden, cache, kept = self.run(tokens, cache, cache.length[: tokens.shape[0]], mix)
         if few:
-            # One append for all layers: a layer only reads the cache.
+            # One append for all layers. That it follows the last reading of the cache has to be seen in its arguments,
+            # or XLA may keep a copy of the cache for the reader: the sum is never less than the number of tokens.
+            count = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if lengths is None else lengths
+            count = jnp.minimum(count, count + jnp.isnan(hidden[:, 0, 0]).astype(jnp.int32))
             query, key, value = kept
-            every = None if lengths is None else jnp.tile(lengths, self.config.num_layers)
-            cache = tq.append(cache, key, value, query=query, lengths=every)
+            cache = tq.append(cache, key, value, query=query, lengths=jnp.tile(count, self.config.num_layers))
         return hidden, cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -258,19 +258,8 @@ class Decoder(nnx.Module):
         turns = {window: self._turn(positions, window) for window in set(self.config.layer_windows)}
         state, kept = (self._embed(tokens), carry), []
         for run, blocks in zip(self.runs, self.blocks, strict=True):
-            options = {"window": run.window, "scale": self.config.attention_scale}
-
-            def layer(
-                state: tuple[jax.Array, Any],
-                inputs: tuple[jax.Array, Any],
-                turn: Turn = turns[run.window],
-                mix: LayerMix = partial(mix, **options),
-            ) -> tuple[tuple[jax.Array, Any], Any]:
-                (hidden, carry), (index, block) = state, inputs
-                rows = index * b + sequences
-                hidden, (carry, kept) = block(hidden, turn, lambda q, k, v: _mixed(mix(q, k, v, carry, rows)))
-                return (hidden, carry), kept
-
+            mix_run = partial(mix, window=run.window, scale=self.config.attention_scale)
+            layer = partial(_layer, turn=turns[run.window], mix=mix_run, sequences=sequences)
             if run.count == 1:
                 graph, arrays = nnx.split(blocks)
                 alone = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays))
@@ -308,7 +297,16 @@ class Decoder(nnx.Module):
             )
 
 
-def _mixed(found: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, tuple[Any, Any]]:
-    """The mixed values, and all else that a layer hands on."""
-    mixed, *rest = found
-    return mixed, tuple(rest)
+def _layer(
+    state: tuple[jax.Array, Any], inputs: tuple[jax.Array, Any], *, turn: Turn, mix: LayerMix, sequences: jax.Array
+) -> tuple[tuple[jax.Array, Any], Any]:
+    """One layer: hidden states and carry, from those before it, and the arrays that `mix` keeps."""
+    (hidden, carry), (index, block) = state, inputs
+    rows = index * sequences.shape[0] + sequences
+
+    def mix_here(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
+        mixed, after, kept = mix(query, key, value, carry, rows)
+        return mixed, (after, kept)
+
+    hidden, (carry, kept) = block(hidden, turn, mix_here)
+    return (hidden, carry), kept

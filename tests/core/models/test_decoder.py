@@ -199,14 +199,36 @@ def test_decoding_updates_the_cache_in_place(tiny, hybrid, exact_spec, packed_sp
         assert not re.findall(rf"\[{shape}\]\S* copy\(", text), f"[{shape}] is copied"
 
 
-@pytest.mark.parametrize("local", [False, True])
-def test_program_size_does_not_grow_with_depth(tiny, hybrid, exact_spec, local):
-    def instructions(layers: int) -> int:
-        config = dataclasses.replace(tiny.config, num_layers=layers)
-        if local:
-            pattern = tuple(layer % 3 != 1 for layer in range(layers))
-            config = dataclasses.replace(hybrid.config, num_layers=layers, local_layers=pattern)
-        decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize("runs", [1, 3])
+def test_program_size_does_not_grow_with_the_length_of_runs(tiny, hybrid, exact_spec, runs):
+    def instructions(length: int) -> int:
+        config = dataclasses.replace(tiny.config, num_layers=length)
+        if runs == 3:
+            pattern = (True,) * length + (False,) * length + (True,) * length
+            config = dataclasses.replace(hybrid.config, num_layers=3 * length, local_layers=pattern)
+        decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), unroll=False))
+        assert len(decoder.blocks) == runs
         return len(lower(decoder, exact_spec, batch=1).as_text().splitlines())
 
-    assert instructions(2) == instructions(7)
+    assert instructions(2) == instructions(5)
+
+
+def test_layers_alone_compute_what_runs_compute(hybrid, packed_spec):
+    runs = Decoder(dataclasses.replace(hybrid.config, local_layers=()), rngs=nnx.Rngs(0), unroll=False)
+    assert [run.count for run in runs.runs] == [hybrid.config.num_layers]
+    local = Decoder(runs.config, rngs=nnx.Rngs(1), unroll=True)
+    for index, blocks in enumerate(local.blocks):
+        nnx.update(blocks, jax.tree.map(lambda x, i=index: x[i : i + 1], nnx.state(runs.blocks[0])))
+    for part in ("embedding", "norm", "head"):
+        nnx.update(getattr(local, part), nnx.state(getattr(runs, part)))
+    tokens = jax.random.randint(jax.random.key(0), (2, 40), 0, runs.config.vocab_size)
+    np.testing.assert_allclose(forward(local, tokens), forward(runs, tokens), rtol=1e-4, atol=1e-5)
+    caches = []
+    for decoder in (local, runs):
+        _, cache = prefill(
+            decoder, tokens[:, :39], decoder.init_cache(packed_spec, batch=2), jnp.full(2, 39, jnp.int32)
+        )
+        logits, cache = extend(decoder, tokens[:, 39:], cache, jnp.ones(2, jnp.int32))
+        caches.append((logits, cache.exact_keys, cache.length))
+    for one, other in zip(*caches, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
