@@ -1,0 +1,8 @@
+"""The small operations of a decoder layer around its products, one launch each: residual norm, and heads with rotary
+positions. A decoding step has hundreds of them, so that launches, not bytes, are their cost.
+"""
+
+from pallas_kernels.layer.heads import Heads, split_heads
+from pallas_kernels.layer.residual_norm import NormWeights, residual_norm
+
+__all__ = ["Heads", "NormWeights", "residual_norm", "split_heads"]
