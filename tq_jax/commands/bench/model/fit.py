@@ -41,8 +41,8 @@ def largest(fits: Callable[[int], bool], ceiling: int = CEILING) -> int:
 def compute(rows: Sequence[Row], configs: dict[str, DecoderConfig], kinds: Sequence[Kind], limit: int) -> list[Row]:
     """What fits for every decoder and cache that was measured.
 
-    The room for a cache is what the device allows, less the weights, less the memory that the decode loop needed beside
-    weights and cache at the largest measured load of that cache.
+    The room for a cache is what the device allows, less the weights, less what the largest measured load of that cache
+    needed beside both, its filling included. Longer contexts than the model was trained for count too.
 
     Args:
         rows: Rows of the command.

@@ -57,9 +57,10 @@ class Lab:
             shape: The name.
         """
         if self._held is None or self._held[0] != shape:
-            self._held = None
-            jax.clear_caches()
-            gc.collect()
+            if self._held is not None:
+                self._held = None
+                jax.clear_caches()
+                gc.collect()
             made = self.plan.loaded or random_decoder(self.plan.configs[shape], jnp.dtype(self.plan.dtype))
             self._held = shape, jax.block_until_ready(made)
         return self._held[1]

@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from tq_jax.commands.bench.job import Row
-from tq_jax.commands.bench.model.line import VLLM_SHAPE, Line
+from tq_jax.commands.bench.model.line import VLLM_SHAPE, Line, least_squares
 from tq_jax.commands.bench.model.report import cache_name
 
 COLORS = ("#1b6ca8", "#c8553d", "#e0a458", "#5b8c5a", "#7a5195", "#2f9e9e")
-FULL, OTHER = "#444444", "#999999"
+FULL, OTHER = "#7f7f7f", "#8f7fc9"
 STYLES = {"bf16": ":", "fp8": "-."}
 
 
@@ -45,27 +45,31 @@ def draw(rows: Sequence[Row], published: Sequence[Row], path: Path, *, title: st
         else:
             _bars(axes, chosen, colors)
         axes.set_title(f"{shape}, one sequence" if curve else shape, fontsize=10)
-        axes.set(ylabel="milliseconds per token", ylim=(0, None))
+        top = 1.35 * max(row["us"] for row in chosen) / 1e3  # room for the legend
+        axes.set(ylabel="milliseconds per token", ylim=(0, None if curve else top))
         axes.grid(alpha=0.3)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130)
 
 
 def _curve(axes: Any, rows: Sequence[Row], colors: dict[str, str], published: Sequence[Row]) -> None:
-    """Time against context: measured with marks, floors dashed, vLLM's lines thin."""
+    """Time against context: measured marks, lines of least squares through them, floors dashed, and vLLM's lines."""
     contexts = sorted({row["seq"] for row in rows})
+    places = _between(contexts)
     for name in dict.fromkeys(cache_name(row) for row in rows):
-        mine = sorted((row for row in rows if cache_name(row) == name), key=lambda row: row["seq"])
-        places = [row["seq"] for row in mine]
-        axes.plot(places, [row["us"] / 1e3 for row in mine], "o-", color=colors[name], label=name, ms=4)
-        axes.plot(places, [row["floor_us"] / 1e3 for row in mine], "--", color=colors[name], lw=1)
-    axes.plot([], [], "--", color=FULL, lw=1, label="floor of the same color")
+        mine = [row for row in rows if cache_name(row) == name]
+        times, floors = ([(row["seq"], row[figure] / 1e3) for row in mine] for figure in ("us", "floor_us"))
+        axes.plot(*zip(*times, strict=True), "o", color=colors[name], ms=5)
+        for points, style, label in ((times, "-", name), (floors, "--", None)):
+            if line := least_squares(points):
+                axes.plot(places, [line.at(seq) for seq in places], style, color=colors[name], lw=1.3, label=label)
+    axes.plot([], [], "--", color="black", lw=1.3, label="floor of the same color")
     for row in published:
         line = Line(row["intercept_ms"], row["slope_ms"])
         where = f"scaled to {row['scaled_to']}" if row["scaled_to"] else "H100"
-        heights, color = [line.at(seq) for seq in _between(contexts)], "#3a7d44" if row["scaled_to"] else OTHER
+        heights, color = [line.at(seq) for seq in places], "#3a7d44" if row["scaled_to"] else OTHER
         label = f"vLLM {row['cache']}, {where}"
-        axes.plot(_between(contexts), heights, STYLES[row["cache"]], color=color, lw=1.2, label=label)
+        axes.plot(places, heights, STYLES[row["cache"]], color=color, lw=1.2, label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(contexts, [f"{seq:,}" for seq in contexts], rotation=30, fontsize=8)
     axes.minorticks_off()
@@ -99,4 +103,3 @@ def _bars(axes: Any, rows: Sequence[Row], colors: dict[str, str]) -> None:
     marks = [Line2D([], [], color=colors[name], lw=6) for name in names] + [Line2D([], [], color="black", lw=1.5)]
     axes.legend(marks, [*names, "floor"], fontsize=8)
     axes.set(xlabel="sequences x tokens of context")
-    axes.margins(y=0.12)

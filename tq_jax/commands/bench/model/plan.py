@@ -207,8 +207,8 @@ def make_plan(asked: Asked, *, gpu: bool) -> Plan:
         timed = usual.prompts.get(name, usual.prompts[""]) if prompts is None else prompts
         if prompts is None and (contexts or batches):
             timed = ()
-        tasks += [Task("model", name, *load, kind) for load in loads for kind in kinds]
         tasks += [Task("prompt", name, b, tokens, _one(kinds)) for b in batches or [1] for tokens in timed]
+        tasks += [Task("model", name, *load, kind) for load in loads for kind in kinds]
     fields = {"capacity": asked.capacity, "fill": asked.fill, "check_fit": asked.check_fit, "dtype": usual.dtype}
     return Plan(configs, tuple(dict.fromkeys(tasks)), kinds, steps, loaded=loaded, **fields)
 
