@@ -172,7 +172,7 @@ MISTAKES = {
     "got 'K4.4.4V4'": ("--cache", "K4.4.4V4"),
     "expected --fill among random, prompt, got 'zeros'": ("--fill", "zeros"),
     "expected --capacity with --context of at most so many tokens, got 300": ("--context", "512", "--capacity", "300"),
-    "1 is not in the range": ("--steps", "1"),
+    "Invalid value for '--steps'": ("--steps", "1"),
 }
 
 
@@ -263,12 +263,10 @@ def test_random_weights_are_of_one_type_and_of_use():
     assert 0.3 < float(jnp.std(logits)) < 3.0
 
 
-def test_a_step_reads_all_weights_but_an_embedding_that_is_no_head():
-    decoder = shapes.random_decoder(TINY, jnp.bfloat16)
-    table = 97 * 64 * 2
-    assert floors.read_weights(decoder) == floors.all_weights(decoder) - table
-    norms = (2 * 2 + 1) * 64 * 2
-    assert floors.all_weights(decoder) == 2 * floors.layer_weights(TINY) + 2 * table + norms
+def test_a_step_reads_all_weights_but_an_embedding_that_is_no_head(tiny):
+    table, norms = 97 * 64, (2 * 2 + 1) * 64
+    assert floors.read_weights(tiny) == floors.all_weights(tiny) - 4 * table
+    assert floors.all_weights(tiny) == 4 * (floors.layer_weights(TINY) + 2 * table + norms)
 
 
 def test_a_step_reads_tokens_in_use():
@@ -409,3 +407,13 @@ def test_kernels_and_models_have_pictures_of_their_own(tmp_path):
     setting = Setting(gpu=False, copy_gbps=1.0, matmul_tflops=1.0)
     command.draw(data, tmp_path / "bench.png", setting, command.open_console("-"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.png", "bench_model.png"]
+
+
+def test_whole_models_alone_get_nearly_all_memory(monkeypatch):
+    names = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_PREALLOCATE"
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(command.os, "environ", environment)
+    command.set_memory(["model"])
+    assert environment == {names[0]: command.WHOLE_FRACTION}
+    command.set_memory(["model", "decode"])
+    assert environment[names[1]] == "false"

@@ -33,6 +33,9 @@ BY_DEFAULT = ["decode", "attend", "encode", "prefill"]
 COPY_BYTES, MATRIX = {True: 2**30, False: 2**26}, {True: 8192, False: 512}
 """Sizes of the copy and of the matrix product that set the floor, with a GPU (True) and without (False)."""
 
+WHOLE_FRACTION = "0.95"
+"""Share of the GPU's memory that JAX takes if only whole models are measured."""
+
 LABELS_SHOWN = 6
 """Most measurements that did not start which are named."""
 
@@ -65,9 +68,9 @@ def bench(
     what fits the device. Exits 0 only if all rows agree with the reference and the claims printed under the table hold.
     """
     started = time.monotonic()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # peers allocate on the same GPU
     console = open_console(json)
     chosen = require_known(ops or BY_DEFAULT, OPS, "operations")
+    set_memory(chosen)
     wanted = require_known(against.split(",") if against else [], [peer.name for peer in peers.PEERS], "peers")
     gpu = jax.default_backend() == "gpu"
     asked = planning.Asked(shape, model, context, batch, cache, prompt, steps, capacity, fill, check_fit)
@@ -95,6 +98,20 @@ def bench(
     write_json(data, json)
     if not data["ok"]:
         raise typer.Exit(1)
+
+
+def set_memory(chosen: Sequence[str]) -> None:
+    """Lets peers allocate on the GPU beside JAX; whole models, which have no peers, get nearly all of it in one piece.
+
+    What the environment says already counts before that. JAX must not have started yet.
+
+    Args:
+        chosen: Operations to measure.
+    """
+    if set(chosen) == {"model"}:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", WHOLE_FRACTION)
+    else:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def make_plan(chosen: Sequence[str], asked: planning.Asked, *, gpu: bool) -> planning.Plan | None:

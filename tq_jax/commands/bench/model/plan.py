@@ -21,8 +21,8 @@ LEAST, MOST = 256, 131072
 FILLS = ("random", "prompt")
 
 
-def _option(help: str, **fields: Any) -> Any:
-    return typer.Option(help=help, rich_help_panel=PANEL, **fields)
+def _option(help: str, *names: str, **fields: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=PANEL, **fields)
 
 
 ShapeNames = Annotated[
@@ -49,7 +49,7 @@ Fill = Annotated[
     str, _option("How a cache is filled: with random keys and values, or by a prompt.", metavar="|".join(FILLS))
 ]
 CheckFit = Annotated[
-    bool, _option("Also decode with the largest batch and the longest context that are computed to fit.")
+    bool, _option("Also decode with the largest batch and the longest context that are computed to fit.", "--check-fit")
 ]
 
 

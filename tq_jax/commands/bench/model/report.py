@@ -20,6 +20,9 @@ COUNTED = (
     "tokens in use, at the speed of a copy. Floor of a prompt: the matrices of all layers, both products of causal "
     "attention and one head, at the speed of a large bfloat16 product."
 )
+ON_A_CPU = (
+    "A CPU computes in float32 here, and its copy also pays for the memory of the result: floors are a scale, no bound."
+)
 
 
 def tell(row: Row) -> str:
@@ -62,11 +65,13 @@ def show(data: dict[str, Any], console: Console) -> None:
         console: Where to print.
     """
     rows = [row for row in data["rows"] if row["op"] in OPS]
-    title = f"Whole models on {jax.devices()[0].device_kind}, random weights unless --model is given"
+    title = f"Whole models on {jax.devices()[0].device_kind}: tokens of the compiled decode loop"
     for table in (tokens_table(rows, title), prompts_table(rows), lines_table(data), fit_table(data["fit"])):
         if table.row_count:
             console.print(table)
     console.print(COUNTED)
+    if jax.default_backend() == "cpu":
+        console.print(ON_A_CPU)
     if not data["fit"]:
         console.print("What fits is not computed: nothing was measured, or the device does not say how much it holds")
 
