@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 
 from tq_jax.models import Decoder, DecoderConfig
 
@@ -16,6 +17,15 @@ def all_weights(decoder: Decoder) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(decoder))
 
 
+def weight_dtype(decoder: Decoder) -> jnp.dtype:
+    """Type of the largest parameter.
+
+    Args:
+        decoder: The decoder.
+    """
+    return max(jax.tree.leaves(decoder), key=lambda leaf: leaf.size).dtype
+
+
 def read_weights(decoder: Decoder) -> int:
     """Bytes of the parameters that a decoding step reads: all of them but an embedding that is not also the head.
 
@@ -25,7 +35,7 @@ def read_weights(decoder: Decoder) -> int:
         decoder: The decoder.
     """
     config = decoder.config
-    table = config.vocab_size * config.dim * jax.tree.leaves(decoder.embedding)[0].dtype.itemsize
+    table = config.vocab_size * config.dim * weight_dtype(decoder).itemsize
     return all_weights(decoder) - (0 if config.tied_head else table)
 
 

@@ -112,7 +112,7 @@ class Lab:
         row |= self._floor(decoder, task, step * 1e6)
         row |= {"weights_bytes": weights, "cache_bytes": nbytes, "overhead_bytes": max(0, *extra)}
         row |= {"compile_s": round(compiled - started, 1), "fill_s": round(filled - compiled, 1), "steps": steps}
-        return row | {"capacity": spec.max_tokens, "dtype": str(decoder.embedding.embedding[...].dtype)}
+        return row | {"capacity": spec.max_tokens, "dtype": str(floors.weight_dtype(decoder))}
 
     def _floor(self, decoder: Decoder, task: Task, us: float) -> Row:
         """The floor of a step: the weights and the cache that it reads, at the speed of a copy."""
