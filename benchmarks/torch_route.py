@@ -81,8 +81,8 @@ def time_graph() -> dict[str, Any]:
     copies = [cache.fork() for cache in caches]
     graph, _ = cases.capture_step(caches, given)
     return {
-        "replay us a layer": gpu_us(graph.replay) / LAYERS,
-        "eager us a layer": host_us(lambda: cases.decode_step(copies, given), 20) / LAYERS,
+        "replay us per layer": gpu_us(graph.replay) / LAYERS,
+        "eager us per layer": host_us(lambda: cases.decode_step(copies, given), 20) / LAYERS,
     }
 
 
@@ -108,7 +108,7 @@ def time_generate() -> dict[str, Any]:
             with decoding_graphs(net, cache) if run else contextlib.nullcontext():
                 net.generate(**cases.padded_prompts(), max_new_tokens=96, **how, **{CACHE_ARGUMENT: cache})
             torch.cuda.synchronize()
-            row[f"{mode}, ms a token{run}"] = (time.perf_counter() - start) * 1e3 / 96
+            row[f"{mode}, ms per token{run}"] = (time.perf_counter() - start) * 1e3 / 96
     return row
 
 
@@ -142,7 +142,7 @@ def time_steps(net: Any, ids: torch.Tensor, cache: Any, batch: int, steps: int, 
             out = net(ids[:, step : step + 1].expand(batch, 1), **{CACHE_ARGUMENT: cache}).logits
             torch.cuda.synchronize()
             times.append((time.perf_counter() - start) * 1e3)
-    return figures | {"ms a token": statistics.median(times[8:])}, out.float().log_softmax(-1)
+    return figures | {"ms per token": statistics.median(times[8:])}, out.float().log_softmax(-1)
 
 
 def time_model(batch: int, context: int, layers: int = 8, steps: int = 24, rounds: int = 2) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def warn_if_interop_is_hidden(home: Path = HOME) -> None:
         remedy = f"rename or uninstall the other one, or put {home} before it on sys.path"
     elif DISTRIBUTION not in (_source(spec.loader) or DISTRIBUTION):
         problem = f"`import interop` finds {found}, which another package wrote over the bridges of {DISTRIBUTION}"
-        remedy = f"uninstall the other package, then `pip install --force-reinstall --no-deps {DISTRIBUTION}`"
+        again = f"`pip install --force-reinstall --no-deps .` in a checkout of {DISTRIBUTION}"
+        remedy = f"uninstall the other package, then {again}"
     else:
         return
     warnings.warn(f"{problem}: {remedy}", RuntimeWarning, stacklevel=3)

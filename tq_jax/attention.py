@@ -114,7 +114,7 @@ def attend(
     if sliding_window is not None and sliding_window >= spec.max_tokens:
         sliding_window = None
     options = LogitOptions.for_head_dim(spec.head_dim, scale=scale, softcap=softcap, sliding_window=sliding_window)
-    plan = _plan(cache, options, precise, config)
+    plan = attend_plan(spec, options, precise=precise, config=config)
     check = functools.partial(check_attend, query.shape, cache.pages, plan)
     if config is not None and query.shape[1] > MAX_QUERY_TOKENS:
         check()  # a config that no kernel takes is refused, never ignored
@@ -148,17 +148,38 @@ def _check_rows(cache: Cache, tokens: int, lengths: Any, rows: Any) -> None:
             raise ValueError(f"expected {name} from 0 to {most}, got {np.asarray(array).tolist()}")
 
 
-def _plan(cache: Cache, options: LogitOptions, precise: bool, config: TileConfig | None) -> AttendPlan:
-    key, value = cache.spec.key, cache.spec.value
+def attend_plan(
+    spec: CacheSpec,
+    options: LogitOptions,
+    *,
+    precise: bool = False,
+    config: TileConfig | None = None,
+    interpret: bool | None = None,
+) -> AttendPlan:
+    """Static configuration of the kernels that attend over a cache.
+
+    Args:
+        spec: Spec of the cache.
+        options: Logit options.
+        precise: See `attend`.
+        config: See `attend`.
+        interpret: Whether the kernels run as jnp; by default where JAX has no GPU.
+
+    Example:
+        >>> plan = attend_plan(CacheSpec.recommended(8, 128, max_tokens=32768), LogitOptions(scale=0.1))
+        >>> plan.key_format.dim, plan.sink_slots
+        (128, 4)
+    """
+    key, value = spec.key, spec.value
     return AttendPlan(
         options=options,
         key_format=None if key is None else key.format,
         value_format=None if value is None else value.format,
-        sink_slots=cache.spec.sinks,
-        sketch_gain=sketch_gain(cache.spec.head_dim),
+        sink_slots=spec.sinks,
+        sketch_gain=sketch_gain(spec.head_dim),
         config=config,
         precise=precise,
-        interpret=interprets(),
+        interpret=interprets() if interpret is None else interpret,
     )
 
 

@@ -15,6 +15,7 @@ from interop.launcher.program import BoundProgram
 from pallas_kernels.append.whole_cache import AppendPlan, append_cache
 from pallas_kernels.attention.whole_cache import CacheArrays
 from pallas_kernels.encode.encoder import Encoder
+from tq_jax.attention import SHARED_FIELDS
 from tq_jax.quantizer import encoder
 
 LONGEST = 2048
@@ -32,13 +33,9 @@ class KernelAppend:
         spec, statistics = cache.spec, cache.statistics
         quantizers = [q for q in (cache.key_quantizer, cache.value_quantizer) if q is not None]
         encoders = tuple(_encoder(q) for q in quantizers) if cache.pages is not None else None
+        shared: dict[str, Any] = {name: getattr(cache, name) for name in SHARED_FIELDS}
         arrays: Any = CacheArrays(
-            pages=cache.pages,
-            exact_keys=cache.exact_keys,
-            exact_values=cache.exact_values,
-            length=cache.length,
-            compressed=cache.compressed,
-            overflow=cache.overflow.view(torch.uint8),  # pyright: ignore[reportCallIssue, reportArgumentType]
+            **shared | {"overflow": shared["overflow"].view(torch.uint8)},
             mean=None if statistics is None else statistics.mean,
             weight=None if statistics is None else statistics.weight,
         )

@@ -10,9 +10,8 @@ import torch
 import tq_jax as tq
 from interop.launcher.function import TorchFunction
 from interop.launcher.program import BoundProgram
-from pallas_kernels.attention import MAX_QUERY_TOKENS, AttendPlan, CacheArrays, LogitOptions, attend_cache
-from tq_jax.attention import LONGEST, arrays_of, check_query
-from tq_jax.quantizer import sketch_gain
+from pallas_kernels.attention import MAX_QUERY_TOKENS, CacheArrays, LogitOptions, attend_cache
+from tq_jax.attention import LONGEST, arrays_of, attend_plan, check_query
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,13 +114,6 @@ class _Static:
 
     def __call__(self, arrays: CacheArrays, query: Any, sinks: Any, counts: Any) -> tuple[Any]:
         spec, options = self.spec, self.options
-        plan = AttendPlan(
-            options=options.for_head_dim(spec.head_dim),
-            key_format=None if spec.key is None else spec.key.format,
-            value_format=None if spec.value is None else spec.value.format,
-            sink_slots=spec.sinks,
-            sketch_gain=sketch_gain(spec.head_dim),
-            precise=options.precise,
-            interpret=self.interpret,
-        )
+        logits = options.for_head_dim(spec.head_dim)
+        plan = attend_plan(spec, logits, precise=options.precise, interpret=self.interpret)
         return (attend_cache(query, arrays, plan, sink_logits=sinks, counts=counts),)

@@ -12,12 +12,12 @@ import tq_jax as tq
 from interop.launcher.function import TorchFunction
 from interop.launcher.program import BoundProgram
 from interop.torch.attend_on_gpu import AttendOptions
-from pallas_kernels.attention import MAX_QUERY_TOKENS, AttendPlan, PagedArrays, attend_block_table
+from pallas_kernels.attention import MAX_QUERY_TOKENS, PagedArrays, attend_block_table
 from pallas_kernels.encode import launch_triton as encode
 from pallas_kernels.encode.arguments import EncodeArguments
 from pallas_kernels.pages import Pages
-from tq_jax.attention import basis_of
-from tq_jax.quantizer import encoder, sketch_gain
+from tq_jax.attention import attend_plan, basis_of
+from tq_jax.quantizer import encoder
 
 
 class PagedKernels:
@@ -118,15 +118,12 @@ class PagedAttend:
         sink_logits: Any,
     ) -> tuple[Any]:
         """The outputs, see `PagedPool.attend`."""
-        plan = AttendPlan(
-            options=self.options.for_head_dim(query.shape[-1]),
-            key_format=self.key.format,
-            value_format=self.value.format,
-            sink_slots=0,
-            sketch_gain=sketch_gain(query.shape[-1]),
-            precise=self.options.precise,
-            interpret=self.interpret,
-        )
+        options, dim = self.options, query.shape[-1]
+        heads, size = arrays.pages.keys.packed.shape[1:3]
+        most = table.shape[1] * size
+        # That of a cache whose tokens are all in pages.
+        spec = tq.CacheSpec(heads, dim, most, self.key, self.value, window=0, sink_tokens=0, page_size=size)
+        plan = attend_plan(spec, options.for_head_dim(dim), precise=options.precise, interpret=self.interpret)
         statistics = None if mean is None or weight is None else (mean, weight)
         out = attend_block_table(
             query, arrays, table, lengths, plan, counts=counts, statistics=statistics, sink_logits=sink_logits

@@ -79,7 +79,10 @@ def test_another_interop_that_hides_ours(interop_on, tmp_path, name):
 
 def test_another_interop_that_has_overwritten_ours(interop_on, tmp_path):
     interop_on(package(tmp_path, '"""Other."""'))
-    with pytest.warns(RuntimeWarning, match=f"finds {tmp_path}.*, which another package wrote over .*: unins"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=f"finds {tmp_path}.*, which another package wrote over .*: unins.* --no-deps .` in a checkout",
+    ):
         _installation.warn_if_interop_is_hidden(tmp_path)
 
 

@@ -40,7 +40,7 @@ def refusing(extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise typer.BadParameter(f'{error}: pip install "tq-jax[{extra}]"') from error
+        raise typer.BadParameter(f'{error}: pip install -e ".[{extra}]" in a checkout of tq-jax') from error
     except (OSError, ValueError, NotImplementedError) as error:
         raise typer.BadParameter(str(error)) from error
 

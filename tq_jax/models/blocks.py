@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 
 from tq_jax.models.config import DecoderConfig
-from tq_jax.models.rope import rotate
+from tq_jax.models.rope import Turn, rotate
 
 # (query [b, t, h_q, d], key and value [b, t, h_kv, d]) -> (mixed values [b, t, h_q, d], the cache afterwards)
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -59,6 +59,9 @@ class CenteredRMSNorm(RMSNorm):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions; the caller's `Mix` decides how tokens mix.
 
+    One product makes queries, keys and values. Its kernel is [h_kv, g + 2, d, dim]: each KV head has its g query heads,
+    its key head and its value head side by side, so that whole KV heads can be shared out over devices.
+
     Args:
         config: Sizes of the decoder.
         bias: Whether the projections to queries, keys and values have biases.
@@ -76,40 +79,37 @@ class Attention(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.head_dim = config.head_dim
-        kv_width = config.num_kv_heads * config.head_dim
-        self.query = linear(config.dim, config.num_heads * config.head_dim, bias=bias, dtype=dtype, rngs=rngs)
-        self.key = linear(config.dim, kv_width, bias=bias, dtype=dtype, rngs=rngs)
-        self.value = linear(config.dim, kv_width, bias=bias, dtype=dtype, rngs=rngs)
-        self.output = linear(config.num_heads * config.head_dim, config.dim, dtype=dtype, rngs=rngs)
+        group = config.num_heads // config.num_kv_heads
+        heads = (config.num_kv_heads, group + 2, config.head_dim)
+        self.qkv = linear(config.dim, heads, bias=bias, dtype=dtype, rngs=rngs)
+        self.output = linear(config.num_heads * config.head_dim, (config.dim,), dtype=dtype, rngs=rngs)
         self.query_norm, self.key_norm = nnx.data(None), nnx.data(None)
         if head_norm is not None:
             self.query_norm = head_norm(config.head_dim, epsilon=config.norm_eps, dtype=dtype)
             self.key_norm = head_norm(config.head_dim, epsilon=config.norm_eps, dtype=dtype)
 
-    def __call__(self, hidden: jax.Array, angles: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
+    def __call__(self, hidden: jax.Array, turn: Turn, mix: Mix) -> tuple[jax.Array, Any]:
         """Attention over hidden states.
 
         Args:
             hidden: [b, t, dim], after the norm of the layer.
-            angles: float32 [b, t, head_dim / 2], rotary angles of the tokens.
+            turn: Rotary positions of the tokens.
             mix: Mixes the values.
 
         Returns:
             [b, t, dim], and the cache afterwards.
         """
-        query, key, value = (
-            projection(hidden).reshape(*hidden.shape[:2], -1, self.head_dim)
-            for projection in (self.query, self.key, self.value)
-        )
+        b, t, _ = hidden.shape
+        heads = self.qkv(hidden)  # [b, t, h_kv, g + 2, d]
+        query, key, value = heads[:, :, :, :-2].reshape(b, t, -1, heads.shape[-1]), heads[..., -2, :], heads[..., -1, :]
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        mixed, cache = mix(rotate(query, angles), rotate(key, angles), value)
-        return self.output(mixed.reshape(*hidden.shape[:2], -1)), cache
+        mixed, cache = mix(rotate(query, turn), rotate(key, turn), value)
+        return self.output(mixed.reshape(b, t, -1)), cache
 
 
 class GatedMLP(nnx.Module):
-    """Gated feed-forward block, down(activation(gate) * up) (arXiv:2002.05202).
+    """Gated feed-forward block, down(activation(gate) * up) (arXiv:2002.05202); one product makes gate and up.
 
     Args:
         config: Sizes of the decoder.
@@ -126,14 +126,14 @@ class GatedMLP(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.gate = linear(config.dim, config.ffn_dim, dtype=dtype, rngs=rngs)
-        self.up = linear(config.dim, config.ffn_dim, dtype=dtype, rngs=rngs)
-        self.down = linear(config.ffn_dim, config.dim, dtype=dtype, rngs=rngs)
+        self.gate_up = linear(config.dim, (2, config.ffn_dim), dtype=dtype, rngs=rngs)
+        self.down = linear(config.ffn_dim, (config.dim,), dtype=dtype, rngs=rngs)
         self.activation = activation
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Feed-forward of hidden states [b, t, dim]."""
-        return self.down(self.activation(self.gate(hidden)) * self.up(hidden))
+        both = self.gate_up(hidden)  # [b, t, 2, ffn_dim]
+        return self.down(self.activation(both[:, :, 0]) * both[:, :, 1])
 
 
 class Block(nnx.Module):
@@ -162,18 +162,18 @@ class Block(nnx.Module):
         self.mlp_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
         self.mlp = GatedMLP(config, activation=self.activation, dtype=dtype, rngs=rngs)
 
-    def __call__(self, hidden: jax.Array, angles: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
+    def __call__(self, hidden: jax.Array, turn: Turn, mix: Mix) -> tuple[jax.Array, Any]:
         """Apply the layer.
 
         Args:
             hidden: [b, t, dim], hidden states.
-            angles: float32 [b, t, head_dim / 2], rotary angles of the tokens.
+            turn: Rotary positions of the tokens.
             mix: Mixes the values in attention.
 
         Returns:
             [b, t, dim], hidden states for the next layer, and the cache afterwards.
         """
-        mixed, cache = self.attention(self.attention_norm(hidden), angles, mix)
+        mixed, cache = self.attention(self.attention_norm(hidden), turn, mix)
         hidden = hidden + mixed
         return hidden + self.mlp(self.mlp_norm(hidden)), cache
 
@@ -202,25 +202,35 @@ class Gemma3Block(Block):
         self.attention_post_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
         self.mlp_post_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
 
-    def __call__(self, hidden: jax.Array, angles: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
+    def __call__(self, hidden: jax.Array, turn: Turn, mix: Mix) -> tuple[jax.Array, Any]:
         """Apply the layer, with the arguments and results of `Block`."""
-        mixed, cache = self.attention(self.attention_norm(hidden), angles, mix)
+        mixed, cache = self.attention(self.attention_norm(hidden), turn, mix)
         hidden = hidden + self.attention_post_norm(mixed)
         return hidden + self.mlp_post_norm(self.mlp(self.mlp_norm(hidden))), cache
 
 
-def linear(inputs: int, outputs: int, *, bias: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Einsum:
-    """A projection whose kernel is [outputs, inputs], as in checkpoints, so that loading transposes nothing.
+def linear(
+    inputs: int, outputs: tuple[int, ...], *, bias: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> nnx.Einsum:
+    """A projection whose kernel is [*outputs, inputs], as in checkpoints, so that loading transposes nothing.
 
     Args:
         inputs: Channels of the input.
-        outputs: Channels of the output.
+        outputs: Axes of the output.
         bias: Whether a bias is added.
         dtype: Type of parameters and activations.
-        rngs: Source of random initial parameters.
+        rngs: Source of random initial parameters, of variance 1 / inputs.
 
     Returns:
-        A module from [b, t, inputs] to [b, t, outputs].
+        A module from [b, t, inputs] to [b, t, *outputs].
     """
-    shape = (outputs,) if bias else None
-    return nnx.Einsum("bti,oi->bto", (outputs, inputs), shape, dtype=dtype, param_dtype=dtype, rngs=rngs)
+    axes = "opq"[: len(outputs)]
+    return nnx.Einsum(
+        f"bti,{axes}i->bt{axes}",
+        (*outputs, inputs),
+        outputs if bias else None,
+        kernel_init=nnx.initializers.lecun_normal(-1, -2, tuple(range(len(outputs) - 1))),
+        dtype=dtype,
+        param_dtype=dtype,
+        rngs=rngs,
+    )

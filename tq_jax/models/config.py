@@ -115,3 +115,37 @@ class DecoderConfig:
         if window is not None and self.local_rope_base is not None:
             return self.local_rope_base, None
         return self.rope_base, self.rope_scaling
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive layers that are alike.
+
+    Attributes:
+        window: Sliding window of the layers, see `DecoderConfig.layer_windows`.
+        first: Number of the first of them.
+        count: How many they are.
+    """
+
+    window: int | None
+    first: int
+    count: int
+
+
+def runs_of(config: DecoderConfig, *, unroll: bool) -> tuple[Run, ...]:
+    """The layers of a decoder as runs.
+
+    Args:
+        config: The decoder.
+        unroll: Whether every layer is a run of its own, and not every longest run of like layers.
+
+    Example:
+        >>> config = DecoderConfig(vocab_size=64, dim=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
+        ...                        ffn_dim=48, sliding_window=16, local_layers=(True, True, False))
+        >>> [run.count for run in runs_of(config, unroll=False)], len(runs_of(config, unroll=True))
+        ([2, 1], 3)
+    """
+    windows = config.layer_windows
+    starts = [i for i in range(len(windows)) if unroll or i == 0 or windows[i] != windows[i - 1]]
+    ends = [*starts[1:], len(windows)]
+    return tuple(Run(windows[first], first, end - first) for first, end in zip(starts, ends, strict=True))

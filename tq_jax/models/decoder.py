@@ -1,11 +1,12 @@
 """A decoder in Flax NNX over a compressed KV cache.
 
-All blocks are one `Block` whose parameters carry a leading layer axis, run by one `lax.scan`, so the compile time is
-that of one layer. One cache holds every layer: cache row `layer * b + sequence` belongs to that layer of that sequence,
-so no part of the cache is sliced out or stacked back.
+Layers that are alike and follow each other form a run: one block whose parameters carry a leading layer axis, run by one
+`lax.scan`. On a GPU every layer is a run of its own: XLA copies the slice of a layer before a product reads it, which
+would make a decoding step three times as slow. On a CPU a run is as long as it can be: 30 layers in one program take a
+minute to compile there. One cache holds every layer: cache row `layer * b + sequence` belongs to that layer of that
+sequence, so no part of the cache is sliced out or stacked back.
 
-If some layers are local (a query sees a sliding window only), the scanned layer holds attention once per kind of layer,
-and `lax.switch` runs one of the two. Local layers keep all their tokens compressed, like the other layers: this is
+Local layers (a query sees a sliding window only) keep all their tokens compressed, like the other layers: this is
 simple, and takes more memory than a ring of one window would.
 """
 
@@ -24,9 +25,9 @@ import tq_jax as tq
 from tq_jax.attention import Implementation
 from tq_jax.models.blocks import linear
 from tq_jax.models.causal import causal_attention
-from tq_jax.models.config import DecoderConfig
+from tq_jax.models.config import DecoderConfig, Run, runs_of
 from tq_jax.models.families import FAMILIES
-from tq_jax.models.rope import rotary_angles
+from tq_jax.models.rope import Turn, rotary_turn
 
 # (query [b, t, h_q, d], key and value [b, t, h_kv, d], cache, cache rows int32 [b]) -> the cache afterwards
 Store = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], Any]
@@ -42,6 +43,7 @@ class Decoder(nnx.Module):
         config: The family, sizes and constants.
         dtype: Type of parameters and activations.
         rngs: Source of random initial parameters.
+        unroll: Whether every layer is a run of its own; None means on a GPU.
 
     Raises:
         NotImplementedError: If the family is not in `families.FAMILIES`.
@@ -54,24 +56,30 @@ class Decoder(nnx.Module):
         (1, 3, 64)
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs, unroll: bool | None = None
+    ):
         if config.architecture not in FAMILIES:
             raise NotImplementedError(f"architecture {config.architecture!r}: supported are {sorted(FAMILIES)}")
         family, dtype = FAMILIES[config.architecture], jnp.dtype(dtype)
         self.config = config
         self.embedding_scale = config.dim**0.5 if family.scaled_embedding else None
         self.embedding = nnx.Embed(config.vocab_size, config.dim, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.runs = runs_of(config, unroll=jax.default_backend() == "gpu" if unroll is None else unroll)
 
-        @nnx.split_rngs(splits=config.num_layers)
-        @nnx.vmap
-        def stack(rngs: nnx.Rngs) -> nnx.Module:
-            return family.block(config, dtype=dtype, rngs=rngs)
+        def stack(run: Run) -> nnx.Module:
+            @nnx.split_rngs(splits=run.count)
+            @nnx.vmap
+            def make(rngs: nnx.Rngs) -> nnx.Module:
+                return family.block(config, dtype=dtype, rngs=rngs)
 
-        self.blocks = stack(rngs)
+            return make(rngs)
+
+        self.blocks = nnx.List(stack(run) for run in self.runs)
         self.norm = family.block.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
         self.head = nnx.data(None)
         if not config.tied_head:
-            self.head = linear(config.dim, config.vocab_size, dtype=dtype, rngs=rngs)
+            self.head = linear(config.dim, (config.vocab_size,), dtype=dtype, rngs=rngs)
 
     def init_cache(self, spec: tq.CacheSpec, *, batch: int) -> tq.Cache:
         """An empty cache for all layers.
@@ -213,39 +221,44 @@ class Decoder(nnx.Module):
             Hidden states [b, t, dim] after the final norm, and the cache.
         """
         b, t = tokens.shape
-        config = self.config
         positions = start[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]
         sequences = jnp.arange(b, dtype=jnp.int32)
-        windows = tuple(dict.fromkeys(config.layer_windows))
-        angles = jnp.stack([self._angles(positions, window) for window in windows])
-        attends = [partial(attend, window=window, scale=config.attention_scale) for window in windows]
+        turns = {window: self._turn(positions, window) for window in set(self.config.layer_windows)}
+        carry = self._embed(tokens), cache
+        for run, blocks in zip(self.runs, self.blocks, strict=True):
+            attend_run = partial(attend, window=run.window, scale=self.config.attention_scale)
 
-        def layer(carry: tuple[jax.Array, Any], inputs: tuple[jax.Array, jax.Array, Any]):
-            hidden, cache = carry
-            index, kind, block = inputs
-            rows = index * b + sequences
+            def layer(
+                carry: tuple[jax.Array, Any],
+                inputs: tuple[jax.Array, Any],
+                turn: Turn = turns[run.window],
+                attend: Attend = attend_run,
+            ) -> tuple[tuple[jax.Array, Any], None]:
+                (hidden, cache), (index, block) = carry, inputs
+                rows = index * b + sequences
 
-            def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-                stored = store(query, key, value, cache, rows)
-                if len(attends) == 1:
-                    return attends[0](query, key, value, stored, rows), stored
-                # The branches write nothing, so none of them needs a copy of the cache.
-                return lax.switch(kind, attends, query, key, value, stored, rows), stored
+                def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+                    stored = store(query, key, value, cache, rows)
+                    return attend(query, key, value, stored, rows), stored
 
-            return block(hidden, angles[kind], mix), None
+                return block(hidden, turn, mix), None
 
-        kinds = jnp.asarray([windows.index(window) for window in config.layer_windows], jnp.int32)
-        layers = (jnp.arange(config.num_layers, dtype=jnp.int32), kinds, self.blocks)
-        (hidden, cache), _ = lax.scan(layer, (self._embed(tokens), cache), layers)
+            if run.count == 1:
+                graph, state = nnx.split(blocks)
+                alone = nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
+                carry, _ = layer(carry, (jnp.int32(run.first), alone))
+            else:
+                carry, _ = lax.scan(layer, carry, (run.first + jnp.arange(run.count, dtype=jnp.int32), blocks))
+        hidden, cache = carry
         return self.norm(hidden), cache
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         hidden = self.embedding(tokens)
         return hidden if self.embedding_scale is None else hidden * jnp.asarray(self.embedding_scale, hidden.dtype)
 
-    def _angles(self, positions: jax.Array, window: int | None) -> jax.Array:
+    def _turn(self, positions: jax.Array, window: int | None) -> Turn:
         base, scaling = self.config.rope(window)
-        return rotary_angles(positions, head_dim=self.config.head_dim, base=base, scaling=scaling)
+        return rotary_turn(positions, head_dim=self.config.head_dim, base=base, scaling=scaling)
 
     def require_rows(self, cache: tq.Cache, *, batch: int) -> None:
         """Check that a cache has one row per layer and sequence.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tq_jax.models.blocks import Block, Gemma3Block, Qwen2Block, Qwen3Block
 from tq_jax.models.config import DecoderConfig
@@ -12,6 +12,19 @@ from tq_jax.models.config import DecoderConfig
 LAYER = "{layer}"
 FileKind = Literal["hf", "gguf"]
 GgufLayout = Literal["plain", "rope_pairs", "plus_one"]
+Part = Literal["query", "key", "value", "gate", "up"]
+
+PARTS: dict[Part | None, tuple[Any, ...]] = {
+    None: (),
+    # Axes of `Attention.qkv`: KV heads, then the query heads, the key head and the value head of each.
+    "query": (slice(None), slice(None, -2)),
+    "key": (slice(None), -2),
+    "value": (slice(None), -1),
+    # The first axis of `GatedMLP.gate_up`.
+    "gate": (0,),
+    "up": (1,),
+}
+"""Where a stored tensor lies in a parameter that joins several."""
 
 
 @dataclass(frozen=True)
@@ -19,17 +32,19 @@ class Tensor:
     """One stored tensor of a family.
 
     Attributes:
-        path: Dotted path of the decoder parameter that it fills. Parameters below `blocks` have one tensor per layer.
+        path: Dotted path of the parameter that it fills, in a block if there is one such tensor per layer.
         hf: Its name in a Hugging Face checkpoint, with `LAYER` for the number of the layer.
         gguf: Its name in a GGUF file, with `LAYER` for the number of the layer.
         gguf_layout: "rope_pairs" if GGUF files store its rows permuted for interleaved rotary positions, "plus_one" if
             they store the values plus one.
+        part: The part of the parameter that it is; None for the whole parameter.
     """
 
     path: str
     hf: str
     gguf: str
     gguf_layout: GgufLayout = "plain"
+    part: Part | None = None
 
     @property
     def per_layer(self) -> bool:
@@ -48,6 +63,10 @@ class Tensor:
         """
         name = self.hf if kind == "hf" else self.gguf
         return [name.format(layer=layer) for layer in range(num_layers if self.per_layer else 1)]
+
+    def view(self, parameter: Any) -> Any:
+        """Its part of a parameter of one layer: a view of a numpy array, a slice of a JAX array."""
+        return parameter[PARTS[self.part]]
 
 
 @dataclass(frozen=True)
@@ -82,10 +101,16 @@ class Family:
 
 
 def _layer(
-    path: str, hf: str, gguf: str, layout: GgufLayout = "plain", *, kind: Literal["weight", "bias"] = "weight"
+    path: str,
+    hf: str,
+    gguf: str,
+    layout: GgufLayout = "plain",
+    *,
+    kind: Literal["weight", "bias"] = "weight",
+    part: Part | None = None,
 ) -> Tensor:
     """A tensor of one layer, under its names in both kinds of files."""
-    return Tensor(f"blocks.{path}", f"model.layers.{LAYER}.{hf}.{kind}", f"blk.{LAYER}.{gguf}.{kind}", layout)
+    return Tensor(path, f"model.layers.{LAYER}.{hf}.{kind}", f"blk.{LAYER}.{gguf}.{kind}", layout, part)
 
 
 def _common(*, projections: GgufLayout = "plain", norms: GgufLayout = "plain") -> tuple[Tensor, ...]:
@@ -93,12 +118,12 @@ def _common(*, projections: GgufLayout = "plain", norms: GgufLayout = "plain") -
     return (
         Tensor("embedding.embedding", "model.embed_tokens.weight", "token_embd.weight"),
         _layer("attention_norm.scale", "input_layernorm", "attn_norm", norms),
-        _layer("attention.query.kernel", "self_attn.q_proj", "attn_q", projections),
-        _layer("attention.key.kernel", "self_attn.k_proj", "attn_k", projections),
-        _layer("attention.value.kernel", "self_attn.v_proj", "attn_v"),
+        _layer("attention.qkv.kernel", "self_attn.q_proj", "attn_q", projections, part="query"),
+        _layer("attention.qkv.kernel", "self_attn.k_proj", "attn_k", projections, part="key"),
+        _layer("attention.qkv.kernel", "self_attn.v_proj", "attn_v", part="value"),
         _layer("attention.output.kernel", "self_attn.o_proj", "attn_output"),
-        _layer("mlp.gate.kernel", "mlp.gate_proj", "ffn_gate"),
-        _layer("mlp.up.kernel", "mlp.up_proj", "ffn_up"),
+        _layer("mlp.gate_up.kernel", "mlp.gate_proj", "ffn_gate", part="gate"),
+        _layer("mlp.gate_up.kernel", "mlp.up_proj", "ffn_up", part="up"),
         _layer("mlp.down.kernel", "mlp.down_proj", "ffn_down"),
         Tensor("norm.scale", "model.norm.weight", "output_norm.weight", norms),
     )
@@ -113,9 +138,10 @@ def _head_norms(layout: GgufLayout = "plain") -> tuple[Tensor, ...]:
 
 
 _MLP_NORM = _layer("mlp_norm.scale", "post_attention_layernorm", "ffn_norm")
+_HEADS: tuple[Part, ...] = ("query", "key", "value")
 _BIASES = tuple(
-    _layer(f"attention.{part}.bias", f"self_attn.{part[0]}_proj", f"attn_{part[0]}", kind="bias")
-    for part in ("query", "key", "value")
+    _layer("attention.qkv.bias", f"self_attn.{part[0]}_proj", f"attn_{part[0]}", kind="bias", part=part)
+    for part in _HEADS
 )
 _SANDWICH = (
     _layer("attention_post_norm.scale", "post_attention_layernorm", "post_attention_norm", "plus_one"),

@@ -9,6 +9,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+Turn = tuple[jax.Array, jax.Array]
+"""Cosine and sine of the angles by which channel pairs are turned, float32 [b, t, head_dim / 2] each."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -72,8 +75,8 @@ def rotary_frequencies(*, head_dim: int, base: float, scaling: RopeScaling | Non
     return (1.0 - share) * slow + share * frequency
 
 
-def rotary_angles(positions: jax.Array, *, head_dim: int, base: float, scaling: RopeScaling | None = None) -> jax.Array:
-    """Angles by which each channel pair of each token is turned.
+def rotary_turn(positions: jax.Array, *, head_dim: int, base: float, scaling: RopeScaling | None = None) -> Turn:
+    """How each channel pair of each token is turned.
 
     Args:
         positions: int32 [b, t], the position of each token in its sequence.
@@ -82,26 +85,28 @@ def rotary_angles(positions: jax.Array, *, head_dim: int, base: float, scaling: 
         scaling: How the frequencies are stretched; None if they are not.
 
     Returns:
-        float32 [b, t, head_dim / 2], radians.
+        Cosine and sine of the angles.
 
     Example:
-        >>> rotary_angles(jnp.array([[0, 3]]), head_dim=4, base=100.0)[0, 1].tolist()
+        >>> cos, sin = rotary_turn(jnp.array([[0, 3]]), head_dim=4, base=100.0)
+        >>> jnp.arctan2(sin, cos)[0, 1].tolist()
         [3.0, 0.30000001192092896]
     """
     frequency = rotary_frequencies(head_dim=head_dim, base=base, scaling=scaling)
-    return positions.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
+    angles = positions.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, turn: Turn) -> jax.Array:
     """Turn every head of every token by the token's angles.
 
     Args:
         x: [b, t, heads, head_dim], queries or keys.
-        angles: float32 [b, t, head_dim / 2], from `rotary_angles`.
+        turn: From `rotary_turn`.
 
     Returns:
         [b, t, heads, head_dim] in the dtype of `x`; computed in float32.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+    cos, sin = (factor[:, :, None, :] for factor in turn)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

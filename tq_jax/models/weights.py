@@ -16,16 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tq_jax.models.config import DecoderConfig
+from tq_jax.models.config import DecoderConfig, Run
 from tq_jax.models.config_hf import config_from_hf, config_to_hf
 from tq_jax.models.decoder import Decoder
-from tq_jax.models.families import FAMILIES, check_tensor_names
+from tq_jax.models.families import FAMILIES, Tensor, check_tensor_names
 from tq_jax.models.fetch import cache_dir
 from tq_jax.models.fields import FILES, check_fields, read_json
 from tq_jax.models.gguf_file import hf_tensors, read_gguf
 from tq_jax.models.tokenizer_gguf import tokenizer_from_gguf
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+ParameterPath = tuple[str | int, ...]
+"""Keys of a parameter in the state of a decoder."""
+
 # The version is part of the key under which conversions are cached. Raise it whenever their contents change.
 _CONVERSION = 1
 
@@ -147,21 +150,39 @@ def _open_tensors(directory: Path) -> Iterator[tuple[set[str], Callable[[str], n
 
 
 def _build(directory: Path, config: DecoderConfig, read: Callable[[str], np.ndarray], dtype: jnp.dtype) -> Decoder:
-    """A decoder with the parameters that `read` returns, converted to `dtype`."""
+    """A decoder with the parameters that `read` returns, converted to `dtype`.
+
+    A parameter goes to the device as soon as its tensors are read, so that the host never holds more than one.
+    """
     abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     leaves = dict(nnx.to_flat_state(state))
-    for tensor in FAMILIES[config.architecture].stored(tied_head=config.tied_head):
-        variable = leaves.pop(tuple(tensor.path.split(".")))
-        shape = variable.shape[1:] if tensor.per_layer else variable.shape
+    for path, slots in _stored_in(config, abstract.runs).items():
+        variable = leaves.pop(path)
         buffer = np.empty(variable.shape, dtype)
-        slots: Sequence[Any] = list(buffer) if tensor.per_layer else [buffer]
-        for slot, name in zip(slots, tensor.names("hf", num_layers=config.num_layers), strict=True):
-            array = read(name)
+        for layer, tensor, name in slots:
+            slot, array = tensor.view(buffer if layer is None else buffer[layer]), read(name)
+            # Files know no axes of heads and parts: they have [outputs, inputs] and [outputs].
+            axes = (-1, slot.shape[-1]) if path[-1] == "kernel" else (-1,)
+            shape = slot.shape if tensor.part is None else slot.reshape(axes).shape
             if array.shape != shape:
                 raise ValueError(f"{directory}: {name}: expected shape {shape}, got {array.shape}")
-            slot[...] = array
+            slot[...] = array.reshape(slot.shape)
         variable.set_value(jnp.asarray(buffer))
     if leaves:
-        raise RuntimeError(f"parameters without a tensor: {sorted(leaves)}")
+        raise RuntimeError(f"parameters without a tensor: {sorted(map(str, leaves))}")
     return nnx.merge(graph, state)
+
+
+def _stored_in(config: DecoderConfig, runs: Sequence[Run]) -> dict[ParameterPath, list[tuple[int | None, Tensor, str]]]:
+    """What fills each parameter: the layer of its run, the tensor, and the tensor's name in a checkpoint."""
+    found: dict[ParameterPath, list[tuple[int | None, Tensor, str]]] = {}
+    for tensor in FAMILIES[config.architecture].stored(tied_head=config.tied_head):
+        names, path = tensor.names("hf", num_layers=config.num_layers), tensor.path.split(".")
+        if not tensor.per_layer:
+            found.setdefault(tuple(path), []).append((None, tensor, names[0]))
+            continue
+        for number, run in enumerate(runs):
+            slots = found.setdefault(("blocks", number, *path), [])
+            slots += [(layer, tensor, names[run.first + layer]) for layer in range(run.count)]
+    return found

@@ -111,7 +111,7 @@ def test_pictures_that_cannot_be_drawn_are_refused_before_the_work(command, opti
     for name in ("out", "out.foo", "out.pgf", ".png", ""):
         assert "the name of a picture that ends in .avif, .eps" in refused(command, option, name)
     monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
-    assert 'pip install "tq-jax[models]"' in refused(command, option, str(folder / "out.png"))
+    assert 'pip install -e ".[models]" in a checkout of tq-jax' in refused(command, option, str(folder / "out.png"))
 
 
 def test_the_list_of_commands_needs_no_optional_package():

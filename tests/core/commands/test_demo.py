@@ -5,7 +5,6 @@ import pytest
 import tokenizers
 import typer
 from flax import nnx
-from refusals import refused
 from typer.testing import CliRunner
 
 from tq_jax.commands import cli
@@ -45,40 +44,6 @@ def test_bits():
     for wrong in ("4", "4/4/4", "a/b", ""):
         with pytest.raises(typer.BadParameter, match="expected key/value bits like 4/4,3/3, got"):
             parse_bits(wrong)
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory):
-    """Files that are neither a text nor a model, by name."""
-    folder = tmp_path_factory.mktemp("cases")
-    (folder / "latin.txt").write_bytes("Käse".encode("latin-1"))
-    (folder / "empty.txt").write_text(" \n")
-    (folder / "model.gguf").write_text("no model")
-    (folder / "config").mkdir()
-    (folder / "config" / "config.json").write_text("{}")
-    (folder / "folder").mkdir()
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("--bits", "9/4", "expected key/value bits of 1, 2, 2.5, 3, 3.5, 4, 5, 8, got '9/4'"),
-        ("--bits", "4/nan", "expected key/value bits of"),
-        ("--model", "none.gguf", "no GGUF file at"),
-        ("--model", "model.gguf", "expected a complete GGUF file"),
-        ("--model", "folder", "no config.json in"),
-        ("--model", "config", "config.json"),
-        ("--text", "none.txt", "does not exist"),
-        ("--text", "folder", "is a directory"),
-        ("--text", "latin.txt", "expected a text in UTF-8, got"),
-        ("--text", "empty.txt", "which is empty"),
-        ("--positions", "63", "64"),
-    ],
-)
-def test_mistakes_are_found_before_the_work(option, value, message, cases):
-    given = str(cases / value) if option in ("--model", "--text") else value
-    assert message in refused("demo", option, given, "--plot", str(cases / "x.png"))
 
 
 def small_model(context, *, chat):

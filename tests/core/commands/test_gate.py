@@ -122,7 +122,7 @@ def test_a_name_that_no_kernel_has_is_refused():
 
 def test_the_package_is_needed_before_the_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert 'pip install "tq-jax[gate]"' in refused("gate")
+    assert 'pip install -e ".[gate]" in a checkout of tq-jax' in refused("gate")
 
 
 def test_xla_needs_its_wheels(monkeypatch):

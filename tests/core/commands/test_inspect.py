@@ -33,7 +33,7 @@ def saved(tmp_path):
 
 def test_says_what_files_hold(saved):
     expected = {
-        "cache": {"rows": 2, "tokens a row": "40 to 100", "of them compressed": "12 to 72"},
+        "cache": {"rows": 2, "tokens per row": "40 to 100", "of them compressed": "12 to 72"},
         "index": {"vectors": 200, "dimensions": 32, "bytes of a vector": 20},
         "statistics": {"layers": 3, "KV heads": 2, "norm of a mean key": "8 to 8"},
     }
@@ -58,7 +58,7 @@ def test_ratio_counts_everything(saved):
     tq.save_cache(full, saved / "full")
     assert "full precision (bfloat16)" in run(saved / "full").stdout
     tq.save_cache(tq.init_cache(make_spec(), 0), saved / "none")
-    assert json.loads(run(saved / "none", "--json", "-").stdout)["facts"]["tokens a row"] == "none"
+    assert json.loads(run(saved / "none", "--json", "-").stdout)["facts"]["tokens per row"] == "none"
 
 
 def test_what_is_not_sound_fails(saved):
@@ -86,4 +86,4 @@ def test_the_report_does_not_replace_the_file(saved):
 
 def test_the_package_is_needed(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert 'pip install "tq-jax[models]"' in refused("inspect", str(saved / "cache"))
+    assert 'pip install -e ".[models]" in a checkout of tq-jax' in refused("inspect", str(saved / "cache"))

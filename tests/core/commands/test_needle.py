@@ -89,24 +89,6 @@ def test_haystacks_hold_their_facts():
         make_haystack(tokenizer, 900, tuple(i / 13 for i in range(13)), seed=0)
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
-        ("--depths", "2", "expected depths from 0 to 1, ascending, got '2'"),
-        ("--depths", "0.5,0.5", "expected depths from 0 to 1, ascending"),
-        ("--depths", "0.5,0.1", "expected depths from 0 to 1, ascending"),
-        ("--depths", "nan", "expected comma-separated numbers"),
-        ("--lengths", "-1", "expected comma-separated numbers of at least 0"),
-        ("--lengths", "", "expected comma-separated numbers of at least 0"),
-        ("--bits", "9/4", "expected key/value bits of"),
-        ("--facts", "0", "--facts"),
-        ("--model", "/nowhere/model.gguf", "no GGUF file at /nowhere/model.gguf"),
-    ],
-)
-def test_mistakes_are_found_before_the_work(option, value, message, tmp_path):
-    assert message in refused("needle", option, value, "--plot", str(tmp_path / "x.png"))
-
-
 @pytest.mark.weights
 @pytest.mark.parametrize(
     ("arguments", "message"),

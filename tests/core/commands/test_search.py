@@ -92,7 +92,7 @@ def test_what_is_no_data_set_is_refused(names, message, tmp_path, monkeypatch):
 def test_faiss_is_needed_before_the_work(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     monkeypatch.setattr(search, "load", lambda name: pytest.fail("loaded"))
-    with pytest.raises(typer.BadParameter, match="faiss.*pip install .tq-jax.search."):
+    with pytest.raises(typer.BadParameter, match=r'faiss.*pip install -e "\.\[search\]" in a checkout'):
         search.search()
 
 

@@ -20,13 +20,18 @@ TOKENS = jnp.array([[1, 5, 250, 9, 0, 33, 7, 7, 12]], jnp.int32)
 
 def hf_arrays(decoder) -> dict[str, np.ndarray]:
     """A decoder's parameters under their Hugging Face names."""
-    leaves = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(decoder))}
+    leaves = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(decoder))}
     family, out = FAMILIES["llama"], {}
     for tensor in (*family.tensors, family.head):
-        if tensor.path not in leaves:
+        path = tuple(tensor.path.split("."))
+        if not tensor.per_layer:
+            out |= {tensor.hf: leaves[path]} if path in leaves else {}
             continue
-        stack = leaves[tensor.path] if tensor.per_layer else leaves[tensor.path][None]
-        out |= {tensor.hf.format(layer=i): array for i, array in enumerate(stack)}
+        for number, run in enumerate(decoder.runs):
+            for layer, parameter in enumerate(leaves["blocks", number, *path]):
+                part = tensor.view(parameter)
+                flat = part if tensor.part is None else part.reshape(-1, part.shape[-1])
+                out[tensor.hf.format(layer=run.first + layer)] = flat
     return out
 
 

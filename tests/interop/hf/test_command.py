@@ -102,7 +102,7 @@ def test_the_packages_are_needed(package, folder, monkeypatch):
     monkeypatch.delattr("interop.hf.measure", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     result = CliRunner().invoke(app, [str(folder)], env={"COLUMNS": "2000"})
-    assert result.exit_code == 2 and 'pip install "tq-jax[torch,hf]"' in result.output
+    assert result.exit_code == 2 and 'pip install -e ".[torch,hf]" in a checkout of tq-jax' in result.output
 
 
 def test_a_model_without_sdpa(folder, tmp_path):

@@ -1,7 +1,5 @@
 """Attention over block tables by kernels, interpreted: a cache's own arrays, its pages shuffled, give what it gives."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 import tq_jax as tq
 from pallas_kernels.attention import FullPrecisionSegment, LogitOptions, PagedArrays, attend_block_table
 from tests.kernels.cases.whole_cache import filled_cache, make_spec, relative_error
-from tq_jax.attention import _plan, arrays_of
+from tq_jax.attention import arrays_of, attend_plan
 
 
 def shuffled(cache, seed=0):
@@ -23,7 +21,7 @@ def shuffled(cache, seed=0):
 def attend(query, cache, *, segment, counts=None, **options):
     """Attention over the shuffled pages of a cache, and over its full-precision slots if it has some."""
     logits = LogitOptions.for_head_dim(cache.spec.head_dim, scale=None, softcap=None, sliding_window=None)
-    plan = dataclasses.replace(_plan(cache, logits, precise=True, config=None), interpret=True)
+    plan = attend_plan(cache.spec, logits, precise=True, interpret=True)
     arrays, (pages, table) = arrays_of(cache), shuffled(cache)
     held = FullPrecisionSegment(arrays.exact_keys, arrays.exact_values, cache.compressed) if segment else None
     paged = PagedArrays(pages, arrays.key_basis, arrays.value_basis, arrays.sketch)

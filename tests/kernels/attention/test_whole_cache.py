@@ -58,8 +58,7 @@ def test_rows_that_overflow_are_nan():
 def test_partial_attention():
     """Log-sum-exps and outputs in the original basis, ready for a merge with the attention of another device."""
     _, query, cache = plain()
-    plan = attention._plan(cache, LogitOptions(0.125), precise=False, config=None)
-    plan = dataclasses.replace(plan, partial=True, config=TILES)
+    plan = dataclasses.replace(attention.attend_plan(cache.spec, LogitOptions(0.125), config=TILES), partial=True)
     part = attend_cache(query, attention.arrays_of(cache), plan)
     assert np.asarray(part.total).tolist() == [[[1.0] * 8], [[0.0] * 8]]
     np.testing.assert_array_equal(part.peak[1], np.full((1, 8), HIDDEN, np.float32))
@@ -109,7 +108,7 @@ def test_prepared_queries(bits):
     spec = make_spec(128, bits=(bits, 4), key=None if bits == 3.5 else {"kind": "prod", "bits": 3})
     cache, query = filled_cache(spec, (300, 90), group=2)
     rows, query = jnp.array([1, 0]), query[:, :3].astype(jnp.bfloat16)
-    plan = attention._plan(cache, LogitOptions(0.3), precise=False, config=None)
+    plan = attention.attend_plan(cache.spec, LogitOptions(0.3))
     arrays = attention.arrays_of(cache)
     inputs = prepare_inputs(query, arrays, rows, jnp.array([2, 3]))
     got = prepare_queries(inputs, arrays.pages, plan, stored_dtype=arrays.exact_keys.dtype)
@@ -134,9 +133,7 @@ def test_nothing_is_computed_between_the_kernels(kind):
     if kind != "full precision":
         spec = tq.CacheSpec(key=tq.QuantizerSpec(128, 3, kind=kind), value=tq.QuantizerSpec(128, 3.5), **options)
     cache = jax.eval_shape(lambda: tq.init_cache(spec, batch=4))
-    plan = dataclasses.replace(
-        attention._plan(cache, LogitOptions(0.1, 30.0, 1000), precise=False, config=None), interpret=False
-    )
+    plan = attention.attend_plan(cache.spec, LogitOptions(0.1, 30.0, 1000), interpret=False)
     shape = jax.ShapeDtypeStruct
     integers, sinks = shape((2,), jnp.int32), shape((32,), jnp.float32)
 

@@ -153,4 +153,5 @@ def _seen(cache: TurnedCache, rows: Int[Array, "b"]) -> tuple[Float[Array, "b n 
 
 def _turn(x: Float[Array, "b n h d"], frequency: Float[Array, "b half"]) -> Float[Array, "b n h d"]:
     """Turns vectors to positions 0, 1, ...; negative frequencies turn them back."""
-    return rotate(x, jnp.arange(x.shape[1], dtype=jnp.float32)[None, :, None] * frequency[:, None])
+    angles = jnp.arange(x.shape[1], dtype=jnp.float32)[None, :, None] * frequency[:, None]
+    return rotate(x, (jnp.cos(angles), jnp.sin(angles)))

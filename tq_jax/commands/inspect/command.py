@@ -106,7 +106,7 @@ def _cache_facts(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[
     full = int(length.sum()) * 2 * spec.num_kv_heads * spec.head_dim * BFLOAT16_BYTES
     return {
         "rows": header["rows"],
-        "tokens a row": _range(length),
+        "tokens per row": _range(length),
         "of them compressed": _range(compressed),
         "keys and values": _widths(spec),
         "bytes of a compressed token": spec.bytes_per_token(),

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import LogitOptions, whole_cache
-from tq_jax.attention import arrays_of
+from tq_jax.attention import arrays_of, attend_plan
 from tq_jax.cache import CacheSpec, init_cache
 from tq_jax.commands.gate.case import Case
 from tq_jax.commands.gate.cases.decode import BATCH, EVERYTHING, KV_HEADS, PLAIN
-from tq_jax.quantizer import QuantizerSpec, sketch_gain
+from tq_jax.quantizer import QuantizerSpec
 
 
 def cases() -> Iterator[Case]:
@@ -62,13 +62,7 @@ def case(
         **cache: Further fields of the cache's spec.
     """
     spec = CacheSpec(KV_HEADS, key.dim, 8192, key=key, value=value, page_size=128, **cache)
-    plan = whole_cache.AttendPlan(
-        options=options,
-        key_format=key.format,
-        value_format=value.format,
-        sink_slots=spec.sinks,
-        sketch_gain=sketch_gain(key.dim),
-    )
+    plan = attend_plan(spec, options, interpret=False)
     shape = jax.ShapeDtypeStruct
     heads = KV_HEADS * group
 
