@@ -6,6 +6,7 @@ import gc
 import re
 import statistics
 import time
+import traceback
 from typing import Any
 
 import jax
@@ -76,6 +77,8 @@ class Lab:
             row |= self._prompt(task) if task.op == "prompt" else self._tokens(task)
         except Exception as error:
             row |= explain(error)
+            if not row["out_of_memory"]:
+                traceback.print_exc()
         gc.collect()  # a failure may have left arrays in circles
         self.rows.append(row)
         return row

@@ -156,7 +156,7 @@ DEFAULTS = {
         },
         prompts={"": (8192, 32768), "smollm2": (8192,)},
         kinds="bf16,K4V4,K2V2",
-        steps=64,
+        steps=128,
         dtype="bfloat16",
     ),
     # A CPU computes in float32: it would convert bfloat16 weights again for every token.
