@@ -128,7 +128,7 @@ class Lab:
         if self.plan.fill == "prompt":
             return _read(decoder, cache, task.batch, tokens)
         numbers = cache.rows * cache.spec.num_kv_heads * cache.spec.head_dim
-        chunk = max(1, min(CHUNK_TOKENS, CHUNK_NUMBERS // numbers, tokens))
+        chunk = min(tokens, max(16, min(CHUNK_TOKENS, CHUNK_NUMBERS // numbers) // 16 * 16))
         for start in range(0, tokens, chunk):
             count = jnp.int32(min(chunk, tokens - start))
             cache = append_random(cache, jax.random.key(start), count, chunk=chunk)
