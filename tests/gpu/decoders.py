@@ -1,4 +1,4 @@
-"""Decoders with random weights and caches for them: for tests, and for benchmarks that time them."""
+"""Decoders with random weights, and caches for them."""
 
 from typing import Any
 

@@ -17,17 +17,18 @@ def keep_compiled() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 
 
-def open_model(name: str | None) -> LanguageModel:
+def open_model(name: str | None, *, dtype: str = "float32") -> LanguageModel:
     """Loads a model; see `tq_jax.models.load_model`.
 
     Args:
         name: Value of the `--model` option.
+        dtype: Type of parameters and activations.
 
     Raises:
         typer.BadParameter: If there is no such model, or it cannot be read, downloaded or run.
     """
     with refusing("models"):
-        return load_model(name)
+        return load_model(name, dtype=dtype)
 
 
 def read_text(path: Path) -> str:

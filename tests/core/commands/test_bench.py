@@ -14,7 +14,7 @@ from pallas_kernels.attention.decode import launch_triton as decode_kernel
 from pallas_kernels.attention.prefill import launch_triton as prefill_kernel
 from pallas_kernels.encode import launch_triton as encode_kernel
 from pallas_kernels.pages import empty_pages
-from tq_jax.commands import cli, inputs
+from tq_jax.commands import cli
 from tq_jax.commands.bench import claims, command, decode, encode, paged, prefill, roofline, timing
 from tq_jax.commands.bench.job import Job, Setting
 from tq_jax.commands.bench.peers import PEERS
@@ -82,18 +82,6 @@ def test_a_label_that_no_measurement_has_is_refused(monkeypatch):
     result = run("decode", "--only", "mse9", env={"COLUMNS": "2000"})
     assert result.exit_code == 2
     assert "expected a part of a label such as decode 2 x 512, mse4/mse4; " in result.output
-
-
-def test_a_model_that_cannot_be_had_is_said_once(monkeypatch):
-    def fail(path):
-        raise ConnectionError("pip download failed")
-
-    monkeypatch.setitem(command.COPY_BYTES, False, 2**20)
-    monkeypatch.setitem(command.MATRIX, False, 64)
-    monkeypatch.setattr(inputs, "load_model", fail)
-    result = run("model")
-    assert result.exit_code == 2
-    assert result.output.count("pip download failed") == 1
 
 
 @pytest.mark.parametrize(
@@ -231,16 +219,11 @@ def test_kernel_times_are_medians_of_equal_runs(monkeypatch):
 
 def test_the_picture_has_a_panel_an_operation(tmp_path):
     rows = [row | {"bytes": 10**8} for row in rows_for(50.0)]
-    rows += [
-        {"op": "model", "impl": "reference", "key": key, "seq": seq, "capacity": 512, "us": 1e3}
-        for key in ("bf16", "mse4")
-        for seq in (128, 256)
-    ]
     path = tmp_path / "roofline.svg"
     roofline.draw(rows, path, copy_gbps=3000.0, title="a device")
     shapes = {(op, case.shape) for op, cases in CASES.items() for case in cases}
-    # Encoding has two shapes here, the model one panel.
-    assert path.read_text().count('<g id="axes_') == len(shapes) + 3
+    # Encoding has two shapes here.
+    assert path.read_text().count('<g id="axes_') == len(shapes) + 2
 
 
 @pytest.mark.parametrize("place", ["left", "right"])

@@ -26,14 +26,14 @@ def draw(rows: Sequence[Row], path: Path, *, copy_gbps: float, title: str) -> No
     """Draws rows into an image file, one panel per shape of an operation.
 
     Args:
-        rows: Rows of any operations.
+        rows: Rows of any operations but whole models.
         path: The file; its suffix sets the format.
         copy_gbps: Speed of the copy that sets the floor, GB/s.
         title: Heading.
     """
     panels: dict[str, list[Row]] = {}
     for row in rows:
-        panels.setdefault(row["op"] if row["op"] == "model" else f"{row['op']}, {_shape(row)}", []).append(row)
+        panels.setdefault(f"{row['op']}, {_shape(row)}", []).append(row)
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(max(6.0, 3.6 * columns), 3.5 * lines + 0.6), layout="constrained")
@@ -42,14 +42,9 @@ def draw(rows: Sequence[Row], path: Path, *, copy_gbps: float, title: str) -> No
         axes = figure.add_subplot(lines, columns, index + 1)
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3)
-        if chosen[0]["op"] == "model":
-            _curve(axes, chosen)
-        else:
-            _panel(axes, chosen, copy_gbps, seen)
-    floor = f"; line: a copy at {copy_gbps:.0f} GB/s" if seen else ""
-    figure.suptitle(title + floor, fontsize=11)
-    if seen:
-        figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=len(seen), fontsize=8)
+        _panel(axes, chosen, copy_gbps, seen)
+    figure.suptitle(f"{title}; line: a copy at {copy_gbps:.0f} GB/s", fontsize=11)
+    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=len(seen), fontsize=8)
     figure.savefig(path, dpi=130)
 
 
@@ -115,20 +110,6 @@ def _codes(row: Row) -> str:
     both = key.startswith("mse") and value.startswith("mse")
     name = f"K{key[3:]}/V{value[3:]}" if both else "/".join(filter(None, (key, value)))
     return f"{name}, search" if row.get("search") else name
-
-
-def _curve(axes: Any, rows: Sequence[Row]) -> None:
-    """Draws milliseconds per decoded token against tokens in the cache, one line per cache and capacity."""
-    lines = dict.fromkeys((row["capacity"], row["key"]) for row in rows)
-    capacities = sorted({capacity for capacity, _ in lines})
-    for capacity, stored in lines:
-        points = [(row["seq"], row["us"] / 1e3) for row in rows if (row["capacity"], row["key"]) == (capacity, stored)]
-        style = ("-", "--", ":")[capacities.index(capacity) % 3]
-        color = COLORS["jax_cudnn_bf16"] if stored == "bf16" else OWN
-        label = f"{stored}, room for {capacity}"
-        axes.plot(*zip(*points, strict=True), style, marker="o", color=color, label=label)
-    axes.set(xlabel="tokens in the cache", ylabel="milliseconds per decoded token", ylim=(0, None))
-    axes.legend(fontsize=8)
 
 
 def _shape(row: Row) -> str:

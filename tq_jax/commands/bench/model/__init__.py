@@ -1,0 +1,1 @@
+"""`tq-jax bench model`: a whole decoder, from the prompt to the last token."""

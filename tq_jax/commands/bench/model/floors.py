@@ -1,0 +1,68 @@
+"""What a decoding step must read and a prompt must compute: the floors of their times."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from tq_jax.models import Decoder, DecoderConfig
+
+
+def all_weights(decoder: Decoder) -> int:
+    """Bytes of all parameters.
+
+    Args:
+        decoder: The decoder.
+    """
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(decoder))
+
+
+def weight_dtype(decoder: Decoder) -> jnp.dtype:
+    """Type of the largest parameter.
+
+    Args:
+        decoder: The decoder.
+    """
+    return max(jax.tree.leaves(decoder), key=lambda leaf: leaf.size).dtype
+
+
+def read_weights(decoder: Decoder) -> int:
+    """Bytes of the parameters that a decoding step reads: all of them but an embedding that is not also the head.
+
+    From such an embedding a step gathers one vector per sequence, which does not count.
+
+    Args:
+        decoder: The decoder.
+    """
+    config = decoder.config
+    table = config.vocab_size * config.dim * weight_dtype(decoder).itemsize
+    return all_weights(decoder) - (0 if config.tied_head else table)
+
+
+def layer_weights(config: DecoderConfig) -> int:
+    """Numbers in the matrices of all layers, which multiply every token.
+
+    Args:
+        config: Sizes of the decoder.
+    """
+    projections = 2 * config.dim * (config.num_heads + config.num_kv_heads) * config.head_dim
+    return config.num_layers * (projections + 3 * config.dim * config.ffn_dim)
+
+
+def prompt_operations(config: DecoderConfig, tokens: int, batch: int) -> int:
+    """Multiplications and additions of a prompt.
+
+    Counted are the matrices of all layers for every token, both products of causal attention for every pair of a query
+    and a key that it sees, and the head for the last token.
+
+    Args:
+        config: Sizes of the decoder.
+        tokens: Tokens per sequence.
+        batch: Number of sequences.
+    """
+    pairs = 0
+    for window in config.layer_windows:
+        width = tokens if window is None else min(window, tokens)
+        pairs += math.comb(width + 1, 2) + (tokens - width) * width
+    attention = 4 * pairs * config.num_heads * config.head_dim
+    return batch * (2 * layer_weights(config) * tokens + attention + 2 * config.vocab_size * config.dim)
