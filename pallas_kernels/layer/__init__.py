@@ -1,5 +1,7 @@
-"""The small operations of a decoder layer around its products, one launch each: residual norm, and heads with rotary
-positions. A decoding step has hundreds of them, so that launches, not bytes, are their cost.
+"""The small operations of a decoder layer around its products, one launch each.
+
+They are the residual norm, and the heads with rotary positions. A decoding step has hundreds of them, so that launches,
+not bytes, are their cost.
 """
 
 from pallas_kernels.layer.heads import Heads, split_heads

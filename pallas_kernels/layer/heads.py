@@ -75,8 +75,7 @@ def split_heads(
         return _by_kernel(joint, turn, query_norm, key_norm)
     b, t, h_kv, parts, d = joint.shape
     query, key, value = joint[:, :, :, :-2].reshape(b, t, h_kv * (parts - 2), d), joint[..., -2, :], joint[..., -1, :]
-    turned = [_turned(_normed(x, norm), turn) for x, norm in ((query, query_norm), (key, key_norm))]
-    return Heads(*turned, value)
+    return Heads(turned(_normed(query, query_norm), turn), turned(_normed(key, key_norm), turn), value)
 
 
 def _normed(x: Array, norm: NormWeights | None) -> Array:
@@ -86,8 +85,8 @@ def _normed(x: Array, norm: NormWeights | None) -> Array:
     return norm.normalize(rows, rows.shape[1]).reshape(x.shape)
 
 
-def _turned(x: Array, turn: Turn) -> Array:
-    """Heads [b, t, heads, d], turned."""
+def turned(x: Array, turn: Turn) -> Array:
+    """Turns every head of every token [b, t, heads, d] by the token's angles; computed in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = (factor[:, :, None, :] for factor in turn)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -111,7 +111,7 @@ def _by_kernel(hidden: Array, added: Array | None, weights: NormWeights) -> tupl
 
 
 def _body(scale: Any, *refs: Any, epsilon: float, centered: bool) -> None:
-    """The kernel body. References: scale [d], hidden and added [rows, d], then the sum, if there is one, and the norm."""
+    """The kernel body. References: scale [d], hidden and added [rows, d], then the sum, if any, and the norm."""
     half = len(refs) // 2
     sources, targets = refs[:half], refs[half:]
     row, channels = pl.program_id(0), scale.shape[0]

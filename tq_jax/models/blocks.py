@@ -8,52 +8,47 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
+from pallas_kernels.layer import NormWeights, residual_norm, split_heads
 from tq_jax.models.config import DecoderConfig
-from tq_jax.models.rope import Turn, rotate
+from tq_jax.models.rope import Turn
 
 # (query [b, t, h_q, d], key and value [b, t, h_kv, d]) -> (mixed values [b, t, h_q, d], the cache afterwards)
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm of the last axis (arXiv:1910.07467), computed in float32.
-
-    `nnx.RMSNorm` is not used because it promotes dtypes implicitly.
+    """Root-mean-square norm of the last axis, after a residual sum; see `pallas_kernels.layer.residual_norm`.
 
     Args:
         width: Channels of the last axis.
         epsilon: Added to the mean square.
         dtype: Type of the weights.
+
+    Attributes:
+        centered: Whether weights are stored as their distance from one.
     """
 
+    centered: ClassVar[bool] = False
+
     def __init__(self, width: int, *, epsilon: float, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.scale = nnx.Param((jnp.zeros if self.centered else jnp.ones)((width,), dtype))
         self.epsilon = epsilon
 
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Norm of [..., width]."""
-        scale = jnp.expand_dims(self.scale[...], range(hidden.ndim - 1))
-        return self.normalize(hidden).astype(hidden.dtype) * scale
+    @property
+    def weights(self) -> NormWeights:
+        """The weights as kernels take them."""
+        return NormWeights(self.scale[...], self.epsilon, self.centered)
 
-    def normalize(self, hidden: jax.Array) -> jax.Array:
-        """[..., width] scaled to mean square 1, float32."""
-        wide = hidden.astype(jnp.float32)
-        return wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + jnp.float32(self.epsilon))
+    def __call__(self, hidden: jax.Array, added: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """The sum [..., width] of hidden states and what is added to them, and its norm."""
+        return residual_norm(hidden, added, self.weights)
 
 
 class CenteredRMSNorm(RMSNorm):
     """`RMSNorm` with weights stored as their distance from one, applied before rounding to the activations' dtype."""
 
-    def __init__(self, width: int, *, epsilon: float, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.zeros((width,), dtype))
-        self.epsilon = epsilon
-
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Norm of [..., width]."""
-        scale = jnp.expand_dims(self.scale[...].astype(jnp.float32), range(hidden.ndim - 1))
-        return (self.normalize(hidden) * (1.0 + scale)).astype(hidden.dtype)
+    centered = True
 
 
 class Attention(nnx.Module):
@@ -99,13 +94,12 @@ class Attention(nnx.Module):
         Returns:
             [b, t, dim], and the cache afterwards.
         """
-        b, t, _ = hidden.shape
-        heads = self.qkv(hidden)  # [b, t, h_kv, g + 2, d]
-        query, key, value = heads[:, :, :, :-2].reshape(b, t, -1, heads.shape[-1]), heads[..., -2, :], heads[..., -1, :]
+        norms = {}
         if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        mixed, cache = mix(rotate(query, turn), rotate(key, turn), value)
-        return self.output(mixed.reshape(b, t, -1)), cache
+            norms = {"query_norm": self.query_norm.weights, "key_norm": self.key_norm.weights}
+        heads = split_heads(self.qkv(hidden), turn, **norms)
+        mixed, cache = mix(heads.query, heads.key, heads.value)
+        return self.output(mixed.reshape(*hidden.shape[:2], -1)), cache
 
 
 class GatedMLP(nnx.Module):
@@ -162,20 +156,24 @@ class Block(nnx.Module):
         self.mlp_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
         self.mlp = GatedMLP(config, activation=self.activation, dtype=dtype, rngs=rngs)
 
-    def __call__(self, hidden: jax.Array, turn: Turn, mix: Mix) -> tuple[jax.Array, Any]:
+    def __call__(self, hidden: jax.Array, added: jax.Array, turn: Turn, mix: Mix) -> tuple[jax.Array, jax.Array, Any]:
         """Apply the layer.
+
+        The last sum of a layer is left to the next one, whose first norm computes it on the way.
 
         Args:
             hidden: [b, t, dim], hidden states.
+            added: [b, t, dim], to be added to them.
             turn: Rotary positions of the tokens.
             mix: Mixes the values in attention.
 
         Returns:
-            [b, t, dim], hidden states for the next layer, and the cache afterwards.
+            Hidden states and what is to be added to them, [b, t, dim] each, and the cache afterwards.
         """
-        mixed, cache = self.attention(self.attention_norm(hidden), turn, mix)
-        hidden = hidden + mixed
-        return hidden + self.mlp(self.mlp_norm(hidden)), cache
+        hidden, normed = self.attention_norm(hidden, added)
+        mixed, cache = self.attention(normed, turn, mix)
+        hidden, normed = self.mlp_norm(hidden, mixed)
+        return hidden, self.mlp(normed), cache
 
 
 class Qwen2Block(Block):
@@ -202,11 +200,12 @@ class Gemma3Block(Block):
         self.attention_post_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
         self.mlp_post_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
 
-    def __call__(self, hidden: jax.Array, turn: Turn, mix: Mix) -> tuple[jax.Array, Any]:
+    def __call__(self, hidden: jax.Array, added: jax.Array, turn: Turn, mix: Mix) -> tuple[jax.Array, jax.Array, Any]:
         """Apply the layer, with the arguments and results of `Block`."""
-        mixed, cache = self.attention(self.attention_norm(hidden), turn, mix)
-        hidden = hidden + self.attention_post_norm(mixed)
-        return hidden + self.mlp_post_norm(self.mlp(self.mlp_norm(hidden))), cache
+        hidden, normed = self.attention_norm(hidden, added)
+        mixed, cache = self.attention(normed, turn, mix)
+        hidden, normed = self.mlp_norm(hidden, self.attention_post_norm(mixed)[1])
+        return hidden, self.mlp_post_norm(self.mlp(normed))[1], cache
 
 
 def linear(

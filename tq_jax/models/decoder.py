@@ -256,7 +256,8 @@ class Decoder(nnx.Module):
         positions = start[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]
         sequences = jnp.arange(b, dtype=jnp.int32)
         turns = {window: self._turn(positions, window) for window in set(self.config.layer_windows)}
-        state, kept = (self._embed(tokens), carry), []
+        hidden = self._embed(tokens)
+        state, kept = (hidden, jnp.zeros_like(hidden), carry), []
         for run, blocks in zip(self.runs, self.blocks, strict=True):
             mix_run = partial(mix, window=run.window, scale=self.config.attention_scale)
             layer = partial(_layer, turn=turns[run.window], mix=mix_run, sequences=sequences)
@@ -268,8 +269,8 @@ class Decoder(nnx.Module):
             else:
                 state, found = lax.scan(layer, state, (run.first + jnp.arange(run.count, dtype=jnp.int32), blocks))
                 kept.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found))
-        hidden, carry = state
-        return self.norm(hidden), carry, jax.tree.map(lambda *x: jnp.concatenate(x), *kept)
+        hidden, added, carry = state
+        return self.norm(hidden, added)[1], carry, jax.tree.map(lambda *x: jnp.concatenate(x), *kept)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         hidden = self.embedding(tokens)
@@ -298,15 +299,20 @@ class Decoder(nnx.Module):
 
 
 def _layer(
-    state: tuple[jax.Array, Any], inputs: tuple[jax.Array, Any], *, turn: Turn, mix: LayerMix, sequences: jax.Array
-) -> tuple[tuple[jax.Array, Any], Any]:
-    """One layer: hidden states and carry, from those before it, and the arrays that `mix` keeps."""
-    (hidden, carry), (index, block) = state, inputs
+    state: tuple[jax.Array, jax.Array, Any],
+    inputs: tuple[jax.Array, Any],
+    *,
+    turn: Turn,
+    mix: LayerMix,
+    sequences: jax.Array,
+) -> tuple[tuple[jax.Array, jax.Array, Any], Any]:
+    """One layer: the state after it, and the arrays that `mix` keeps."""
+    (hidden, added, carry), (index, block) = state, inputs
     rows = index * sequences.shape[0] + sequences
 
     def mix_here(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
         mixed, after, kept = mix(query, key, value, carry, rows)
         return mixed, (after, kept)
 
-    hidden, (carry, kept) = block(hidden, turn, mix_here)
-    return (hidden, carry), kept
+    hidden, added, (carry, kept) = block(hidden, added, turn, mix_here)
+    return (hidden, added, carry), kept

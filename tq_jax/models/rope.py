@@ -9,8 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-Turn = tuple[jax.Array, jax.Array]
-"""Cosine and sine of the angles by which channel pairs are turned, float32 [b, t, head_dim / 2] each."""
+from pallas_kernels.layer.heads import Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,18 +94,3 @@ def rotary_turn(positions: jax.Array, *, head_dim: int, base: float, scaling: Ro
     frequency = rotary_frequencies(head_dim=head_dim, base=base, scaling=scaling)
     angles = positions.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, turn: Turn) -> jax.Array:
-    """Turn every head of every token by the token's angles.
-
-    Args:
-        x: [b, t, heads, head_dim], queries or keys.
-        turn: From `rotary_turn`.
-
-    Returns:
-        [b, t, heads, head_dim] in the dtype of `x`; computed in float32.
-    """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = (factor[:, :, None, :] for factor in turn)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

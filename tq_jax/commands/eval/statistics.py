@@ -19,7 +19,7 @@ from tq_jax.commands.divergence import Reference, fill_cache
 from tq_jax.commands.eval.schemes import Packed
 from tq_jax.commands.rivals.cache import extend_dense
 from tq_jax.models import Decoder
-from tq_jax.models.rope import rotary_frequencies, rotate
+from tq_jax.models.rope import rotary_frequencies
 from tq_jax.quantizer import Quantizer
 from tq_jax.statistics import BALANCE
 
@@ -154,4 +154,4 @@ def _seen(cache: TurnedCache, rows: Int[Array, "b"]) -> tuple[Float[Array, "b n 
 def _turn(x: Float[Array, "b n h d"], frequency: Float[Array, "b half"]) -> Float[Array, "b n h d"]:
     """Turns vectors to positions 0, 1, ...; negative frequencies turn them back."""
     angles = jnp.arange(x.shape[1], dtype=jnp.float32)[None, :, None] * frequency[:, None]
-    return rotate(x, (jnp.cos(angles), jnp.sin(angles)))
+    return turned(x, (jnp.cos(angles), jnp.sin(angles)))
