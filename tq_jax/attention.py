@@ -244,9 +244,15 @@ def _attend_long_chunk(
         for start in range(0, count, LONGEST)
     ]
     over_cache = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *behind)
-    own = attend_chunk(query, *(from_storage(cache.spec, x).astype(query.dtype) for x in chunk), options=plan.options)
     exists = jnp.arange(count, dtype=jnp.int32)[None] < (count if lengths is None else lengths[:, None])
+    own = attend_chunk(query, *_without_padding(cache.spec, chunk, exists, query.dtype), options=plan.options)
     return _finished(merge(over_cache, own), query, cache, rows, sink_logits, exists)
+
+
+def _without_padding(spec: CacheSpec, chunk: tuple[Array, Array], exists: Array, dtype: Any) -> tuple[Array, Array]:
+    """Keys and values of a chunk, zero where no token exists: NaN there would outlast a weight of zero."""
+    key, value = (jnp.where(exists[:, :, None, None], from_storage(spec, x).astype(dtype), 0) for x in chunk)
+    return key, value
 
 
 def _finished(
@@ -310,11 +316,8 @@ def _attend_by_reference(
         partial = merge(partial, _attend_compressed(precise, cache, rows, positions, options))
     exists = step < lengths[:, None]
     if chunk is not None:
-        # Padding may hold NaN, which no weight, not even zero, makes harmless.
-        key, value = (jnp.where(exists[:, :, None, None], from_storage(cache.spec, x), 0) for x in chunk)
-        own = attend_chunk(
-            precise, key.astype(jnp.float32), value.astype(jnp.float32), options=options, implementation="reference"
-        )
+        known = _without_padding(cache.spec, chunk, exists, jnp.float32)
+        own = attend_chunk(precise, *known, options=options, implementation="reference")
         partial = merge(partial, own)
     return _finished(partial, query, cache, rows, sink_logits, exists)
 
