@@ -13,7 +13,7 @@ every call without a cache: training, and log-probabilities. Parameters keep the
 `sampler.transformer_state = state` takes the weights of a trainer.
 
 Supported: Llama 3, Qwen 2 and 2.5, Qwen 3, Gemma, Gemma 2 and Gemma 3 without images; greedy, top-p and beam search;
-left-padded prompts, whose padding is not stored; grouped queries, sliding windows, soft-caps, remat.
+left-padded prompts, whose padding is not stored; grouped queries, sliding windows, soft-caps.
 Refused: other models, images, segment ids, several devices; and masks that are not causal, which give NaN under jit.
 """
 

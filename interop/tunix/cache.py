@@ -77,7 +77,7 @@ class LayerCache:
 
 
 def extend(
-    cache: LayerCache, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, **options: float | None
+    cache: LayerCache, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, **options: Any
 ) -> tuple[LayerCache, jax.Array]:
     """Appends the tokens of a chunk that Tunix's mask shows, and attends to the cache.
 

@@ -10,7 +10,7 @@ from tunix.models.qwen2 import model as qwen2
 from tunix.models.qwen3 import model as qwen3
 from tunix.utils import sharding_utils
 
-from interop.tunix.cache import LayerCache, extend
+from interop.tunix.cache import extend
 
 Output = tuple[Any, jax.Array]
 
@@ -142,6 +142,3 @@ def own_attention(model: Any) -> tuple[type, type]:
             return theirs, ours
     names = [kind.__name__ for kind, _, _ in FAMILIES]
     raise NotImplementedError(f"models of Tunix are compressed that are one of {names}, got {type(model).__name__}")
-
-
-__all__ = ["FAMILIES", "LayerCache", "own_attention"]
