@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 RAGGED = ["how do you do, what is it", "why?"]
 FULL = dict(key=None, value=None, window=CACHE, dtype="float32")
 EIGHT = dict(key_bits=8, value_bits=8, window=8, sink_tokens=2, page_size=16, dtype="float32")
-RANDOM = dict(temperature=1.0, top_p=0.95, seed=1)
+RANDOM = dict(temperature=1.0, top_p=0.95, seed=1, forbidden_tokens=[0])  # 0 is padding
 
 
 def sample(model, prompts=RAGGED, *, pad=0, **options):
@@ -48,7 +48,7 @@ def qwen():
 def test_full_precision_is_what_tunix_samples(family):
     """Tunix counts the sliding window of Gemma 2 from the padding, so that it is compared on prompts without any."""
     model = make_model(family)
-    prompts = [letter * 4 + "ow do you do" for letter in "ab"] if family == "gemma2" else RAGGED
+    prompts = [letter * 3 + "ow do you do" for letter in "ab"] if family == "gemma2" else RAGGED
     want = sample(model, prompts, **RANDOM)
     assert len(np.unique(want[0])) > 20
     assert_same(sample(compress(model, **FULL), prompts, **RANDOM), want, atol=2e-5)
@@ -58,33 +58,37 @@ def test_8_bits_sample_the_tokens_of_tunix(qwen):
     assert_same(sample(compress(qwen, **EIGHT)), sample(qwen), atol=0.05)
 
 
-def exact(model, prompt, tokens):
+def exact(model, prompt, tokens, forbidden):
     """Log-probabilities of tokens after a prompt, by the model without a cache."""
     ids = jnp.asarray([[1, *Tokenizer().encode(prompt), *tokens.tolist()]], jnp.int32)
     positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
     logits = model(ids, positions, None, jnp.tril(jnp.ones((1, ids.shape[1], ids.shape[1]), bool)))[0]
-    return np.asarray(jax.nn.log_softmax(logits[0]))[np.arange(-len(tokens) - 1, -1), tokens]
+    logits = logits[0].at[:, forbidden].set(-jnp.inf)
+    return np.asarray(jax.nn.log_softmax(logits))[np.arange(-len(tokens) - 1, -1), tokens]
 
 
 @pytest.mark.parametrize(
     ("family", "options"), [("qwen3", {"beam_size": 3}), ("gemma3", RANDOM)], ids=["beams", "top-p"]
 )
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")  # beams change their shapes
 def test_8_bits_of_what_is_sampled(family, options):
     """A token that is close to another may differ from that of Tunix; its log-probability is that of the model."""
     model = make_model(family)
     tokens, found = sample(compress(model, **EIGHT), **options)
     for prompt, row, logs in zip(RAGGED, tokens, found, strict=True):
-        np.testing.assert_allclose(logs, exact(model, prompt, row), atol=0.1)
+        error = np.abs(logs - exact(model, prompt, row, jnp.asarray(options.get("forbidden_tokens", []), jnp.int32)))
+        assert error.max() < 0.15 and error.mean() < 0.02
 
 
 def test_a_padding_token_that_is_sampled_is_not_stored(qwen):
     """Tunix hides it from all later tokens."""
-    tokens = sample(qwen, **RANDOM)[0]
+    options = RANDOM | dict(forbidden_tokens=None)
+    tokens = sample(qwen, **options)[0]
     prompt = {3 + ord(letter) % 58 for text in RAGGED for letter in text}
     pad = next(int(token) for token in tokens[0, :20] if token not in prompt | {1})
-    want = sample(qwen, pad=pad, **RANDOM)
+    want = sample(qwen, pad=pad, **options)
     assert (want[0][:, :-1] == pad).any()
-    assert_same(sample(compress(qwen, **FULL), pad=pad, **RANDOM), want, atol=2e-5)
+    assert_same(sample(compress(qwen, **FULL), pad=pad, **options), want, atol=2e-5)
 
 
 def test_the_cache_is_smaller_and_donated(qwen):
@@ -102,7 +106,7 @@ def test_the_cache_is_smaller_and_donated(qwen):
     for before in (state, prefilled):
         assert before.cache["layer_0"].arrays["pages"].keys.packed.is_deleted()
     layer = done.cache["layer_1"]
-    assert layer.to_cache().length.tolist() == [17, 19] and layer.end_index.tolist() == [19, 19]
+    assert layer.to_cache().length.tolist() == [18, 20] and layer.end_index.tolist() == [20, 20]
     dense = qwen.init_cache(2, CACHE, jnp.float32)["layer_0"]
     assert layer.nbytes < 0.5 * sum(x.nbytes for x in jax.tree.leaves(dense))
 
