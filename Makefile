@@ -3,7 +3,7 @@
 #   make test                              all tests, in .venv (with torch and transformers)
 #   make test-jax PYTHON=python3.12        the tests that need no torch, in .venv-jax, on the JAX release below
 #   make test-vllm                         the tests of the vLLM backend, in .venv-vllm (4.5 GB, Python 3.11)
-#   make test-tunix PYTHON=python3.12      the tests in the sampler of Tunix, in .venv-tunix (2.2 GB, on the JAX release below)
+#   make test-tunix PYTHON=python3.12      the tests in the sampler of Tunix, in .venv-tunix (1.9 GB, on the JAX release below)
 #   make test PYTEST="-x tests/core"       some of the tests
 #   make test WORKERS=8                    the tests in 8 processes, each of which grows to about 5 GB
 #   make gate                              compile GPU kernels of each class for six GPU generations, in .venv
