@@ -27,7 +27,7 @@ from pallas_kernels.attention.pipeline import check_attend
 from pallas_kernels.attention.reference import attend_tokens, nothing
 from pallas_kernels.dispatch import Implementation, choose, interprets
 from pallas_kernels.tiles.rotation_triton import Basis, Segment
-from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers, to_storage
+from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers
 from tq_jax.paged import attend_packed, finish
 from tq_jax.quantizer import Quantizer, is_traced, sketch_gain
 from tq_jax.rotation import mixing_factors
@@ -108,7 +108,7 @@ def attend(
         )
     _check_rows(cache, query.shape[1], lengths, rows)
     if chunk is not None:
-        chunk = _stored(spec, query, *chunk)
+        _check_chunk(spec, query, *chunk)
     rows = None if rows is None else rows.astype(jnp.int32)
     lengths = None if lengths is None else lengths.astype(jnp.int32)
     if query.size == 0:
@@ -125,12 +125,13 @@ def attend(
     return _attend_by_reference(query, cache, lengths, rows, sink_logits, chunk, options=options)
 
 
-def _stored(spec: CacheSpec, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
-    """Keys and values of a chunk as the cache holds them in full precision, or raises ValueError."""
+def _check_chunk(spec: CacheSpec, query: Array, key: Array, value: Array) -> None:
+    """Raises ValueError for keys and values of a chunk that do not fit the queries."""
     expected = (*query.shape[:2], spec.num_kv_heads, spec.head_dim)
     if key.shape != expected or value.shape != expected:
         raise ValueError(f"expected keys and values of a chunk of shape {expected}, got {key.shape} and {value.shape}")
-    return to_storage(spec, key), to_storage(spec, value)
+    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (key, value)):
+        raise ValueError(f"expected floating point keys and values of a chunk, got {key.dtype} and {value.dtype}")
 
 
 def check_query(spec: CacheSpec, batch: int, query: Any, sink_logits: Any, **above_zero: float | None) -> None:
@@ -233,25 +234,26 @@ def _attend_long_chunk(
 ) -> Array:
     """Kernels attend over the cache, cuDNN or the reference over the chunk itself; the two are merged."""
     batch, count = query.shape[:2]
-    behind: list[Any] = [
-        attend_cache(
-            query[:, start : start + LONGEST],
-            arrays_of(cache),
-            dataclasses.replace(plan, partial=True),
-            rows=rows,
-            back=jnp.full(batch, -start, jnp.int32),
-        )
-        for start in range(0, count, LONGEST)
-    ]
-    over_cache = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *behind)
+    partial_plan = dataclasses.replace(plan, partial=True)
+
+    def over_cache(block: tuple[Array, Array]) -> Any:
+        return attend_cache(block[0], arrays_of(cache), partial_plan, rows=rows, back=block[1])
+
+    size = min(count, LONGEST)
+    blocks = -(-count // size)
+    padded = jnp.pad(query, ((0, 0), (0, blocks * size - count), (0, 0), (0, 0)))
+    padded = padded.reshape(batch, blocks, size, *query.shape[2:]).swapaxes(0, 1)
+    back = jnp.broadcast_to(-size * jnp.arange(blocks, dtype=jnp.int32)[:, None], (blocks, batch))
+    parts = lax.map(over_cache, (padded, back))
+    behind = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, blocks * size, *x.shape[3:])[:, :count], parts)
     exists = jnp.arange(count, dtype=jnp.int32)[None] < (count if lengths is None else lengths[:, None])
-    own = attend_chunk(query, *_without_padding(cache.spec, chunk, exists, query.dtype), options=plan.options)
-    return _finished(merge(over_cache, own), query, cache, rows, sink_logits, exists)
+    own = attend_chunk(query, *_without_padding(chunk, exists, query.dtype), options=plan.options)
+    return _finished(merge(behind, own), query, cache, rows, sink_logits, exists)
 
 
-def _without_padding(spec: CacheSpec, chunk: tuple[Array, Array], exists: Array, dtype: Any) -> tuple[Array, Array]:
+def _without_padding(chunk: tuple[Array, Array], exists: Array, dtype: Any) -> tuple[Array, Array]:
     """Keys and values of a chunk, zero where no token exists: NaN there would outlast a weight of zero."""
-    key, value = (jnp.where(exists[:, :, None, None], from_storage(spec, x).astype(dtype), 0) for x in chunk)
+    key, value = (jnp.where(exists[:, :, None, None], x.astype(dtype), 0) for x in chunk)
     return key, value
 
 
@@ -316,7 +318,7 @@ def _attend_by_reference(
         partial = merge(partial, _attend_compressed(precise, cache, rows, positions, options))
     exists = step < lengths[:, None]
     if chunk is not None:
-        known = _without_padding(cache.spec, chunk, exists, jnp.float32)
+        known = _without_padding(chunk, exists, jnp.float32)
         own = attend_chunk(precise, *known, options=options, implementation="reference")
         partial = merge(partial, own)
     return _finished(partial, query, cache, rows, sink_logits, exists)

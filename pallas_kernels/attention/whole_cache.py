@@ -65,8 +65,8 @@ def attend_cache(
         plan: The configuration.
         rows: Cache row of each sequence; all rows in order by default.
         counts: Queries of each sequence, right-padded; t by default.
-        new: Keys and values of the queries' own tokens, if the cache does not hold them yet: of its type of
-            full-precision tokens, and of MAX_QUERY_TOKENS at most.
+        new: Keys and values of the queries' own tokens, of any float type, if the cache does not hold them yet;
+            MAX_QUERY_TOKENS at most.
         back: Tokens from the first query to the end of the cache row, 0 if the queries follow its tokens; `counts` by
             default, for queries of the row's last tokens.
         sink_logits: Learned logits without a value.

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,11 @@ import tq_jax as tq
 from tq_jax.attention import Implementation
 from tq_jax.models.checks import check_request
 from tq_jax.models.decoder import Decoder
+from tq_jax.models.prompt import draw_first, keys_at, run_in_chunks
 from tq_jax.models.sampling import Sampling, sample
+
+PROMPT_CHUNK = 32768
+"""Most tokens of a prompt that run at once: 5 GB of activations of a decoder of the size of Llama 3.1 8B."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,16 @@ def generate(
     sampling: Sampling | None = None,
     stop_tokens: Sequence[int] = (),
     key: jax.Array | None = None,
+    prompt_chunk: int = PROMPT_CHUNK,
     implementation: Implementation = "auto",
     precise: bool = False,
 ) -> Generation:
     """Continue a batch of prompts, from an empty cache or after the tokens of a given one.
 
     If no cache is given, the prompts run with exact attention, their keys and values go to a new cache, and every new
-    token attends over it. If a cache is given, the tokens of the prompts attend over the cache as well.
+    token attends over it. If a cache is given, the tokens of the prompts attend over the cache as well. Longer prompts
+    than `prompt_chunk` run chunk by chunk, so that memory is bounded: tokens attend exactly over their own chunk, and
+    over what the cache holds of those before it.
 
     Args:
         decoder: From `load_model` or `Decoder`.
@@ -102,6 +110,7 @@ def generate(
         sampling: How tokens are drawn; None is greedy.
         stop_tokens: Ids that end a sequence; `decoder.config.stop_tokens` for a chat.
         key: Random key; required unless sampling is greedy. The same key draws the same tokens.
+        prompt_chunk: Most tokens of a prompt that run at once.
         implementation: Implementation of attention, see `tq_jax.attend`.
         precise: Whether attention is precise, see `tq_jax.attend`.
 
@@ -109,9 +118,9 @@ def generate(
         The new tokens and the cache. The loop ends as soon as every sequence has stopped.
 
     Raises:
-        ValueError: If the batch or a prompt is empty, ids are outside the vocabulary, a prompt with its continuation
-            exceeds the cache or the model's context, sampling lacks a key, not exactly one of `cache_spec` and `cache`
-            is given, or the cache is of another model or batch or has overflowed.
+        ValueError: If the batch or a prompt is empty, prompt_chunk is not positive, ids are outside the vocabulary, a
+            prompt with its continuation exceeds the cache or the model's context, sampling lacks a key, not exactly one
+            of `cache_spec` and `cache` is given, or the cache is of another model or batch or has overflowed.
 
     Example:
         >>> from flax import nnx
@@ -125,6 +134,8 @@ def generate(
         (2, 5)
     """
     sampling = Sampling() if sampling is None else sampling
+    if prompt_chunk < 1:
+        raise ValueError(f"prompt_chunk: expected at least 1 token, got {prompt_chunk}")
     spec = check_request(
         decoder, tokens, lengths, cache_spec, cache, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens
     )
@@ -132,8 +143,11 @@ def generate(
     keys = _sequence_keys(key, sampling, batch)
     stop = jnp.asarray(np.array(stop_tokens, np.int32))
     prompts = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
-    how = {"implementation": implementation, "precise": precise}
-    if cache is None:
+    how: dict[str, Any] = {"implementation": implementation, "precise": precise}
+    if prompts[0].shape[1] > prompt_chunk:
+        start = decoder.init_cache(spec, batch=batch) if cache is None else jax.tree.map(jnp.copy, cache)
+        first, filled = run_in_chunks(decoder, *prompts, start, keys, chunk=prompt_chunk, sampling=sampling, **how)
+    elif cache is None:
         start = decoder.init_cache(spec, batch=batch)
         first, filled = prefill_step(decoder, *prompts, start, keys, sampling=sampling)
     else:
@@ -243,7 +257,7 @@ def decode_loop(
             implementation=implementation,
             precise=precise,
         )
-        drawn = sample(decoder.logits(hidden)[:, 0], _at(keys, state.step), sampling)
+        drawn = sample(decoder.logits(hidden)[:, 0], keys_at(keys, state.step), sampling)
         token = jnp.where(state.done, state.token, drawn)
         return _State(
             step=state.step + 1,
@@ -331,7 +345,7 @@ def _start(first: jax.Array, done: jax.Array, cache: tq.Cache, max_new_tokens: i
 def _first(decoder: Decoder, hidden: jax.Array, lengths: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     """The first new token of each sequence, int32 [b], drawn from the hidden state of its last token."""
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    return sample(decoder.logits(last)[:, 0], _at(keys, jnp.int32(0)), sampling)
+    return draw_first(decoder, last, keys, sampling=sampling)
 
 
 def _sequence_keys(key: jax.Array | None, sampling: Sampling, batch: int) -> jax.Array:
@@ -341,8 +355,3 @@ def _sequence_keys(key: jax.Array | None, sampling: Sampling, batch: int) -> jax
             raise ValueError(f"key: expected a random key to sample at temperature {sampling.temperature}, got None")
         key = jax.random.key(0)
     return jax.vmap(lambda sequence: jax.random.fold_in(key, sequence))(jnp.arange(batch))
-
-
-def _at(keys: jax.Array, step: jax.Array) -> jax.Array:
-    """The keys of one step, [b]."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)

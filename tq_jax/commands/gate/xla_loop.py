@@ -20,8 +20,8 @@ LAYERS = (2, 4)
 """Numbers of layers that are compiled: the difference is what a layer adds."""
 
 LAUNCHES = 13
-"""Launches per layer: four products and two sums of split ones, two norms, one of heads, one of the activation, and three
-of attention. The cache is written once per step for all layers."""
+"""Launches per layer: four products and two sums of split ones, two norms, one of heads, one of the activation, and
+three of attention. The cache is written once per step for all layers."""
 
 LARGE = 2**15
 """Bytes from which on an array counts as a weight or a part of the cache."""
@@ -74,20 +74,19 @@ def _compile(layers: int, sharding: Any, *, unroll: bool = True) -> tuple[str, l
 
 
 def launches(hlo: str) -> int:
-    """Kernels that one pass through the largest loop of optimized HLO launches.
+    r"""Kernels that one pass through the largest loop of optimized HLO launches.
 
     Example:
-        >>> launches("%body (p: f32[2]) -> f32[2] {\\n %a = f32[2] fusion(%p), kind=kLoop\\n}\\n"
-        ...          "ENTRY %e (x: f32[2]) -> f32[2] {\\n %w = f32[2] while(%x), body=%body\\n}")
+        >>> launches("%body (p: f32[2]) -> f32[2] {\n %a = f32[2] fusion(%p), kind=kLoop\n}\n"
+        ...          "ENTRY %e (x: f32[2]) -> f32[2] {\n %w = f32[2] while(%x), body=%body\n}")
         1
     """
+    launched = r"= [^=\n]*? (?:fusion|custom-call|copy|dot|iota|broadcast|reduce|concatenate)\("
     bodies = set(re.findall(r"body=%([\w.-]+)", hlo))
     counts = [0]
     for name, body in re.findall(r"^(?:ENTRY )?%([\w.-]+) [^\n]*\{\n(.*?)^\}", hlo, flags=re.MULTILINE | re.DOTALL):
         if name in bodies:
-            counts.append(
-                len(re.findall(r"= [^=\n]*? (?:fusion|custom-call|copy|dot|iota|broadcast|reduce|concatenate)\(", body))
-            )
+            counts.append(len(re.findall(launched, body)))
     return max(counts)
 
 
@@ -100,8 +99,9 @@ def moved(hlo: str, arrays: list[Any]) -> list[str]:
     """
     types = set()
     for x in (x for x in arrays if str(x.dtype) in TYPES and x.size * x.dtype.itemsize >= LARGE):
-        # The parameters of a layer have an axis of layers in front, and matrices of heads are used as [outputs, inputs].
-        for shape in (x.shape, x.shape[1:], (math.prod(x.shape[1:-1]), x.shape[-1])):
+        # Parameters have an axis of layers in front, and products take matrices [outputs, inputs].
+        layer = x.shape[1:]
+        for shape in (x.shape, layer, (1, *layer), (math.prod(layer[:-1]), x.shape[-1])):
             types.add(f"{TYPES[str(x.dtype)]}[{','.join(map(str, shape))}]")
     found = re.findall(rf"= \(?(\w+\[[\d,]*\])[^=\n]*? ({'|'.join(MOVES)})\(", hlo)
     return [f"{operation} {kind}" for kind, operation in found if kind in types]

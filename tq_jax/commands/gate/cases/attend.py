@@ -1,6 +1,5 @@
 """Cases of the kernels before and after decode: types, head dims, rotations and masks, but not every combination."""
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import LogitOptions, whole_cache
 from tq_jax.attention import arrays_of, attend_plan
-from tq_jax.cache import CacheSpec, init_cache, to_storage
+from tq_jax.cache import CacheSpec, init_cache
 from tq_jax.commands.gate.case import Case
 from tq_jax.commands.gate.cases.decode import BATCH, EVERYTHING, KV_HEADS, PLAIN
 from tq_jax.quantizer import QuantizerSpec
@@ -80,15 +79,14 @@ def case(
         )
 
     integers = shape((BATCH,), jnp.int32)
-    token = shape((BATCH, count, KV_HEADS, key.dim), jnp.float32)
-    stored = jax.eval_shape(functools.partial(to_storage, spec), token)
+    token = shape((BATCH, count, KV_HEADS, key.dim), query)
     arguments = (
         shape((BATCH, count, heads, key.dim), query),
         jax.eval_shape(lambda: init_cache(spec, batch=BATCH)),
         integers,
         integers,
         shape((heads,), jnp.float32) if sinks else None,
-        (stored, stored) if new else None,
+        (token, token) if new else None,
     )
     # The decode kernels have their own cases.
     return Case(name, run, arguments, only=("prepare", "merge"), quick=quick)

@@ -31,7 +31,9 @@ def norm_case(name: str, width: int, *, centered: bool = False, dtype: str = "bf
         return norm.by_kernel(hidden, added, NormWeights(scale, 1e-5, centered), interpret=False)
 
     rows = jax.ShapeDtypeStruct((BATCH, 1, width), jnp.dtype(dtype))
-    return Case(name, run, (rows, rows, jax.ShapeDtypeStruct((width,), jnp.dtype(dtype))), quick=quick)
+    return Case(
+        name, run, (rows, rows, jax.ShapeDtypeStruct((width,), jnp.dtype(dtype))), only=("residual_norm",), quick=quick
+    )
 
 
 def heads_case(
@@ -46,4 +48,4 @@ def heads_case(
     shape = jax.ShapeDtypeStruct
     factor = shape((BATCH, 1, dim // 2), jnp.float32)
     joint = shape((BATCH, 1, 2, group + 2, dim), jnp.dtype(dtype))
-    return Case(name, run, (joint, factor, factor, shape((dim,), jnp.dtype(dtype))), quick=quick)
+    return Case(name, run, (joint, factor, factor, shape((dim,), jnp.dtype(dtype))), only=("split_heads",), quick=quick)
