@@ -73,7 +73,9 @@ class ManyGenerations:
         self._waiting: deque[Request] = deque(requests)
         self._ready: deque[Finished] = deque()
         self._steps = self._used = self._tokens = 0
-        self._stop = jnp.asarray(np.array(sorted(plan.stop), np.int32))
+        # Padded with what is no token, so that few numbers of stop tokens have programs of their own.
+        stop = sorted(plan.stop)
+        self._stop = jnp.asarray(np.array(stop + [-1] * (8 - len(stop) % 8), np.int32))
         self._forget()
         # Made now, so that a spec of another model is refused by `generate_many`.
         self._cache: tq.Cache | None = plan.decoder.init_cache(plan.cache_spec, batch=plan.rows)
