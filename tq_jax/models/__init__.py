@@ -8,6 +8,7 @@ from tq_jax.models.decoder import Decoder
 from tq_jax.models.fetch import cache_dir, fetch_default_model
 from tq_jax.models.generate import Generation, generate, pad_prompts
 from tq_jax.models.language_model import LanguageModel, load_model
+from tq_jax.models.many import Finished, ManyGenerations, Tally, generate_many
 from tq_jax.models.rope import RopeScaling
 from tq_jax.models.sampling import Sampling
 from tq_jax.models.tokenizer import Tokenizer, load_tokenizer
@@ -16,10 +17,13 @@ from tq_jax.models.weights import convert_gguf, load_decoder
 __all__ = [
     "Decoder",
     "DecoderConfig",
+    "Finished",
     "Generation",
     "LanguageModel",
+    "ManyGenerations",
     "RopeScaling",
     "Sampling",
+    "Tally",
     "Tokenizer",
     "cache_dir",
     "causal_attention",
@@ -28,6 +32,7 @@ __all__ = [
     "convert_gguf",
     "fetch_default_model",
     "generate",
+    "generate_many",
     "load_decoder",
     "load_model",
     "load_tokenizer",

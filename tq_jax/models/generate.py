@@ -68,12 +68,23 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or not all(lengths):
         raise ValueError(f"prompts: expected at least one, each of at least one token, got lengths {lengths}")
-    longest = max(lengths)
-    step = max(16, 1 << max(longest.bit_length() - 3, 0))
-    tokens = np.zeros((len(prompts), -(-longest // step) * step), np.int32)
+    tokens = np.zeros((len(prompts), padded_length(max(lengths))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32)
+
+
+def padded_length(longest: int) -> int:
+    """The length to which `pad_prompts` pads prompts.
+
+    Args:
+        longest: Tokens of the longest prompt.
+
+    Returns:
+        The length, rounded up by at most 15 tokens or a quarter.
+    """
+    step = max(16, 1 << max(longest.bit_length() - 3, 0))
+    return -(-longest // step) * step
 
 
 def generate(
