@@ -162,7 +162,8 @@ def _fold(
     [b, h_kv, g, s]. `query_start` and `key_start` are the positions of the first tokens of the two blocks.
     """
     acc, peak, total = state
-    scores = jnp.einsum("bshgd,buhd->bhgsu", q, k, preferred_element_type=jnp.float32) * jnp.float32(options.scale)
+    scores = jnp.einsum("bshgd,buhd->bhgsu", q, k, precision="highest", preferred_element_type=jnp.float32)
+    scores = scores * jnp.float32(options.scale)
     if options.softcap is not None:
         scores = options.softcap * jnp.tanh(scores / options.softcap)
     q_pos, k_pos = query_start + jnp.arange(q.shape[1]), key_start + jnp.arange(k.shape[1])
@@ -171,5 +172,7 @@ def _fold(
     scores = jnp.where(visible[None, None, None], scores, jnp.float32(HIDDEN))
     new_peak = jnp.maximum(peak, scores.max(axis=-1))
     weight, shrink = jnp.exp(scores - new_peak[..., None]), jnp.exp(peak - new_peak)
-    mixed = jnp.einsum("bhgsu,buhd->bhgsd", weight.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum(
+        "bhgsu,buhd->bhgsd", weight.astype(v.dtype), v, precision="highest", preferred_element_type=jnp.float32
+    )
     return acc * shrink[..., None] + mixed, new_peak, total * shrink + weight.sum(axis=-1)

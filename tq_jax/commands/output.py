@@ -127,14 +127,14 @@ def _read_report(path: Path) -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """Where figures come from: the device, the versions of installed packages, and the commit of the code.
 
-    Outside of a repository the commit comes from the environment variable TQ_JAX_COMMIT; it is "" if that is not set.
+    The environment variable TQ_JAX_COMMIT names the commit of a copy whose repository is not there or is another one.
     """
     import jax  # commands that only print help need not wait for it
 
     return {
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} CPU cores",
         "versions": {"python": platform.python_version()} | versions(PACKAGES),
-        "commit": _commit() or os.environ.get("TQ_JAX_COMMIT", ""),
+        "commit": os.environ.get("TQ_JAX_COMMIT") or _commit(),
     }
 
 
