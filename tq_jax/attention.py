@@ -108,7 +108,7 @@ def attend(
         )
     _check_rows(cache, query.shape[1], lengths, rows)
     if chunk is not None:
-        chunk = _stored(spec, query, *chunk)
+        chunk = stored_chunk(spec, query, *chunk)
     rows = None if rows is None else rows.astype(jnp.int32)
     lengths = None if lengths is None else lengths.astype(jnp.int32)
     if query.size == 0:
@@ -125,7 +125,7 @@ def attend(
     return _attend_by_reference(query, cache, lengths, rows, sink_logits, chunk, options=options)
 
 
-def _stored(spec: CacheSpec, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+def stored_chunk(spec: CacheSpec, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
     """Keys and values of a chunk as the cache holds them in full precision, or raises ValueError."""
     expected = (*query.shape[:2], spec.num_kv_heads, spec.head_dim)
     if key.shape != expected or value.shape != expected:
@@ -232,21 +232,20 @@ def _attend_long_chunk(
     plan: AttendPlan,
 ) -> Array:
     """Kernels attend over the cache, cuDNN or the reference over the chunk itself; the two are merged."""
-    batch, count = query.shape[:2]
-    behind: list[Any] = [
-        attend_cache(
-            query[:, start : start + LONGEST],
-            arrays_of(cache),
-            dataclasses.replace(plan, partial=True),
-            rows=rows,
-            back=jnp.full(batch, -start, jnp.int32),
-        )
-        for start in range(0, count, LONGEST)
-    ]
-    over_cache = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *behind)
+    count, over_cache = query.shape[1], over_cache_by_kernels(query, cache, rows, plan=plan)
     own = attend_chunk(query, *(from_storage(cache.spec, x).astype(query.dtype) for x in chunk), options=plan.options)
     exists = jnp.arange(count, dtype=jnp.int32)[None] < (count if lengths is None else lengths[:, None])
     return _finished(merge(over_cache, own), query, cache, rows, sink_logits, exists)
+
+
+def over_cache_by_kernels(query: Array, cache: Cache, rows: Array | None, *, plan: AttendPlan) -> Partial:
+    """Kernels attend over the cache, for queries that follow all its tokens."""
+    how: dict[str, Any] = {"plan": dataclasses.replace(plan, partial=True), "rows": rows}
+    behind: list[Any] = [
+        attend_cache(query[:, i : i + LONGEST], arrays_of(cache), back=jnp.full(query.shape[0], -i, jnp.int32), **how)
+        for i in range(0, query.shape[1], LONGEST)
+    ]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *behind)
 
 
 def _finished(
@@ -303,11 +302,7 @@ def _attend_by_reference(
     step = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     positions = (length - lengths if chunk is None else length)[:, None] + step
     precise = query.astype(jnp.float32)
-    partial = nothing(query, query.shape[3])
-    if cache.exact_keys.shape[2]:
-        partial = _attend_exact(precise, cache, rows, positions, options)
-    if cache.pages is not None:
-        partial = merge(partial, _attend_compressed(precise, cache, rows, positions, options))
+    partial = over_cache_by_reference(precise, cache, rows, positions, options)
     exists = step < lengths[:, None]
     if chunk is not None:
         # Padding may hold NaN, which no weight, not even zero, makes harmless.
@@ -317,6 +312,18 @@ def _attend_by_reference(
         )
         partial = merge(partial, own)
     return _finished(partial, query, cache, rows, sink_logits, exists)
+
+
+def over_cache_by_reference(
+    query: Array, cache: Cache, rows: Int[Array, "b"], positions: Int[Array, "b t"], options: LogitOptions
+) -> Partial:
+    """Window and pages one after the other, for float32 queries at the given positions."""
+    partial = nothing(query, query.shape[3])
+    if cache.exact_keys.shape[2]:
+        partial = _attend_exact(query, cache, rows, positions, options)
+    if cache.pages is not None:
+        partial = merge(partial, _attend_compressed(query, cache, rows, positions, options))
+    return partial
 
 
 def _attend_exact(

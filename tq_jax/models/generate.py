@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from tq_jax.attention import Implementation
 from tq_jax.models.checks import check_request
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.sampling import Sampling, sample
+from tq_jax.models.sharding import AXES, Layout, MeshAxes, init_cache, run_step, shard
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Generation:
         tokens: int32 [b, max_new_tokens], new tokens of each sequence; -1 after its stop token.
         lengths: int32 [b], number of new tokens of each sequence, its stop token included.
         cache: Cache of `num_layers * b` rows. It holds the prompts and all new tokens except the last of each sequence.
+            On a mesh with a sequence axis of n devices it has n times as many rows, see `sharding.init_cache`.
     """
 
     tokens: jax.Array
@@ -84,6 +87,8 @@ def generate(
     key: jax.Array | None = None,
     implementation: Implementation = "auto",
     precise: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    axes: MeshAxes = AXES,
 ) -> Generation:
     """Continue a batch of prompts, from an empty cache or after the tokens of a given one.
 
@@ -104,6 +109,10 @@ def generate(
         key: Random key; required unless sampling is greedy. The same key draws the same tokens.
         implementation: Implementation of attention, see `tq_jax.attend`.
         precise: Whether attention is precise, see `tq_jax.attend`.
+        mesh: Devices that compute together: KV heads are spread over its axis "heads", the tokens of the cache over its
+            axis "sequence" (see docs/devices.md). `sharding.shard` places the decoder once for many calls. A given
+            cache is that of an earlier `Generation` on the same mesh. None for one device.
+        axes: Other names of the mesh's axes.
 
     Returns:
         The new tokens and the cache. The loop ends as soon as every sequence has stopped.
@@ -112,6 +121,7 @@ def generate(
         ValueError: If the batch or a prompt is empty, ids are outside the vocabulary, a prompt with its continuation
             exceeds the cache or the model's context, sampling lacks a key, not exactly one of `cache_spec` and `cache`
             is given, or the cache is of another model or batch or has overflowed.
+        NotImplementedError: If the decoder cannot be spread over the mesh, see `sharding.Layout.require`.
 
     Example:
         >>> from flax import nnx
@@ -125,21 +135,37 @@ def generate(
         (2, 5)
     """
     sampling = Sampling() if sampling is None else sampling
+    layout = None if mesh is None else Layout(mesh, axes)
+    if mesh is not None:
+        decoder = shard(decoder, mesh, axes=axes)
+    shares = 1 if layout is None else layout.shares
     spec = check_request(
-        decoder, tokens, lengths, cache_spec, cache, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens
-    )
+        decoder, tokens, lengths, cache_spec, cache, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
+        shares=shares,
+    )  # fmt: skip
     batch = np.shape(tokens)[0]
     keys = _sequence_keys(key, sampling, batch)
     stop = jnp.asarray(np.array(stop_tokens, np.int32))
-    prompts = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
-    how = {"implementation": implementation, "precise": precise}
+    prompts = {"tokens": jnp.asarray(tokens, jnp.int32), "lengths": jnp.asarray(lengths, jnp.int32), "keys": keys}
+    how: dict[str, Any] = {"sampling": sampling, "implementation": implementation, "precise": precise}
     if cache is None:
-        start = decoder.init_cache(spec, batch=batch)
-        first, filled = prefill_step(decoder, *prompts, start, keys, sampling=sampling)
+        start = (
+            decoder.init_cache(spec, batch=batch)
+            if mesh is None
+            else init_cache(decoder, spec, batch=batch, mesh=mesh, axes=axes)
+        )
+        first, filled = run_step(
+            prefill_step, decoder, layout, cache=start, arrays=prompts, options={"sampling": sampling}
+        )
     else:
-        first, filled = extend_step(decoder, *prompts, cache, keys, sampling=sampling, **how)
-    out, count, filled = decode_loop(
-        decoder, first, filled, keys, stop, sampling=sampling, max_new_tokens=max_new_tokens, **how
+        first, filled = run_step(extend_step, decoder, layout, cache=cache, arrays=prompts, options=how, donate=False)
+    out, count, filled = run_step(
+        decode_loop,
+        decoder,
+        layout,
+        cache=filled,
+        arrays={"first": first, "keys": keys, "stop": stop},
+        options={**how, "max_new_tokens": max_new_tokens},
     )
     return Generation(tokens=out, lengths=count, cache=filled)
 

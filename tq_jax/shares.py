@@ -1,0 +1,172 @@
+"""A cache whose tokens are shared out over the devices of a mesh axis (context parallelism), inside `jax.shard_map`.
+
+Token p of a sequence lives on device p mod n of n devices, in a cache of the device's own whose spec is `share_spec`.
+All devices so hold equally many tokens, within one; and since sink tokens and window are shared out by the same rule,
+the same tokens are in full precision as in one cache, and leave their window at the same moment.
+
+Each device attends over its own tokens; the parts are merged by log-sum-exp with two small reductions. What crosses
+the axis has the size of the queries, never that of the cache.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.attention import LogitOptions, Partial, merge
+from pallas_kernels.attention.chunk import attend_chunk
+from pallas_kernels.attention.pipeline import check_attend
+from pallas_kernels.dispatch import Implementation, choose
+from tq_jax.append import append
+from tq_jax.attention import attend_plan, check_query, over_cache_by_kernels, over_cache_by_reference, stored_chunk
+from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers
+from tq_jax.paged import finish
+
+
+def share_spec(spec: CacheSpec, devices: int) -> CacheSpec:
+    """Spec of the cache of one device.
+
+    Args:
+        spec: Spec for whole sequences.
+        devices: Devices that share the tokens.
+
+    Returns:
+        The spec with each device's part of `max_tokens`, `window` and `sink_tokens`, rounded up.
+
+    Raises:
+        ValueError: If there is no device.
+
+    Example:
+        >>> spec = share_spec(CacheSpec.recommended(8, 128, max_tokens=32768), 4)
+        >>> spec.max_tokens, spec.window, spec.sink_tokens
+        (8192, 32, 1)
+    """
+    if devices < 1:
+        raise ValueError(f"devices: expected at least 1, got {devices}")
+    sizes = {name: -(-getattr(spec, name) // devices) for name in ("max_tokens", "window", "sink_tokens")}
+    return dataclasses.replace(spec, **sizes)
+
+
+def append_share(
+    cache: Cache,
+    k: Float[Array, "b t h_kv d"],
+    v: Float[Array, "b t h_kv d"],
+    *,
+    axis: str,
+    start: Int[Array, "b"],
+    query: Float[Array, "b t h_q d"] | None = None,
+    lengths: Int[Array, "b"] | None = None,
+    rows: Int[Array, "b"] | None = None,
+    implementation: Implementation = "auto",
+) -> Cache:
+    """Appends the tokens of a chunk that live on this device; every device gets the whole chunk.
+
+    Args:
+        cache: This device's cache.
+        k: Keys, after rotary embedding.
+        v: Values.
+        axis: The mesh axis whose devices share the tokens.
+        start: Position of each chunk's first token: the tokens of its row on all devices.
+        query: Queries of the same tokens, see `tq_jax.append`.
+        lengths: Tokens of each row's chunk that exist; all by default.
+        rows: The cache rows of the chunks; all rows in order by default.
+        implementation: See `tq_jax.append`.
+
+    Returns:
+        This device's new cache.
+    """
+    devices, device = lax.axis_size(axis), lax.axis_index(axis).astype(jnp.int32)
+    batch, tokens = k.shape[:2]
+    lengths = jnp.full(batch, tokens, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    first = (device - start.astype(jnp.int32)) % devices
+    steps = jnp.arange(-(-tokens // devices), dtype=jnp.int32) * devices
+    index = jnp.minimum(first[:, None] + steps[None], tokens - 1)[:, :, None, None]
+    own = [None if x is None else jnp.take_along_axis(x, index, axis=1) for x in (k, v, query)]
+    count = (jnp.maximum(lengths - first, 0) + devices - 1) // devices
+    return append(cache, own[0], own[1], query=own[2], lengths=count, rows=rows, implementation=implementation)
+
+
+def attend_shares(
+    query: Float[Array, "b t h_q d"],
+    cache: Cache,
+    *,
+    axis: str,
+    chunk: tuple[Float[Array, "b t h_kv d"], Float[Array, "b t h_kv d"]],
+    implementation: Implementation = "auto",
+    softcap: float | None = None,
+    sink_logits: Float[Array, "h_q"] | None = None,
+    scale: float | None = None,
+    lengths: Int[Array, "b"] | None = None,
+    rows: Int[Array, "b"] | None = None,
+    precise: bool = False,
+) -> Float[Array, "b t h_q d"]:
+    """Attention of a chunk over the tokens of all devices of a mesh axis, and over itself, exactly and causally.
+
+    All tokens in the caches come before the chunk (`attend_shares` first, then `append_share`). There is no sliding
+    window: where it begins in a device's tokens would differ from device to device and from step to step.
+
+    Args:
+        query: Queries after rotary embedding, the same on all devices of the axis.
+        cache: This device's cache.
+        axis: The mesh axis whose devices share the tokens.
+        chunk: Keys, after rotary embedding, and values of the queries' tokens, the same on all devices of the axis.
+        implementation: See `tq_jax.attend`, as for the options that follow.
+        softcap: Logits x become softcap * tanh(x / softcap).
+        sink_logits: A learned logit per head that takes part in the softmax and has no value.
+        scale: Factor of <q, k>; 1/sqrt(head_dim) by default.
+        lengths: Queries of each row that exist, right-padded; all by default.
+        rows: The cache rows of the queries; all rows in order by default.
+        precise: See `tq_jax.attend`.
+
+    Returns:
+        Outputs in the type of the queries, the same on all devices of the axis. NaN for rows that overflowed on any of
+        them; zero for padding.
+
+    Raises:
+        ValueError: For shapes or options that do not fit.
+        NotImplementedError: For an implementation that does not exist or does not support the case.
+    """
+    spec, (batch, tokens) = cache.spec, query.shape[:2]
+    check_query(spec, cache.rows if rows is None else batch, query, sink_logits, softcap=softcap, scale=scale)
+    require_row_integers(batch, lengths=lengths, rows=rows)
+    rows = jnp.arange(cache.rows, dtype=jnp.int32) if rows is None else rows.astype(jnp.int32)
+    lengths = jnp.full(batch, tokens, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
+    step = jnp.arange(tokens, dtype=jnp.int32)[None]
+    exists = step < lengths[:, None]
+    # Padding may hold NaN, which no weight, not even zero, makes harmless.
+    stored = (from_storage(spec, x) for x in stored_chunk(spec, query, *chunk))
+    key, value = (jnp.where(exists[:, :, None, None], x, 0) for x in stored)
+    options = LogitOptions.for_head_dim(spec.head_dim, scale=scale, softcap=softcap, sliding_window=None)
+    plan = attend_plan(spec, options, precise=precise)
+
+    def check() -> None:
+        check_attend(query.shape, cache.pages, plan)
+
+    if choose(implementation, op="attend", check=check) == "triton":
+        found = over_cache_by_kernels(query, cache, rows, plan=plan)
+        own = attend_chunk(query, key.astype(query.dtype), value.astype(query.dtype), options=options)
+    else:
+        exact = query.astype(jnp.float32)
+        found = over_cache_by_reference(exact, cache, rows, cache.length[rows][:, None] + step, options)
+        own = attend_chunk(exact, key, value, options=options, implementation="reference")
+    # NaN of one device reaches all of them in the sum.
+    acc = jnp.where(cache.overflow[rows][:, None, None, None], jnp.nan, found.acc)
+    merged = merge(merge_over(Partial(acc, found.peak, found.total), axis), own)
+    return finish(merged, sink_logits, exists).astype(query.dtype)
+
+
+def merge_over(part: Partial, axis: str) -> Partial:
+    """Combines attention over disjoint sets of keys, one per device of a mesh axis; see `merge`.
+
+    Args:
+        part: Attention over this device's keys.
+        axis: The mesh axis.
+
+    Returns:
+        Attention over the keys of all devices, the same on each of them.
+    """
+    peak = lax.pmax(part.peak, axis)
+    keep = jnp.exp(part.peak - peak)  # [b, t, h_q]
+    acc, total = lax.psum((part.acc * keep[..., None], part.total * keep), axis)
+    return Partial(acc, peak, total)
