@@ -82,9 +82,10 @@ def append_share(
     first = (device - start.astype(jnp.int32)) % devices
     steps = jnp.arange(-(-tokens // devices), dtype=jnp.int32) * devices
     index = jnp.minimum(first[:, None] + steps[None], tokens - 1)[:, :, None, None]
-    own = [None if x is None else jnp.take_along_axis(x, index, axis=1) for x in (k, v, query)]
+    own_k, own_v = (jnp.take_along_axis(x, index, axis=1) for x in (k, v))
+    own_query = None if query is None else jnp.take_along_axis(query, index, axis=1)
     count = (jnp.maximum(lengths - first, 0) + devices - 1) // devices
-    return append(cache, own[0], own[1], query=own[2], lengths=count, rows=rows, implementation=implementation)
+    return append(cache, own_k, own_v, query=own_query, lengths=count, rows=rows, implementation=implementation)
 
 
 def attend_shares(

@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import tq_jax as tq
@@ -195,12 +194,12 @@ def shard(decoder: Decoder, mesh: Mesh, *, axes: MeshAxes = AXES) -> Decoder:
         NotImplementedError: If the decoder cannot be spread over the mesh, see `Layout.require`.
 
     Example:
-        >>> from tq_jax.models import DecoderConfig
+        >>> from flax import nnx
         >>> config = DecoderConfig(vocab_size=64, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
         ...                        ffn_dim=48)
         >>> mesh = jax.make_mesh((2,), ("heads",))
-        >>> shard(Decoder(config, rngs=nnx.Rngs(0)), mesh).head.kernel[...].sharding.spec
-        PartitionSpec('heads',)
+        >>> shard(Decoder(config, rngs=nnx.Rngs(0)), mesh).head.kernel[...].sharding.spec == jax.P("heads")
+        True
     """
     return jax.tree.map(place, decoder, decoder_shardings(decoder, mesh, axes=axes))
 
@@ -283,19 +282,32 @@ def run_step(
     return (*found, after)
 
 
-def _run_on_mesh(
+def run_on_mesh(
     decoder: Decoder,
     cache: tq.Cache,
-    arrays: dict[str, jax.Array],
+    arrays: Mapping[str, jax.Array],
     *,
     step: Callable[..., tuple[Any, ...]],
     layout: Layout,
-    options: tuple[tuple[str, Any], ...],
+    options: tuple[tuple[str, Any], ...] = (),
 ) -> tuple[tuple[Any, ...], tq.Cache]:
+    """Run a step on a mesh, under a `jax.jit` of the caller; for loops other than those of `generate`.
+
+    Args:
+        decoder: The decoder, from `shard`.
+        cache: The cache, from `init_cache`.
+        arrays: Further arrays by name; all devices get all of them.
+        step: See `run_step`; every device calls it with its `Share` of the decoder and of the cache.
+        layout: The mesh.
+        options: Names and values of static options.
+
+    Returns:
+        The results of the step but the last, and the cache.
+    """
     spec, axes = cache.spec, layout.axes
     own = dataclasses.replace(spec, num_kv_heads=spec.num_kv_heads // layout.heads)
 
-    def run(decoder: Decoder, cache: tq.Cache, arrays: dict[str, jax.Array]) -> tuple[tuple[Any, ...], tq.Cache]:
+    def run(decoder: Decoder, cache: tq.Cache, arrays: Mapping[str, jax.Array]) -> tuple[tuple[Any, ...], tq.Cache]:
         share = Share(
             decoder,
             heads_axis=axes.heads if layout.heads > 1 else None,
@@ -306,10 +318,8 @@ def _run_on_mesh(
         )
         return tuple(found), dataclasses.replace(after, spec=spec)
 
-    parameters, tokens = (
-        jax.tree.map(lambda sharding: sharding.spec, shardings(x, layout.mesh, axes=axes))
-        for shardings, x in ((decoder_shardings, decoder), (cache_shardings, cache))
-    )
+    named = (decoder_shardings(decoder, layout.mesh, axes=axes), cache_shardings(cache, layout.mesh, axes=axes))
+    parameters, tokens = jax.tree.map(lambda sharding: sharding.spec, named)
     # Pallas calls do not say over which axes their results vary, so nothing is checked.
     spread = jax.shard_map(
         run, mesh=layout.mesh, in_specs=(parameters, tokens, P()), out_specs=(P(), tokens), check_vma=False
@@ -318,8 +328,8 @@ def _run_on_mesh(
 
 
 _STATIC = ("step", "layout", "options")
-_keeping = partial(jax.jit, static_argnames=_STATIC)(_run_on_mesh)
-_donating = partial(jax.jit, static_argnames=_STATIC, donate_argnames=("cache",))(_run_on_mesh)
+_keeping = partial(jax.jit, static_argnames=_STATIC)(run_on_mesh)
+_donating = partial(jax.jit, static_argnames=_STATIC, donate_argnames=("cache",))(run_on_mesh)
 
 
 def _names(path: Any) -> list[str]:

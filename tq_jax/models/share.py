@@ -57,6 +57,14 @@ class SplitEmbed(nnx.Module):
         return lax.psum(jnp.where(exists, found, jnp.zeros_like(found)), self.axis)
 
 
+def _sum_outputs(block: Any, axis: str) -> None:
+    """Lets a layer with this device's heads and channels give the outputs of the whole layer."""
+    block.attention.output = Summed(block.attention.output, axis)
+    block.mlp.down = Summed(block.mlp.down, axis)
+    # A bias is broadcast to the shape of a layer's kernel that the projection was made with.
+    block.attention.qkv.kernel_shape = block.attention.qkv.kernel.shape[1:]
+
+
 class Share(Decoder):
     """A device's part of a decoder; hidden states and logits are the same on all devices.
 
@@ -77,8 +85,7 @@ class Share(Decoder):
             self.embedding = SplitEmbed(part.embedding, self.vocabulary_axis)
         if heads_axis is not None:
             for block in self.blocks:
-                block.attention.output = Summed(block.attention.output, heads_axis)
-                block.mlp.down = Summed(block.mlp.down, heads_axis)
+                _sum_outputs(block, heads_axis)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """See `Decoder.logits`; the parts of the vocabulary are gathered."""
