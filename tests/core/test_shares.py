@@ -72,6 +72,7 @@ def by_position(shared):
     return np.asarray(shared).reshape(DEVICES, ROWS, *shared.shape[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [SPEC, EXACT], ids=["packed", "exact"])
 def test_shares_are_one_cache(chunks, spec):
     lengths = jnp.array([TOKENS, 37], jnp.int32)

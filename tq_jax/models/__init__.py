@@ -10,6 +10,7 @@ from tq_jax.models.generate import Generation, generate, pad_prompts
 from tq_jax.models.language_model import LanguageModel, load_model
 from tq_jax.models.rope import RopeScaling
 from tq_jax.models.sampling import Sampling
+from tq_jax.models.sharding import MeshAxes, cache_shardings, decoder_shardings, shard
 from tq_jax.models.tokenizer import Tokenizer, load_tokenizer
 from tq_jax.models.weights import convert_gguf, load_decoder
 
@@ -18,18 +19,22 @@ __all__ = [
     "DecoderConfig",
     "Generation",
     "LanguageModel",
+    "MeshAxes",
     "RopeScaling",
     "Sampling",
     "Tokenizer",
     "cache_dir",
+    "cache_shardings",
     "causal_attention",
     "config_from_gguf",
     "config_from_hf",
     "convert_gguf",
+    "decoder_shardings",
     "fetch_default_model",
     "generate",
     "load_decoder",
     "load_model",
     "load_tokenizer",
     "pad_prompts",
+    "shard",
 ]
