@@ -10,6 +10,7 @@ the axis has the size of the queries, never that of the cache.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -18,6 +19,7 @@ from pallas_kernels.attention import LogitOptions, Partial, merge
 from pallas_kernels.attention.chunk import attend_chunk
 from pallas_kernels.attention.pipeline import check_attend
 from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.numerics import HIDDEN
 from tq_jax.append import append
 from tq_jax.attention import attend_plan, check_query, over_cache_by_kernels, over_cache_by_reference, stored_chunk
 from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers
@@ -84,8 +86,13 @@ def append_share(
     index = jnp.minimum(first[:, None] + steps[None], tokens - 1)[:, :, None, None]
     own_k, own_v = (jnp.take_along_axis(x, index, axis=1) for x in (k, v))
     own_query = None if query is None else jnp.take_along_axis(query, index, axis=1)
-    count = (jnp.maximum(lengths - first, 0) + devices - 1) // devices
+    count = own_counts(lengths, first, devices)
     return append(cache, own_k, own_v, query=own_query, lengths=count, rows=rows, implementation=implementation)
+
+
+def own_counts(lengths: Int[Array, "b"], first: Int[Array, "*b"], devices: int) -> Int[Array, "b"]:
+    """How many of the first `lengths` tokens of a chunk are `first`, `first` + `devices`, ... of it."""
+    return (jnp.maximum(lengths - first, 0) + devices - 1) // devices
 
 
 def attend_shares(
@@ -155,6 +162,60 @@ def attend_shares(
     acc = jnp.where(cache.overflow[rows][:, None, None, None], jnp.nan, found.acc)
     merged = merge(merge_over(Partial(acc, found.peak, found.total), axis), own)
     return finish(merged, sink_logits, exists).astype(query.dtype)
+
+
+def attend_stripes(
+    query: Float[Array, "b t h_q d"],
+    key: Float[Array, "b t h_kv d"],
+    value: Float[Array, "b t h_kv d"],
+    *,
+    axis: str,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "b t h_q d"]:
+    """Exact causal attention of a prompt over itself, token p of which is on device p mod n; padding comes last.
+
+    Keys and values go round the devices (ring attention, arXiv:2310.01889). A query sees those of an earlier device up
+    to its own place, and those of a later device up to the place before, so that all devices have equal work (striped
+    attention, arXiv:2311.09431).
+
+    Args:
+        query: Queries of this device's tokens, after rotary embedding.
+        key: Their keys, after rotary embedding, in the type of the queries.
+        value: Their values.
+        axis: The mesh axis whose devices share the tokens.
+        scale: Factor of <q, k>; 1/sqrt(head_dim) by default.
+        softcap: Logits x become softcap * tanh(x / softcap).
+
+    Returns:
+        Outputs of this device's tokens, in the type of the queries.
+    """
+    devices, device = lax.axis_size(axis), lax.axis_index(axis)
+    options = LogitOptions.for_head_dim(query.shape[3], scale=scale, softcap=softcap, sliding_window=None)
+    circle = [(i, (i + 1) % devices) for i in range(devices)]
+    next_query = jnp.roll(query, -1, axis=1)
+
+    def attend_next(step: Array, state: tuple[Array, Array, Partial]) -> tuple[Array, Array, Partial]:
+        key, value = (lax.ppermute(x, axis, circle) for x in state[:2])
+        # They come from the device `step` places before this one, round the circle.
+        from_later = device < step
+        part = attend_chunk(jnp.where(from_later, next_query, query), key, value, options=options)
+        part = jax.tree.map(lambda late, same: jnp.where(from_later, late, same), _one_later(part), part)
+        return key, value, merge(state[2], part)
+
+    own = attend_chunk(query, key, value, options=options)
+    found = lax.fori_loop(1, devices, attend_next, (key, value, own))[2]
+    return (found.acc / found.total[..., None]).astype(query.dtype)
+
+
+def _one_later(part: Partial) -> Partial:
+    """Each query gets what was found for the place before its own, the first query nothing."""
+    first = jnp.arange(part.peak.shape[1]) == 0
+
+    def moved(x: Array, nothing: float) -> Array:
+        return jnp.where(first.reshape(1, -1, *[1] * (x.ndim - 2)), nothing, jnp.roll(x, 1, axis=1))
+
+    return Partial(moved(part.acc, 0.0), moved(part.peak, HIDDEN), moved(part.total, 0.0))
 
 
 def merge_over(part: Partial, axis: str) -> Partial:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import tq_jax as tq
-from tq_jax.shares import append_share, attend_shares, share_spec
+from pallas_kernels.attention import LogitOptions
+from pallas_kernels.attention.chunk import attend_chunk
+from tq_jax.shares import append_share, attend_shares, attend_stripes, share_spec
 
 DEVICES, ROWS, TOKENS = 4, 2, 100
 SPEC = tq.CacheSpec(
@@ -148,6 +150,26 @@ def test_options_and_kernels(chunks, size):
     for implementation, tolerance in (("reference", 2e-5), ("triton", 2e-2)):
         run = over_devices(functools.partial(step, implementation=implementation))
         np.testing.assert_allclose(run(shared, *piece)[1], expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_stripes_are_causal_attention(chunks, devices):
+    """Keys and values that go round the devices give what one device computes, soft-capped or not."""
+    k, v, q = chunks
+    mesh = jax.make_mesh((devices,), ("sequence",), devices=jax.devices()[:devices])
+
+    def striped(x):
+        return jnp.moveaxis(x.reshape(ROWS, -1, devices, *x.shape[2:]), 2, 0)
+
+    for softcap in (None, 3.0):
+
+        def attend(q, k, v, softcap=softcap):
+            return attend_stripes(q[0], k[0], v[0], axis="sequence", softcap=softcap)[None]
+
+        run = jax.shard_map(attend, mesh=mesh, in_specs=jax.P("sequence"), out_specs=jax.P("sequence"), check_vma=False)
+        expected = attend_chunk(q, k, v, options=LogitOptions(scale=0.125, softcap=softcap))
+        found = jax.jit(run)(*(striped(x) for x in (q, k, v)))
+        np.testing.assert_allclose(found, striped(expected.acc / expected.total[..., None]), atol=2e-6)
 
 
 def test_refuses():

@@ -237,6 +237,8 @@ class Decoder(nnx.Module):
         carry: Any,
         start: jax.Array,
         mix: LayerMix,
+        *,
+        stride: int = 1,
     ) -> tuple[jax.Array, Any, Any]:
         """Run tokens with a function of the caller that attends and keeps keys and values.
 
@@ -245,13 +247,14 @@ class Decoder(nnx.Module):
             carry: Any pytree; `mix` of one layer hands it to that of the next.
             start: int32 [b], position of the first token of each sequence.
             mix: Mixes the values of a layer.
+            stride: Distance of the positions of consecutive tokens.
 
         Returns:
             Hidden states [b, t, dim] after the final norm, the carry after the last layer, and the arrays that `mix`
             keeps: those of all layers in the order of cache rows, [num_layers * b, ...].
         """
         b, t = tokens.shape
-        positions = start[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]
+        positions = start[:, None] + stride * jnp.arange(t, dtype=jnp.int32)[None, :]
         sequences = jnp.arange(b, dtype=jnp.int32)
         turns = {window: self._turn(positions, window) for window in set(self.config.layer_windows)}
         hidden = self._embed(tokens)

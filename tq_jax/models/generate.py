@@ -19,7 +19,7 @@ from tq_jax.attention import Implementation
 from tq_jax.models.checks import check_request
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.sampling import Sampling, sample
-from tq_jax.models.sharding import AXES, Layout, MeshAxes, init_cache, run_step, shard
+from tq_jax.models.sharding import AXES, Layout, MeshAxes, cache_shardings, init_cache, place, run_step, shard
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def generate(
         precise: Whether attention is precise, see `tq_jax.attend`.
         mesh: Devices that compute together: KV heads are spread over its axis "heads", the tokens of the cache over its
             axis "sequence" (see docs/devices.md). `sharding.shard` places the decoder once for many calls. A given
-            cache is that of an earlier `Generation` on the same mesh. None for one device.
+            cache was made with as many devices of "sequence". None for one device.
         axes: Other names of the mesh's axes.
 
     Returns:
@@ -158,7 +158,8 @@ def generate(
             prefill_step, decoder, layout, cache=start, arrays=prompts, options={"sampling": sampling}
         )
     else:
-        first, filled = run_step(extend_step, decoder, layout, cache=cache, arrays=prompts, options=how, donate=False)
+        start = cache if mesh is None else jax.tree.map(place, cache, cache_shardings(cache, mesh, axes=axes))
+        first, filled = run_step(extend_step, decoder, layout, cache=start, arrays=prompts, options=how, donate=False)
     out, count, filled = run_step(
         decode_loop,
         decoder,

@@ -4,7 +4,7 @@ A whole step - a prompt, a chunk or the loop of decoding - runs inside one `jax.
 smaller decoder (`Share`) over a smaller cache: it has its own KV heads with their query heads, its own channels of the
 feed-forward block and its own rows of the vocabulary. So Pallas kernels, which the compiler cannot partition, run as
 they do on one device, and devices talk only where this file or `tq_jax.shares` says so: two sums per layer, one for the
-embedding, one gathering of the logits, and with shared tokens the merge of attention.
+embedding, one gathering of the logits, and with shared tokens what attention needs.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def shard(decoder: Decoder, mesh: Mesh, *, axes: MeshAxes = AXES) -> Decoder:
 
 def place(array: Any, sharding: NamedSharding) -> jax.Array:
     """An array on the devices of a mesh; on several hosts, each of which has the whole array, only its own parts."""
-    if isinstance(array, jax.Array) and array.sharding == sharding:
+    if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
         return array
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)

@@ -11,9 +11,8 @@ from jax import lax
 
 import tq_jax as tq
 from tq_jax.attention import Implementation
-from tq_jax.models.causal import causal_attention
 from tq_jax.models.decoder import FEW_TOKENS, Decoder, counts_after
-from tq_jax.shares import append_share, attend_shares
+from tq_jax.shares import append_share, attend_shares, attend_stripes, own_counts
 
 
 class Summed(nnx.Module):
@@ -97,18 +96,34 @@ class Share(Decoder):
     def prefill(
         self, tokens: jax.Array, cache: tq.Cache, *, lengths: jax.Array | None = None
     ) -> tuple[jax.Array, tq.Cache]:
-        """See `Decoder.prefill`; every device runs the whole prompt and keeps its share of the tokens."""
+        """See `Decoder.prefill`; every device runs its share of the tokens, and their hidden states are gathered."""
         axis = self.sequence_axis
         if axis is None:
             return super().prefill(tokens, cache, lengths=lengths)
-        start = jnp.zeros(tokens.shape[:1], jnp.int32)
+        (batch, count), devices = tokens.shape, lax.axis_size(axis)
+        device = lax.axis_index(axis).astype(jnp.int32)
+        stripes = jnp.pad(tokens, ((0, 0), (0, -count % devices))).reshape(batch, -1, devices)
+        own = lax.dynamic_index_in_dim(stripes, device, axis=2, keepdims=False)
+        lengths = jnp.full(batch, count, jnp.int32) if lengths is None else lengths
+        counts = own_counts(lengths, device, devices)
 
-        def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: tq.Cache, rows: jax.Array, **options: Any):
-            stored = append_share(cache, key, value, query=query, lengths=lengths, rows=rows, start=start, axis=axis)
-            return causal_attention(query, key, value, **options), stored, None
+        def mix(
+            query: jax.Array,
+            key: jax.Array,
+            value: jax.Array,
+            cache: tq.Cache,
+            rows: jax.Array,
+            *,
+            window: int | None,
+            scale: float,
+        ) -> tuple[jax.Array, tq.Cache, None]:
+            assert window is None, "refused by Layout.require"
+            stored = tq.append(cache, key, value, query=query, lengths=counts, rows=rows)
+            return attend_stripes(query, key, value, axis=axis, scale=scale), stored, None
 
-        hidden, cache, _ = self.run(tokens, cache, start, mix)
-        return hidden, cache
+        hidden, cache, _ = self.run(own, cache, jnp.broadcast_to(device, (batch,)), mix, stride=devices)
+        whole = lax.all_gather(hidden, axis, axis=2)  # [b, tokens per device, devices, dim]
+        return whole.reshape(batch, -1, hidden.shape[2])[:, :count], cache
 
     def extend(
         self,

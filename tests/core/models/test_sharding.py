@@ -100,6 +100,16 @@ def test_goes_on_behind_a_cache(decoder, ragged, alone, mesh, spec, turn):
         assert found.sequences() == expected.sequences()
 
 
+def test_goes_on_behind_the_cache_of_one_device(decoder, ragged, alone):
+    """Spread by heads, a cache has the arrays of one device, which move to where they belong."""
+    tokens, lengths = ragged[0][:, :3], jnp.asarray([3, 2, 1], jnp.int32)
+    one, many = (
+        generate(decoder, tokens, lengths, cache=alone["exact"].cache, max_new_tokens=4, mesh=mesh)
+        for mesh in (None, mesh_of("4 heads"))
+    )
+    assert one.sequences() == many.sequences()
+
+
 def loop_on(mesh: jax.sharding.Mesh, decoder: Decoder, spec: tq.CacheSpec):
     """The compiled loop of decoding on a mesh, and its arguments."""
     layout = Layout(mesh)
