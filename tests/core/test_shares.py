@@ -22,9 +22,14 @@ SPEC = tq.CacheSpec(
 EXACT = tq.CacheSpec.full_precision(num_kv_heads=2, head_dim=64, max_tokens=160, dtype="float32")
 
 
+def mesh_of(devices):
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((devices,), ("sequence",), axis_types=auto, devices=jax.devices()[:devices])
+
+
 def over_devices(function):
     """The function on every device: its first argument is a cache with rows of all devices, the others are whole."""
-    mesh = jax.make_mesh((DEVICES,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of(DEVICES)
 
     def run(cache, *arrays):
         rows = jax.tree_util.tree_map_with_path(
@@ -156,7 +161,7 @@ def test_options_and_kernels(chunks, size):
 def test_stripes_are_causal_attention(chunks, devices):
     """Keys and values that go round the devices give what one device computes, soft-capped or not."""
     k, v, q = chunks
-    mesh = jax.make_mesh((devices,), ("sequence",), devices=jax.devices()[:devices])
+    mesh = mesh_of(devices)
 
     def striped(x):
         return jnp.moveaxis(x.reshape(ROWS, -1, devices, *x.shape[2:]), 2, 0)
