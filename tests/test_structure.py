@@ -204,6 +204,7 @@ PATHS = {
     "tq_jax": ("CacheSpec", "QuantizerSpec", "append", "attend", "init_cache", "make_quantizer"),
     "tq_jax.search": ("build",),
     "tq_jax.models": ("generate", "load_model"),
+    "tq_jax.nnx": ("CompressedAttention",),
     "tq_jax.commands": (),
     "pallas_kernels.decode": ("LogitOptions", "decode_attention"),
     "pallas_kernels.prefill": ("prefill_attention",),

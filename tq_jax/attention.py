@@ -1,6 +1,5 @@
 """Attention over a compressed cache."""
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -25,9 +24,10 @@ from pallas_kernels.attention import (
 from pallas_kernels.attention.chunk import attend_chunk
 from pallas_kernels.attention.pipeline import check_attend
 from pallas_kernels.attention.reference import attend_tokens, nothing
+from pallas_kernels.attention.whole_cache import LONGEST, attend_before
 from pallas_kernels.dispatch import Implementation, choose, interprets
 from pallas_kernels.tiles.rotation_triton import Basis, Segment
-from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers, to_storage
+from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers
 from tq_jax.paged import attend_packed, finish
 from tq_jax.quantizer import Quantizer, is_traced, sketch_gain
 from tq_jax.rotation import mixing_factors
@@ -37,9 +37,6 @@ EXACT_BLOCK = 512
 
 SHARED_FIELDS = ("pages", "exact_keys", "exact_values", "length", "compressed", "overflow")
 """Fields that a `Cache` and the `CacheArrays` of its kernels both have."""
-
-LONGEST = 1024
-"""Query tokens that the kernels take at a time; bounds the arrays that they hand on to each other."""
 
 
 def attend(
@@ -108,7 +105,7 @@ def attend(
         )
     _check_rows(cache, query.shape[1], lengths, rows)
     if chunk is not None:
-        chunk = stored_chunk(spec, query, *chunk)
+        check_chunk(spec, query, *chunk)
     rows = None if rows is None else rows.astype(jnp.int32)
     lengths = None if lengths is None else lengths.astype(jnp.int32)
     if query.size == 0:
@@ -125,12 +122,13 @@ def attend(
     return _attend_by_reference(query, cache, lengths, rows, sink_logits, chunk, options=options)
 
 
-def stored_chunk(spec: CacheSpec, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
-    """Keys and values of a chunk as the cache holds them in full precision, or raises ValueError."""
+def check_chunk(spec: CacheSpec, query: Array, key: Array, value: Array) -> None:
+    """Raises ValueError for keys and values of a chunk that do not fit the queries."""
     expected = (*query.shape[:2], spec.num_kv_heads, spec.head_dim)
     if key.shape != expected or value.shape != expected:
         raise ValueError(f"expected keys and values of a chunk of shape {expected}, got {key.shape} and {value.shape}")
-    return to_storage(spec, key), to_storage(spec, value)
+    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (key, value)):
+        raise ValueError(f"expected floating point keys and values of a chunk, got {key.dtype} and {value.dtype}")
 
 
 def check_query(spec: CacheSpec, batch: int, query: Any, sink_logits: Any, **above_zero: float | None) -> None:
@@ -232,20 +230,16 @@ def _attend_long_chunk(
     plan: AttendPlan,
 ) -> Array:
     """Kernels attend over the cache, cuDNN or the reference over the chunk itself; the two are merged."""
-    count, over_cache = query.shape[1], over_cache_by_kernels(query, cache, rows, plan=plan)
-    own = attend_chunk(query, *(from_storage(cache.spec, x).astype(query.dtype) for x in chunk), options=plan.options)
+    count, behind = query.shape[1], attend_before(query, arrays_of(cache), plan, rows=rows)
     exists = jnp.arange(count, dtype=jnp.int32)[None] < (count if lengths is None else lengths[:, None])
-    return _finished(merge(over_cache, own), query, cache, rows, sink_logits, exists)
+    own = attend_chunk(query, *without_padding(chunk, exists, query.dtype), options=plan.options)
+    return _finished(merge(behind, own), query, cache, rows, sink_logits, exists)
 
 
-def over_cache_by_kernels(query: Array, cache: Cache, rows: Array | None, *, plan: AttendPlan) -> Partial:
-    """Kernels attend over the cache, for queries that follow all its tokens."""
-    how: dict[str, Any] = {"plan": dataclasses.replace(plan, partial=True), "rows": rows}
-    behind: list[Any] = [
-        attend_cache(query[:, i : i + LONGEST], arrays_of(cache), back=jnp.full(query.shape[0], -i, jnp.int32), **how)
-        for i in range(0, query.shape[1], LONGEST)
-    ]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *behind)
+def without_padding(chunk: tuple[Array, Array], exists: Array, dtype: Any) -> tuple[Array, Array]:
+    """Keys and values of a chunk, zero where no token exists: NaN there would outlast a weight of zero."""
+    key, value = (jnp.where(exists[:, :, None, None], x.astype(dtype), 0) for x in chunk)
+    return key, value
 
 
 def _finished(
@@ -305,11 +299,8 @@ def _attend_by_reference(
     partial = over_cache_by_reference(precise, cache, rows, positions, options)
     exists = step < lengths[:, None]
     if chunk is not None:
-        # Padding may hold NaN, which no weight, not even zero, makes harmless.
-        key, value = (jnp.where(exists[:, :, None, None], from_storage(cache.spec, x), 0) for x in chunk)
-        own = attend_chunk(
-            precise, key.astype(jnp.float32), value.astype(jnp.float32), options=options, implementation="reference"
-        )
+        known = without_padding(chunk, exists, jnp.float32)
+        own = attend_chunk(precise, *known, options=options, implementation="reference")
         partial = merge(partial, own)
     return _finished(partial, query, cache, rows, sink_logits, exists)
 

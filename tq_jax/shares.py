@@ -18,11 +18,19 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention import LogitOptions, Partial, merge
 from pallas_kernels.attention.chunk import attend_chunk
 from pallas_kernels.attention.pipeline import check_attend
+from pallas_kernels.attention.whole_cache import attend_before
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.numerics import HIDDEN
 from tq_jax.append import append
-from tq_jax.attention import attend_plan, check_query, over_cache_by_kernels, over_cache_by_reference, stored_chunk
-from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers
+from tq_jax.attention import (
+    arrays_of,
+    attend_plan,
+    check_chunk,
+    check_query,
+    over_cache_by_reference,
+    without_padding,
+)
+from tq_jax.cache import Cache, CacheSpec, require_row_integers
 from tq_jax.paged import finish
 
 
@@ -142,9 +150,7 @@ def attend_shares(
     lengths = jnp.full(batch, tokens, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
     step = jnp.arange(tokens, dtype=jnp.int32)[None]
     exists = step < lengths[:, None]
-    # Padding may hold NaN, which no weight, not even zero, makes harmless.
-    stored = (from_storage(spec, x) for x in stored_chunk(spec, query, *chunk))
-    key, value = (jnp.where(exists[:, :, None, None], x, 0) for x in stored)
+    check_chunk(spec, query, *chunk)
     options = LogitOptions.for_head_dim(spec.head_dim, scale=scale, softcap=softcap, sliding_window=None)
     plan = attend_plan(spec, options, precise=precise)
 
@@ -152,12 +158,13 @@ def attend_shares(
         check_attend(query.shape, cache.pages, plan)
 
     if choose(implementation, op="attend", check=check) == "triton":
-        found = over_cache_by_kernels(query, cache, rows, plan=plan)
-        own = attend_chunk(query, key.astype(query.dtype), value.astype(query.dtype), options=options)
+        found = attend_before(query, arrays_of(cache), plan, rows=rows)
+        own = attend_chunk(query, *without_padding(chunk, exists, query.dtype), options=options)
     else:
         exact = query.astype(jnp.float32)
         found = over_cache_by_reference(exact, cache, rows, cache.length[rows][:, None] + step, options)
-        own = attend_chunk(exact, key, value, options=options, implementation="reference")
+        known = without_padding(chunk, exists, jnp.float32)
+        own = attend_chunk(exact, *known, options=options, implementation="reference")
     # NaN of one device reaches all of them in the sum.
     acc = jnp.where(cache.overflow[rows][:, None, None, None], jnp.nan, found.acc)
     merged = merge(merge_over(Partial(acc, found.peak, found.total), axis), own)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.compat import cudnn
-from pallas_kernels.dispatch import choose
+from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.numerics import HIDDEN
 
 BLOCK = 256
@@ -25,10 +25,9 @@ def attend_chunk(
     value: Float[Array, "b t h_kv d"],
     *,
     options: LogitOptions,
-    implementation: str = "auto",
-    block: int = BLOCK,
+    implementation: Implementation = "auto",
 ) -> Partial:
-    """Attention of every token over itself and the tokens before it.
+    """Attention of every token over itself and the tokens before it, to be merged with that over other tokens.
 
     Args:
         query: Queries after rotary embedding.
@@ -37,18 +36,58 @@ def attend_chunk(
         options: Logit options.
         implementation: "reference" is jnp; "auto" is cuDNN on a GPU for the types and head dims that it has, and the
             reference elsewhere.
-        block: Tokens per block of the reference.
 
     Returns:
         The attention, already normalized if cuDNN attends.
     """
-    check = functools.partial(cudnn.check_supported, query, softcap=options.softcap)
-    if choose(implementation, op="attention within a prompt", check=check) == "reference":
-        return _by_blocks(query, key, value, options=options, block=block)
+    if _chosen(query, options, implementation) == "reference":
+        return _by_blocks(query, key, value, options=options, block=BLOCK)
     out, log_sum_exp = cudnn.attend_causal(
         query, key, value, scale=options.scale, sliding_window=options.sliding_window
     )
     return Partial(out.astype(jnp.float32), log_sum_exp, jnp.ones_like(log_sum_exp))
+
+
+def attend_prompt(
+    query: Float[Array, "b t h_q d"],
+    key: Float[Array, "b t h_kv d"],
+    value: Float[Array, "b t h_kv d"],
+    *,
+    options: LogitOptions,
+    implementation: Implementation = "auto",
+    block: int = BLOCK,
+) -> Float[Array, "b t h_q d"]:
+    """Attention of every token over itself and the tokens before it, where there are no others.
+
+    Args:
+        query: As for `attend_chunk`.
+        key: As for `attend_chunk`.
+        value: As for `attend_chunk`.
+        options: Logit options.
+        implementation: As for `attend_chunk`.
+        block: Tokens per block of the reference.
+
+    Returns:
+        Outputs in the type of the queries.
+    """
+    if _chosen(query, options, implementation) == "reference":
+        found = _by_blocks(query, key, value, options=options, block=block)
+        return (found.acc / found.total[..., None]).astype(query.dtype)
+    reach = None if options.sliding_window is None else (options.sliding_window - 1, 0)
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        scale=options.scale,
+        is_causal=True,
+        local_window_size=reach,
+        implementation="cudnn",
+    )
+
+
+def _chosen(query: Array, options: LogitOptions, implementation: Implementation) -> str:
+    check = functools.partial(cudnn.check_supported, query, softcap=options.softcap)
+    return choose(implementation, op="attention within a prompt", check=check, stacklevel=4)
 
 
 def _by_blocks(query: Array, key: Array, value: Array, *, options: LogitOptions, block: int) -> Partial:

@@ -95,7 +95,7 @@ def attend_new(
     Args:
         query: float32 [queries, d padded], one query row each.
         token: int32 [queries], number of each query's token.
-        new: References [b, t, h_kv, d] of keys and values; uint16 are the bits of bfloat16.
+        new: References [b, t, h_kv, d] of keys and values, of any float type.
         where: Sequence and KV head.
         count: Tokens that exist; those behind them may hold NaN.
         tile: t or more.
@@ -190,8 +190,10 @@ def _zero(pool: Any) -> jax.Array:
 
 
 def _widened(x: jax.Array) -> jax.Array:
-    """Stored tokens as numbers that products take: bfloat16 or float32."""
-    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x.astype(jnp.float32)
+    """Stored or new tokens as numbers that products take: bfloat16 or float32."""
+    if x.dtype == jnp.uint16:
+        return lax.bitcast_convert_type(x, jnp.bfloat16)
+    return x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
 
 
 def _terms(x: jax.Array, count: int) -> list[jax.Array]:

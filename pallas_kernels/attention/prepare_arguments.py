@@ -57,8 +57,8 @@ class PrepareInputs:
         weight: float32 [rows, h_kv, d], multiplied to compressed keys.
         basis: Rotated basis of compressed keys.
         sketch: float32 [d, d], matrix of Prod keys.
-        new_keys: [b, t, h_kv, d], keys of the queries' own tokens, if the cache does not hold them yet; of the type of
-            `keys`.
+        new_keys: [b, t, h_kv, d], keys of the queries' own tokens, of any float type, if the cache does not hold them
+            yet.
         new_values: [b, t, h_kv, d], their values.
         back: int32 [b], tokens from the first query to the end of the cache row: 0 if the queries follow the row's
             tokens; None for `counts`, if they belong to its last tokens.

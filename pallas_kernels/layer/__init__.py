@@ -5,6 +5,6 @@ not bytes, are their cost.
 """
 
 from pallas_kernels.layer.heads import Heads, split_heads
-from pallas_kernels.layer.residual_norm import NormWeights, residual_norm
+from pallas_kernels.layer.norm import NormWeights, residual_norm
 
 __all__ = ["Heads", "NormWeights", "residual_norm", "split_heads"]

@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Implementation, choose, interprets
-from pallas_kernels.layer.residual_norm import NormWeights
+from pallas_kernels.layer.norm import NormWeights
 from pallas_kernels.numerics import power_of_two
 
 LARGEST = 16384
@@ -72,7 +72,7 @@ def split_heads(
     """
     check = functools.partial(_check, *joint.shape[-2:])
     if choose(implementation, op="heads of a layer", check=check) == "triton":
-        return _by_kernel(joint, turn, query_norm, key_norm)
+        return by_kernel(joint, turn, query_norm, key_norm, interpret=interprets())
     b, t, h_kv, parts, d = joint.shape
     query, key, value = joint[:, :, :, :-2].reshape(b, t, h_kv * (parts - 2), d), joint[..., -2, :], joint[..., -1, :]
     return Heads(turned(_normed(query, query_norm), turn), turned(_normed(key, key_norm), turn), value)
@@ -98,8 +98,10 @@ def _check(parts: int, d: int) -> None:
         raise NotImplementedError(f"the kernel splits up to {LARGEST} channels of a KV head, got {parts} heads of {d}")
 
 
-def _by_kernel(joint: Array, turn: Turn, query_norm: NormWeights | None, key_norm: NormWeights | None) -> Heads:
-    """One program per token and KV head."""
+def by_kernel(
+    joint: Array, turn: Turn, query_norm: NormWeights | None, key_norm: NormWeights | None, *, interpret: bool
+) -> Heads:
+    """`split_heads` by the kernel, one program per token and KV head."""
     b, t, h_kv, parts, d = joint.shape
     query = jax.ShapeDtypeStruct((b, t, h_kv * (parts - 2), d), joint.dtype)
     other = jax.ShapeDtypeStruct((b, t, h_kv, d), joint.dtype)
@@ -109,7 +111,7 @@ def _by_kernel(joint: Array, turn: Turn, query_norm: NormWeights | None, key_nor
         grid=(h_kv, t, b),
         out_shape=[Heads(query, other, other)],
         compiler_params=plt.CompilerParams(num_warps=max(1, min(8, channels // CHANNELS_PER_WARP)), num_stages=1),
-        interpret=interprets(),
+        interpret=interpret,
         name="split_heads",
     )(joint, turn, (query_norm, key_norm))
     return heads

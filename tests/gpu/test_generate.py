@@ -117,7 +117,9 @@ def test_the_tokens_of_the_reference(model, dtype, temperature):
     want = text.generate(**REFERENCE)
     exact = text.logits(want[:, :-1], **REFERENCE)
     scores = exact if not temperature else exact / temperature + noise(text.keys, exact.shape)
-    np.testing.assert_array_equal(scores.argmax(-1), want[:, 1:].T, err_msg="the reference draws its best score")
+    # In bfloat16 the loop and this program round differently, so that what the loop draws may tie for the best here.
+    drawn = np.take_along_axis(scores, want[:, 1:].T[..., None], axis=-1)[..., 0]
+    assert np.all(scores.max(-1) - drawn <= (1e-4 if dtype == "float32" else 0.1)), "the reference draws its best score"
     best = np.sort(scores, axis=-1)[..., -2:]
     margin = best[..., 1] - best[..., 0]
     for name, how in KERNELS.items():

@@ -8,6 +8,7 @@ from tq_jax.models.decoder import Decoder
 from tq_jax.models.fetch import cache_dir, fetch_default_model
 from tq_jax.models.generate import Generation, generate, pad_prompts
 from tq_jax.models.language_model import LanguageModel, load_model
+from tq_jax.models.many import Finished, ManyGenerations, Tally, generate_many
 from tq_jax.models.rope import RopeScaling
 from tq_jax.models.sampling import Sampling
 from tq_jax.models.sharding import MeshAxes, cache_shardings, decoder_shardings, shard
@@ -17,11 +18,14 @@ from tq_jax.models.weights import convert_gguf, load_decoder
 __all__ = [
     "Decoder",
     "DecoderConfig",
+    "Finished",
     "Generation",
     "LanguageModel",
+    "ManyGenerations",
     "MeshAxes",
     "RopeScaling",
     "Sampling",
+    "Tally",
     "Tokenizer",
     "cache_dir",
     "cache_shardings",
@@ -32,6 +36,7 @@ __all__ = [
     "decoder_shardings",
     "fetch_default_model",
     "generate",
+    "generate_many",
     "load_decoder",
     "load_model",
     "load_tokenizer",

@@ -18,7 +18,7 @@ Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm of the last axis, after a residual sum; see `pallas_kernels.layer.residual_norm`.
+    """Root-mean-square norm of the last axis, after a residual sum; see `pallas_kernels.layer.norm`.
 
     Args:
         width: Channels of the last axis.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.attention.chunk import BLOCK, attend_chunk
+from pallas_kernels.attention.chunk import BLOCK, attend_prompt
 from pallas_kernels.attention.options import LogitOptions
 
 
@@ -38,8 +38,7 @@ def causal_attention(
     """
     _check(query, key, value, window)
     options = LogitOptions.for_head_dim(query.shape[3], scale=scale, softcap=None, sliding_window=window)
-    found = attend_chunk(query, key, value, options=options, block=block)
-    return (found.acc / found.total[..., None]).astype(query.dtype)
+    return attend_prompt(query, key, value, options=options, block=block)
 
 
 def _check(query: jax.Array, key: jax.Array, value: jax.Array, window: int | None) -> None:

@@ -18,8 +18,12 @@ import tq_jax as tq
 from tq_jax.attention import Implementation
 from tq_jax.models.checks import check_request
 from tq_jax.models.decoder import Decoder
+from tq_jax.models.prompt import draw_first, keys_at, run_in_chunks
 from tq_jax.models.sampling import Sampling, sample
 from tq_jax.models.sharding import AXES, Layout, MeshAxes, cache_shardings, init_cache, place, run_step, shard
+
+PROMPT_CHUNK = 32768
+"""Most tokens of a prompt that run at once: 5 GB of activations of a decoder of the size of Llama 3.1 8B."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,23 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or not all(lengths):
         raise ValueError(f"prompts: expected at least one, each of at least one token, got lengths {lengths}")
-    longest = max(lengths)
-    step = max(16, 1 << max(longest.bit_length() - 3, 0))
-    tokens = np.zeros((len(prompts), -(-longest // step) * step), np.int32)
+    tokens = np.zeros((len(prompts), padded_length(max(lengths))), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return jnp.asarray(tokens), jnp.asarray(lengths, jnp.int32)
+
+
+def padded_length(longest: int) -> int:
+    """The length to which `pad_prompts` pads prompts.
+
+    Args:
+        longest: Tokens of the longest prompt.
+
+    Returns:
+        The length, rounded up by at most 15 tokens or a quarter.
+    """
+    step = max(16, 1 << max(longest.bit_length() - 3, 0))
+    return -(-longest // step) * step
 
 
 def generate(
@@ -85,6 +100,7 @@ def generate(
     sampling: Sampling | None = None,
     stop_tokens: Sequence[int] = (),
     key: jax.Array | None = None,
+    prompt_chunk: int = PROMPT_CHUNK,
     implementation: Implementation = "auto",
     precise: bool = False,
     mesh: jax.sharding.Mesh | None = None,
@@ -93,7 +109,9 @@ def generate(
     """Continue a batch of prompts, from an empty cache or after the tokens of a given one.
 
     If no cache is given, the prompts run with exact attention, their keys and values go to a new cache, and every new
-    token attends over it. If a cache is given, the tokens of the prompts attend over the cache as well.
+    token attends over it. If a cache is given, the tokens of the prompts attend over the cache as well. Longer prompts
+    than `prompt_chunk` run chunk by chunk, so that memory is bounded: tokens attend exactly over their own chunk, and
+    over what the cache holds of those before it.
 
     Args:
         decoder: From `load_model` or `Decoder`.
@@ -107,6 +125,7 @@ def generate(
         sampling: How tokens are drawn; None is greedy.
         stop_tokens: Ids that end a sequence; `decoder.config.stop_tokens` for a chat.
         key: Random key; required unless sampling is greedy. The same key draws the same tokens.
+        prompt_chunk: Most tokens of a prompt that run at once.
         implementation: Implementation of attention, see `tq_jax.attend`.
         precise: Whether attention is precise, see `tq_jax.attend`.
         mesh: Devices that compute together: KV heads are spread over its axis "heads", the tokens of the cache over its
@@ -118,9 +137,9 @@ def generate(
         The new tokens and the cache. The loop ends as soon as every sequence has stopped.
 
     Raises:
-        ValueError: If the batch or a prompt is empty, ids are outside the vocabulary, a prompt with its continuation
-            exceeds the cache or the model's context, sampling lacks a key, not exactly one of `cache_spec` and `cache`
-            is given, or the cache is of another model or batch or has overflowed.
+        ValueError: If the batch or a prompt is empty, prompt_chunk is not positive, ids are outside the vocabulary, a
+            prompt with its continuation exceeds the cache or the model's context, sampling lacks a key, not exactly one
+            of `cache_spec` and `cache` is given, or the cache is of another model or batch or has overflowed.
         NotImplementedError: If the decoder cannot be spread over the mesh, see `sharding.Layout.require`.
 
     Example:
@@ -135,40 +154,42 @@ def generate(
         (2, 5)
     """
     sampling = Sampling() if sampling is None else sampling
+    if prompt_chunk < 1:
+        raise ValueError(f"prompt_chunk: expected at least 1 token, got {prompt_chunk}")
     layout = None if mesh is None else Layout(mesh, axes)
-    if mesh is not None:
-        decoder = shard(decoder, mesh, axes=axes)
-    shares = 1 if layout is None else layout.shares
+    decoder = decoder if mesh is None else shard(decoder, mesh, axes=axes)
     spec = check_request(
         decoder, tokens, lengths, cache_spec, cache, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
-        shares=shares,
+        shares=1 if layout is None else layout.shares,
     )  # fmt: skip
-    batch = np.shape(tokens)[0]
-    keys = _sequence_keys(key, sampling, batch)
+    keys = _sequence_keys(key, sampling, np.shape(tokens)[0])
     stop = jnp.asarray(np.array(stop_tokens, np.int32))
     prompts = {"tokens": jnp.asarray(tokens, jnp.int32), "lengths": jnp.asarray(lengths, jnp.int32), "keys": keys}
     how: dict[str, Any] = {"sampling": sampling, "implementation": implementation, "precise": precise}
-    if cache is None:
-        start = (
-            decoder.init_cache(spec, batch=batch)
-            if mesh is None
-            else init_cache(decoder, spec, batch=batch, mesh=mesh, axes=axes)
-        )
-        first, filled = run_step(
-            prefill_step, decoder, layout, cache=start, arrays=prompts, options={"sampling": sampling}
-        )
+    start = _start_cache(decoder, spec, cache, layout, batch=np.shape(tokens)[0])
+    if np.shape(tokens)[1] > prompt_chunk:
+        start = start if cache is None else jax.tree.map(jnp.copy, start)
+        first, filled = run_in_chunks(decoder, cache=start, chunk=prompt_chunk, layout=layout, **prompts, **how)
+    elif cache is None:
+        drawn = {"sampling": sampling}
+        first, filled = run_step(prefill_step, decoder, layout, cache=start, arrays=prompts, options=drawn)
     else:
-        start = cache if mesh is None else jax.tree.map(place, cache, cache_shardings(cache, mesh, axes=axes))
         first, filled = run_step(extend_step, decoder, layout, cache=start, arrays=prompts, options=how, donate=False)
-    out, count, filled = run_step(
-        decode_loop,
-        decoder,
-        layout,
-        cache=filled,
-        arrays={"first": first, "keys": keys, "stop": stop},
-        options={**how, "max_new_tokens": max_new_tokens},
-    )
+    arrays, how = {"first": first, "keys": keys, "stop": stop}, {**how, "max_new_tokens": max_new_tokens}
+    out, count, filled = run_step(decode_loop, decoder, layout, cache=filled, arrays=arrays, options=how)
     return Generation(tokens=out, lengths=count, cache=filled)
+
+
+def _start_cache(
+    decoder: Decoder, spec: tq.CacheSpec, cache: tq.Cache | None, layout: Layout | None, *, batch: int
+) -> tq.Cache:
+    """The given cache or an empty one, on the devices of a mesh if there is one."""
+    if layout is None:
+        return decoder.init_cache(spec, batch=batch) if cache is None else cache
+    where: dict[str, Any] = {"mesh": layout.mesh, "axes": layout.axes}
+    if cache is None:
+        return init_cache(decoder, spec, batch=batch, **where)
+    return jax.tree.map(place, cache, cache_shardings(cache, **where))
 
 
 @partial(jax.jit, static_argnames=("sampling",), donate_argnames=("cache",))
@@ -270,7 +291,7 @@ def decode_loop(
             implementation=implementation,
             precise=precise,
         )
-        drawn = sample(decoder.logits(hidden)[:, 0], _at(keys, state.step), sampling)
+        drawn = sample(decoder.logits(hidden)[:, 0], keys_at(keys, state.step), sampling)
         token = jnp.where(state.done, state.token, drawn)
         return _State(
             step=state.step + 1,
@@ -358,7 +379,7 @@ def _start(first: jax.Array, done: jax.Array, cache: tq.Cache, max_new_tokens: i
 def _first(decoder: Decoder, hidden: jax.Array, lengths: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     """The first new token of each sequence, int32 [b], drawn from the hidden state of its last token."""
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    return sample(decoder.logits(last)[:, 0], _at(keys, jnp.int32(0)), sampling)
+    return draw_first(decoder, last, keys, sampling=sampling)
 
 
 def _sequence_keys(key: jax.Array | None, sampling: Sampling, batch: int) -> jax.Array:
@@ -368,8 +389,3 @@ def _sequence_keys(key: jax.Array | None, sampling: Sampling, batch: int) -> jax
             raise ValueError(f"key: expected a random key to sample at temperature {sampling.temperature}, got None")
         key = jax.random.key(0)
     return jax.vmap(lambda sequence: jax.random.fold_in(key, sequence))(jnp.arange(batch))
-
-
-def _at(keys: jax.Array, step: jax.Array) -> jax.Array:
-    """The keys of one step, [b]."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)

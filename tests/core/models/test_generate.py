@@ -52,6 +52,45 @@ def test_stop_tokens(tiny, exact_spec, prompts, greedy):
     assert out.cache.length[:3].tolist() == (lengths + out.lengths - 1).tolist()
 
 
+@pytest.mark.parametrize("chunk", [7, 12, 16])
+def test_exact_prompts_by_chunks(tiny, exact_spec, prompts, greedy, chunk):
+    tokens, lengths = prompts
+    options = {"cache_spec": exact_spec, "max_new_tokens": NEW, "prompt_chunk": chunk}
+    np.testing.assert_array_equal(generate(tiny, tokens, lengths, **options).tokens, greedy.tokens)
+    with pytest.raises(ValueError, match="prompt_chunk: expected at least 1 token, got 0"):
+        generate(tiny, tokens, lengths, **(options | {"prompt_chunk": 0}))
+
+
+def test_prompts_by_chunks_continue_a_cache(tiny, exact_spec, prompts, greedy):
+    tokens, lengths = prompts
+    first, rest = tokens[:, :1], tokens[:, 1:]
+    _, cache = prefill_step(
+        tiny, first, jnp.ones_like(lengths), tiny.init_cache(exact_spec, batch=3),
+        jax.random.split(jax.random.key(0), 3), sampling=Sampling(),
+    )  # fmt: skip
+    kept = jax.tree.map(np.asarray, cache)
+    rows = jnp.array([0, 2])
+    both = jax.tree.map(lambda x: x, cache)
+    out = generate(tiny, rest, jnp.maximum(lengths - 1, 1), cache=both, max_new_tokens=NEW, prompt_chunk=5)
+    np.testing.assert_array_equal(out.tokens[rows], greedy.tokens[rows])
+    jax.tree.map(np.testing.assert_array_equal, kept, jax.tree.map(np.asarray, cache))
+
+
+def test_chunks_of_a_prompt_over_a_compressed_cache(tiny, packed_spec):
+    """Tokens of a chunk see each other exactly, those before them as the cache holds them: close to one exact pass."""
+    tokens = jax.random.randint(jax.random.key(0), (1, 96), 0, tiny.config.vocab_size)
+    exact = tiny.logits(tiny.forward(tokens))
+    cache, parts = tiny.init_cache(packed_spec, batch=1), []
+    for start in range(0, 96, 32):
+        hidden, cache = tiny.extend(tokens[:, start : start + 32], cache)
+        parts.append(tiny.logits(hidden))
+    np.testing.assert_allclose(parts[0], exact[:, :32], rtol=1e-4, atol=1e-4)
+    error = jnp.linalg.norm(jnp.concatenate(parts, axis=1) - exact) / jnp.linalg.norm(exact)
+    stored, _ = tiny.extend(tokens, tiny.init_cache(packed_spec, batch=1), as_stored=True)
+    worse = jnp.linalg.norm(tiny.logits(stored) - exact) / jnp.linalg.norm(exact)
+    assert 1e-4 < float(error) < float(worse) < 0.2
+
+
 def test_compressed_cache(tiny, packed_spec, prompts):
     tokens, lengths = prompts
     one, two = (generate(tiny, tokens, lengths, cache_spec=packed_spec, max_new_tokens=NEW) for _ in range(2))

@@ -100,6 +100,13 @@ def test_goes_on_behind_a_cache(decoder, ragged, alone, mesh, spec, turn):
         assert found.sequences() == expected.sequences()
 
 
+@pytest.mark.slow
+def test_prompts_in_chunks(decoder, ragged):
+    options = {"cache_spec": EXACT, "max_new_tokens": 4, "prompt_chunk": 32}
+    one, many = (generate(decoder, *ragged, mesh=mesh, **options) for mesh in (None, mesh_of("2 x 2")))
+    assert one.sequences() == many.sequences()
+
+
 def test_goes_on_behind_the_cache_of_one_device(decoder, ragged, alone):
     """Spread by heads, a cache has the arrays of one device, which move to where they belong."""
     tokens, lengths = ragged[0][:, :3], jnp.asarray([3, 2, 1], jnp.int32)

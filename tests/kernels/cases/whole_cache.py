@@ -31,6 +31,7 @@ class Case:
         group: Query heads per KV head.
         dtype: Type of the queries.
         options: Options of `attend`, with "rows" and "lengths" as lists and "sink_logits" as True.
+        new: Whether the queries' tokens follow those of the cache; what pads them is NaN.
     """
 
     spec: tq.CacheSpec = dataclasses.field(default_factory=make_spec)
@@ -39,6 +40,7 @@ class Case:
     group: int = 4
     dtype: str = "float32"
     options: dict = dataclasses.field(default_factory=dict)
+    new: bool = False
 
     def tolerance(self, *, precise: bool) -> float:
         """Largest relative error: bfloat16 rounds to 2**-8; one-byte queries cost a tenth of what 4-bit codes do."""
@@ -71,6 +73,28 @@ CASES = {
         options={
             "lengths": [5, 2, 1], "rows": [3, 0, 4], "sink_logits": True, "sliding_window": 60, "softcap": 3.0,
         },
+    ),
+    "new token": Case(new=True),
+    "new token, bfloat16, group 5": Case(make_spec(128, page_size=128), group=5, dtype="bfloat16", new=True),
+    "new token, no window": Case(make_spec(96, window=0, sink_tokens=0), new=True),
+    "new token, full precision": Case(
+        tq.CacheSpec.full_precision(num_kv_heads=2, head_dim=128, max_tokens=640), new=True
+    ),
+    "5 new tokens, everything": Case(
+        make_spec(dtype="float32"),
+        count=5,
+        options={
+            "lengths": [5, 2, 1], "rows": [3, 0, 4], "sink_logits": True, "sliding_window": 60, "softcap": 3.0,
+        },
+        new=True,
+    ),
+    "20 new tokens": Case(
+        make_spec(128, page_size=128),
+        (333, 1, 0),
+        count=20,
+        dtype="bfloat16",
+        options={"lengths": [20, 7, 0], "sliding_window": 90},
+        new=True,
     ),
     "group 1": Case(group=1),
     "group 16": Case(group=16, dtype="bfloat16"),
@@ -106,7 +130,19 @@ def attend_case(case: Case) -> tuple[functools.partial, jax.Array, tq.Cache]:
             options[name] = jnp.asarray(options[name], jnp.int32)
     rows = options.get("rows", jnp.arange(len(case.lengths), dtype=jnp.int32))
     query = query[rows][:, : case.count].astype(case.dtype)
+    if case.new:
+        options["chunk"] = new_tokens(case, query, options.get("lengths"))
     return functools.partial(tq.attend, **options), query, cache
+
+
+def new_tokens(case: Case, query: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of the queries' tokens, NaN where none exists."""
+    rng = np.random.default_rng(1)
+    shape = (*query.shape[:2], case.spec.num_kv_heads, case.spec.head_dim)
+    exists = jnp.arange(shape[1])[None] < (shape[1] if lengths is None else lengths[:, None])
+    tokens = (jnp.asarray(rng.standard_normal(shape), case.dtype) for _ in range(2))
+    key, value = (jnp.where(exists[:, :, None, None], x, jnp.nan) for x in tokens)
+    return key, value
 
 
 def relative_error(got: jax.Array, want: jax.Array) -> float:

@@ -21,6 +21,7 @@ import jax
 from jax.experimental import topologies
 
 from pallas_kernels.compat.lowering import lower_for_cuda, triton_kernels
+from tq_jax.commands.gate import xla_loop
 from tq_jax.commands.gate.case import Case
 from tq_jax.commands.gate.cases import all_cases
 
@@ -87,6 +88,7 @@ def rows(folder: Path) -> Iterator[dict[str, Any]]:
     for op, case in all_cases():
         if f"{op} {case.name}" in CASES:
             yield from case_rows(f"{op} {case.name}", case, sharding, folder)
+    yield xla_loop.row(sharding)
 
 
 def case_rows(name: str, case: Case, sharding: Any, folder: Path) -> Iterator[dict[str, Any]]:

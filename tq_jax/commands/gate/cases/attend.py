@@ -32,6 +32,10 @@ def cases() -> Iterator[Case]:
     yield case(
         "8 queries, sink logits, window, soft-cap", four, four, count=8, options=EVERYTHING, sinks=True, quick=True
     )
+    for dim in (64, 80, 128, 256):
+        yield case(f"new tokens, dim {dim}", spec(dim, 4), spec(dim, 4), new=True, quick=dim == 128)
+    yield case("8 new tokens, window, soft-cap", four, four, count=8, options=EVERYTHING, new=True, quick=True)
+    yield case("new tokens, float32", four, four, query=jnp.float32, dtype="float32", new=True)
 
 
 def case(
@@ -44,6 +48,7 @@ def case(
     options: LogitOptions = PLAIN,
     query: Any = jnp.bfloat16,
     sinks: bool = False,
+    new: bool = False,
     quick: bool = False,
     **cache: Any,
 ) -> Case:
@@ -58,6 +63,7 @@ def case(
         options: Logit options.
         query: Type of the queries.
         sinks: Whether there are sink logits.
+        new: Whether the cache does not hold the queries' own tokens yet.
         quick: Whether the case is compiled by default.
         **cache: Further fields of the cache's spec.
     """
@@ -66,18 +72,21 @@ def case(
     shape = jax.ShapeDtypeStruct
     heads = KV_HEADS * group
 
-    def run(query: Any, cache: Any, rows: Any, counts: Any, sink_logits: Any) -> Any:
+    def run(query: Any, cache: Any, rows: Any, counts: Any, sink_logits: Any, chunk: Any) -> Any:
+        back = None if chunk is None else jnp.zeros_like(counts)
         return whole_cache.attend_cache(
-            query, arrays_of(cache), plan, rows=rows, counts=counts, sink_logits=sink_logits
+            query, arrays_of(cache), plan, rows=rows, counts=counts, sink_logits=sink_logits, new=chunk, back=back
         )
 
     integers = shape((BATCH,), jnp.int32)
+    token = shape((BATCH, count, KV_HEADS, key.dim), query)
     arguments = (
         shape((BATCH, count, heads, key.dim), query),
         jax.eval_shape(lambda: init_cache(spec, batch=BATCH)),
         integers,
         integers,
         shape((heads,), jnp.float32) if sinks else None,
+        (token, token) if new else None,
     )
     # The decode kernels have their own cases.
     return Case(name, run, arguments, only=("prepare", "merge"), quick=quick)

@@ -80,7 +80,7 @@ def residual_norm(
     """
     check = functools.partial(_check, hidden.shape[-1])
     if choose(implementation, op="residual norm", check=check) == "triton":
-        return _by_kernel(hidden, added, weights)
+        return by_kernel(hidden, added, weights, interpret=interprets())
     total = hidden if added is None else hidden + added
     rows = total.reshape(-1, total.shape[-1])
     return total, weights.normalize(rows, rows.shape[1]).reshape(total.shape)
@@ -91,8 +91,8 @@ def _check(channels: int) -> None:
         raise NotImplementedError(f"the kernel norms up to {LARGEST} channels, got {channels}")
 
 
-def _by_kernel(hidden: Array, added: Array | None, weights: NormWeights) -> tuple[Array, Array]:
-    """One program per row."""
+def by_kernel(hidden: Array, added: Array | None, weights: NormWeights, *, interpret: bool) -> tuple[Array, Array]:
+    """`residual_norm` by the kernel, one program per row."""
     shape, channels = hidden.shape, hidden.shape[-1]
     rows = jax.ShapeDtypeStruct((hidden.size // channels, channels), hidden.dtype)
     arrays = [x.reshape(rows.shape) for x in (hidden, added) if x is not None]
@@ -103,7 +103,7 @@ def _by_kernel(hidden: Array, added: Array | None, weights: NormWeights) -> tupl
         compiler_params=plt.CompilerParams(
             num_warps=max(1, min(16, power_of_two(channels) // CHANNELS_PER_WARP)), num_stages=1
         ),
-        interpret=interprets(),
+        interpret=interpret,
         name="residual_norm",
     )(weights.scale, *arrays)
     normed = found[-1].reshape(shape)

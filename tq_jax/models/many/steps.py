@@ -1,0 +1,217 @@
+"""The two compiled programs of `generate_many`: prompts into free rows, and steps of decoding for all rows.
+
+A row is a sequence: it has one cache row per layer, `layer * rows + row`. Both programs change the cache in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import tq_jax as tq
+from tq_jax.attention import Implementation
+from tq_jax.models.causal import causal_attention
+from tq_jax.models.decoder import Decoder
+from tq_jax.models.sampling import Sampling, sample
+from tq_jax.statistics import empty_statistics
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """What decoding knows of each row; a pytree.
+
+    Attributes:
+        prompt: int32 [r], index of the prompt, from which its random key comes.
+        token: int32 [r], the latest token, not yet in the cache.
+        count: int32 [r], new tokens so far.
+        limit: int32 [r], largest number of new tokens.
+        done: bool [r], whether the row has ended or was never filled; such a row appends nothing.
+    """
+
+    prompt: jax.Array
+    token: jax.Array
+    count: jax.Array
+    limit: jax.Array
+    done: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are to fill rows; a pytree.
+
+    Attributes:
+        tokens: int32 [n, t], right-padded prompts.
+        lengths: int32 [n], tokens of each prompt; 0 for an entry that fills nothing.
+        rows: int32 [n], the row of each prompt, all different; an entry that fills nothing names any other row.
+        prompt: int32 [n], index of each prompt.
+        limit: int32 [n], largest number of new tokens of each prompt.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    rows: jax.Array
+    prompt: jax.Array
+    limit: jax.Array
+
+
+def empty_rows(rows: int) -> Rows:
+    """Rows of which none is filled.
+
+    Args:
+        rows: Number of rows.
+    """
+    zeros = jnp.zeros(rows, jnp.int32)
+    return Rows(prompt=zeros, token=zeros, count=zeros, limit=zeros, done=jnp.ones(rows, bool))
+
+
+@partial(jax.jit, static_argnames=("sampling",), donate_argnames=("cache",))
+def fill_rows(
+    decoder: Decoder,
+    batch: Batch,
+    rows: Rows,
+    cache: tq.Cache,
+    key: jax.Array,
+    stop: jax.Array,
+    *,
+    sampling: Sampling,
+) -> tuple[jax.Array, Rows, tq.Cache]:
+    """Empty some rows, run prompts exactly, keep their keys and values in these rows, and draw their first tokens.
+
+    Args:
+        decoder: The decoder.
+        batch: n prompts and their rows.
+        rows: State of r rows, n at most r.
+        cache: Cache of `num_layers * r` rows; donated. Rows that the batch does not fill stay as they are.
+        key: Random key of the whole call.
+        stop: int32 [s], token ids that end a sequence.
+        sampling: How tokens are drawn.
+
+    Returns:
+        The first new tokens, int32 [n] (meaningless for entries that fill nothing), the rows and the cache.
+    """
+    n, total = batch.tokens.shape[0], rows.token.shape[0]
+    fills = batch.lengths > 0
+    fresh = jnp.zeros(total, bool).at[batch.rows].set(fills)
+    cache = emptied(cache, jnp.tile(fresh, decoder.config.num_layers))
+
+    def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: tq.Cache, index: jax.Array, **options: Any):
+        places = index // n * total + batch.rows  # the decoder counts n rows per layer, the cache has more
+        stored = tq.append(cache, key, value, query=query, lengths=batch.lengths, rows=places)
+        return causal_attention(query, key, value, **options), stored, None
+
+    hidden, cache, _ = decoder.run(batch.tokens, cache, jnp.zeros(n, jnp.int32), mix)
+    last = jnp.take_along_axis(hidden, jnp.maximum(batch.lengths - 1, 0)[:, None, None], axis=1)
+    count = jnp.ones(n, jnp.int32)
+    keys = _keys_at(_sequence_keys(key, batch.prompt), count - 1)
+    first = sample(decoder.logits(last)[:, 0], keys, sampling)
+    new = Rows(batch.prompt, first, count, batch.limit, _stops(first, stop) | (batch.limit <= 1))
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[batch.rows].set(jnp.where(fills, new, old[batch.rows]))
+
+    return first, jax.tree.map(put, rows, new), cache
+
+
+@partial(jax.jit, static_argnames=("sampling", "steps", "implementation", "precise"), donate_argnames=("cache",))
+def advance_rows(
+    decoder: Decoder,
+    rows: Rows,
+    cache: tq.Cache,
+    idle: jax.Array,
+    enough: jax.Array,
+    key: jax.Array,
+    stop: jax.Array,
+    *,
+    sampling: Sampling,
+    steps: int,
+    implementation: Implementation,
+    precise: bool,
+) -> tuple[jax.Array, jax.Array, Rows, tq.Cache]:
+    """Draw up to `steps` tokens for every row that has not ended.
+
+    Args:
+        decoder: The decoder.
+        rows: State of r rows.
+        cache: Cache of `num_layers * r` rows; donated. The rows of sequences that have ended are emptied.
+        idle: bool [r], rows that belong to no prompt, whatever their state says.
+        enough: int32 [], the number of rows without work at which the loop ends early.
+        key: Random key of the whole call.
+        stop: int32 [s], token ids that end a sequence.
+        sampling: How tokens are drawn.
+        steps: Largest number of steps.
+        implementation: Implementation of attention, see `tq_jax.attend`.
+        precise: Whether attention is precise, see `tq_jax.attend`.
+
+    Returns:
+        The drawn tokens int32 [r, steps] (-1 where there is none), the number of steps int32 [], the rows and the
+        cache.
+    """
+    rows = dataclasses.replace(rows, done=rows.done | idle)
+    # Attention reads every token of a row, so a row without work had better have none.
+    cache = emptied(cache, jnp.tile(rows.done, decoder.config.num_layers))
+    keys = _sequence_keys(key, rows.prompt)
+
+    def alive(state: tuple[jax.Array, Rows, jax.Array, tq.Cache]) -> jax.Array:
+        step, rows, _, _ = state
+        return (step < steps) & (jnp.sum(rows.done, dtype=jnp.int32) < enough)
+
+    def advance(state: tuple[jax.Array, Rows, jax.Array, tq.Cache]):
+        step, rows, out, cache = state
+        live = (~rows.done).astype(jnp.int32)
+        hidden, cache = decoder.extend(
+            rows.token[:, None], cache, lengths=live, implementation=implementation, precise=precise
+        )
+        drawn = sample(decoder.logits(hidden)[:, 0], _keys_at(keys, rows.count), sampling)
+        token, count = jnp.where(rows.done, rows.token, drawn), rows.count + live
+        done = rows.done | _stops(token, stop) | (count >= rows.limit)
+        out = out.at[:, step].set(jnp.where(rows.done, -1, drawn))
+        return step + 1, dataclasses.replace(rows, token=token, count=count, done=done), out, cache
+
+    out = jnp.full((rows.token.shape[0], steps), -1, jnp.int32)
+    ran, rows, out, cache = lax.while_loop(alive, advance, (jnp.int32(0), rows, out, cache))
+    return out, ran, rows, cache
+
+
+def emptied(cache: tq.Cache, mask: jax.Array) -> tq.Cache:
+    """The cache with some rows as `init_cache` makes them; what lies in their slots and pages is never read.
+
+    Args:
+        cache: The cache, of R cache rows.
+        mask: bool [R], the cache rows to empty.
+    """
+    statistics = cache.statistics
+    if statistics is not None:
+        empty = empty_statistics(cache.rows, cache.spec.num_kv_heads, cache.spec.head_dim)
+        statistics = jax.tree.map(
+            lambda old, new: jnp.where(mask.reshape(-1, *[1] * (old.ndim - 1)), new, old), statistics, empty
+        )
+    return dataclasses.replace(
+        cache,
+        length=jnp.where(mask, 0, cache.length),
+        compressed=jnp.where(mask, 0, cache.compressed),
+        overflow=cache.overflow & ~mask,
+        statistics=statistics,
+    )
+
+
+def _stops(token: jax.Array, stop: jax.Array) -> jax.Array:
+    """Whether each token, int32 [r], ends its sequence."""
+    return jnp.any(token[:, None] == stop[None, :], axis=1)
+
+
+def _sequence_keys(key: jax.Array, prompt: jax.Array) -> jax.Array:
+    """Keys [r] as `generate` derives them for a batch of one prompt and the key `fold_in(key, prompt)`."""
+    return jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(key, index), 0))(prompt)
+
+
+def _keys_at(keys: jax.Array, count: jax.Array) -> jax.Array:
+    """The keys [r] of the token after the first `count` new tokens, int32 [r]."""
+    return jax.vmap(jax.random.fold_in)(keys, count)
