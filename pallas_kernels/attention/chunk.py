@@ -4,15 +4,18 @@ Right-padded batches need no mask: padding comes after every valid token, so no 
 """
 
 import functools
+from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.attention import chunk_triton
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.compat import cudnn
-from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.dispatch import Implementation, choose, interprets
 from pallas_kernels.numerics import HIDDEN
 
 BLOCK = 256
@@ -34,14 +37,17 @@ def attend_chunk(
         key: Keys after rotary embedding, in the type of the queries.
         value: Values.
         options: Logit options.
-        implementation: "reference" is jnp; "auto" is cuDNN on a GPU for the types and head dims that it has, and the
-            reference elsewhere.
+        implementation: "reference" is jnp; "triton" is a kernel; "auto" is, on a GPU, cuDNN where it takes the case and
+            the kernel where it does not.
 
     Returns:
         The attention, already normalized if cuDNN attends.
     """
-    if _chosen(query, options, implementation) == "reference":
+    chosen = _chosen(query, options, implementation)
+    if chosen == "reference":
         return _by_blocks(query, key, value, options=options, block=BLOCK)
+    if chosen == "triton":
+        return chunk_triton.attend_causal(query, key, value, options=options, interpret=interprets())
     out, log_sum_exp = cudnn.attend_causal(
         query, key, value, scale=options.scale, sliding_window=options.sliding_window
     )
@@ -70,23 +76,33 @@ def attend_prompt(
     Returns:
         Outputs in the type of the queries.
     """
-    if _chosen(query, options, implementation) == "reference":
-        found = _by_blocks(query, key, value, options=options, block=block)
+    chosen = _chosen(query, options, implementation)
+    if chosen != "cudnn":
+        found = (
+            _by_blocks(query, key, value, options=options, block=block)
+            if chosen == "reference"
+            else chunk_triton.attend_causal(query, key, value, options=options, interpret=interprets())
+        )
         return (found.acc / found.total[..., None]).astype(query.dtype)
-    reach = None if options.sliding_window is None else (options.sliding_window - 1, 0)
+    window = options.sliding_window
     return jax.nn.dot_product_attention(
         query,
         key,
         value,
         scale=options.scale,
         is_causal=True,
-        local_window_size=reach,
+        local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
 
 
-def _chosen(query: Array, options: LogitOptions, implementation: Implementation) -> str:
-    check = functools.partial(cudnn.check_supported, query, softcap=options.softcap)
+def _chosen(
+    query: Array, options: LogitOptions, implementation: Implementation
+) -> Literal["reference", "triton", "cudnn"]:
+    """Which of the three attends; cuDNN wherever it takes the case, unless the kernel is asked for."""
+    check = functools.partial(chunk_triton.check_supported, query)
+    if implementation == "auto" and not interprets() and cudnn.supports(query, softcap=options.softcap):
+        return "cudnn"
     return choose(implementation, op="attention within a prompt", check=check, stacklevel=4)
 
 

@@ -17,6 +17,9 @@ from pallas_kernels.numerics import FLOOR, HIDDEN, INSTRUCTION_ROWS, LOG2_E, pow
 from pallas_kernels.tiles.intrinsics_triton import exp2, tanh
 from pallas_kernels.tiles.rotation_triton import float32_product
 
+TERMS, MOST_TERMS = {"bfloat16": 1, "float16": 2}, 3
+"""bfloat16 numbers that sum to a query of a type, and of all other types."""
+
 UPPER_HALF = -65536
 """Mask of the upper half of an int32: the bits of a float32 that bfloat16 keeps."""
 
@@ -74,7 +77,7 @@ def attend_slots(
         visible = _visible(token, stored, position, options)
         return _fold(state, queries, k, v, visible, options, interpret=interpret)
 
-    state = _empty(query)
+    state = no_keys(query)
     return step(tiles[0], state) if single else lax.fori_loop(*tiles, step, state)
 
 
@@ -114,11 +117,44 @@ def attend_new(
     mask = jnp.broadcast_to(exists[:, None], shape) & (channel < new[0].shape[3])  # [tile, d padded]
     at = (*(jnp.broadcast_to(i, shape) for i in (sequence, key_token[:, None], head)), channel)
     k, v = (plt.load(pool.at[at], mask=mask, other=_zero(pool)) for pool in new)  # [tile, d padded]
-    visible = _visible(key_token, exists, token, options)  # [queries, tile]
-    return _fold(_empty(query), _terms(query, query_terms), k, v, visible, options, interpret=interpret)
+    return attend_tile(
+        no_keys(query), query, (k, v), (key_token, exists), token, options, query_terms=query_terms, interpret=interpret
+    )
 
 
-def _empty(query: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def attend_tile(
+    state: tuple[jax.Array, jax.Array, jax.Array],
+    query: jax.Array,
+    tokens: tuple[jax.Array, jax.Array],
+    where: tuple[jax.Array, jax.Array],
+    position: jax.Array,
+    options: LogitOptions,
+    *,
+    query_terms: int,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The state of queries [queries, d padded] at `position` [queries] with the keys and values of a tile of tokens.
+
+    Args:
+        state: As `attend_slots` returns it; `no_keys` at first.
+        query: float32 [queries, d padded].
+        tokens: Keys and values [tile, d padded].
+        where: int32 and bool [tile], position of each token and whether it exists.
+        position: int32 [queries].
+        options: Logit options.
+        query_terms: bfloat16 numbers that sum to a query.
+        interpret: Whether the kernel runs as jnp.
+    """
+    visible = _visible(*where, position, options)  # [queries, tile]
+    return _fold(state, _terms(query, query_terms), *tokens, visible, options, interpret=interpret)
+
+
+def terms_of(dtype: Any) -> int:
+    """bfloat16 numbers that sum to a query of a type."""
+    return TERMS.get(jnp.dtype(dtype).name, MOST_TERMS)
+
+
+def no_keys(query: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The state of `_fold` for queries [queries, d padded] before any key."""
     zero = jnp.zeros((query.shape[0],), jnp.float32)
     return jnp.zeros(query.shape, jnp.float32), zero + FLOOR, zero

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.attention.full_precision_triton import attend_new, attend_slots, query_block
+from pallas_kernels.attention.full_precision_triton import attend_new, attend_slots, query_block, terms_of
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.prepare_arguments import Prepared, PrepareInputs, PreparePlan
 from pallas_kernels.compat.device import H100_MULTIPROCESSORS
@@ -25,9 +25,6 @@ from pallas_kernels.tiles.rotation_triton import apply_factors, channels_of, gri
 
 SKETCHED, TABLE_BLOCK = 16, 1024
 """Coordinates per program that sketches, entries per program that writes a block table."""
-
-TERMS = {"bfloat16": 1, "float16": 2}
-"""bfloat16 numbers that sum to a query of a type; three for other types."""
 
 SLOT_PROGRAMS, ROTATE_PROGRAMS = H100_MULTIPROCESSORS * 2, 128
 """Programs to aim at for full-precision slots and for rotation: all run at once on an H100."""
@@ -226,7 +223,7 @@ def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
         tile=plan.slot_tile,
         sink_slots=plan.sink_slots,
         options=plan.options,
-        query_terms=_terms_of(x),
+        query_terms=terms_of(x.query.dtype),
         single=single,
         interpret=plan.interpret,
     )
@@ -245,14 +242,10 @@ def _attend_new(x: PrepareInputs, out: Prepared, program: jax.Array, plan: Prepa
         jnp.int32(count) if x.counts is None else x.counts[this.sequence],
         tile=max(LEAST_SLOTS, power_of_two(count)),
         options=plan.options,
-        query_terms=_terms_of(x),
+        query_terms=terms_of(x.query.dtype),
         interpret=plan.interpret,
     )
     _store_split(out, this, jnp.int32(plan.slot_splits), state)
-
-
-def _terms_of(x: PrepareInputs) -> int:
-    return TERMS.get(jnp.dtype(x.query.dtype).name, 3)
 
 
 def _store_split(out: Prepared, this: _QueryRows, split: jax.Array, state: tuple[jax.Array, ...]) -> None:

@@ -1,6 +1,9 @@
 """cuDNN's attention with its log-sum-exp in float32; `jax.nn.dot_product_attention` rounds it to the queries' type."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
 LARGEST_DIM, LARGEST_DIM_HOPPER = 128, 256
@@ -10,21 +13,16 @@ HOPPER = 9.0
 """Compute capability of Hopper."""
 
 
-def check_supported(query: jax.ShapeDtypeStruct | jax.Array, *, softcap: float | None) -> None:
-    """Raises NotImplementedError, naming value and limit, for queries that cuDNN does not take on this device.
+def supports(query: jax.ShapeDtypeStruct | jax.Array, *, softcap: float | None) -> bool:
+    """Whether cuDNN attends with queries [b, t, h_q, d] on this device.
 
     Args:
-        query: [b, t, h_q, d].
-        softcap: Soft-cap of the logits.
+        query: The queries.
+        softcap: Soft-cap of the logits, which cuDNN has not.
     """
-    if query.dtype not in (jax.numpy.bfloat16, jax.numpy.float16):
-        raise NotImplementedError(f"cuDNN attends in bfloat16 or float16, got {query.dtype}")
-    if softcap is not None:
-        raise NotImplementedError(f"cuDNN has no soft-cap, got {softcap}")
     hopper = float(getattr(jax.devices()[0], "compute_capability", 0)) >= HOPPER
-    limit = LARGEST_DIM_HOPPER if hopper else LARGEST_DIM
-    if query.shape[3] > limit or query.shape[3] % 8:
-        raise NotImplementedError(f"cuDNN has head dims of multiples of 8 up to {limit}, got {query.shape[3]}")
+    limit, dim = LARGEST_DIM_HOPPER if hopper else LARGEST_DIM, query.shape[3]
+    return query.dtype in (jnp.bfloat16, jnp.float16) and softcap is None and dim <= limit and dim % 8 == 0
 
 
 def attend_causal(
@@ -42,7 +40,7 @@ def attend_causal(
     Returns:
         Outputs [b, t, h_q, d] in the type of the queries, and log-sum-exps float32 [b, t, h_q].
     """
-    out, log_sum_exp = dot_product_attention(
+    found: Any = dot_product_attention(
         query,
         key,
         value,
@@ -51,4 +49,4 @@ def attend_causal(
         sliding_window_length=sliding_window,
         return_residual=True,
     )
-    return out, log_sum_exp.swapaxes(1, 2)
+    return found[0], found[1].swapaxes(1, 2)

@@ -10,9 +10,12 @@ import pytest
 
 import tq_jax as tq
 from pallas_kernels.attention import decode_attention, prefill_attention
+from pallas_kernels.attention.chunk import attend_chunk, attend_prompt
 from pallas_kernels.attention.decode.launch_triton import config_for as decode_config
 from pallas_kernels.attention.prefill.launch_triton import config_for as prefill_config
 from pallas_kernels.encode import encode_pages
+from pallas_kernels.layer import NormWeights, residual_norm, split_heads
+from tests.kernels.cases import chunk as chunk_cases
 from tests.kernels.cases import encode as encode_cases
 from tests.kernels.cases import pages as page_cases
 from tests.kernels.cases import whole_cache as cache_cases
@@ -173,3 +176,41 @@ def test_encode_into_large_pools():
         for found, expected in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_array_equal(found[before:], expected)
         del larger, got, found
+
+
+@pytest.mark.parametrize("implementation", ["auto", "triton"])
+@pytest.mark.parametrize("name", chunk_cases.CASES)
+def test_chunk(name, implementation):
+    """Attention within a prompt, by cuDNN where it takes the case, and by the kernel."""
+    arrays, options = chunk_cases.make_chunk(chunk_cases.CASES[name])
+    for attend in (attend_prompt, attend_chunk):
+        got, again = (attend(*arrays, options=options, implementation=implementation) for _ in range(2))
+        jax.tree.map(np.testing.assert_array_equal, got, again)
+        want = attend(*arrays, options=options, implementation="reference")
+        chunk_cases.close(got, want, arrays[0].dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer(dtype):
+    """The small kernels of a decoder layer."""
+    joint, hidden, added, scale, norm = (
+        jax.random.normal(jax.random.key(i), shape).astype(dtype)
+        for i, shape in enumerate(((3, 5, 2, 6, 128), (3, 5, 576), (3, 5, 576), (576,), (128,)))
+    )
+    angles = jax.random.normal(jax.random.key(9), (3, 5, 64))
+    tolerance = 1e-5 if dtype == "float32" else 2**-6
+    close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance)
+    for centered in (False, True):
+        weights = NormWeights(norm, 1e-5, centered)
+        found = []
+        for implementation in ("triton", "reference"):
+            heads = split_heads(
+                joint,
+                (jnp.cos(angles), jnp.sin(angles)),
+                query_norm=weights,
+                key_norm=weights,
+                implementation=implementation,
+            )
+            normed = residual_norm(hidden, added, NormWeights(scale, 1e-5, centered), implementation=implementation)
+            found.append(jax.tree.map(lambda x: x.astype(jnp.float32), (heads, normed)))
+        jax.tree.map(close, *found)

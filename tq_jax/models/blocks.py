@@ -94,7 +94,7 @@ class Attention(nnx.Module):
         Returns:
             [b, t, dim], and the cache afterwards.
         """
-        norms = {}
+        norms: dict[str, Any] = {}
         if self.query_norm is not None and self.key_norm is not None:
             norms = {"query_norm": self.query_norm.weights, "key_norm": self.key_norm.weights}
         heads = split_heads(self.qkv(hidden), turn, **norms)

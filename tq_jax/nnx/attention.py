@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.layer.heads import turned
 from tq_jax.append import append
 from tq_jax.attention import attend
 from tq_jax.cache import Cache, CacheSpec, init_cache
-from tq_jax.models.rope import rotary_angles, rotate
+from tq_jax.models.rope import rotary_turn
 from tq_jax.nnx.checks import check_options, check_spec, rotary_base, take_shardings
 
 
@@ -55,7 +56,7 @@ def turn(x: Float[Array, "b t h d"], positions: Int[Array, "_ t"], *, base: floa
     """Rotary embedding of queries or keys at some positions; without a base they stay as they are."""
     if base is None:
         return x
-    return rotate(x, rotary_angles(positions, head_dim=x.shape[3], base=base))
+    return turned(x, rotary_turn(positions, head_dim=x.shape[3], base=base))
 
 
 class CompressedAttention(nnx.MultiHeadAttention):

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 import tq_jax as tq
+from pallas_kernels.layer.heads import turned
 from tq_jax.commands.divergence import Reference, fill_cache
 from tq_jax.commands.eval.schemes import Packed
 from tq_jax.commands.rivals.cache import extend_dense

@@ -67,7 +67,7 @@ def _compile(layers: int, sharding: Any, *, unroll: bool = True) -> tuple[str, l
 
     def loop(decoder: Any, first: Any, cache: Any, keys: Any, stop: Any) -> Any:
         options = {"sampling": Sampling(), "max_new_tokens": STEPS, "implementation": "auto"}
-        return decode_loop.__wrapped__(decoder, first, cache, keys, stop, **options)
+        return decode_loop(decoder, first, cache, keys, stop, **options)
 
     text = lower_for_cuda(loop, *placed, donated=(2,)).compile().as_text()
     return text, jax.tree.leaves((nnx.state(decoder), cache))
