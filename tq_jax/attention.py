@@ -1,6 +1,5 @@
 """Attention over a compressed cache."""
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -25,6 +24,7 @@ from pallas_kernels.attention import (
 from pallas_kernels.attention.chunk import attend_chunk
 from pallas_kernels.attention.pipeline import check_attend
 from pallas_kernels.attention.reference import attend_tokens, nothing
+from pallas_kernels.attention.whole_cache import LONGEST, attend_before
 from pallas_kernels.dispatch import Implementation, choose, interprets
 from pallas_kernels.tiles.rotation_triton import Basis, Segment
 from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers
@@ -37,9 +37,6 @@ EXACT_BLOCK = 512
 
 SHARED_FIELDS = ("pages", "exact_keys", "exact_values", "length", "compressed", "overflow")
 """Fields that a `Cache` and the `CacheArrays` of its kernels both have."""
-
-LONGEST = 1024
-"""Query tokens that the kernels take at a time; bounds the arrays that they hand on to each other."""
 
 
 def attend(
@@ -108,7 +105,7 @@ def attend(
         )
     _check_rows(cache, query.shape[1], lengths, rows)
     if chunk is not None:
-        _check_chunk(spec, query, *chunk)
+        check_chunk(spec, query, *chunk)
     rows = None if rows is None else rows.astype(jnp.int32)
     lengths = None if lengths is None else lengths.astype(jnp.int32)
     if query.size == 0:
@@ -125,7 +122,7 @@ def attend(
     return _attend_by_reference(query, cache, lengths, rows, sink_logits, chunk, options=options)
 
 
-def _check_chunk(spec: CacheSpec, query: Array, key: Array, value: Array) -> None:
+def check_chunk(spec: CacheSpec, query: Array, key: Array, value: Array) -> None:
     """Raises ValueError for keys and values of a chunk that do not fit the queries."""
     expected = (*query.shape[:2], spec.num_kv_heads, spec.head_dim)
     if key.shape != expected or value.shape != expected:
@@ -233,25 +230,13 @@ def _attend_long_chunk(
     plan: AttendPlan,
 ) -> Array:
     """Kernels attend over the cache, cuDNN or the reference over the chunk itself; the two are merged."""
-    batch, count = query.shape[:2]
-    partial_plan = dataclasses.replace(plan, partial=True)
-
-    def over_cache(block: tuple[Array, Array]) -> Any:
-        return attend_cache(block[0], arrays_of(cache), partial_plan, rows=rows, back=block[1])
-
-    size = min(count, LONGEST)
-    blocks = -(-count // size)
-    padded = jnp.pad(query, ((0, 0), (0, blocks * size - count), (0, 0), (0, 0)))
-    padded = padded.reshape(batch, blocks, size, *query.shape[2:]).swapaxes(0, 1)
-    back = jnp.broadcast_to(-size * jnp.arange(blocks, dtype=jnp.int32)[:, None], (blocks, batch))
-    parts = lax.map(over_cache, (padded, back))
-    behind = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, blocks * size, *x.shape[3:])[:, :count], parts)
+    count, behind = query.shape[1], attend_before(query, arrays_of(cache), plan, rows=rows)
     exists = jnp.arange(count, dtype=jnp.int32)[None] < (count if lengths is None else lengths[:, None])
-    own = attend_chunk(query, *_without_padding(chunk, exists, query.dtype), options=plan.options)
+    own = attend_chunk(query, *without_padding(chunk, exists, query.dtype), options=plan.options)
     return _finished(merge(behind, own), query, cache, rows, sink_logits, exists)
 
 
-def _without_padding(chunk: tuple[Array, Array], exists: Array, dtype: Any) -> tuple[Array, Array]:
+def without_padding(chunk: tuple[Array, Array], exists: Array, dtype: Any) -> tuple[Array, Array]:
     """Keys and values of a chunk, zero where no token exists: NaN there would outlast a weight of zero."""
     key, value = (jnp.where(exists[:, :, None, None], x.astype(dtype), 0) for x in chunk)
     return key, value
@@ -311,17 +296,25 @@ def _attend_by_reference(
     step = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
     positions = (length - lengths if chunk is None else length)[:, None] + step
     precise = query.astype(jnp.float32)
-    partial = nothing(query, query.shape[3])
-    if cache.exact_keys.shape[2]:
-        partial = _attend_exact(precise, cache, rows, positions, options)
-    if cache.pages is not None:
-        partial = merge(partial, _attend_compressed(precise, cache, rows, positions, options))
+    partial = over_cache_by_reference(precise, cache, rows, positions, options)
     exists = step < lengths[:, None]
     if chunk is not None:
-        known = _without_padding(chunk, exists, jnp.float32)
+        known = without_padding(chunk, exists, jnp.float32)
         own = attend_chunk(precise, *known, options=options, implementation="reference")
         partial = merge(partial, own)
     return _finished(partial, query, cache, rows, sink_logits, exists)
+
+
+def over_cache_by_reference(
+    query: Array, cache: Cache, rows: Int[Array, "b"], positions: Int[Array, "b t"], options: LogitOptions
+) -> Partial:
+    """Window and pages one after the other, for float32 queries at the given positions."""
+    partial = nothing(query, query.shape[3])
+    if cache.exact_keys.shape[2]:
+        partial = _attend_exact(query, cache, rows, positions, options)
+    if cache.pages is not None:
+        partial = merge(partial, _attend_compressed(query, cache, rows, positions, options))
+    return partial
 
 
 def _attend_exact(

@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.attention.partial import Partial
@@ -11,6 +13,9 @@ from pallas_kernels.attention.pipeline import AttendPlan, attend_prepared
 from pallas_kernels.attention.prepare_arguments import PrepareInputs
 from pallas_kernels.pages import Pages
 from pallas_kernels.tiles.rotation_triton import Basis
+
+LONGEST = 1024
+"""Query tokens that the kernels take at a time; bounds the arrays that they hand on to each other."""
 
 
 @jax.tree_util.register_dataclass
@@ -87,6 +92,35 @@ def attend_cache(
         sink_logits=sink_logits,
         overflow=cache.overflow,
     )
+
+
+def attend_before(
+    query: Float[Array, "b t h_q d"], cache: CacheArrays, plan: AttendPlan, *, rows: Int[Array, "b"] | None = None
+) -> Partial:
+    """Partial attention of queries, of any number, that follow all tokens of the cache.
+
+    Args:
+        query: Queries as the model has them, of any float type.
+        cache: The cache.
+        plan: The configuration.
+        rows: Cache row of each sequence; all rows in order by default.
+
+    Returns:
+        The partial attention in the original basis.
+    """
+    batch, count = query.shape[:2]
+    plan = dataclasses.replace(plan, partial=True)
+
+    def attend_block(block: tuple[Array, Array]) -> Any:
+        return attend_cache(block[0], cache, plan, rows=rows, back=block[1])
+
+    size = min(count, LONGEST)
+    blocks = -(-count // size)
+    padded = jnp.pad(query, ((0, 0), (0, blocks * size - count), (0, 0), (0, 0)))
+    padded = padded.reshape(batch, blocks, size, *query.shape[2:]).swapaxes(0, 1)
+    back = jnp.broadcast_to(-size * jnp.arange(blocks, dtype=jnp.int32)[:, None], (blocks, batch))
+    parts = lax.map(attend_block, (padded, back))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, blocks * size, *x.shape[3:])[:, :count], parts)
 
 
 def prepare_inputs(

@@ -11,6 +11,7 @@ from tq_jax.models.language_model import LanguageModel, load_model
 from tq_jax.models.many import Finished, ManyGenerations, Tally, generate_many
 from tq_jax.models.rope import RopeScaling
 from tq_jax.models.sampling import Sampling
+from tq_jax.models.sharding import MeshAxes, cache_shardings, decoder_shardings, shard
 from tq_jax.models.tokenizer import Tokenizer, load_tokenizer
 from tq_jax.models.weights import convert_gguf, load_decoder
 
@@ -21,15 +22,18 @@ __all__ = [
     "Generation",
     "LanguageModel",
     "ManyGenerations",
+    "MeshAxes",
     "RopeScaling",
     "Sampling",
     "Tally",
     "Tokenizer",
     "cache_dir",
+    "cache_shardings",
     "causal_attention",
     "config_from_gguf",
     "config_from_hf",
     "convert_gguf",
+    "decoder_shardings",
     "fetch_default_model",
     "generate",
     "generate_many",
@@ -37,4 +41,5 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "pad_prompts",
+    "shard",
 ]

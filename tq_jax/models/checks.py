@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 import tq_jax as tq
 from tq_jax.models.decoder import Decoder
@@ -20,6 +22,7 @@ def check_request(
     *,
     max_new_tokens: int,
     stop_tokens: Sequence[int],
+    shares: int = 1,
 ) -> tq.CacheSpec:
     """Check the arguments of `generate`.
 
@@ -31,6 +34,7 @@ def check_request(
         cache: Tokens before the prompts; None if a spec is given.
         max_new_tokens: Largest number of new tokens per sequence.
         stop_tokens: Ids that end a sequence.
+        shares: Devices over which the tokens of each sequence are spread; the cache has rows for each of them.
 
     Returns:
         The spec of the cache of one layer: `cache_spec`, or that of `cache`.
@@ -43,7 +47,7 @@ def check_request(
     spec = cache.spec if cache is not None else cache_spec
     assert spec is not None
     _check_prompts(decoder, tokens, lengths, max_new_tokens, stop_tokens)
-    _check_room(decoder, lengths, spec.max_tokens, cache, max_new_tokens)
+    _check_room(decoder, lengths, spec.max_tokens, cache, max_new_tokens, shares)
     return spec
 
 
@@ -66,12 +70,14 @@ def _check_prompts(
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
 
 
-def _check_room(decoder: Decoder, lengths: Any, max_tokens: int, cache: tq.Cache | None, max_new_tokens: int) -> None:
+def _check_room(
+    decoder: Decoder, lengths: Any, max_tokens: int, cache: tq.Cache | None, max_new_tokens: int, shares: int
+) -> None:
     """Check that the prompts and the new tokens fit into the cache and the model's context."""
     prompt = np.asarray(lengths)
+    before = np.zeros_like(prompt)
     if cache is not None:
-        _check_cache(decoder, cache, prompt.size)
-    before = np.zeros_like(prompt) if cache is None else np.asarray(cache.length)[: prompt.size]
+        before, max_tokens = _check_cache(decoder, cache, prompt.size, shares), max_tokens * shares
     longest = int(np.argmax(before + prompt))
     needed = int((before + prompt)[longest]) + max_new_tokens - 1
     parts = f"prompt {prompt[longest]} + {max_new_tokens} new - 1"
@@ -83,16 +89,25 @@ def _check_room(decoder: Decoder, lengths: Any, max_tokens: int, cache: tq.Cache
             raise ValueError(f"{name}: expected room for {needed} tokens ({parts}), got {room}")
 
 
-def _check_cache(decoder: Decoder, cache: tq.Cache, batch: int) -> None:
-    """Check that a cache fits the decoder and the batch, and holds all its tokens."""
-    decoder.require_rows(cache, batch=batch)
+def _check_cache(decoder: Decoder, cache: tq.Cache, batch: int, shares: int) -> np.ndarray:
+    """The tokens of each sequence, after a check that a cache fits the decoder and the batch, and holds all of them."""
+    decoder.require_rows(cache, batch=batch * shares)
     config, spec = decoder.config, cache.spec
     wanted, found = (config.num_kv_heads, config.head_dim), (spec.num_kv_heads, spec.head_dim)
     if found != wanted:
         raise ValueError(f"cache.spec (num_kv_heads, head_dim): expected {wanted}, got {found}")
-    if np.any(cache.overflow):
-        full = np.flatnonzero(cache.overflow).tolist()
+    overflow = _whole(cache.overflow)
+    if np.any(overflow):
+        full = np.flatnonzero(overflow).tolist()
         raise ValueError(f"cache: expected rows that hold all their tokens, got overflow in rows {full}")
-    layers = np.asarray(cache.length).reshape(config.num_layers, batch)
+    layers = _whole(cache.length).reshape(shares, config.num_layers, batch).sum(0)
     if np.any(layers != layers[0]):
         raise ValueError(f"cache: expected equal numbers of tokens in all layers of a sequence, got {layers.tolist()}")
+    return layers[0]
+
+
+def _whole(array: Any) -> np.ndarray:
+    """An array on this host, also if other hosts hold parts of it; then all of them call this."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(process_allgather(array, tiled=True))

@@ -213,10 +213,8 @@ class Decoder(nnx.Module):
 
         hidden, cache, kept = self.run(tokens, cache, cache.length[: tokens.shape[0]], mix)
         if few:
-            # One append for all layers. That it follows the last reading of the cache has to be seen in its arguments,
-            # or XLA may keep a copy of the cache for the reader: the sum is never less than the number of tokens.
-            count = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32) if lengths is None else lengths
-            count = jnp.minimum(count, count + jnp.isnan(hidden[:, 0, 0]).astype(jnp.int32))
+            # One append for all layers.
+            count = counts_after(hidden, lengths)
             query, key, value = kept
             cache = tq.append(cache, key, value, query=query, lengths=jnp.tile(count, self.config.num_layers))
         return hidden, cache
@@ -239,6 +237,8 @@ class Decoder(nnx.Module):
         carry: Any,
         start: jax.Array,
         mix: LayerMix,
+        *,
+        stride: int = 1,
     ) -> tuple[jax.Array, Any, Any]:
         """Run tokens with a function of the caller that attends and keeps keys and values.
 
@@ -247,13 +247,14 @@ class Decoder(nnx.Module):
             carry: Any pytree; `mix` of one layer hands it to that of the next.
             start: int32 [b], position of the first token of each sequence.
             mix: Mixes the values of a layer.
+            stride: Distance of the positions of consecutive tokens.
 
         Returns:
             Hidden states [b, t, dim] after the final norm, the carry after the last layer, and the arrays that `mix`
             keeps: those of all layers in the order of cache rows, [num_layers * b, ...].
         """
         b, t = tokens.shape
-        positions = start[:, None] + jnp.arange(t, dtype=jnp.int32)[None, :]
+        positions = start[:, None] + stride * jnp.arange(t, dtype=jnp.int32)[None, :]
         sequences = jnp.arange(b, dtype=jnp.int32)
         turns = {window: self._turn(positions, window) for window in set(self.config.layer_windows)}
         hidden = self._embed(tokens)
@@ -296,6 +297,22 @@ class Decoder(nnx.Module):
                 f"cache: expected {expected} rows ({self.config.num_layers} layers x {batch} sequences), "
                 f"got {cache.length.shape[0]}"
             )
+
+
+def counts_after(hidden: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """Numbers of tokens for an append that follows the last reading of the cache.
+
+    That it follows has to be seen in its arguments, or XLA may keep a copy of the cache for the reader.
+
+    Args:
+        hidden: [b, t, dim], made from everything that was read.
+        lengths: int32 [b], valid tokens of the chunk per sequence; None means all t.
+
+    Returns:
+        The lengths, int32 [b]: the sum below is never less than they are.
+    """
+    count = jnp.full(hidden.shape[:1], hidden.shape[1], jnp.int32) if lengths is None else lengths
+    return jnp.minimum(count, count + jnp.isnan(hidden[:, 0, 0]).astype(jnp.int32))
 
 
 def _layer(

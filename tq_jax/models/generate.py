@@ -20,6 +20,7 @@ from tq_jax.models.checks import check_request
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.prompt import draw_first, keys_at, run_in_chunks
 from tq_jax.models.sampling import Sampling, sample
+from tq_jax.models.sharding import AXES, Layout, MeshAxes, cache_shardings, init_cache, place, run_step, shard
 
 PROMPT_CHUNK = 32768
 """Most tokens of a prompt that run at once: 5 GB of activations of a decoder of the size of Llama 3.1 8B."""
@@ -33,6 +34,7 @@ class Generation:
         tokens: int32 [b, max_new_tokens], new tokens of each sequence; -1 after its stop token.
         lengths: int32 [b], number of new tokens of each sequence, its stop token included.
         cache: Cache of `num_layers * b` rows. It holds the prompts and all new tokens except the last of each sequence.
+            On a mesh with a sequence axis of n devices it has n times as many rows, see `sharding.init_cache`.
     """
 
     tokens: jax.Array
@@ -101,6 +103,8 @@ def generate(
     prompt_chunk: int = PROMPT_CHUNK,
     implementation: Implementation = "auto",
     precise: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    axes: MeshAxes = AXES,
 ) -> Generation:
     """Continue a batch of prompts, from an empty cache or after the tokens of a given one.
 
@@ -124,6 +128,10 @@ def generate(
         prompt_chunk: Most tokens of a prompt that run at once.
         implementation: Implementation of attention, see `tq_jax.attend`.
         precise: Whether attention is precise, see `tq_jax.attend`.
+        mesh: Devices that compute together: KV heads are spread over its axis "heads", the tokens of the cache over its
+            axis "sequence" (see docs/devices.md). `sharding.shard` places the decoder once for many calls. A given
+            cache was made with as many devices of "sequence". None for one device.
+        axes: Other names of the mesh's axes.
 
     Returns:
         The new tokens and the cache. The loop ends as soon as every sequence has stopped.
@@ -132,6 +140,7 @@ def generate(
         ValueError: If the batch or a prompt is empty, prompt_chunk is not positive, ids are outside the vocabulary, a
             prompt with its continuation exceeds the cache or the model's context, sampling lacks a key, not exactly one
             of `cache_spec` and `cache` is given, or the cache is of another model or batch or has overflowed.
+        NotImplementedError: If the decoder cannot be spread over the mesh, see `sharding.Layout.require`.
 
     Example:
         >>> from flax import nnx
@@ -147,26 +156,40 @@ def generate(
     sampling = Sampling() if sampling is None else sampling
     if prompt_chunk < 1:
         raise ValueError(f"prompt_chunk: expected at least 1 token, got {prompt_chunk}")
+    layout = None if mesh is None else Layout(mesh, axes)
+    decoder = decoder if mesh is None else shard(decoder, mesh, axes=axes)
     spec = check_request(
-        decoder, tokens, lengths, cache_spec, cache, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens
-    )
-    batch = np.shape(tokens)[0]
-    keys = _sequence_keys(key, sampling, batch)
+        decoder, tokens, lengths, cache_spec, cache, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
+        shares=1 if layout is None else layout.shares,
+    )  # fmt: skip
+    keys = _sequence_keys(key, sampling, np.shape(tokens)[0])
     stop = jnp.asarray(np.array(stop_tokens, np.int32))
-    prompts = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
-    how: dict[str, Any] = {"implementation": implementation, "precise": precise}
-    if prompts[0].shape[1] > prompt_chunk:
-        start = decoder.init_cache(spec, batch=batch) if cache is None else jax.tree.map(jnp.copy, cache)
-        first, filled = run_in_chunks(decoder, *prompts, start, keys, chunk=prompt_chunk, sampling=sampling, **how)
+    prompts = {"tokens": jnp.asarray(tokens, jnp.int32), "lengths": jnp.asarray(lengths, jnp.int32), "keys": keys}
+    how: dict[str, Any] = {"sampling": sampling, "implementation": implementation, "precise": precise}
+    start = _start_cache(decoder, spec, cache, layout, batch=np.shape(tokens)[0])
+    if np.shape(tokens)[1] > prompt_chunk:
+        start = start if cache is None else jax.tree.map(jnp.copy, start)
+        first, filled = run_in_chunks(decoder, cache=start, chunk=prompt_chunk, layout=layout, **prompts, **how)
     elif cache is None:
-        start = decoder.init_cache(spec, batch=batch)
-        first, filled = prefill_step(decoder, *prompts, start, keys, sampling=sampling)
+        drawn = {"sampling": sampling}
+        first, filled = run_step(prefill_step, decoder, layout, cache=start, arrays=prompts, options=drawn)
     else:
-        first, filled = extend_step(decoder, *prompts, cache, keys, sampling=sampling, **how)
-    out, count, filled = decode_loop(
-        decoder, first, filled, keys, stop, sampling=sampling, max_new_tokens=max_new_tokens, **how
-    )
+        first, filled = run_step(extend_step, decoder, layout, cache=start, arrays=prompts, options=how, donate=False)
+    arrays, how = {"first": first, "keys": keys, "stop": stop}, {**how, "max_new_tokens": max_new_tokens}
+    out, count, filled = run_step(decode_loop, decoder, layout, cache=filled, arrays=arrays, options=how)
     return Generation(tokens=out, lengths=count, cache=filled)
+
+
+def _start_cache(
+    decoder: Decoder, spec: tq.CacheSpec, cache: tq.Cache | None, layout: Layout | None, *, batch: int
+) -> tq.Cache:
+    """The given cache or an empty one, on the devices of a mesh if there is one."""
+    if layout is None:
+        return decoder.init_cache(spec, batch=batch) if cache is None else cache
+    where: dict[str, Any] = {"mesh": layout.mesh, "axes": layout.axes}
+    if cache is None:
+        return init_cache(decoder, spec, batch=batch, **where)
+    return jax.tree.map(place, cache, cache_shardings(cache, **where))
 
 
 @partial(jax.jit, static_argnames=("sampling",), donate_argnames=("cache",))

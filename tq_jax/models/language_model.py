@@ -45,6 +45,7 @@ class LanguageModel:
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
         key: jax.Array | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> str:
         """Generate the assistant's next message.
 
@@ -54,6 +55,7 @@ class LanguageModel:
             max_new_tokens: Largest number of tokens of the answer.
             sampling: How tokens are drawn; None is greedy.
             key: Random key; required unless sampling is greedy.
+            mesh: Devices that compute together, see `generate`.
 
         Returns:
             The text of the answer, without special tokens.
@@ -71,17 +73,21 @@ class LanguageModel:
             sampling=sampling,
             stop_tokens=self.config.stop_tokens,
             key=key,
+            mesh=mesh,
         )
         return self.tokenizer.decode(answer.sequences()[0])
 
 
-def load_model(path: str | os.PathLike[str] | None = None, *, dtype: Any = "float32") -> LanguageModel:
+def load_model(
+    path: str | os.PathLike[str] | None = None, *, dtype: Any = "float32", mesh: jax.sharding.Mesh | None = None
+) -> LanguageModel:
     """Load a decoder and its tokenizer.
 
     Args:
         path: A Hugging Face directory (safetensors) or a GGUF file; None is SmolLM2-135M-Instruct, downloaded once.
             GGUF files are dequantized once, to a directory below `cache_dir`.
         dtype: Type of parameters and activations.
+        mesh: Devices on which the parameters are placed, see `load_decoder`.
 
     Returns:
         The model. A second load of the default model takes about a second.
@@ -94,4 +100,4 @@ def load_model(path: str | os.PathLike[str] | None = None, *, dtype: Any = "floa
     """
     path = fetch_default_model() if path is None else Path(path)
     directory = path if path.is_dir() else convert_gguf(path)
-    return LanguageModel(decoder=load_decoder(directory, dtype=dtype), tokenizer=load_tokenizer(directory))
+    return LanguageModel(decoder=load_decoder(directory, dtype=dtype, mesh=mesh), tokenizer=load_tokenizer(directory))

@@ -12,6 +12,7 @@ import tq_jax as tq
 from tq_jax.attention import Implementation
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.sampling import Sampling, sample
+from tq_jax.models.sharding import Layout, run_step
 
 
 def run_in_chunks(
@@ -23,6 +24,7 @@ def run_in_chunks(
     *,
     chunk: int,
     sampling: Sampling,
+    layout: Layout | None = None,
     **how: Any,
 ) -> tuple[jax.Array, tq.Cache]:
     """Run prompts chunk by chunk after the tokens of a cache, and draw the first new token of each sequence.
@@ -37,6 +39,7 @@ def run_in_chunks(
         keys: Random keys [b], one per sequence.
         chunk: Tokens of each sequence that run at once.
         sampling: How tokens are drawn.
+        layout: The mesh on which decoder and cache are spread; None for one device.
         **how: `implementation` and `precise` of `Decoder.extend`.
 
     Returns:
@@ -46,8 +49,10 @@ def run_in_chunks(
     last = jnp.zeros((tokens.shape[0], 1, decoder.config.dim), decoder.embedding.param_dtype)
     for start in range(0, padded.shape[1], chunk):
         part = padded[:, start : start + chunk]
-        last, cache = _chunk_step(decoder, part, lengths - start, cache, last, **how)
-    return draw_first(decoder, last, keys, sampling=sampling), cache
+        arrays = {"tokens": part, "left": lengths - start, "last": last}
+        last, cache = run_step(_chunk_step, decoder, layout, cache=cache, arrays=arrays, options=how)
+    arrays, options = {"last": last, "keys": keys}, {"sampling": sampling}
+    return run_step(_draw_step, decoder, layout, cache=cache, arrays=arrays, options=options)
 
 
 @partial(jax.jit, static_argnames=("implementation", "precise"), donate_argnames=("cache", "last"))
@@ -71,6 +76,14 @@ def _chunk_step(
     place = (left - 1)[:, None, None]
     found = jnp.take_along_axis(hidden, jnp.clip(place, 0, tokens.shape[1] - 1), axis=1)
     return jnp.where((place >= 0) & (place < tokens.shape[1]), found, last), cache
+
+
+@partial(jax.jit, static_argnames=("sampling",), donate_argnames=("cache",))
+def _draw_step(
+    decoder: Decoder, cache: tq.Cache, last: jax.Array, keys: jax.Array, *, sampling: Sampling
+) -> tuple[jax.Array, tq.Cache]:
+    """`draw_first`, and the cache as it is."""
+    return draw_first(decoder, last, keys, sampling=sampling), cache
 
 
 @partial(jax.jit, static_argnames=("sampling",))

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -23,6 +24,7 @@ from tq_jax.models.families import FAMILIES, Tensor, check_tensor_names
 from tq_jax.models.fetch import cache_dir
 from tq_jax.models.fields import FILES, check_fields, read_json
 from tq_jax.models.gguf_file import hf_tensors, read_gguf
+from tq_jax.models.sharding import AXES, Layout, MeshAxes, place
 from tq_jax.models.tokenizer_gguf import tokenizer_from_gguf
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,26 +35,39 @@ ParameterPath = tuple[str | int, ...]
 _CONVERSION = 1
 
 
-def load_decoder(directory: str | os.PathLike[str], *, dtype: Any = "float32") -> Decoder:
+def load_decoder(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: Any = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    axes: MeshAxes = AXES,
+) -> Decoder:
     """Load a decoder from a Hugging Face directory (`config.json` and safetensors, one file or sharded).
 
     Args:
         directory: Holds `config.json`, and `model.safetensors` or `model.safetensors.index.json` with its shards.
         dtype: Type of parameters and activations.
+        mesh: Devices on which the parameters are placed as they are read, see `sharding.decoder_shardings`; no device
+            ever holds more than its part. On several hosts each of them reads the directory. None for one device.
+        axes: Names of the mesh's axes.
 
     Returns:
         The decoder with the parameters of the checkpoint.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        NotImplementedError: For an architecture, option or tensor that `Decoder` does not support.
+        NotImplementedError: For an architecture, option or tensor that `Decoder` does not support, or a mesh over which
+            the decoder cannot be spread.
         ValueError: If a file is corrupt or truncated, or if tensors are missing or of the wrong shape.
     """
     directory = Path(directory)
     config = read_config(directory)
     with _open_tensors(directory) as (names, read):
         check_tensor_names(directory, config, names, kind="hf")
-        return _build(directory, config, read, jnp.dtype(dtype))
+        layout = None if mesh is None else Layout(mesh, axes)
+        if layout is not None:
+            layout.require(config)
+        return _build(directory, config, read, jnp.dtype(dtype), layout)
 
 
 def read_config(directory: Path) -> DecoderConfig:
@@ -149,7 +164,13 @@ def _open_tensors(directory: Path) -> Iterator[tuple[set[str], Callable[[str], n
         yield set(holders), lambda name: holders[name].get_tensor(name)
 
 
-def _build(directory: Path, config: DecoderConfig, read: Callable[[str], np.ndarray], dtype: jnp.dtype) -> Decoder:
+def _build(
+    directory: Path,
+    config: DecoderConfig,
+    read: Callable[[str], np.ndarray],
+    dtype: jnp.dtype,
+    layout: Layout | None,
+) -> Decoder:
     """A decoder with the parameters that `read` returns, converted to `dtype`.
 
     A parameter goes to the device as soon as its tensors are read, so that the host never holds more than one.
@@ -168,7 +189,8 @@ def _build(directory: Path, config: DecoderConfig, read: Callable[[str], np.ndar
             if array.shape != shape:
                 raise ValueError(f"{directory}: {name}: expected shape {shape}, got {array.shape}")
             slot[...] = array.reshape(slot.shape)
-        variable.set_value(jnp.asarray(buffer))
+        sharding = None if layout is None else layout.parameter(path, config)
+        variable.set_value(jnp.asarray(buffer) if sharding is None else place(buffer, sharding))
     if leaves:
         raise RuntimeError(f"parameters without a tensor: {sorted(map(str, leaves))}")
     return nnx.merge(graph, state)

@@ -48,6 +48,15 @@ def test_round_trip(tiny, directory):
     jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(tiny))
 
 
+def test_parts_go_to_the_devices_of_a_mesh(tiny, directory):
+    loaded = load_decoder(directory, mesh=jax.make_mesh((2, 2), ("heads", "sequence")))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(loaded), nnx.state(tiny))
+    kernel = loaded.blocks[0].attention.qkv.kernel[...]
+    assert [part.data.shape[1] for part in kernel.addressable_shards] == [1] * 4
+    with pytest.raises(NotImplementedError, match=r"sizes that divide num_kv_heads=2 are supported, got 4"):
+        load_decoder(directory, mesh=jax.make_mesh((4,), ("heads",)))
+
+
 def test_dtype_is_an_option(directory):
     loaded = load_decoder(directory, dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype("bfloat16")}

@@ -1,0 +1,170 @@
+"""The decoder that one device of a mesh is, inside `jax.shard_map`; see `sharding`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+import tq_jax as tq
+from tq_jax.attention import Implementation
+from tq_jax.models.decoder import FEW_TOKENS, Decoder, counts_after
+from tq_jax.shares import append_share, attend_shares, attend_stripes, own_counts
+
+
+class Summed(nnx.Module):
+    """A projection whose inputs are spread over a mesh axis: its outputs are summed over it.
+
+    Args:
+        inner: The projection of this device's inputs, without a bias.
+        axis: The mesh axis.
+    """
+
+    def __init__(self, inner: nnx.Einsum, axis: str):
+        self.inner, self.axis = inner, axis
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """The outputs, the same on all devices of the axis."""
+        return lax.psum(self.inner(inputs), self.axis)
+
+
+class SplitEmbed(nnx.Module):
+    """An embedding whose vocabulary is spread over a mesh axis.
+
+    Args:
+        inner: The embedding of this device's part of the vocabulary.
+        axis: The mesh axis.
+    """
+
+    def __init__(self, inner: nnx.Embed, axis: str):
+        self.inner, self.axis = inner, axis
+
+    @property
+    def embedding(self) -> Any:
+        """The rows of this device's part of the vocabulary."""
+        return self.inner.embedding
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """The embeddings of tokens of the whole vocabulary, the same on all devices of the axis."""
+        size = self.embedding.shape[0]
+        own = tokens - lax.axis_index(self.axis).astype(jnp.int32) * size
+        found = self.inner(jnp.clip(own, 0, size - 1))
+        exists = ((own >= 0) & (own < size))[..., None]
+        return lax.psum(jnp.where(exists, found, jnp.zeros_like(found)), self.axis)
+
+
+def _sum_outputs(block: Any, axis: str) -> None:
+    """Lets a layer with this device's heads and channels give the outputs of the whole layer."""
+    block.attention.output = Summed(block.attention.output, axis)
+    block.mlp.down = Summed(block.mlp.down, axis)
+    # A bias is broadcast to the shape of a layer's kernel that the projection was made with.
+    block.attention.qkv.kernel_shape = block.attention.qkv.kernel.shape[1:]
+
+
+class Share(Decoder):
+    """A device's part of a decoder; hidden states and logits are the same on all devices.
+
+    Args:
+        part: The decoder with this device's part of every parameter; used up.
+        heads_axis: Mesh axis over which heads and channels are spread; None if they are not.
+        sequence_axis: Mesh axis over which the tokens of the cache are spread; None if they are not.
+    """
+
+    def __init__(self, part: Decoder, *, heads_axis: str | None, sequence_axis: str | None):
+        self.config, self.runs, self.embedding_scale = part.config, part.runs, part.embedding_scale
+        self.blocks, self.norm, self.head = part.blocks, part.norm, nnx.data(part.head)
+        self.sequence_axis = sequence_axis
+        table = part.embedding.embedding if part.head is None else part.head.kernel
+        self.vocabulary_axis = heads_axis if table.shape[0] < part.config.vocab_size else None
+        self.embedding = part.embedding
+        if self.vocabulary_axis is not None:
+            self.embedding = SplitEmbed(part.embedding, self.vocabulary_axis)
+        if heads_axis is not None:
+            for block in self.blocks:
+                _sum_outputs(block, heads_axis)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """See `Decoder.logits`; the parts of the vocabulary are gathered."""
+        part = super().logits(hidden)
+        if self.vocabulary_axis is None:
+            return part
+        return lax.all_gather(part, self.vocabulary_axis, axis=2, tiled=True)
+
+    def prefill(
+        self, tokens: jax.Array, cache: tq.Cache, *, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, tq.Cache]:
+        """See `Decoder.prefill`; every device runs its share of the tokens, and their hidden states are gathered."""
+        axis = self.sequence_axis
+        if axis is None:
+            return super().prefill(tokens, cache, lengths=lengths)
+        (batch, count), devices = tokens.shape, lax.axis_size(axis)
+        device = lax.axis_index(axis).astype(jnp.int32)
+        stripes = jnp.pad(tokens, ((0, 0), (0, -count % devices))).reshape(batch, -1, devices)
+        own = lax.dynamic_index_in_dim(stripes, device, axis=2, keepdims=False)
+        lengths = jnp.full(batch, count, jnp.int32) if lengths is None else lengths
+        counts = own_counts(lengths, device, devices)
+
+        def mix(
+            query: jax.Array,
+            key: jax.Array,
+            value: jax.Array,
+            cache: tq.Cache,
+            rows: jax.Array,
+            *,
+            window: int | None,
+            scale: float,
+        ) -> tuple[jax.Array, tq.Cache, None]:
+            assert window is None, "refused by Layout.require"
+            stored = tq.append(cache, key, value, query=query, lengths=counts, rows=rows)
+            return attend_stripes(query, key, value, axis=axis, scale=scale), stored, None
+
+        hidden, cache, _ = self.run(own, cache, jnp.broadcast_to(device, (batch,)), mix, stride=devices)
+        whole = lax.all_gather(hidden, axis, axis=2)  # [b, tokens per device, devices, dim]
+        return whole.reshape(batch, -1, hidden.shape[2])[:, :count], cache
+
+    def extend(
+        self,
+        tokens: jax.Array,
+        cache: tq.Cache,
+        *,
+        lengths: jax.Array | None = None,
+        as_stored: bool = False,
+        implementation: Implementation = "auto",
+        precise: bool = False,
+    ) -> tuple[jax.Array, tq.Cache]:
+        """See `Decoder.extend`; every device attends over its share of the tokens, and the results are merged."""
+        how: dict[str, Any] = {"lengths": lengths, "implementation": implementation, "precise": precise}
+        axis, batch = self.sequence_axis, tokens.shape[0]
+        if axis is None:
+            return super().extend(tokens, cache, as_stored=as_stored, **how)
+        if as_stored:
+            raise NotImplementedError(f"as_stored=False is supported with tokens spread over {axis!r}, got True")
+        start = lax.psum(cache.length[:batch], axis)
+        few = tokens.shape[1] <= FEW_TOKENS
+
+        def mix(
+            query: jax.Array,
+            key: jax.Array,
+            value: jax.Array,
+            cache: tq.Cache,
+            rows: jax.Array,
+            *,
+            window: int | None,
+            scale: float,
+        ) -> tuple[jax.Array, tq.Cache, Any]:
+            assert window is None, "refused by Layout.require"
+            mixed = attend_shares(query, cache, chunk=(key, value), axis=axis, rows=rows, scale=scale, **how)
+            if few:
+                return mixed, cache, (query, key, value)
+            stored = append_share(cache, key, value, query=query, lengths=lengths, rows=rows, start=start, axis=axis)
+            return mixed, stored, None
+
+        hidden, cache, kept = self.run(tokens, cache, start, mix)
+        if few:
+            query, key, value = kept
+            count, first = (jnp.tile(x, self.config.num_layers) for x in (counts_after(hidden, lengths), start))
+            cache = append_share(cache, key, value, query=query, lengths=count, start=first, axis=axis)
+        return hidden, cache
