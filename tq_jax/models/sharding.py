@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -307,24 +307,66 @@ def run_on_mesh(
     spec, axes = cache.spec, layout.axes
     own = dataclasses.replace(spec, num_kv_heads=spec.num_kv_heads // layout.heads)
 
-    def run(decoder: Decoder, cache: tq.Cache, arrays: Mapping[str, jax.Array]) -> tuple[tuple[Any, ...], tq.Cache]:
+    shardings = cache_shardings(cache, layout.mesh, axes=axes), jax.tree.map(lambda _: layout.named(), dict(arrays))
+    leaves, tree = jax.tree.flatten((cache, dict(arrays)))
+    held = _Held(tree, tuple(zip(leaves, jax.tree.leaves(shardings), strict=True)))
+
+    def run(decoder: Decoder, kept: list[jax.Array]) -> tuple[tuple[Any, ...], list[jax.Array]]:
         share = Share(
             decoder,
             heads_axis=axes.heads if layout.heads > 1 else None,
             sequence_axis=axes.sequence if layout.shares > 1 else None,
         )
+        cache, arrays = held.whole(kept, local=True)
         *found, after = inspect.unwrap(step)(
             share, cache=dataclasses.replace(cache, spec=own), **arrays, **dict(options)
         )
-        return tuple(found), dataclasses.replace(after, spec=spec)
+        return tuple(found), _with_elements(dataclasses.replace(after, spec=spec))
 
-    named = (decoder_shardings(decoder, layout.mesh, axes=axes), cache_shardings(cache, layout.mesh, axes=axes))
-    parameters, tokens = jax.tree.map(lambda sharding: sharding.spec, named)
+    parameters = jax.tree.map(lambda sharding: sharding.spec, decoder_shardings(decoder, layout.mesh, axes=axes))
+    kept, specs = held.with_elements
+    count = len(_with_elements(cache))
     # Pallas calls do not say over which axes their results vary, so nothing is checked.
     spread = jax.shard_map(
-        run, mesh=layout.mesh, in_specs=(parameters, tokens, P()), out_specs=(P(), tokens), check_vma=False
+        run, mesh=layout.mesh, in_specs=(parameters, specs), out_specs=(P(), specs[:count]), check_vma=False
     )
-    return spread(decoder, cache, arrays)
+    found, after = spread(decoder, kept)
+    return found, held.whole([*after, *kept[count:]], local=False)[0]
+
+
+def _with_elements(tree: Any) -> list[jax.Array]:
+    """The leaves of a pytree that have elements."""
+    return [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """A pytree of arrays, of which those without elements stay outside of `jax.shard_map`.
+
+    XLA takes operands without elements for constants, on which the partitioner of JAX 0.11 crashes.
+
+    Attributes:
+        tree: Structure of the pytree.
+        leaves: Its leaves, each with its sharding.
+    """
+
+    tree: Any
+    leaves: tuple[tuple[jax.Array, NamedSharding], ...]
+
+    @property
+    def with_elements(self) -> tuple[list[jax.Array], list[P]]:
+        """The leaves that have elements, and how each is spread."""
+        found = [(leaf, sharding.spec) for leaf, sharding in self.leaves if leaf.size]
+        return [leaf for leaf, _ in found], [spec for _, spec in found]
+
+    def whole(self, kept: Sequence[jax.Array], *, local: bool) -> Any:
+        """The pytree of leaves that have elements, of one device or of all, and of leaves without elements."""
+        rest = iter(kept)
+        shapes = [sharding.shard_shape(leaf.shape) if local else leaf.shape for leaf, sharding in self.leaves]
+        return self.tree.unflatten(
+            next(rest) if leaf.size else jnp.zeros(shape, leaf.dtype)
+            for (leaf, _), shape in zip(self.leaves, shapes, strict=True)
+        )
 
 
 _STATIC = ("step", "layout", "options")

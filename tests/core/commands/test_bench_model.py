@@ -1,7 +1,6 @@
 """`tq-jax bench model` on a CPU: a tiny decoder runs for real; plans, floors, claims and fits are judged on numbers."""
 
 import json
-import math
 
 import jax
 import jax.numpy as jnp
@@ -233,25 +232,6 @@ def test_contexts_and_batches_are_combined_and_prompts_only_asked_for():
     prompts = [task.label for task in made.tasks if task.op == "prompt"]
     assert prompts == ["prompt tiny 2 x 256, K4/V4", "prompt tiny 2 x 512, K4/V4"]
     assert not [t for t in plan.make_plan(plan.Asked(prompt="none"), gpu=True).tasks if t.op == "prompt"]
-
-
-PUBLISHED = {
-    "llama3-8b": 8_030_261_248,
-    "llama3-3b": 3_212_749_824,
-    "llama3-1b": 1_235_814_400,
-    "qwen3-8b": 8_190_735_360,
-    "qwen3-4b": 4_022_468_096,
-    "mistral-7b": 7_248_023_552,
-    "smollm2": 134_515_008,
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_shapes_have_the_published_numbers_of_parameters(name):
-    decoder = jax.eval_shape(lambda: shapes.random_decoder(shapes.SHAPES[name], jnp.bfloat16))
-    leaves = jax.tree.leaves(decoder)
-    assert sum(math.prod(leaf.shape) for leaf in leaves) == PUBLISHED[name]
-    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_random_weights_are_of_one_type_and_of_use():

@@ -5,16 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 SCRIPT, ROOT = Path(__file__).with_name("one_host.py"), Path(__file__).parents[3]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    jax.__version_info__ >= (0, 11), reason="XLA's CPU compiler of JAX 0.11.2 crashes on the loop of decoding"
-)
 def test_two_processes():
     with socket.socket() as free:
         free.bind(("localhost", 0))

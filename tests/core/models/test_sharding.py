@@ -25,9 +25,6 @@ from tq_jax.models.sharding import (
     shard,
 )
 
-if jax.__version_info__ >= (0, 11):
-    pytest.skip("XLA's CPU compiler of JAX 0.11.2 crashes on the loop of decoding", allow_module_level=True)
-
 CONFIG = DecoderConfig(
     vocab_size=300, dim=48, num_layers=2, num_heads=8, num_kv_heads=4, head_dim=16, ffn_dim=80, max_context=512
 )
