@@ -88,8 +88,8 @@ def rotary_turn(positions: jax.Array, *, head_dim: int, base: float, scaling: Ro
 
     Example:
         >>> cos, sin = rotary_turn(jnp.array([[0, 3]]), head_dim=4, base=100.0)
-        >>> jnp.arctan2(sin, cos)[0, 1].tolist()
-        [3.0, 0.30000001192092896]
+        >>> bool(jnp.allclose(jnp.arctan2(sin, cos)[0, 1], jnp.array([3.0, 0.3])))
+        True
     """
     frequency = rotary_frequencies(head_dim=head_dim, base=base, scaling=scaling)
     angles = positions.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
