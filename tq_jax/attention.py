@@ -203,17 +203,17 @@ def _attend_by_kernels(
     plan: AttendPlan,
 ) -> Any:
     arrays, (batch, count) = arrays_of(cache), query.shape[:2]
-    few: dict[str, Any] = {"rows": rows, "sink_logits": sink_logits}
+    common: dict[str, Any] = {"rows": rows, "sink_logits": sink_logits}
     if count <= MAX_QUERY_TOKENS and chunk is not None:
-        return attend_cache(query, arrays, plan, counts=lengths, new=chunk, back=jnp.zeros(batch, jnp.int32), **few)
+        return attend_cache(query, arrays, plan, counts=lengths, new=chunk, back=jnp.zeros(batch, jnp.int32), **common)
     if chunk is not None:
         return _attend_long_chunk(query, cache, lengths, rows, sink_logits, chunk, plan=plan)
     if count <= LONGEST:
-        return attend_cache(query, arrays, plan, counts=lengths, **few)
+        return attend_cache(query, arrays, plan, counts=lengths, **common)
     # The position of a query follows from the number of tokens from it to the end of its row; so does that of a block.
     left = jnp.full(batch, count, jnp.int32) if lengths is None else lengths
     parts: list[Any] = [
-        attend_cache(query[:, start : start + LONGEST], arrays, plan, counts=left - start, **few)
+        attend_cache(query[:, start : start + LONGEST], arrays, plan, counts=left - start, **common)
         for start in range(0, count, LONGEST)
     ]
     return jnp.concatenate(parts, axis=1)
@@ -229,7 +229,7 @@ def _attend_long_chunk(
     *,
     plan: AttendPlan,
 ) -> Array:
-    """Kernels attend over the cache, cuDNN or the reference over the chunk itself; the two are merged."""
+    """Kernels attend over the cache, cuDNN or another kernel over the chunk itself; the two are merged."""
     count, behind = query.shape[1], attend_before(query, arrays_of(cache), plan, rows=rows)
     exists = jnp.arange(count, dtype=jnp.int32)[None] < (count if lengths is None else lengths[:, None])
     own = attend_chunk(query, *without_padding(chunk, exists, query.dtype), options=plan.options)

@@ -44,10 +44,8 @@ def attend_chunk(
         The attention, already normalized if cuDNN attends.
     """
     chosen = _chosen(query, options, implementation)
-    if chosen == "reference":
-        return _by_blocks(query, key, value, options=options, block=BLOCK)
-    if chosen == "triton":
-        return chunk_triton.attend_causal(query, key, value, options=options, interpret=interprets())
+    if chosen != "cudnn":
+        return _without_cudnn(chosen, query, key, value, options=options, block=BLOCK)
     out, log_sum_exp = cudnn.attend_causal(
         query, key, value, scale=options.scale, sliding_window=options.sliding_window
     )
@@ -78,11 +76,7 @@ def attend_prompt(
     """
     chosen = _chosen(query, options, implementation)
     if chosen != "cudnn":
-        found = (
-            _by_blocks(query, key, value, options=options, block=block)
-            if chosen == "reference"
-            else chunk_triton.attend_causal(query, key, value, options=options, interpret=interprets())
-        )
+        found = _without_cudnn(chosen, query, key, value, options=options, block=block)
         return (found.acc / found.total[..., None]).astype(query.dtype)
     window = options.sliding_window
     return jax.nn.dot_product_attention(
@@ -104,6 +98,20 @@ def _chosen(
     if implementation == "auto" and not interprets() and cudnn.supports(query, softcap=options.softcap):
         return "cudnn"
     return choose(implementation, op="attention within a prompt", check=check, stacklevel=4)
+
+
+def _without_cudnn(
+    chosen: Literal["reference", "triton"],
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    options: LogitOptions,
+    block: int,
+) -> Partial:
+    if chosen == "triton":
+        return chunk_triton.attend_causal(query, key, value, options=options, interpret=interprets())
+    return _by_blocks(query, key, value, options=options, block=block)
 
 
 def _by_blocks(query: Array, key: Array, value: Array, *, options: LogitOptions, block: int) -> Partial:

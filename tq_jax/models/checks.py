@@ -11,6 +11,7 @@ from jax.experimental.multihost_utils import process_allgather
 
 import tq_jax as tq
 from tq_jax.models.decoder import Decoder
+from tq_jax.models.sampling import Sampling
 
 
 def check_request(
@@ -49,6 +50,17 @@ def check_request(
     _check_prompts(decoder, tokens, lengths, max_new_tokens, stop_tokens)
     _check_room(decoder, lengths, spec.max_tokens, cache, max_new_tokens, shares)
     return spec
+
+
+def require_key(key: jax.Array | None, sampling: Sampling) -> jax.Array:
+    """The random key of a generation; greedy ones need none.
+
+    Raises:
+        ValueError: If there is no key, and sampling is not greedy.
+    """
+    if key is None and sampling.temperature:
+        raise ValueError(f"key: expected a random key to sample at temperature {sampling.temperature}, got None")
+    return jax.random.key(0) if key is None else key
 
 
 def _check_prompts(

@@ -16,7 +16,7 @@ from jax import lax
 
 import tq_jax as tq
 from tq_jax.attention import Implementation
-from tq_jax.models.checks import check_request
+from tq_jax.models.checks import check_request, require_key
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.prompt import draw_first, keys_at, run_in_chunks
 from tq_jax.models.sampling import Sampling, sample
@@ -384,8 +384,5 @@ def _first(decoder: Decoder, hidden: jax.Array, lengths: jax.Array, keys: jax.Ar
 
 def _sequence_keys(key: jax.Array | None, sampling: Sampling, batch: int) -> jax.Array:
     """Random keys [batch], one per sequence."""
-    if key is None:
-        if sampling.temperature:
-            raise ValueError(f"key: expected a random key to sample at temperature {sampling.temperature}, got None")
-        key = jax.random.key(0)
+    key = require_key(key, sampling)
     return jax.vmap(lambda sequence: jax.random.fold_in(key, sequence))(jnp.arange(batch))

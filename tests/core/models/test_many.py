@@ -1,7 +1,6 @@
 """Many prompts over few rows against single runs of `generate`."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.core.models.in_place import check_in_place
 from tq_jax.models import Finished, Sampling, Tally, generate, generate_many, pad_prompts
 from tq_jax.models.many import generations
 from tq_jax.models.many.requests import bucket
@@ -304,14 +304,7 @@ def test_the_cache_is_updated_in_place(tiny, exact_spec, packed_spec, kind, prog
         return rest, jax.tree.leaves(cache)
 
     compiled = jax.jit(run, donate_argnums=3).lower(decoder, batch, rows, leaves).compile()
-    text = compiled.as_text()
-    stored = [cache.exact_keys, cache.exact_values, *jax.tree.leaves(cache.pages)]
-    assert compiled.memory_analysis().alias_size_in_bytes >= sum(leaf.nbytes for leaf in stored)
-    for leaf in stored:
-        shape = ",".join(map(str, leaf.shape))
-        kinds = set(re.findall(rf"(\w+)\[{shape}\]", text))
-        assert len(kinds) == 1, f"[{shape}] is converted: {kinds}"
-        assert not re.findall(rf"\[{shape}\]\S* copy\(", text), f"[{shape}] is copied"
+    check_in_place(compiled, cache)
 
 
 def test_filling_leaves_other_rows_alone(tiny, packed_spec):

@@ -13,6 +13,7 @@ import numpy as np
 
 import tq_jax as tq
 from tq_jax.attention import Implementation
+from tq_jax.models.checks import require_key
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.many.requests import Finished, Request, bucket, make_requests
 from tq_jax.models.many.steps import Batch, advance_rows, empty_rows, fill_rows
@@ -351,8 +352,7 @@ def generate_many(
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     sampling = Sampling() if sampling is None else sampling
-    if key is None and sampling.temperature:
-        raise ValueError(f"key: expected a random key to sample at temperature {sampling.temperature}, got None")
+    key = require_key(key, sampling)
     wrong = [token for token in stop_tokens if not 0 <= token < decoder.config.vocab_size]
     if wrong:
         raise ValueError(f"stop_tokens: expected ids in [0, {decoder.config.vocab_size}), got {wrong}")
@@ -365,7 +365,7 @@ def generate_many(
         chunk=chunk,
         refill=min(refill, rows),
         stop=frozenset(int(token) for token in stop_tokens),
-        key=jax.random.key(0) if key is None else key,
+        key=key,
         sampling=sampling,
         implementation=implementation,
         precise=precise,
