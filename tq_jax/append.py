@@ -21,7 +21,7 @@ from tq_jax.quantizer import encoder, is_traced
 from tq_jax.statistics import BALANCE, EQUAL, FLOOR, MIN_TOKENS, KeyStatistics, fix_statistics, observe_queries
 
 FEW_TOKENS = 8
-"""Longest chunk, in tokens, for whose statistics one program per row is enough."""
+"""Longest chunk, in tokens, for whose statistics one program per row is enough, and of which most change none."""
 
 
 def append(
@@ -224,8 +224,12 @@ def _update(
         return _fix(found, cache, k, rows, before, exists, ~found.ready & leaves)
 
     found = jax.tree.map(lambda x: x[rows], stats)
-    wanted = ~found.ready & ((query is not None) | leaves)
-    found = lax.cond(jnp.any(wanted), update, lambda found: found, found)
+    if k.shape[1] <= FEW_TOKENS:
+        # Most steps change nothing. For a long chunk a branch would cost more than it saves: nothing fuses across it.
+        wanted = ~found.ready & ((query is not None) | leaves)
+        found = lax.cond(jnp.any(wanted), update, lambda found: found, found)
+    else:
+        found = update(found)
     return jax.tree.map(lambda x, new: x.at[rows].set(new), stats, found)
 
 
@@ -286,9 +290,8 @@ def _fix(
     position = before[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)[None]
     ring = jnp.swapaxes(from_storage(spec, cache.exact_keys[rows][:, :, spec.sinks :]), 1, 2)
     in_ring = jnp.arange(spec.ring, dtype=jnp.int32)[None] < before[:, None] - spec.sinks
-    keys = jnp.concatenate([ring, k], axis=1)
-    valid = jnp.concatenate([in_ring, exists & (position >= spec.sinks)], axis=1)
-    return fix_statistics(stats, keys, valid, fix, center=spec.center_keys, smooth=spec.smooth_keys)
+    parts = [(ring, in_ring), (k, exists & (position >= spec.sinks))]
+    return fix_statistics(stats, parts, fix, center=spec.center_keys, smooth=spec.smooth_keys)
 
 
 def _leaving(

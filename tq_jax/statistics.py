@@ -7,6 +7,7 @@ sides; the square root that theory suggests leaves more divergence on real model
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -112,23 +113,33 @@ def observe_queries(stats: KeyStatistics, query: Float[Array, "b t h_q d"], vali
 
 def fix_statistics(
     stats: KeyStatistics,
-    keys: Float[Array, "b s h_kv d"],
-    valid: Bool[Array, "b s"],
+    parts: Sequence[tuple[Float[Array, "b _ h_kv d"], Bool[Array, "b _"]]],
     fix: Bool[Array, "b"],
     *,
     center: bool,
     smooth: bool,
 ) -> KeyStatistics:
-    """Fixes mean and weight of the rows in `fix` from their keys and the queries seen so far."""
-    keys, counted = keys.astype(jnp.float32), valid.astype(jnp.float32)[:, :, None, None]
-    count = jnp.maximum(jnp.sum(valid, axis=1, dtype=jnp.float32), 1.0)[:, None, None]
-    # A product with 0 is not enough: keys that are not valid may be NaN.
-    keys = jnp.where(counted > 0, keys, 0.0)
-    mean = jnp.sum(keys, axis=1) / count
-    deviation = (keys - mean[:, None]) * counted
-    spread = jnp.sqrt(jnp.sum(deviation * deviation, axis=1) / count)
-    size = jnp.sqrt(jnp.sum(keys * keys, axis=1) / count)
-    enough = fix & (jnp.sum(valid, axis=1) >= MIN_TOKENS)
+    """Fixes mean and weight of the rows in `fix` from their keys and the queries seen so far.
+
+    Args:
+        stats: Statistics before.
+        parts: Keys, and which of them exist. Parts are summed one by one: put together they would be copied first.
+        fix: The rows to fix.
+        center: Whether means are fixed.
+        smooth: Whether weights are fixed.
+    """
+
+    def total(of: Callable[[Array], Array]) -> Array:
+        # A product with 0 is not enough: keys that do not exist may be NaN.
+        terms = (jnp.where(exists[:, :, None, None], of(keys.astype(jnp.float32)), 0.0) for keys, exists in parts)
+        return sum((jnp.sum(term, axis=1) for term in terms), jnp.zeros_like(stats.mean))
+
+    number = sum((jnp.sum(exists, axis=1, dtype=jnp.int32) for _, exists in parts), jnp.zeros(fix.shape, jnp.int32))
+    count = jnp.maximum(number.astype(jnp.float32), 1.0)[:, None, None]
+    mean = total(lambda keys: keys) / count
+    spread = jnp.sqrt(total(lambda keys: jnp.square(keys - mean[:, None])) / count)
+    size = jnp.sqrt(total(jnp.square) / count)
+    enough = fix & (number >= MIN_TOKENS)
     balance = (_query_rms(stats) / _floored(spread, least=EQUAL * _head_mean(size))) ** BALANCE
 
     def put(new: Array, old: Array, wanted: bool) -> Array:

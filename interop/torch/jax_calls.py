@@ -139,5 +139,5 @@ def _update_statistics(
     if query is not None:
         statistics = observe_queries(statistics, query, exists)
     if keys is not None and valid is not None:
-        statistics = fix_statistics(statistics, keys, valid, fix, center=center, smooth=smooth)
+        statistics = fix_statistics(statistics, [(keys, valid)], fix, center=center, smooth=smooth)
     return statistics

@@ -28,5 +28,5 @@ def key_statistics(
     queries, keys = (jnp.asarray(x[None].detach().float().cpu().numpy()) for x in (query, key))
     every, one = jnp.ones(keys.shape[:2], bool), jnp.ones(1, bool)
     found = observe_queries(empty_statistics(1, *keys.shape[2:]), queries, every)
-    found = fix_statistics(found, keys, every, one, center=True, smooth=True)
+    found = fix_statistics(found, [(keys, every)], one, center=True, smooth=True)
     return np.array(found.mean[0]), np.array(found.weight[0])

@@ -13,7 +13,7 @@ from tests.core.models.in_place import check_in_place
 from tq_jax.models import Finished, Sampling, Tally, generate, generate_many, pad_prompts
 from tq_jax.models.many import generations
 from tq_jax.models.many.requests import bucket
-from tq_jax.models.many.steps import Batch, Rows, advance_rows, empty_rows, fill_rows
+from tq_jax.models.many.steps import Batch, FlatDecoder, Rows, advance_rows, empty_rows, fill_rows
 from tq_jax.models.many.tally import Bar
 
 MOST = 24
@@ -287,8 +287,8 @@ def fill_arguments(total: int, n: int) -> tuple[Batch, Rows]:
 
 @pytest.mark.parametrize(("kind", "program"), [("exact", "advance"), ("packed", "fill"), ("packed", "advance")])
 def test_the_cache_is_updated_in_place(tiny, exact_spec, packed_spec, kind, program):
-    spec, decoder = exact_spec if kind == "exact" else packed_spec, tiny
-    cache = decoder.init_cache(spec, batch=3)
+    spec, decoder = exact_spec if kind == "exact" else packed_spec, FlatDecoder.of(tiny)
+    cache = tiny.init_cache(spec, batch=3)
     leaves, tree = jax.tree.flatten(cache)  # flat, because lowering puts placeholders into pytrees
     (batch, rows), key, stop = fill_arguments(3, 2), jax.random.key(0), jnp.zeros(1, jnp.int32)
 
@@ -311,14 +311,15 @@ def test_filling_leaves_other_rows_alone(tiny, packed_spec):
     """Rows 2 and 0 are filled, then row 1 alone, in a batch of two whose second entry fills nothing."""
     key, stop = jax.random.key(0), jnp.full(8, -1, jnp.int32)
     batch, rows = fill_arguments(4, 2)
+    flat = FlatDecoder.of(tiny)
     batch = dataclasses.replace(batch, rows=jnp.array([2, 0], jnp.int32))
-    _, rows, before = fill_rows(tiny, batch, rows, tiny.init_cache(packed_spec, batch=4), key, stop, sampling=GREEDY)
+    _, rows, before = fill_rows(flat, batch, rows, tiny.init_cache(packed_spec, batch=4), key, stop, sampling=GREEDY)
     assert before.length.tolist() == [20, 0, 20, 0] * 3
     old = jax.tree.map(np.array, (rows, before))
     batch = dataclasses.replace(
         batch, rows=jnp.array([1, 2], jnp.int32), lengths=jnp.array([20, 0], jnp.int32), tokens=batch.tokens + 1
     )
-    _, rows, after = fill_rows(tiny, batch, rows, before, key, stop, sampling=GREEDY)
+    _, rows, after = fill_rows(flat, batch, rows, before, key, stop, sampling=GREEDY)
     assert after.length.tolist() == [20, 20, 20, 0] * 3
     for was, now in zip(jax.tree.leaves(old[0]), jax.tree.leaves(rows), strict=True):
         np.testing.assert_array_equal(was[[0, 2, 3]], now[jnp.array([0, 2, 3])])

@@ -55,6 +55,7 @@ def bench(
     batch: planning.Batches = None,
     cache: planning.Caches = None,
     prompt: planning.Prompts = None,
+    many: planning.Many = None,
     steps: planning.Steps = None,
     capacity: planning.Capacity = None,
     fill: planning.Fill = planning.FILLS[0],
@@ -73,7 +74,7 @@ def bench(
     set_memory(chosen)
     wanted = require_known(against.split(",") if against else [], [peer.name for peer in peers.PEERS], "peers")
     gpu = jax.default_backend() == "gpu"
-    asked = planning.Asked(shape, model, context, batch, cache, prompt, steps, capacity, fill, check_fit)
+    asked = planning.Asked(shape, model, context, batch, cache, prompt, many, steps, capacity, fill, check_fit)
     plan = make_plan(chosen, asked, gpu=gpu)
     setting = make_setting(gpu, wanted if set(chosen) != {"model"} else [], console)
     speeds = {"copy_gbps": setting.copy_gbps, "matmul_tflops": setting.matmul_tflops}

@@ -16,7 +16,7 @@ from tq_jax.attention import Implementation
 from tq_jax.models.checks import require_key
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.many.requests import Finished, Request, bucket, make_requests
-from tq_jax.models.many.steps import Batch, advance_rows, empty_rows, fill_rows
+from tq_jax.models.many.steps import Batch, FlatDecoder, advance_rows, empty_rows, fill_rows
 from tq_jax.models.many.tally import Bar, Tally
 from tq_jax.models.sampling import Sampling
 
@@ -79,6 +79,7 @@ class ManyGenerations:
         self._stop = jnp.asarray(np.array(stop + [-1] * (8 - len(stop) % 8), np.int32))
         self._forget()
         # Made now, so that a spec of another model is refused by `generate_many`.
+        self._flat = FlatDecoder.of(plan.decoder)
         self._cache: tq.Cache | None = plan.decoder.init_cache(plan.cache_spec, batch=plan.rows)
 
     def __iter__(self) -> Iterator[Finished]:
@@ -216,7 +217,7 @@ class ManyGenerations:
         firsts = [self._fill(group) for group in self._groups(new)]
         idle = np.array([owner is None for owner in self._owners])
         out, ran, self._rows, self._cache = advance_rows(
-            plan.decoder,
+            self._flat,
             self._rows,
             self._cache,
             idle,
@@ -251,9 +252,9 @@ class ManyGenerations:
             tokens[i, : request.prompt.size] = request.prompt
             lengths[i], prompt[i], limit[i] = request.prompt.size, request.index, request.limit
         rows = np.array([row for row, _ in group] + others[: size - len(group)], np.int32)
-        batch = Batch(*(jnp.asarray(array) for array in (tokens, lengths, rows, prompt, limit)))
+        batch = Batch(tokens, lengths, rows, prompt, limit)
         first, self._rows, self._cache = fill_rows(
-            plan.decoder, batch, self._rows, self._cache, plan.key, self._stop, sampling=plan.sampling
+            self._flat, batch, self._rows, self._cache, plan.key, self._stop, sampling=plan.sampling
         )
         return [request for _, request in group], first
 

@@ -6,7 +6,7 @@ A row is a sequence: it has one cache row per layer, `layer * rows + row`. Both 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -45,7 +45,7 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """Prompts that are to fill rows; a pytree.
+    """Prompts that are to fill rows, as arrays of numpy or JAX; a pytree.
 
     Attributes:
         tokens: int32 [n, t], right-padded prompts.
@@ -55,11 +55,34 @@ class Batch:
         limit: int32 [n], largest number of new tokens of each prompt.
     """
 
-    tokens: jax.Array
-    lengths: jax.Array
-    rows: jax.Array
-    prompt: jax.Array
-    limit: jax.Array
+    tokens: Any
+    lengths: Any
+    rows: Any
+    prompt: Any
+    limit: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FlatDecoder:
+    """A decoder as a list of its arrays: a call that walks through its modules takes milliseconds of the host's time.
+
+    Attributes:
+        arrays: The parameters.
+        tree: Their places in the decoder (static).
+    """
+
+    arrays: list[jax.Array]
+    tree: Any = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> FlatDecoder:
+        """The arrays of a decoder, without a copy."""
+        return cls(*jax.tree.flatten(decoder))
+
+    def whole(self) -> Decoder:
+        """The decoder."""
+        return jax.tree.unflatten(self.tree, self.arrays)
 
 
 def empty_rows(rows: int) -> Rows:
@@ -74,7 +97,7 @@ def empty_rows(rows: int) -> Rows:
 
 @partial(jax.jit, static_argnames=("sampling",), donate_argnames=("cache",))
 def fill_rows(
-    decoder: Decoder,
+    flat: FlatDecoder,
     batch: Batch,
     rows: Rows,
     cache: tq.Cache,
@@ -86,7 +109,7 @@ def fill_rows(
     """Empty some rows, run prompts exactly, keep their keys and values in these rows, and draw their first tokens.
 
     Args:
-        decoder: The decoder.
+        flat: The decoder.
         batch: n prompts and their rows.
         rows: State of r rows, n at most r.
         cache: Cache of `num_layers * r` rows; donated. Rows that the batch does not fill stay as they are.
@@ -97,7 +120,7 @@ def fill_rows(
     Returns:
         The first new tokens, int32 [n] (meaningless for entries that fill nothing), the rows and the cache.
     """
-    n, total = batch.tokens.shape[0], rows.token.shape[0]
+    decoder, n, total = flat.whole(), batch.tokens.shape[0], rows.token.shape[0]
     fills = batch.lengths > 0
     fresh = jnp.zeros(total, bool).at[batch.rows].set(fills)
     cache = emptied(cache, jnp.tile(fresh, decoder.config.num_layers))
@@ -122,7 +145,7 @@ def fill_rows(
 
 @partial(jax.jit, static_argnames=("sampling", "steps", "implementation", "precise"), donate_argnames=("cache",))
 def advance_rows(
-    decoder: Decoder,
+    flat: FlatDecoder,
     rows: Rows,
     cache: tq.Cache,
     idle: jax.Array,
@@ -138,7 +161,7 @@ def advance_rows(
     """Draw up to `steps` tokens for every row that has not ended.
 
     Args:
-        decoder: The decoder.
+        flat: The decoder.
         rows: State of r rows.
         cache: Cache of `num_layers * r` rows; donated. The rows of sequences that have ended are emptied.
         idle: bool [r], rows that belong to no prompt, whatever their state says.
@@ -154,7 +177,7 @@ def advance_rows(
         The drawn tokens int32 [r, steps] (-1 where there is none), the number of steps int32 [], the rows and the
         cache.
     """
-    rows = dataclasses.replace(rows, done=rows.done | idle)
+    decoder, rows = flat.whole(), dataclasses.replace(rows, done=rows.done | idle)
     # Attention reads every token of a row, so a row without work had better have none.
     cache = emptied(cache, jnp.tile(rows.done, decoder.config.num_layers))
     keys = _sequence_keys(key, rows.prompt)

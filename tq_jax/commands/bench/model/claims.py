@@ -72,6 +72,12 @@ def _over_bf16(
     return Ratio(f"{shape} {batch} x {seq}, K{bits}/V{bits}: {words}", over, under, relation, bound)
 
 
+def _many(shape: str, rows: int, bound: float) -> Limit:
+    fields = {"op": "many", "shape": shape, "batch": rows}
+    name = f"{shape}, many mixed prompts over {rows} rows: tokens per second over those of a full batch"
+    return Limit(name, fields, ">=", bound, figure="over_full")
+
+
 CLAIMS: dict[str, tuple[Limit | Ratio, ...]] = {
     "H200": (
         _token("llama3-8b", 1, 1024, 4, 4.7),
@@ -83,6 +89,8 @@ CLAIMS: dict[str, tuple[Limit | Ratio, ...]] = {
         _prompt("llama3-8b", 1, 8192, 0.21),
         _prompt("llama3-8b", 1, 32768, 1.2),
         _over_bf16("smollm2", 1, 8192, 4, bound=1.0, relation="<=", faster=False),
+        _many("llama3-8b", 16, 0.85),
+        _many("smollm2", 16, 0.85),
     )
 }
 """Every claim, by a part of the name of the device that it is for."""

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 
 import tq_jax as tq
 from tq_jax.commands.bench.job import Row, Setting
-from tq_jax.commands.bench.model import floors
+from tq_jax.commands.bench.model import floors, many
+from tq_jax.commands.bench.model.filling import append_random
 from tq_jax.commands.bench.model.plan import Plan, Task
 from tq_jax.commands.bench.model.shapes import random_decoder
 from tq_jax.models import Decoder
-from tq_jax.models.generate import decode_loop, prefill_step
+from tq_jax.models.generate import PROMPT_CHUNK, decode_loop, prefill_step
+from tq_jax.models.prompt import run_in_chunks
 from tq_jax.models.sampling import Sampling
 
 REPEATS = 3
@@ -74,7 +76,7 @@ class Lab:
         """
         row = {**task.as_dict(), "impl": "triton" if self.setting.gpu else "reference"}
         try:
-            row |= self._prompt(task) if task.op == "prompt" else self._tokens(task)
+            row |= self._measured(task)
         except Exception as error:
             row |= explain(error)
             if not row["out_of_memory"]:
@@ -82,6 +84,11 @@ class Lab:
         gc.collect()  # a failure may have left arrays in circles
         self.rows.append(row)
         return row
+
+    def _measured(self, task: Task) -> Row:
+        if task.op == "many":
+            return many.measure(self.decoder(task.shape), task)
+        return self._prompt(task) if task.op == "prompt" else self._tokens(task)
 
     def _tokens(self, task: Task) -> Row:
         """Times tokens of the compiled decode loop, the last of which attends to `task.seq` tokens."""
@@ -136,7 +143,7 @@ class Lab:
 
     def _prompt(self, task: Task) -> Row:
         """Times prompts, each into an empty cache."""
-        decoder, seconds = self.decoder(task.shape), []
+        decoder, seconds, peak = self.decoder(task.shape), [], memory_stats().get("peak_bytes_in_use", 0)
         make = jax.jit(
             functools.partial(decoder.init_cache, task.kind.spec(decoder.config, task.seq), batch=task.batch)
         )
@@ -151,30 +158,17 @@ class Lab:
         floor = operations / self.setting.matmul_tflops / 1e12
         row = {"s": float(f"{found:.4g}"), "floor_s": float(f"{floor:.4g}"), "over_floor": round(found / floor, 3)}
         row |= {"tokens_per_s": round(task.batch * task.seq / found, 1), "operations": operations}
-        return row | {"compile_s": round(seconds[0] - found, 1), "runs": len(seconds) - 1}
+        return row | {"peak_bytes": _growth(peak), "compile_s": round(seconds[0] - found, 1), "runs": len(seconds) - 1}
 
 
 def _read(decoder: Decoder, cache: tq.Cache, batch: int, tokens: int) -> tq.Cache:
-    """The cache after a prompt of random tokens; it is donated."""
+    """The cache after a prompt of random tokens, in chunks if it is as long as `generate` cuts; it is donated."""
     ids = jax.random.randint(jax.random.key(1), (batch, tokens), 0, decoder.config.vocab_size, jnp.int32)
-    lengths = jnp.full(batch, tokens, jnp.int32)
-    found = prefill_step(decoder, ids, lengths, cache, _keys(batch), sampling=Sampling())
-    return jax.block_until_ready(found)[1]
-
-
-@functools.partial(jax.jit, static_argnames="chunk", donate_argnames="cache")
-def append_random(cache: tq.Cache, key: jax.Array, count: jax.Array, *, chunk: int) -> tq.Cache:
-    """Appends random tokens to every row; the cache is donated.
-
-    Args:
-        cache: The cache.
-        key: Random key.
-        count: Tokens to append, at most `chunk`.
-        chunk: Tokens of the arrays.
-    """
-    shape = (cache.rows, chunk, cache.spec.num_kv_heads, cache.spec.head_dim)
-    k, v = (jax.random.normal(part, shape, jnp.bfloat16) for part in jax.random.split(key))
-    return tq.append(cache, k, v, lengths=jnp.broadcast_to(count, (cache.rows,)))
+    arguments = decoder, ids, jnp.full(batch, tokens, jnp.int32), cache, _keys(batch)
+    if tokens > PROMPT_CHUNK:
+        options: dict[str, Any] = dict(sampling=Sampling(), implementation="auto", precise=False)
+        return jax.block_until_ready(run_in_chunks(*arguments, chunk=PROMPT_CHUNK, **options))[1]
+    return jax.block_until_ready(prefill_step(*arguments, sampling=Sampling()))[1]
 
 
 def _keys(batch: int) -> jax.Array:

@@ -20,6 +20,9 @@ LEAST, MOST = 256, 131072
 
 FILLS = ("random", "prompt")
 
+MANY_CAPACITY = 1024
+"""Tokens that a row has room for where many mixed prompts run."""
+
 
 def _option(help: str, *names: str, **fields: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=PANEL, **fields)
@@ -40,6 +43,9 @@ Caches = Annotated[
 ]
 Prompts = Annotated[
     str | None, _option("Tokens of prompts to time, comma-separated; none: no prompt.", metavar="TOKENS")
+]
+Many = Annotated[
+    int | None, _option("Rows over which 200 mixed prompts run, one prompt after the other; 0: none.", min=0)
 ]
 Steps = Annotated[int | None, _option("Tokens that one run of the decode loop draws.", min=2, max=LEAST // 2)]
 Capacity = Annotated[
@@ -63,6 +69,7 @@ class Asked:
     batch: str | None = None
     cache: str | None = None
     prompt: str | None = None
+    many: int | None = None
     steps: int | None = None
     capacity: int | None = None
     fill: str = FILLS[0]
@@ -79,10 +86,10 @@ class Task:
     """One measurement.
 
     Attributes:
-        op: "model" for tokens of the decode loop, "prompt" for a prompt.
+        op: "model" for tokens of the decode loop, "prompt" for a prompt, "many" for many mixed prompts.
         shape: Name of the decoder.
         batch: Number of sequences.
-        seq: Tokens per sequence: those that the last step attends to, or those of the prompt.
+        seq: Tokens per sequence: those that the last step attends to, those of the prompt, or those it has room for.
         kind: The cache.
     """
 
@@ -136,6 +143,7 @@ class Defaults:
     Attributes:
         loads: Sequences and tokens, by the name of a decoder; "" for all others.
         prompts: Tokens of prompts, in the same form.
+        many: Rows over which many mixed prompts run, in the same form.
         kinds: Caches.
         steps: Tokens that one run of the decode loop draws.
         dtype: Type of random weights.
@@ -143,6 +151,7 @@ class Defaults:
 
     loads: dict[str, tuple[tuple[int, int], ...]]
     prompts: dict[str, tuple[int, ...]]
+    many: dict[str, int]
     kinds: str
     steps: int
     dtype: str
@@ -154,7 +163,8 @@ DEFAULTS = {
             "": ((1, 1024), (8, 32768), (1, 131072), (64, 4096), (1, 8192), (1, 32768)),
             "smollm2": ((1, 8192),),
         },
-        prompts={"": (8192, 32768), "smollm2": (8192,)},
+        prompts={"": (8192, 32768, 131072), "smollm2": (8192,)},
+        many={"": 16},
         kinds="bf16,K4V4,K2V2",
         steps=128,
         dtype="bfloat16",
@@ -163,6 +173,7 @@ DEFAULTS = {
     False: Defaults(
         loads={"": ((1, 256), (1, 1024), (1, 4096))},
         prompts={"": (1024,)},
+        many={"": 0},
         kinds="bf16,K4V4",
         steps=16,
         dtype="float32",
@@ -205,10 +216,12 @@ def make_plan(asked: Asked, *, gpu: bool) -> Plan:
         if contexts or batches:
             loads = tuple((b, c) for b in batches or [1] for c in contexts or sorted({c for _, c in loads}))
         timed = usual.prompts.get(name, usual.prompts[""]) if prompts is None else prompts
-        if prompts is None and (contexts or batches):
-            timed = ()
+        rows = usual.many.get(name, usual.many[""]) if asked.many is None else asked.many
+        if contexts or batches:
+            timed, rows = () if prompts is None else timed, asked.many or 0
         tasks += [Task("prompt", name, b, tokens, _one(kinds)) for b in batches or [1] for tokens in timed]
         tasks += [Task("model", name, *load, kind) for load in loads for kind in kinds]
+        tasks += [Task("many", name, rows, MANY_CAPACITY, _one(kinds))] if rows else []
     fields = {"capacity": asked.capacity, "fill": asked.fill, "check_fit": asked.check_fit, "dtype": usual.dtype}
     return Plan(configs, tuple(dict.fromkeys(tasks)), kinds, steps, loaded=loaded, **fields)
 

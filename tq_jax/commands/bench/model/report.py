@@ -12,7 +12,7 @@ from tq_jax.commands.bench.model import fit, lab
 from tq_jax.commands.bench.model import line as lines_of
 from tq_jax.commands.bench.model.plan import Plan
 
-OPS = ("model", "prompt", "fit")
+OPS = ("model", "prompt", "many", "fit")
 """Operations in rows of whole models."""
 
 COUNTED = (
@@ -39,6 +39,8 @@ def tell(row: Row) -> str:
     """
     if "error" in row:
         return f"{'does not fit' if row.get('fits') is False else 'not measured'}: {row['error']}"
+    if row["op"] == "many":
+        return f"{row['tokens_per_s']:.0f} tokens/s, {row['over_full']:.2f} of a batch that is always full"
     time = f"{row['s']:g} s" if "s" in row else f"{row['us'] / 1e3:.3f} ms per token"
     return f"{time}, {row['over_floor']:.2f} of the floor" + (", fits" if row.get("fits") else "")
 
@@ -66,7 +68,13 @@ def show(data: dict[str, Any], console: Console) -> None:
     """
     rows = [row for row in data["rows"] if row["op"] in OPS]
     title = f"Whole models on {jax.devices()[0].device_kind}: tokens of the compiled decode loop"
-    for table in (tokens_table(rows, title), prompts_table(rows), lines_table(data), fit_table(data["fit"])):
+    for table in (
+        tokens_table(rows, title),
+        prompts_table(rows),
+        many_table(rows),
+        lines_table(data),
+        fit_table(data["fit"]),
+    ):
         if table.row_count:
             console.print(table)
     console.print(COUNTED)
@@ -112,7 +120,7 @@ def tokens_table(rows: Sequence[Row], title: str) -> Table:
     """
     lines = []
     for row in rows:
-        if row["op"] == "prompt":
+        if row["op"] in ("prompt", "many"):
             continue
         place = [row["shape"], f"{row['batch']} x {row['seq']}", cache_name(row)]
         if "error" in row:
@@ -142,6 +150,24 @@ def prompts_table(rows: Sequence[Row]) -> Table:
         lines.append([*place, *numbers, f"compiled in {row['compile_s']} s"])
     columns = ("shape", "prompt", "cache", "s", "floor", "of floor", "tokens/s", "")
     return make_table("Prompts", columns, lines, words=3)
+
+
+def many_table(rows: Sequence[Row]) -> Table:
+    """Throughput of many mixed prompts.
+
+    Args:
+        rows: Rows of whole models.
+    """
+    lines = []
+    for row in (row for row in rows if row["op"] == "many"):
+        place = [row["shape"], row["batch"], cache_name(row)]
+        if "error" in row:
+            lines.append([*place, "", "", "", "", tell(row)])
+            continue
+        numbers = [row["prompts"], f"{row['tokens_per_s']:.0f}", f"{row['over_full']:.3f}", f"{row['used_rows']:.3f}"]
+        lines.append([*place, *numbers, f"compiled in {row['compile_s']} s"])
+    columns = ("shape", "rows", "cache", "prompts", "tokens/s", "of a full batch", "rows in use", "")
+    return make_table("Many mixed prompts", columns, lines, words=3)
 
 
 def lines_table(data: dict[str, Any]) -> Table:
