@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tq_jax.commands import cli, inputs
 from tq_jax.commands.bench import command, timing
 from tq_jax.commands.bench.job import Setting
-from tq_jax.commands.bench.model import caches, claims, fit, floors, lab, line, picture, plan, report, shapes
+from tq_jax.commands.bench.model import caches, claims, fit, floors, lab, line, many, picture, plan, report, shapes
 from tq_jax.commands.bench.model.caches import Kind
 from tq_jax.models import Decoder, DecoderConfig
 
@@ -97,6 +97,21 @@ def test_compressed_caches_of_any_capacity_are_filled_by_a_prompt(tmp_path, made
     assert (row["key"], row["batch"], row["capacity"]) == ("mse4", 2, 300)
     assert row["cache_bytes"] == K4V4.nbytes(TINY, 300, 2)
     assert row["read_cache_bytes"] == K4V4.read_bytes(TINY, 255.5, 2)
+
+
+def test_many_prompts_are_compared_with_a_full_batch(tmp_path, monkeypatch, made_once):
+    for name, value in (("PROMPTS", 5), ("PROMPT_TOKENS", (4, 16)), ("NEW_TOKENS", (4, 8))):
+        monkeypatch.setattr(many, name, value)
+    path = tmp_path / "model.json"
+    asked = "model", "--shape", "tiny", "--context", "256", "--cache", "bf16", "--steps", "2", "--many", "2"
+    result = run(*asked, "--json", str(path))
+    assert result.exit_code == 0, result.output
+    row = json.loads(path.read_text())["rows"][1]
+    assert (row["op"], row["batch"], row["prompts"], row["key"]) == ("many", 2, 5, "bf16")
+    assert 5 * 3 <= row["new_tokens"] <= 5 * 7
+    assert 0.5 < row["used_rows"] <= 1
+    assert row["over_full"] == pytest.approx(row["full_s"] / (row["s"] - row["prompt_s"]), rel=0.05)
+    assert "Many mixed prompts" in result.output
 
 
 def test_what_is_computed_to_fit_is_tried(tmp_path, monkeypatch, made_once):
@@ -214,7 +229,7 @@ def test_a_model_of_a_file_is_measured(decoder, monkeypatch):
 
 def test_plans_by_default_have_the_rows_of_all_claims():
     made = plan.make_plan(plan.Asked(), gpu=True)
-    rows = [task.as_dict() | {"us": 1.0, "s": 1.0} for task in made.tasks]
+    rows = [task.as_dict() | {"us": 1.0, "s": 1.0, "over_full": 1.0} for task in made.tasks]
     assert claims.measure(rows, "NVIDIA H200")[1] == []
     assert made.dtype == "bfloat16"
     loads = [task for task in made.tasks if task.op == "model" and task.shape == "llama3-8b"]
@@ -325,7 +340,8 @@ def claimed_rows(factor):
     rows = []
     for claim in claims.CLAIMS["H200"]:
         if isinstance(claim, claims.Limit):
-            rows.append(claim.fields | {claim.figure: factor * claim.bound * claim.unit})
+            worse = factor if claim.relation == "<=" else 1 / factor
+            rows.append(claim.fields | {claim.figure: worse * claim.bound * claim.unit})
     rows.append(row_of("llama3-8b", 8, 32768, None, us=2.8 * 7400.0))
     rows += [row_of("smollm2", 1, 8192, None, us=1000.0), row_of("smollm2", 1, 8192, 4, us=factor * 1000.0)]
     return rows
@@ -333,13 +349,13 @@ def claimed_rows(factor):
 
 def test_claims_hold_and_fail_on_their_device_only():
     held, missing = claims.measure(claimed_rows(0.99), "NVIDIA H200")
-    assert (len(held), missing) == (9, [])
+    assert (len(held), missing) == (11, [])
     assert all(claim.ok for claim in held)
     failed, _ = claims.measure(claimed_rows(1.4), "NVIDIA H200")
     assert not any(claim.ok for claim in failed)
     assert claims.measure(claimed_rows(0.99), "NVIDIA H100") == ([], [])
     rows = [row | {"error": "out of memory"} for row in claimed_rows(0.99)]
-    assert len(claims.measure(rows, "NVIDIA H200")[1]) == 9
+    assert len(claims.measure(rows, "NVIDIA H200")[1]) == 11
 
 
 @pytest.mark.parametrize(("us", "ok"), [(4600.0, True), (4800.0, False)])
@@ -350,7 +366,7 @@ def test_a_missed_claim_fails_the_command(us, ok):
     command.conclude(data, gpu=True, console=command.open_console("-"), plan=made)
     assert data["ok"] == ok
     assert [claim["ok"] for claim in data["claims"]] == [ok]
-    assert len(data["not_measured"]) == 8
+    assert len(data["not_measured"]) == 10
     assert len(data["published_lines"]) == 2
 
 
@@ -366,6 +382,8 @@ def test_tables_and_pictures_take_rows_of_every_kind(tmp_path):
     rows += [row_of("smollm2", 1, 256, 4, **ROW), row_of("tiny", 1, 256, 4, **ROW) | {"op": "fit", "fits": True}]
     prompt = {"op": "prompt", "shape": "tiny", "batch": 1, "seq": 256, "key": "mse4", "value": "mse4"}
     rows += [prompt | {"s": 1.0, "floor_s": 0.5, "over_floor": 2.0, "tokens_per_s": 256.0, "compile_s": 1.0}]
+    many_rows = prompt | {"op": "many", "prompts": 200, "over_full": 0.9, "used_rows": 0.95, "tokens_per_s": 2500.0}
+    rows += [many_rows | {"compile_s": 1.0}, many_rows | {"error": "out of memory"}]
     rows += [
         prompt | lab.explain(MemoryError()),
         rows[0] | lab.explain(ValueError("odd")) | {"op": "fit", "fits": None},

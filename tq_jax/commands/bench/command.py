@@ -231,7 +231,7 @@ def conclude(data: dict[str, Any], *, gpu: bool, console: Console, plan: plannin
     """Adds ratios, claims and the verdict to the data, and prints the tables and the claims."""
     rows, whole = split_rows(data["rows"])
     claims.add_ratios(rows)
-    measured, missing = claims.measure(rows) if gpu and (rows or not plan) else ([], [])
+    measured, missing = claims.measure(rows, data["device"]) if gpu and (rows or not plan) else ([], [])
     if rows or not plan:
         console.print(make_table(rows, gpu=gpu))
     if plan:
