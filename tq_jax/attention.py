@@ -7,10 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.append.slots import token_in_slot
 from pallas_kernels.attention import (
     MAX_QUERY_TOKENS,
     AttendPlan,
@@ -23,17 +21,14 @@ from pallas_kernels.attention import (
 )
 from pallas_kernels.attention.chunk import attend_chunk
 from pallas_kernels.attention.pipeline import check_attend
-from pallas_kernels.attention.reference import attend_tokens, nothing
 from pallas_kernels.attention.whole_cache import LONGEST, attend_before
 from pallas_kernels.dispatch import Chosen, Implementation, choose, interprets
 from pallas_kernels.tiles.rotation_triton import Basis, Segment
-from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers
-from tq_jax.paged import attend_packed, finish
+from tq_jax import attention_reference
+from tq_jax.cache import Cache, CacheSpec, require_row_integers
+from tq_jax.paged import finish
 from tq_jax.quantizer import Quantizer, is_traced, sketch_gain
 from tq_jax.rotation import mixing_factors
-
-EXACT_BLOCK = 512
-"""Full-precision slots attended to at a time."""
 
 SHARED_FIELDS = ("pages", "exact_keys", "exact_values", "length", "compressed", "overflow")
 """Fields that a `Cache` and the `CacheArrays` of its kernels both have."""
@@ -240,7 +235,7 @@ def _attend(
     exists = step < counts
     if chunk is None:
         positions = (cache.length if rows is None else cache.length[rows])[:, None] - counts + step
-        partial = _over_cache_by_reference(query.astype(jnp.float32), cache, rows, positions, plan.options)
+        partial = attention_reference.over_cache(query.astype(jnp.float32), cache, rows, positions, plan.options)
     else:
         partial = merge(*attend_parts(query, cache, chunk, exists, rows=rows, plan=plan, chosen=chosen))
     out = finish(partial, sink_logits, jnp.broadcast_to(exists, query.shape[:2]))
@@ -300,7 +295,7 @@ def attend_parts(
         return behind, attend_chunk(query, *_without_padding(chunk, exists, query.dtype), options=plan.options)
     exact, length = query.astype(jnp.float32), cache.length if rows is None else cache.length[rows]
     positions = length[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    behind = _over_cache_by_reference(exact, cache, rows, positions, plan.options)
+    behind = attention_reference.over_cache(exact, cache, rows, positions, plan.options)
     known = _without_padding(chunk, exists, jnp.float32)
     return behind, attend_chunk(exact, *known, options=plan.options, implementation="reference")
 
@@ -336,88 +331,3 @@ def basis_of(quantizer: Quantizer | None) -> Basis | None:
         else:
             segments.append(Segment(rotation))
     return Basis(tuple(segments), quantizer.outliers)
-
-
-def _over_cache_by_reference(
-    query: Array, cache: Cache, rows: Int[Array, "b"] | None, positions: Int[Array, "b t"], options: LogitOptions
-) -> Partial:
-    """Window and pages one after the other, in plain jnp, for float32 queries at the given positions."""
-    rows = jnp.arange(cache.rows, dtype=jnp.int32) if rows is None else rows
-    partial = nothing(query, query.shape[3])
-    if cache.exact_keys.shape[2]:
-        partial = _attend_exact(query, cache, rows, positions, options)
-    if cache.pages is not None:
-        partial = merge(partial, _attend_compressed(query, cache, rows, positions, options))
-    return partial
-
-
-def _attend_exact(
-    query: Array, cache: Cache, rows: Int[Array, "b"], positions: Int[Array, "b t"], options: LogitOptions
-) -> Partial:
-    """Attends over sinks and ring, block by block as far as slots are in use."""
-    slots = cache.exact_keys.shape[2]
-    block = min(slots, EXACT_BLOCK)
-    key_positions, stored = exact_positions(cache, rows)
-
-    def attend_block(index: Array | int) -> Partial:
-        start = jnp.minimum(jnp.asarray(index, jnp.int32) * block, slots - block)
-        # The last block may reach back into the one before it, whose slots are not counted again.
-        fresh = start + jnp.arange(block, dtype=jnp.int32)[None] >= index * block
-        keys, values = (_read_block(cache, pool, rows, start, block) for pool in (cache.exact_keys, cache.exact_values))
-        return attend_tokens(
-            query,
-            keys,
-            values,
-            positions=positions,
-            key_positions=lax.dynamic_slice_in_dim(key_positions, start, block, axis=1),
-            stored=lax.dynamic_slice_in_dim(stored, start, block, axis=1) & fresh,
-            options=options,
-        )
-
-    if slots == block:
-        return attend_block(0)
-    used = jnp.minimum(jnp.max(cache.length[rows]), slots)
-    return lax.fori_loop(
-        0, (used + block - 1) // block, lambda i, part: merge(part, attend_block(i)), nothing(query, query.shape[3])
-    )
-
-
-def _read_block(
-    cache: Cache, pool: Array, rows: Int[Array, "b"], start: Array, size: int
-) -> Float[Array, "b h_kv s d"]:
-    """Slots start .. start + size of some rows, without a copy of the others."""
-    zero = jnp.int32(0)  # a Python number would be one of 64 bits where JAX is told to have them
-
-    def read(row: Array) -> Array:
-        return lax.dynamic_slice(pool, (row, zero, start, zero), (1, pool.shape[1], size, pool.shape[3]))[0]
-
-    return from_storage(cache.spec, jax.vmap(read)(rows))
-
-
-def exact_positions(cache: Cache, rows: Int[Array, "b"]) -> tuple[Int[Array, "b s"], Bool[Array, "b s"]]:
-    """Position of the token in each exact slot of some rows, and whether there is one."""
-    slots = cache.exact_keys.shape[2]
-    slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows.shape[0], slots))
-    length, compressed = cache.length[rows][:, None], cache.compressed[rows][:, None]
-    return token_in_slot(slot, length, compressed, sink_slots=cache.spec.sinks, slots=slots)
-
-
-def _attend_compressed(
-    query: Array,
-    cache: Cache,
-    rows: Int[Array, "b"],
-    positions: Int[Array, "b t"],
-    options: LogitOptions,
-) -> Partial:
-    spec, statistics = cache.spec, cache.statistics
-    assert cache.pages is not None and cache.key_quantizer is not None and cache.value_quantizer is not None
-    return attend_packed(
-        query,
-        cache.pages,
-        (cache.key_quantizer, cache.value_quantizer),
-        rows[:, None] * spec.pages_per_row + jnp.arange(spec.pages_per_row, dtype=jnp.int32)[None],
-        cache.compressed[rows],
-        positions=positions - spec.sinks,
-        statistics=None if statistics is None else (statistics.mean[rows], statistics.weight[rows]),
-        options=options,
-    )
