@@ -1,16 +1,14 @@
 """Attention over a compressed cache."""
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.append.slots import token_in_slot
+from pallas_kernels.append.slots import first_page, page_at, token_in_slot
 from pallas_kernels.attention import (
     MAX_QUERY_TOKENS,
     AttendPlan,
@@ -27,9 +25,11 @@ from pallas_kernels.attention.reference import attend_tokens, nothing
 from pallas_kernels.attention.whole_cache import LONGEST, attend_before
 from pallas_kernels.dispatch import Implementation, choose, interprets
 from pallas_kernels.tiles.rotation_triton import Basis, Segment
-from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers
+from tq_jax.attend_checks import check_chunk, check_query, check_rows, visible_tokens
+from tq_jax.cache import Cache, from_storage, require_row_integers
+from tq_jax.cache_spec import CacheSpec
 from tq_jax.paged import attend_packed, finish
-from tq_jax.quantizer import Quantizer, is_traced, sketch_gain
+from tq_jax.quantizer import Quantizer, sketch_gain
 from tq_jax.rotation import mixing_factors
 
 EXACT_BLOCK = 512
@@ -67,7 +67,8 @@ def attend(
         chunk: Keys, after rotary embedding, and values of the queries' tokens, if the cache does not hold them yet.
         implementation: "reference" is jnp on any device; "triton" is three GPU kernels, interpreted, slowly, where JAX
             has no GPU; "auto" takes these on a GPU for every case that they support, and the reference elsewhere.
-        sliding_window: A query sees itself and the sliding_window - 1 tokens before it; all of them by default.
+        sliding_window: A query sees itself and the sliding_window - 1 tokens before it; by default those of the cache's
+            spec, or else all of them.
         softcap: Logits x become softcap * tanh(x / softcap).
         sink_logits: A learned logit per head that takes part in the softmax and has no value.
         scale: Factor of <q, k>; 1/sqrt(head_dim) by default.
@@ -82,7 +83,8 @@ def attend(
         Outputs in the type of the queries. NaN for rows that overflowed; zero for padding and where no token is seen.
 
     Raises:
-        ValueError: For shapes or options that do not fit; and, outside jit, for lengths or rows out of range.
+        ValueError: For shapes or options that do not fit, such as a sliding window that reaches back to tokens that the
+            cache no longer holds; and, outside jit, for lengths or rows out of range.
         NotImplementedError: For an implementation that does not exist or does not support the case.
 
     Example:
@@ -103,15 +105,14 @@ def attend(
             "expected config without precise, which it has itself, and not for the reference; "
             f"got {precise=}, {implementation=}"
         )
-    _check_rows(cache, query.shape[1], lengths, rows)
+    check_rows(cache, query.shape[1], lengths, rows)
     if chunk is not None:
         check_chunk(spec, query, *chunk)
     rows = None if rows is None else rows.astype(jnp.int32)
     lengths = None if lengths is None else lengths.astype(jnp.int32)
     if query.size == 0:
         return jnp.zeros_like(query)
-    if sliding_window is not None and sliding_window >= spec.max_tokens:
-        sliding_window = None
+    sliding_window = visible_tokens(spec, sliding_window, appended=query.shape[1] if chunk is None else 0)
     options = LogitOptions.for_head_dim(spec.head_dim, scale=scale, softcap=softcap, sliding_window=sliding_window)
     plan = attend_plan(spec, options, precise=precise, config=config)
     check = functools.partial(check_attend, query.shape, cache.pages, plan)
@@ -120,40 +121,6 @@ def attend(
     if choose(implementation, op="attend", check=check) == "triton":
         return _attend_by_kernels(query, cache, lengths, rows, sink_logits, chunk, plan=plan)
     return _attend_by_reference(query, cache, lengths, rows, sink_logits, chunk, options=options)
-
-
-def check_chunk(spec: CacheSpec, query: Array, key: Array, value: Array) -> None:
-    """Raises ValueError for keys and values of a chunk that do not fit the queries."""
-    expected = (*query.shape[:2], spec.num_kv_heads, spec.head_dim)
-    if key.shape != expected or value.shape != expected:
-        raise ValueError(f"expected keys and values of a chunk of shape {expected}, got {key.shape} and {value.shape}")
-    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (key, value)):
-        raise ValueError(f"expected floating point keys and values of a chunk, got {key.dtype} and {value.dtype}")
-
-
-def check_query(spec: CacheSpec, batch: int, query: Any, sink_logits: Any, **above_zero: float | None) -> None:
-    """Raises ValueError for shapes of queries or sink logits, of any framework, or for options that do not fit."""
-    shape = tuple(query.shape)
-    fits = len(shape) == 4 and shape[0] == batch and shape[2] % spec.num_kv_heads == 0 and shape[3] == spec.head_dim
-    if not fits:
-        raise ValueError(
-            f"expected query of shape ({batch}, tokens, a multiple of {spec.num_kv_heads}, {spec.head_dim}), "
-            f"got {shape}"
-        )
-    for name, value in above_zero.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"expected {name} above 0{' and finite' * (value == math.inf)}, got {value}")
-    if sink_logits is not None and tuple(sink_logits.shape) != shape[2:3]:
-        raise ValueError(f"expected sink_logits of shape {shape[2:3]}, got {tuple(sink_logits.shape)}")
-
-
-def _check_rows(cache: Cache, tokens: int, lengths: Any, rows: Any) -> None:
-    """Raises ValueError for numbers of queries or for cache rows out of range."""
-    for name, array, most in (("lengths", lengths, tokens), ("rows", rows, cache.rows - 1)):
-        if array is None or is_traced(array):
-            continue
-        if np.any(np.asarray(array) < 0) or np.any(np.asarray(array) > most):
-            raise ValueError(f"expected {name} from 0 to {most}, got {np.asarray(array).tolist()}")
 
 
 def attend_plan(
@@ -375,15 +342,19 @@ def _attend_compressed(
     positions: Int[Array, "b t"],
     options: LogitOptions,
 ) -> Partial:
-    spec, statistics = cache.spec, cache.statistics
+    """Attends over the pages that are still there, whose tokens are counted from the first of them."""
+    spec, statistics, compressed = cache.spec, cache.statistics, cache.compressed[rows]
     assert cache.pages is not None and cache.key_quantizer is not None and cache.value_quantizer is not None
+    first = first_page(compressed, pages_per_row=spec.pages_per_row, page_size=spec.page_size)
+    page = first[:, None] + jnp.arange(spec.pages_per_row, dtype=jnp.int32)[None]
+    overwritten = first * spec.page_size
     return attend_packed(
         query,
         cache.pages,
         (cache.key_quantizer, cache.value_quantizer),
-        rows[:, None] * spec.pages_per_row + jnp.arange(spec.pages_per_row, dtype=jnp.int32)[None],
-        cache.compressed[rows],
-        positions=positions - spec.sinks,
+        page_at(page, rows[:, None], pages_per_row=spec.pages_per_row),
+        compressed - overwritten,
+        positions=positions - spec.sinks - overwritten[:, None],
         statistics=None if statistics is None else (statistics.mean[rows], statistics.weight[rows]),
         options=options,
     )

@@ -22,15 +22,15 @@ from pallas_kernels.attention.whole_cache import attend_before
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.numerics import HIDDEN
 from tq_jax.append import append
+from tq_jax.attend_checks import check_chunk, check_query
 from tq_jax.attention import (
     arrays_of,
     attend_plan,
-    check_chunk,
-    check_query,
     over_cache_by_reference,
     without_padding,
 )
-from tq_jax.cache import Cache, CacheSpec, require_row_integers
+from tq_jax.cache import Cache, require_row_integers
+from tq_jax.cache_spec import CacheSpec
 from tq_jax.paged import finish
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tq_jax.cache import Cache, CacheSpec, init_cache, require_counters, resize
+from tq_jax.cache import Cache, init_cache, require_counters, resize
+from tq_jax.cache_spec import CacheSpec
 from tq_jax.files import Shapes, read_arrays, require_format, write_arrays
 from tq_jax.quantizer import QuantizerSpec, is_traced
 from tq_jax.statistics import require_statistics

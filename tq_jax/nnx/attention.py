@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.layer.heads import turned
 from tq_jax.append import append
 from tq_jax.attention import attend
-from tq_jax.cache import Cache, CacheSpec, init_cache
+from tq_jax.cache import Cache, init_cache
+from tq_jax.cache_spec import CacheSpec
 from tq_jax.models.rope import rotary_turn
 from tq_jax.nnx.checks import check_options, check_spec, rotary_base, take_shardings
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from tq_jax.cache import CacheSpec
+from tq_jax.cache_spec import CacheSpec
 
 WITHOUT_EFFECT = ("is_causal", "rngs")
 """Arguments of a call that change nothing with a cache: decode is causal, and has no dropout."""
