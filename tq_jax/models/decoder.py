@@ -154,12 +154,26 @@ class Decoder(nnx.Module):
             ValueError: If the cache does not have `num_layers * b` rows.
         """
         self.require_rows(cache, batch=tokens.shape[0])
+        start = jnp.zeros(tokens.shape[:1], jnp.int32)
+        return self._run_prompt(tokens, cache, start, lengths=lengths, attend=causal_attention)
+
+    def _run_prompt(
+        self,
+        tokens: jax.Array,
+        cache: tq.Cache,
+        start: jax.Array,
+        *,
+        lengths: jax.Array | None,
+        attend: Callable[..., jax.Array],
+        stride: int = 1,
+    ) -> tuple[jax.Array, tq.Cache]:
+        """See `prefill`; every layer mixes by `attend(query, key, value, window=..., scale=...)`."""
 
         def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: tq.Cache, rows: jax.Array, **options: Any):
             stored = tq.append(cache, key, value, query=query, lengths=lengths, rows=rows)
-            return causal_attention(query, key, value, **options), stored, None
+            return attend(query, key, value, **options), stored, None
 
-        hidden, cache, _ = self.run(tokens, cache, jnp.zeros(tokens.shape[:1], jnp.int32), mix)
+        hidden, cache, _ = self.run(tokens, cache, start, mix, stride=stride)
         return hidden, cache
 
     def extend(
@@ -193,31 +207,36 @@ class Decoder(nnx.Module):
         self.require_rows(cache, batch=tokens.shape[0])
         how: dict[str, Any] = {"lengths": lengths, "implementation": implementation, "precise": precise}
         few = tokens.shape[1] <= FEW_TOKENS and not as_stored
+        start = self._lengths(cache, batch=tokens.shape[0])
 
-        def mix(
-            query: jax.Array,
-            key: jax.Array,
-            value: jax.Array,
-            cache: tq.Cache,
-            rows: jax.Array,
-            *,
-            window: int | None,
-            scale: float,
-        ) -> tuple[jax.Array, tq.Cache, Any]:
-            chunk = None if as_stored else (key, value)
-            stored = tq.append(cache, key, value, query=query, lengths=lengths, rows=rows) if not few else cache
-            mixed = tq.attend(
-                query, stored if as_stored else cache, chunk=chunk, rows=rows, sliding_window=window, scale=scale, **how
-            )
+        def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: tq.Cache, rows: jax.Array, **options: Any):
+            added = {"query": query, "lengths": lengths, "rows": rows, "start": start}
+            stored = cache if few else self._append(cache, key, value, **added)
+            chunk, read = (None, stored) if as_stored else ((key, value), cache)
+            mixed = self._attend(query, read, chunk=chunk, rows=rows, **options, **how)
             return mixed, stored, (query, key, value) if few else None
 
-        hidden, cache, kept = self.run(tokens, cache, cache.length[: tokens.shape[0]], mix)
+        hidden, cache, kept = self.run(tokens, cache, start, mix)
         if few:
             # One append for all layers.
-            count = counts_after(hidden, lengths)
             query, key, value = kept
-            cache = tq.append(cache, key, value, query=query, lengths=jnp.tile(count, self.config.num_layers))
+            counts, first = (jnp.tile(x, self.config.num_layers) for x in (counts_after(hidden, lengths), start))
+            cache = self._append(cache, key, value, query=query, lengths=counts, start=first)
         return hidden, cache
+
+    def _lengths(self, cache: tq.Cache, *, batch: int) -> jax.Array:
+        """Tokens of each sequence, int32 [b]."""
+        return cache.length[:batch]
+
+    def _attend(
+        self, query: jax.Array, cache: tq.Cache, *, chunk: Any, window: int | None, **options: Any
+    ) -> jax.Array:
+        """How a layer attends over the cache and a chunk; see `tq_jax.attend`."""
+        return tq.attend(query, cache, chunk=chunk, sliding_window=window, **options)
+
+    def _append(self, cache: tq.Cache, *chunk: jax.Array, start: jax.Array, **options: Any) -> tq.Cache:
+        """How tokens are appended that begin at position `start` of their sequences; see `tq_jax.append`."""
+        return tq.append(cache, *chunk, **options)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of the next token.

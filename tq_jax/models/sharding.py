@@ -24,7 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import tq_jax as tq
 from tq_jax.models.config import DecoderConfig
 from tq_jax.models.decoder import Decoder
-from tq_jax.models.share import Share
+from tq_jax.models.share import Share, StripedShare
 from tq_jax.shares import share_spec
 
 P = PartitionSpec
@@ -312,11 +312,7 @@ def run_on_mesh(
     held = _Held(tree, tuple(zip(leaves, jax.tree.leaves(shardings), strict=True)))
 
     def run(decoder: Decoder, kept: list[jax.Array]) -> tuple[tuple[Any, ...], list[jax.Array]]:
-        share = Share(
-            decoder,
-            heads_axis=axes.heads if layout.heads > 1 else None,
-            sequence_axis=axes.sequence if layout.shares > 1 else None,
-        )
+        share = _share(decoder, layout)
         cache, arrays = held.whole(kept, local=True)
         *found, after = inspect.unwrap(step)(
             share, cache=dataclasses.replace(cache, spec=own), **arrays, **dict(options)
@@ -332,6 +328,14 @@ def run_on_mesh(
     )
     found, after = spread(decoder, kept)
     return found, held.whole([*after, *kept[count:]], local=False)[0]
+
+
+def _share(part: Decoder, layout: Layout) -> Share:
+    """The decoder that one device is, made of its part of every parameter."""
+    heads = layout.axes.heads if layout.heads > 1 else None
+    if layout.shares == 1:
+        return Share(part, heads_axis=heads)
+    return StripedShare(part, heads_axis=heads, sequence_axis=layout.axes.sequence)
 
 
 def _with_elements(tree: Any) -> list[jax.Array]:

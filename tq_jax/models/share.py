@@ -10,8 +10,7 @@ from flax import nnx
 from jax import lax
 
 import tq_jax as tq
-from tq_jax.attention import Implementation
-from tq_jax.models.decoder import FEW_TOKENS, Decoder, counts_after
+from tq_jax.models.decoder import Decoder
 from tq_jax.shares import append_share, attend_shares, attend_stripes, own_counts
 
 
@@ -70,13 +69,11 @@ class Share(Decoder):
     Args:
         part: The decoder with this device's part of every parameter; used up.
         heads_axis: Mesh axis over which heads and channels are spread; None if they are not.
-        sequence_axis: Mesh axis over which the tokens of the cache are spread; None if they are not.
     """
 
-    def __init__(self, part: Decoder, *, heads_axis: str | None, sequence_axis: str | None):
+    def __init__(self, part: Decoder, *, heads_axis: str | None):
         self.config, self.runs, self.embedding_scale = part.config, part.runs, part.embedding_scale
         self.blocks, self.norm, self.head = part.blocks, part.norm, nnx.data(part.head)
-        self.sequence_axis = sequence_axis
         table = part.embedding.embedding if part.head is None else part.head.kernel
         self.vocabulary_axis = heads_axis if table.shape[0] < part.config.vocab_size else None
         self.embedding = part.embedding
@@ -93,13 +90,26 @@ class Share(Decoder):
             return part
         return lax.all_gather(part, self.vocabulary_axis, axis=2, tiled=True)
 
+
+class StripedShare(Share):
+    """A `Share` whose cache holds this device's share of the tokens, see `tq_jax.shares`.
+
+    Args:
+        part: The decoder with this device's part of every parameter; used up.
+        heads_axis: Mesh axis over which heads and channels are spread; None if they are not.
+        sequence_axis: Mesh axis over which the tokens of the cache are spread.
+    """
+
+    def __init__(self, part: Decoder, *, heads_axis: str | None, sequence_axis: str):
+        super().__init__(part, heads_axis=heads_axis)
+        self.sequence_axis = sequence_axis
+
     def prefill(
         self, tokens: jax.Array, cache: tq.Cache, *, lengths: jax.Array | None = None
     ) -> tuple[jax.Array, tq.Cache]:
         """See `Decoder.prefill`; every device runs its share of the tokens, and their hidden states are gathered."""
+        self.require_rows(cache, batch=tokens.shape[0])
         axis = self.sequence_axis
-        if axis is None:
-            return super().prefill(tokens, cache, lengths=lengths)
         (batch, count), devices = tokens.shape, lax.axis_size(axis)
         device = lax.axis_index(axis).astype(jnp.int32)
         stripes = jnp.pad(tokens, ((0, 0), (0, -count % devices))).reshape(batch, -1, devices)
@@ -107,64 +117,29 @@ class Share(Decoder):
         lengths = jnp.full(batch, count, jnp.int32) if lengths is None else lengths
         counts = own_counts(lengths, device, devices)
 
-        def mix(
-            query: jax.Array,
-            key: jax.Array,
-            value: jax.Array,
-            cache: tq.Cache,
-            rows: jax.Array,
-            *,
-            window: int | None,
-            scale: float,
-        ) -> tuple[jax.Array, tq.Cache, None]:
+        def attend(*chunk: jax.Array, window: int | None, scale: float) -> jax.Array:
             assert window is None, "refused by Layout.require"
-            stored = tq.append(cache, key, value, query=query, lengths=counts, rows=rows)
-            return attend_stripes(query, key, value, axis=axis, scale=scale), stored, None
+            return attend_stripes(*chunk, axis=axis, scale=scale)
 
-        hidden, cache, _ = self.run(own, cache, jnp.broadcast_to(device, (batch,)), mix, stride=devices)
+        start = jnp.broadcast_to(device, (batch,))
+        hidden, cache = self._run_prompt(own, cache, start, lengths=counts, attend=attend, stride=devices)
         whole = lax.all_gather(hidden, axis, axis=2)  # [b, tokens per device, devices, dim]
         return whole.reshape(batch, -1, hidden.shape[2])[:, :count], cache
 
-    def extend(
-        self,
-        tokens: jax.Array,
-        cache: tq.Cache,
-        *,
-        lengths: jax.Array | None = None,
-        as_stored: bool = False,
-        implementation: Implementation = "auto",
-        precise: bool = False,
-    ) -> tuple[jax.Array, tq.Cache]:
-        """See `Decoder.extend`; every device attends over its share of the tokens, and the results are merged."""
-        how: dict[str, Any] = {"lengths": lengths, "implementation": implementation, "precise": precise}
-        axis, batch = self.sequence_axis, tokens.shape[0]
-        if axis is None:
-            return super().extend(tokens, cache, as_stored=as_stored, **how)
-        if as_stored:
-            raise NotImplementedError(f"as_stored=False is supported with tokens spread over {axis!r}, got True")
-        start = lax.psum(cache.length[:batch], axis)
-        few = tokens.shape[1] <= FEW_TOKENS
+    def _lengths(self, cache: tq.Cache, *, batch: int) -> jax.Array:
+        return lax.psum(super()._lengths(cache, batch=batch), self.sequence_axis)
 
-        def mix(
-            query: jax.Array,
-            key: jax.Array,
-            value: jax.Array,
-            cache: tq.Cache,
-            rows: jax.Array,
-            *,
-            window: int | None,
-            scale: float,
-        ) -> tuple[jax.Array, tq.Cache, Any]:
-            assert window is None, "refused by Layout.require"
-            mixed = attend_shares(query, cache, chunk=(key, value), axis=axis, rows=rows, scale=scale, **how)
-            if few:
-                return mixed, cache, (query, key, value)
-            stored = append_share(cache, key, value, query=query, lengths=lengths, rows=rows, start=start, axis=axis)
-            return mixed, stored, None
+    def _attend(
+        self, query: jax.Array, cache: tq.Cache, *, chunk: Any, window: int | None, **options: Any
+    ) -> jax.Array:
+        """Attends over this device's share of the tokens; the results of all devices are merged."""
+        if chunk is None:
+            raise NotImplementedError(
+                f"as_stored=False is supported with tokens spread over {self.sequence_axis!r}, got True"
+            )
+        assert window is None, "refused by Layout.require"
+        return attend_shares(query, cache, chunk=chunk, axis=self.sequence_axis, **options)
 
-        hidden, cache, kept = self.run(tokens, cache, start, mix)
-        if few:
-            query, key, value = kept
-            count, first = (jnp.tile(x, self.config.num_layers) for x in (counts_after(hidden, lengths), start))
-            cache = append_share(cache, key, value, query=query, lengths=count, start=first, axis=axis)
-        return hidden, cache
+    def _append(self, cache: tq.Cache, *chunk: jax.Array, start: jax.Array, **options: Any) -> tq.Cache:
+        """Appends the tokens of the chunk that live on this device."""
+        return append_share(cache, *chunk, start=start, axis=self.sequence_axis, **options)
