@@ -46,6 +46,7 @@ def share_spec(spec: CacheSpec, devices: int) -> CacheSpec:
 
     Raises:
         ValueError: If there is no device.
+        NotImplementedError: If the spec has a sliding window.
 
     Example:
         >>> spec = share_spec(CacheSpec.recommended(8, 128, max_tokens=32768), 4)
@@ -54,6 +55,10 @@ def share_spec(spec: CacheSpec, devices: int) -> CacheSpec:
     """
     if devices < 1:
         raise ValueError(f"devices: expected at least 1, got {devices}")
+    if spec.sliding_window is not None and devices > 1:
+        raise NotImplementedError(
+            f"a cache shared out over devices keeps all tokens, got sliding_window={spec.sliding_window} on {devices}"
+        )
     sizes = {name: -(-getattr(spec, name) // devices) for name in ("max_tokens", "window", "sink_tokens")}
     return dataclasses.replace(spec, **sizes)
 

@@ -87,7 +87,8 @@ class CompressedAttention(nnx.MultiHeadAttention):
     Raises:
         ValueError: For a spec of other KV heads or another head_dim, a rope_base that is not positive, or an odd
             head_dim with rope_base.
-        NotImplementedError: For another attention_fn, and for keys and values of other features than the queries.
+        NotImplementedError: For another attention_fn, for keys and values of other features than the queries, and for
+            a spec with a sliding window.
 
     Example:
         >>> layer = CompressedAttention(4, 128, num_kv_heads=2, rope_base=1e4, decode=True, rngs=nnx.Rngs(0))

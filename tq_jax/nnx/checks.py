@@ -55,6 +55,11 @@ def check_spec(module: Any, spec: CacheSpec | None, rope_base: float | None) -> 
         raise ValueError(
             f"expected a cache_spec of (num_kv_heads, head_dim) {expected}, got {(spec.num_kv_heads, spec.head_dim)}"
         )
+    if spec is not None and spec.sliding_window is not None:
+        raise NotImplementedError(
+            f"the module attends to all tokens, so that its cache keeps them: expected a cache_spec of "
+            f"sliding_window=None, got {spec.sliding_window}"
+        )
     if rope_base is not None and module.head_dim % 2:
         raise ValueError(f"expected an even head_dim with rope_base, got {module.head_dim}")
 
