@@ -33,6 +33,7 @@ def save_cache(cache: Cache, path: str | os.PathLike) -> None:
 
     Raises:
         FileNotFoundError: If the folder does not exist.
+        TypeError: For anything but a `Cache`, such as the caches of a decoder of local and other layers.
         ValueError: If the cache is being traced.
 
     Example:
@@ -46,6 +47,8 @@ def save_cache(cache: Cache, path: str | os.PathLike) -> None:
         >>> again.length.tolist(), again.spec.max_tokens
         ([300], 8192)
     """
+    if not isinstance(cache, Cache):
+        raise TypeError(f"expected a tq_jax.Cache (a file holds one), got {type(cache).__name__}")
     if is_traced(cache):
         raise ValueError("expected a cache with values, got one that is being traced: save it outside of jit")
     spec, rows = cache.spec, cache.rows
