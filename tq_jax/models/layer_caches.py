@@ -184,13 +184,18 @@ def map_caches(function: Callable[..., tq.Cache], cache: Caches, *arrays: Any) -
     if isinstance(cache, tq.Cache):
         return function(cache, *arrays)
     # Slices of arrays that were put together from runs of layers cost nothing under jit.
-    ends = np.cumsum([len(list(run)) for _, run in itertools.groupby(cache.windows)]) * cache.batch
-    runs = [(cache.windows[(end - 1) // cache.batch], slice(start, end)) for start, end in zip([0, *ends], ends)]
+    windows, batch = cache.windows, cache.batch
+    starts = [layer for layer, window in enumerate(windows) if layer == 0 or window != windows[layer - 1]]
+    runs = [
+        (windows[first], slice(first * batch, end * batch))
+        for first, end in itertools.pairwise([*starts, len(windows)])
+    ]
 
     def of(window: int | None) -> Callable[[jax.Array], jax.Array]:
         return lambda x: jnp.concatenate([x[run] for own, run in runs if own == window])
 
-    caches = [function(one, *jax.tree.map(of(window), arrays)) for window, one in zip(cache.kinds, cache.caches)]
+    parts = zip(cache.kinds, cache.caches, strict=True)
+    caches = [function(one, *jax.tree.map(of(window), arrays)) for window, one in parts]
     return dataclasses.replace(cache, caches=tuple(caches))
 
 
