@@ -4,7 +4,8 @@ from pallas_kernels.format import Code
 from tq_jax import _installation, codebook
 from tq_jax.append import append
 from tq_jax.attention import attend
-from tq_jax.cache import Cache, CacheDtype, CacheSpec, init_cache, resize
+from tq_jax.cache import Cache, init_cache, resize
+from tq_jax.cache_spec import CacheDtype, CacheSpec
 from tq_jax.quantizer import (
     Quantizer,
     QuantizerSpec,

@@ -9,14 +9,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.append.slots import left, slot_of, stays
+from pallas_kernels.append.slots import left, page_slot, slot_of, stays
 from pallas_kernels.append.statistics_triton import Observed, StatisticsPlan, update_statistics
 from pallas_kernels.append.whole_cache import AppendPlan, append_cache, check_append
 from pallas_kernels.dispatch import Chosen, Implementation, choose, interprets
 from pallas_kernels.encode import Encoder, encode_pages
 from pallas_kernels.pages import Pages
 from tq_jax.attention import SHARED_FIELDS, arrays_of
-from tq_jax.cache import Cache, CacheSpec, from_storage, require_row_integers, to_storage
+from tq_jax.cache import Cache, from_storage, require_row_integers, to_storage
+from tq_jax.cache_spec import CacheSpec
 from tq_jax.quantizer import encoder, is_traced
 from tq_jax.statistics import BALANCE, EQUAL, FLOOR, MIN_TOKENS, KeyStatistics, fix_statistics, observe_queries
 
@@ -165,8 +166,12 @@ def _append(
     exists = step < added[:, None]
     evicted = jnp.maximum(left(after, sink_slots=spec.sinks, ring=spec.ring) - compressed, 0)
 
-    slots = rows[:, None] * (spec.pages_per_row * spec.page_size) + compressed[:, None] + step
-    slots = jnp.where(step < evicted[:, None], slots, -1)
+    address = compressed[:, None] + step
+    slots = jnp.full_like(address, -1)
+    if cache.pages is not None:
+        places = dict(pages_per_row=spec.pages_per_row, page_size=spec.page_size)
+        slots, there = page_slot(address, rows[:, None], (compressed + evicted)[:, None], **places)
+        slots = jnp.where((step < evicted[:, None]) & there, slots, -1)
     statistics, pages = cache.statistics, cache.pages
     if statistics is not None and pages is not None:
         if implementation == "triton" and k.shape[1] <= FEW_TOKENS:
@@ -179,7 +184,7 @@ def _append(
         return new, jnp.ones_like(fits) if new.pages is None else _scalars_finite(new.pages, slots)
     left_keys, left_values, finite = k, v, jnp.ones_like(fits)
     if pages is not None:
-        left_keys, left_values = _leaving(cache, k, v, rows, before, compressed[:, None] + step)
+        left_keys, left_values = _leaving(cache, k, v, rows, before, address)
         pages = _compress(cache, left_keys, left_values, rows, slots)
         finite = _scalars_finite(pages, slots)
 

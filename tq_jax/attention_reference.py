@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.append.slots import token_in_slot
+from pallas_kernels.append.slots import first_page, page_at, token_in_slot
 from pallas_kernels.attention import LogitOptions, Partial, merge
 from pallas_kernels.attention.reference import attend_tokens, nothing
 from tq_jax.cache import Cache, from_storage
@@ -86,13 +86,17 @@ def _attend_compressed(
     positions: Int[Array, "b t"],
     options: LogitOptions,
 ) -> Partial:
-    spec, statistics = cache.spec, cache.statistics
+    """Attends over the pages that are still there, whose tokens are counted from the first of them."""
+    spec, statistics, compressed = cache.spec, cache.statistics, cache.compressed[rows]
     assert cache.pages is not None and cache.key_quantizer is not None and cache.value_quantizer is not None
+    first = first_page(compressed, pages_per_row=spec.pages_per_row, page_size=spec.page_size)
+    page = first[:, None] + jnp.arange(spec.pages_per_row, dtype=jnp.int32)[None]
+    overwritten = first * spec.page_size
     tokens = PackedTokens(
         cache.pages,
         (cache.key_quantizer, cache.value_quantizer),
-        rows[:, None] * spec.pages_per_row + jnp.arange(spec.pages_per_row, dtype=jnp.int32)[None],
-        cache.compressed[rows],
+        page_at(page, rows[:, None], pages_per_row=spec.pages_per_row),
+        compressed - overwritten,
         None if statistics is None else (statistics.mean[rows], statistics.weight[rows]),
     )
-    return attend_packed(query, tokens, positions - spec.sinks, options)
+    return attend_packed(query, tokens, positions - spec.sinks - overwritten[:, None], options)

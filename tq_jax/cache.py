@@ -6,10 +6,12 @@ for a whole model, one sequence of one layer.
 
     tokens   0 .. sinks-1 | sinks .. sinks+compressed-1 | sinks+compressed .. length-1
     live in  exact slots  | pages, in order             | exact ring
+
+If the spec has a sliding window, older tokens are overwritten: the pages are then a ring of pages, or, in full
+precision, the exact ring is all there is. `pallas_kernels.append.slots` states where a token lies.
 """
 
 import dataclasses
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,160 +20,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.pages import Pages, empty_pages
+from tq_jax.cache_spec import CacheSpec
 from tq_jax.quantizer import Quantizer, QuantizerSpec, is_traced, make_quantizer
-from tq_jax.recommended import recommended_quantizers
 from tq_jax.statistics import KeyStatistics, empty_statistics, given_statistics, require_statistics
-
-CacheDtype = Literal["bfloat16", "float16", "float32"]
-KEY_KINDS, VALUE_KINDS = ("mse", "prod"), ("mse", "group")
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheSpec:
-    """The contents of a cache; static and hashable.
-
-    `CacheSpec.recommended` makes the spec that the measurements use. The bare defaults of `QuantizerSpec` are the
-    paper's Algorithm 1 with the scale of least error; everything else, step search too, is an option to set.
-
-    Attributes:
-        num_kv_heads: KV heads.
-        head_dim: Channels of a head.
-        max_tokens: Tokens that a row can hold.
-        key: How keys are quantized, kind "mse" or "prod"; for "mse", scale None becomes "unbiased". If key and value
-            are both None, everything stays in full precision (see `full_precision`).
-        value: How values are quantized, kind "mse" or "group".
-        window: Latest tokens kept in full precision.
-        sink_tokens: First tokens kept in full precision.
-        center_keys: Whether a mean is subtracted from the keys before they are quantized, see `tq_jax.statistics`.
-        smooth_keys: Whether the channels of keys are weighted before they are quantized. The queries
-            (`append(..., query=)`) tell which channels matter; without them only the spread of the keys is balanced.
-        page_size: Tokens per page.
-        dtype: Type of full-precision tokens.
-
-    Raises:
-        ValueError: For sizes that do not fit each other.
-        NotImplementedError: For a kind that keys or values do not support.
-
-    Example:
-        >>> spec = CacheSpec.recommended(8, 128, max_tokens=32768, key_bits=4, value_bits=4)
-        >>> full = CacheSpec.full_precision(num_kv_heads=8, head_dim=128, max_tokens=32768)
-        >>> spec.bytes_per_token(), full.bytes_per_token()
-        (1056, 4096)
-        >>> prod = CacheSpec(num_kv_heads=8, head_dim=128, max_tokens=32768,
-        ...                  key=QuantizerSpec(dim=128, bits=4, kind="prod"), value=QuantizerSpec(dim=128, bits=4))
-        >>> prod.bytes_per_token()
-        1072
-    """
-
-    num_kv_heads: int
-    head_dim: int
-    max_tokens: int
-    key: QuantizerSpec | None
-    value: QuantizerSpec | None
-    window: int = 128
-    sink_tokens: int = 4
-    center_keys: bool = True
-    smooth_keys: bool = True
-    page_size: int = 128
-    dtype: CacheDtype = "bfloat16"
-
-    def __post_init__(self) -> None:
-        least = {"num_kv_heads": 1, "head_dim": 1, "max_tokens": 1, "window": 0, "sink_tokens": 0, "page_size": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"expected {name} of at least {low}, got {getattr(self, name)}")
-        if self.dtype not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"expected dtype bfloat16, float16 or float32, got {self.dtype!r}")
-        if (self.key is None) != (self.value is None):
-            raise ValueError(f"expected key and value specs both or neither, got key={self.key}, value={self.value}")
-        for name, spec, kinds in (("key", self.key, KEY_KINDS), ("value", self.value, VALUE_KINDS)):
-            if spec is None:
-                continue
-            if spec.dim != self.head_dim:
-                raise ValueError(f"expected a {name} spec of dim {self.head_dim} (head_dim), got dim={spec.dim}")
-            if spec.kind not in kinds:
-                raise NotImplementedError(f"{name}s are quantized with kind in {kinds}, got kind={spec.kind!r}")
-        if self.key is not None and self.key.kind == "mse" and self.key.scale is None:
-            object.__setattr__(self, "key", dataclasses.replace(self.key, scale="unbiased"))
-
-    @classmethod
-    def recommended(
-        cls,
-        num_kv_heads: int,
-        head_dim: int,
-        max_tokens: int,
-        key_bits: float = 4,
-        value_bits: float = 4,
-        **fields: Any,
-    ) -> "CacheSpec":
-        """The recommended compressed cache: the one that demo and evaluation measure.
-
-        Keys have the "unbiased" scale and values the "least_squares" scale, both with step search (see
-        `recommended_quantizers`); keys are centred and smoothed; window and sink tokens are the defaults.
-
-        Args:
-            num_kv_heads: KV heads.
-            head_dim: Channels of a head.
-            max_tokens: Tokens that a row can hold.
-            key_bits: Bits per key coordinate, see `QuantizerSpec`.
-            value_bits: Bits per value coordinate.
-            **fields: Further fields of `CacheSpec`: `window`, `dtype`, ..., or a whole `key` or `value` spec in place
-                of its bits.
-
-        Raises:
-            ValueError: For sizes that do not fit each other.
-            NotImplementedError: For bits and dimensions that `QuantizerSpec` does not support.
-
-        Example:
-            >>> spec = CacheSpec.recommended(8, 128, 32768, key_bits=4, value_bits=3, window=256)
-            >>> spec.key.scale, spec.value.scale, spec.key.search, spec.center_keys
-            ('unbiased', 'least_squares', True, True)
-        """
-        key, value = recommended_quantizers(head_dim, key_bits, value_bits)
-        fields = {"key": key, "value": value, **fields}
-        return cls(num_kv_heads, head_dim, max_tokens, **fields)
-
-    @classmethod
-    def full_precision(
-        cls, *, num_kv_heads: int, head_dim: int, max_tokens: int, dtype: CacheDtype = "bfloat16"
-    ) -> "CacheSpec":
-        """A cache that keeps every token in full precision: the baseline."""
-        return cls(
-            num_kv_heads, head_dim, max_tokens, None, None,
-            window=max_tokens, sink_tokens=0, center_keys=False, smooth_keys=False, dtype=dtype,
-        )  # fmt: skip
-
-    @property
-    def compressed(self) -> bool:
-        """Whether tokens that leave the window are quantized; False for `full_precision`."""
-        return self.key is not None
-
-    @property
-    def sinks(self) -> int:
-        """Sink slots: slots of the first tokens, in full precision."""
-        return min(self.sink_tokens, self.max_tokens) if self.compressed else 0
-
-    @property
-    def ring(self) -> int:
-        """Slots of the latest tokens, in full precision."""
-        room = self.max_tokens - self.sinks
-        return min(self.window, room) if self.compressed else room
-
-    @property
-    def pages_per_row(self) -> int:
-        """Pages of a row: they hold the max_tokens less sinks and ring, rounded up to whole pages."""
-        return -(-(self.max_tokens - self.sinks - self.ring) // self.page_size)
-
-    @property
-    def has_statistics(self) -> bool:
-        """Whether keys are centred or smoothed."""
-        return self.compressed and (self.center_keys or self.smooth_keys)
-
-    def bytes_per_token(self) -> int:
-        """Bytes per compressed token of one layer: keys and values of all KV heads, scales included."""
-        if self.key is None or self.value is None:
-            return 2 * self.num_kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
-        return self.num_kv_heads * (self.key.bytes_per_vector + self.value.bytes_per_vector)
 
 
 @jax.tree_util.register_dataclass
@@ -180,12 +31,13 @@ class Cache:
     """The arrays of a cache; a pytree. `init_cache` makes one, `append` adds tokens to it.
 
     Attributes:
-        pages: Packed pages; page p of row r is at r * pages_per_row + p. None if no token is ever compressed.
+        pages: Packed pages, pages_per_row of row r from r * pages_per_row on. None if no token is ever compressed.
         exact_keys: [rows, h_kv, sinks + ring, d], full-precision keys: the sink slots, then the ring. bfloat16 is held
             as its bits in uint16, see `to_storage`.
         exact_values: Full-precision values, shaped like the keys.
         length: int32 [rows], tokens appended.
-        compressed: int32 [rows], tokens in the pages.
+        compressed: int32 [rows], tokens that left the ring: those in the pages and those overwritten there. In full
+            precision, all of them are gone.
         overflow: bool [rows], set if, under jit, a chunk did not fit and was left out; `attend` then returns NaN.
         statistics: Key statistics; None if keys are neither centred nor smoothed.
         key_quantizer: Quantizer of the keys of all rows; None in full precision.

@@ -22,8 +22,10 @@ from pallas_kernels.attention.pipeline import check_attend
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.numerics import HIDDEN
 from tq_jax.append import append
-from tq_jax.attention import attend_parts, attend_plan, check_chunk, check_query
-from tq_jax.cache import Cache, CacheSpec, require_row_integers
+from tq_jax.attend_checks import check_chunk, check_query
+from tq_jax.attention import attend_parts, attend_plan
+from tq_jax.cache import Cache, require_row_integers
+from tq_jax.cache_spec import CacheSpec
 from tq_jax.paged import finish
 
 
@@ -39,6 +41,7 @@ def share_spec(spec: CacheSpec, devices: int) -> CacheSpec:
 
     Raises:
         ValueError: If there is no device.
+        NotImplementedError: If the spec has a sliding window.
 
     Example:
         >>> spec = share_spec(CacheSpec.recommended(8, 128, max_tokens=32768), 4)
@@ -47,6 +50,10 @@ def share_spec(spec: CacheSpec, devices: int) -> CacheSpec:
     """
     if devices < 1:
         raise ValueError(f"devices: expected at least 1, got {devices}")
+    if spec.sliding_window is not None and devices > 1:
+        raise NotImplementedError(
+            f"a cache shared out over devices keeps all tokens, got sliding_window={spec.sliding_window} on {devices}"
+        )
     sizes = {name: -(-getattr(spec, name) // devices) for name in ("max_tokens", "window", "sink_tokens")}
     return dataclasses.replace(spec, **sizes)
 

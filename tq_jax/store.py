@@ -1,7 +1,8 @@
 """Caches and key statistics on disk: the bytes that memory holds, in one safetensors file.
 
 A file has the arrays of a cache under their dotted names ("pages.keys.packed", "exact_keys", "statistics.mean", ...).
-In a file, pools of pages are [rows, pages, ...] and end with the last page in use.
+In a file, pools of pages are [rows, pages, ...] and end with the last page in use. A spec without a sliding window is
+written without that field, as it was before there was one.
 """
 
 import dataclasses
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tq_jax.cache import Cache, CacheSpec, init_cache, require_counters, resize
+from tq_jax.cache import Cache, init_cache, require_counters, resize
+from tq_jax.cache_spec import CacheSpec
 from tq_jax.files import Shapes, read_arrays, require_format, write_arrays
 from tq_jax.quantizer import QuantizerSpec, is_traced
 from tq_jax.statistics import require_statistics
@@ -31,6 +33,7 @@ def save_cache(cache: Cache, path: str | os.PathLike) -> None:
 
     Raises:
         FileNotFoundError: If the folder does not exist.
+        TypeError: For anything but a `Cache`, such as the caches of a decoder of local and other layers.
         ValueError: If the cache is being traced.
 
     Example:
@@ -44,16 +47,18 @@ def save_cache(cache: Cache, path: str | os.PathLike) -> None:
         >>> again.length.tolist(), again.spec.max_tokens
         ([300], 8192)
     """
+    if not isinstance(cache, Cache):
+        raise TypeError(f"expected a tq_jax.Cache (a file holds one), got {type(cache).__name__}")
     if is_traced(cache):
         raise ValueError("expected a cache with values, got one that is being traced: save it outside of jit")
     spec, rows = cache.spec, cache.rows
-    pages = -(-int(jnp.max(cache.compressed, initial=0)) // spec.page_size)
+    pages = min(-(-int(jnp.max(cache.compressed, initial=0)) // spec.page_size), spec.pages_per_row)
 
     def stored(name: str, leaf: jax.Array) -> jax.Array:
         return leaf.reshape(rows, spec.pages_per_row, *leaf.shape[1:])[:, :pages] if _is_paged(name) else leaf
 
     arrays = {name: np.asarray(stored(name, leaf)) for name, leaf in named_leaves(cache).items()}
-    header = {"format": CACHE_FORMAT, "spec": dataclasses.asdict(spec), "rows": rows, "pages": pages}
+    header = {"format": CACHE_FORMAT, "spec": spec_fields(spec), "rows": rows, "pages": pages}
     write_arrays(path, header, arrays)
 
 
@@ -129,6 +134,17 @@ def load_statistics(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
     """
     _, arrays = read_arrays(path, expected_statistics)
     return arrays["mean"], arrays["weight"]
+
+
+def spec_fields(spec: CacheSpec) -> dict[str, Any]:
+    """The fields of a spec, for a header; `CacheSpec` gives the ones left out their value.
+
+    Example:
+        >>> "sliding_window" in spec_fields(CacheSpec.full_precision(num_kv_heads=2, head_dim=64, max_tokens=512))
+        False
+    """
+    fields = dataclasses.asdict(spec)
+    return {name: value for name, value in fields.items() if name != "sliding_window" or value is not None}
 
 
 def expected_cache(header: dict[str, Any]) -> Shapes:

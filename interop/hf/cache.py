@@ -22,7 +22,7 @@ from interop.hf.layer import CompressedLayer, Compression, layer_bytes
 OWN_OPTIONS = ("key_bits", "value_bits", "max_tokens", "seed", "exact_prompt")
 """Options of `TurboQuantCache` besides the fields of `tq_jax.CacheSpec`."""
 
-OF_THE_MODEL = ("num_kv_heads", "head_dim", "max_tokens")
+OF_THE_MODEL = ("num_kv_heads", "head_dim", "max_tokens", "sliding_window")
 """Fields of `tq_jax.CacheSpec` that each layer fills in itself."""
 
 

@@ -40,7 +40,15 @@ class CacheRows:
     device: torch.device
 
     def _adopt(self, arrays: tq.Cache) -> None:
-        """Takes over tensors and reads the counters that the host keeps."""
+        """Takes over tensors and reads the counters that the host keeps.
+
+        Raises:
+            NotImplementedError: For a cache that overwrites tokens behind a sliding window.
+        """
+        if arrays.spec.sliding_window is not None:
+            raise NotImplementedError(
+                f"a cache of torch tensors keeps all tokens, got sliding_window={arrays.spec.sliding_window}"
+            )
         self.arrays: Any = arrays  # a Cache, of leaves that its annotations do not know
         self.lengths = tuple(arrays.length.tolist())
         self.compressed = tuple(arrays.compressed.tolist())

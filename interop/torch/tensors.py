@@ -12,7 +12,7 @@ import torch
 import tq_jax as tq
 from interop.torch.dlpack import to_torch
 from tq_jax.cache import require_counters
-from tq_jax.store import named_leaves
+from tq_jax.store import named_leaves, spec_fields
 
 SHARED = ("key_quantizer", "value_quantizer", "spec")
 """Fields of a cache that all rows share and that no append changes."""
@@ -97,7 +97,7 @@ def grow_pools(arrays: tq.Cache, spec: tq.CacheSpec, used: int) -> tq.Cache:
 
 def named_tensors(arrays: tq.Cache) -> dict[str, Any]:
     """The tensors by dotted name, and the spec as JSON under "spec"."""
-    return {"spec": json.dumps(dataclasses.asdict(arrays.spec), sort_keys=True), **named_leaves(arrays)}
+    return {"spec": json.dumps(spec_fields(arrays.spec), sort_keys=True), **named_leaves(arrays)}
 
 
 def load_tensors(arrays: tq.Cache, state: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import tq_jax as tq
 from interop.tunix.cache import LayerCache
 from interop.tunix.families import own_attention
 
-OF_THE_SAMPLER = ("num_kv_heads", "head_dim", "max_tokens")
+OF_THE_SAMPLER = ("num_kv_heads", "head_dim", "max_tokens", "sliding_window")
 """Fields of `tq_jax.CacheSpec` that the model and the sampler say."""
 
 
@@ -87,7 +87,7 @@ def compress(model: Any, *, key_bits: float = 4, value_bits: float = 4, seed: in
 
     Raises:
         TypeError: For a field that `tq_jax.CacheSpec` does not have.
-        ValueError: For a field that model and sampler say: num_kv_heads, head_dim, max_tokens.
+        ValueError: For a field that model and sampler say: num_kv_heads, head_dim, max_tokens, sliding_window.
         NotImplementedError: For other models, models that see images, models that are compressed already, and
             parameters that are spread over several devices.
     """

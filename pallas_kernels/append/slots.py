@@ -5,6 +5,11 @@ behind the sinks takes slot sink_slots + s % ring. The token whose place it take
 
     position   0 .. sink_slots-1 | sink_slots .. sink_slots+compressed-1 | sink_slots+compressed .. length-1
     lies in    sink slots        | pages, in order                       | ring
+
+The tokens of the pages are counted from the first behind the sinks: their addresses. Address a is on the row's page
+a // page_size. A row has room for its latest `pages_per_row` pages: page p lies at p % pages_per_row and, once its
+first token comes, takes the whole place of page p - pages_per_row. In a row with room for all its pages nothing is ever
+overwritten.
 """
 
 from typing import Any
@@ -41,6 +46,51 @@ def left(after: Any, *, sink_slots: int, ring: int) -> Any:
     return after - sink_slots - ring
 
 
+def first_page(compressed: Any, *, pages_per_row: int, page_size: int) -> Any:
+    """The earliest page of a row that is still there once `compressed` tokens have left its ring.
+
+    Args:
+        compressed: int32, not negative.
+        pages_per_row: Pages for which a row has room, at least 1.
+        page_size: Tokens per page.
+
+    Example:
+        >>> first_page(np.array([0, 12, 13, 16, 17]), pages_per_row=3, page_size=4).tolist()
+        [0, 0, 1, 1, 2]
+    """
+    pages = _quotient(compressed + (page_size - 1), page_size)
+    return _numpy(pages).maximum(pages - pages_per_row, 0)
+
+
+def page_at(page: Any, row: Any, *, pages_per_row: int) -> Any:
+    """Where in the pools the page of a row lies.
+
+    Example:
+        >>> page_at(np.arange(3, 6), 2, pages_per_row=4).tolist()
+        [11, 8, 9]
+    """
+    return row * pages_per_row + _remainder(page, pages_per_row)
+
+
+def page_slot(address: Any, row: Any, compressed: Any, *, pages_per_row: int, page_size: int) -> tuple[Any, Any]:
+    """The slot, page * page_size + place, of the token at an address of a row, and whether its page is still there.
+
+    Args:
+        address: int32, not negative and below `compressed` where the outcome is to mean something.
+        row: int32, cache row.
+        compressed: int32, tokens that have left the row's ring.
+        pages_per_row: Pages for which a row has room, at least 1.
+        page_size: Tokens per page.
+
+    Example:
+        >>> slot, there = page_slot(np.arange(3, 9), 1, 9, pages_per_row=2, page_size=4)
+        >>> slot.tolist(), there.tolist()
+        ([11, 12, 13, 14, 15, 8], [False, True, True, True, True, True])
+    """
+    slot = row * (pages_per_row * page_size) + _remainder(address, pages_per_row * page_size)
+    return slot, address >= page_size * first_page(compressed, pages_per_row=pages_per_row, page_size=page_size)
+
+
 def token_in_slot(slot: Any, length: Any, compressed: Any, *, sink_slots: int, slots: int) -> tuple[Any, Any]:
     """The position of the token in a slot, and whether there is one.
 
@@ -69,6 +119,11 @@ def token_in_slot(slot: Any, length: Any, compressed: Any, *, sink_slots: int, s
 
 def _numpy(x: Any) -> Any:
     return jnp if isinstance(x, jax.Array) else np
+
+
+def _quotient(x: Any, divisor: int) -> Any:
+    """The quotient of a number that is not negative; C's, as is the remainder."""
+    return lax.div(x, jnp.full_like(x, divisor)) if isinstance(x, jax.Array) else x // divisor
 
 
 def _remainder(x: Any, divisor: int) -> Any:

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.append.slots import left, slot_of, stays
+from pallas_kernels.append.slots import left, page_slot, slot_of, stays
 from pallas_kernels.numerics import power_of_two
 
 TILE = 8
@@ -33,7 +33,7 @@ class WindowPlan:
     Attributes:
         sink_slots: Full-precision slots for the first tokens.
         max_tokens: Tokens that a cache row can hold.
-        pages_per_row: Pages per cache row.
+        pages_per_row: Pages per cache row; 0 without pages.
         page_size: Tokens per page.
         leaves: Whether tokens that leave are written out.
         interpret: Whether the kernels run as jnp.
@@ -56,7 +56,7 @@ class Window:
         keys: [rows, h_kv, slots, d], the sink slots, then a ring; None without slots.
         values: [rows, h_kv, slots, d], of the type of the keys; None without slots.
         length: int32 [rows], tokens of each cache row.
-        compressed: int32 [rows], tokens in pages.
+        compressed: int32 [rows], tokens that left the ring.
         overflow: uint8 [rows], whether a chunk did not fit and was left out.
     """
 
@@ -101,7 +101,8 @@ class LeavingTokens:
         counters: int32 [b, 2]: tokens of the cache row before, and new tokens, -1 if they do not fit.
         keys: [b, t, h_kv, d], keys of the token that leaves beside each new token; zero where none leaves.
         values: [b, t, h_kv, d], its values.
-        page_slots: int32 [b, t], page * page_size + place where it goes, -1 where none leaves.
+        page_slots: int32 [b, t], page * page_size + place where it goes, -1 where none leaves or where the chunk itself
+            would overwrite it.
     """
 
     counters: Any
@@ -214,6 +215,11 @@ def _ring(window: Window, plan: WindowPlan) -> int:
     return 0 if window.keys is None else window.keys.shape[2] - plan.sink_slots
 
 
+def _compressed(before: jax.Array, after: jax.Array, ring: int, plan: WindowPlan) -> jax.Array:
+    """Tokens that have left the ring of a row of `after` tokens, from which `before` had left already."""
+    return jnp.maximum(before, left(after, sink_slots=plan.sink_slots, ring=ring))
+
+
 def _leave(new: NewTokens, window: Window, out: LeavingTokens, *, plan: WindowPlan) -> None:
     """Kernel body of `leave`; program (block of tokens, KV head, chunk). All arguments are references."""
     tokens, dim = new.keys.shape[1], new.keys.shape[3]
@@ -248,9 +254,11 @@ def _leave(new: NewTokens, window: Window, out: LeavingTokens, *, plan: WindowPl
 
     @pl.when(this.head == 0)
     def _() -> None:
-        address = row * (plan.pages_per_row * plan.page_size) + position - plan.sink_slots  # [tile]
+        after = _compressed(window.compressed[row], before + jnp.maximum(count, 0), ring, plan)
+        pages = dict(pages_per_row=plan.pages_per_row, page_size=plan.page_size)
+        slot, there = page_slot(position - plan.sink_slots, row, after, **pages)  # [tile] each
         at = out.page_slots.at[jnp.full_like(this.step, this.chunk), this.step]
-        plt.store(at, jnp.where(leaves, address, -1), mask=written)
+        plt.store(at, jnp.where(leaves & there, slot, -1), mask=written)
 
 
 def _enter(new: NewTokens, counters: Any, window: Window, out: Window, *, plan: WindowPlan) -> None:
@@ -276,5 +284,5 @@ def _enter(new: NewTokens, counters: Any, window: Window, out: Window, *, plan: 
     @pl.when((pl.program_id(0) == 0) & (this.head == 0) & exists)
     def _() -> None:
         out.length[row] = after
-        out.compressed[row] = jnp.maximum(window.compressed[row], left(after, sink_slots=plan.sink_slots, ring=ring))
+        out.compressed[row] = _compressed(window.compressed[row], after, ring, plan)
         out.overflow[row] = jnp.where(count < 0, jnp.ones((), window.overflow.dtype), window.overflow[row])

@@ -95,8 +95,8 @@ def attend_prepared(
         pages: The pools; None without compressed tokens.
         plan: The configuration.
         stored_dtype: Type of full-precision slots, uint16 for bfloat16, where there may be none.
-        block_table: int32 [b, n], page of each run of page_size tokens; None if the pages of cache row r lie in order
-            from r * pages_per_row on.
+        block_table: int32 [b, n], page of each run of page_size tokens; None if the pages of cache row r lie where
+            `pallas_kernels.append.slots` says.
         value_basis: Basis of compressed values; None for channels as they are.
         sink_logits: [h_q], learned logits without a value.
         overflow: bool [rows], cache rows whose outputs are NaN.
@@ -140,9 +140,9 @@ def prepare_queries(
     batch, _, _, dim = x.query.shape
     cache_rows = x.length.shape[0]
     if pages is None:
-        kv_heads, pages_per_row = x.keys.shape[1], 0
+        kv_heads, pages_per_row, page_size = x.keys.shape[1], 0, 1
     else:
-        kv_heads = pages.keys.packed.shape[1]
+        kv_heads, page_size = pages.keys.packed.shape[1:3]
         pages_per_row = pages.keys.packed.shape[0] // cache_rows if block_table is None else block_table.shape[1]
     without_slots = (batch, kv_heads, 0, dim)
     prepared = prepare(
@@ -154,6 +154,7 @@ def prepare_queries(
             options=plan.options,
             sink_slots=plan.sink_slots,
             pages_per_row=pages_per_row,
+            page_size=page_size,
             sketch_gain=plan.sketch_gain,
             interpret=plan.interpret,
         ),

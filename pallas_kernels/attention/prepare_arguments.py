@@ -18,6 +18,7 @@ class PreparePlan:
         kv_heads: KV heads.
         sink_slots: Full-precision slots before the ring, one per sink token.
         pages_per_row: Pages per cache row; 0 without compressed tokens.
+        page_size: Tokens per page.
         sketch_gain: Factor of the sketch of queries.
         slot_tile: Full-precision slots per step.
         slot_queries: Query rows of a KV head that a program attends with.
@@ -31,6 +32,7 @@ class PreparePlan:
     kv_heads: int
     sink_slots: int
     pages_per_row: int
+    page_size: int
     sketch_gain: float
     slot_tile: int
     slot_queries: int
@@ -50,7 +52,7 @@ class PrepareInputs:
         rows: int32 [b], cache row of each sequence; None for all in order.
         counts: int32 [b], query tokens of each sequence; None for t.
         length: int32 [rows], tokens of each cache row.
-        compressed: int32 [rows], tokens in pages.
+        compressed: int32 [rows], tokens that left the ring for the pages.
         keys: [rows, h_kv, slots, d], full-precision keys; uint16 are the bits of bfloat16.
         values: [rows, h_kv, slots, d], full-precision values, of the type of the keys.
         mean: float32 [rows, h_kv, d], subtracted from compressed keys.
@@ -93,9 +95,9 @@ class Prepared:
         query: float32 [b, t, h_q, d], divided by the weight and rotated.
         bias: float32 [b, t, h_q], logits of the queries with the key mean.
         sketch: float32 [b, t, h_q, d], sketch of the rotated queries times its gain.
-        table: int32 [b, pages_per_row], block table.
-        lengths: int32 [b], tokens in pages.
-        positions: int32 [b, t], positions of the queries, counted from the first token behind the sink tokens.
+        table: int32 [b, pages_per_row], block table of the pages that are still there, in order.
+        lengths: int32 [b], tokens in these pages.
+        positions: int32 [b, t], positions of the queries, counted from the first token of these pages.
     """
 
     acc: Any = None

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.append.slots import first_page, page_at
 from pallas_kernels.attention.full_precision_triton import attend_new, attend_slots, query_block, terms_of
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.prepare_arguments import Prepared, PrepareInputs, PreparePlan
@@ -53,6 +54,7 @@ def prepare_plan(
     options: LogitOptions,
     sink_slots: int,
     pages_per_row: int,
+    page_size: int,
     sketch_gain: float,
     interpret: bool,
 ) -> PreparePlan:
@@ -72,6 +74,7 @@ def prepare_plan(
         kv_heads=kv_heads,
         sink_slots=sink_slots,
         pages_per_row=pages_per_row,
+        page_size=page_size,
         sketch_gain=sketch_gain,
         slot_tile=tile,
         slot_queries=queries,
@@ -331,15 +334,19 @@ def _write_table(x: PrepareInputs, out: Prepared, program: jax.Array, plan: Prep
     block, sequence = _divided(program, -(-plan.pages_per_row // TABLE_BLOCK))
     row = _row(x, sequence)
     size = min(TABLE_BLOCK, power_of_two(plan.pages_per_row))
-    page = block * TABLE_BLOCK + lax.broadcasted_iota(jnp.int32, (size,), 0)  # [pages]
-    at = out.table.at[jnp.full_like(page, sequence), page]
-    plt.store(at, row * plan.pages_per_row + page, mask=page < plan.pages_per_row)
+    entry = block * TABLE_BLOCK + lax.broadcasted_iota(jnp.int32, (size,), 0)  # [entries]
+    compressed = x.compressed[row]
+    first = first_page(compressed, pages_per_row=plan.pages_per_row, page_size=plan.page_size)
+    at = out.table.at[jnp.full_like(entry, sequence), entry]
+    page = page_at(first + entry, row, pages_per_row=plan.pages_per_row)  # [entries]
+    plt.store(at, page, mask=entry < plan.pages_per_row)
 
     @pl.when(block == 0)
     def _() -> None:
-        out.lengths[sequence] = x.compressed[row]
+        overwritten = first * plan.page_size
+        out.lengths[sequence] = compressed - overwritten
         token = lax.broadcasted_iota(jnp.int32, (power_of_two(count),), 0)  # [t padded]
-        position = _first_position(x, sequence, row) - plan.sink_slots + token
+        position = _first_position(x, sequence, row) - plan.sink_slots - overwritten + token
         plt.store(out.positions.at[jnp.full_like(token, sequence), token], position, mask=token < count)
 
 

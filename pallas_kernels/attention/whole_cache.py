@@ -24,12 +24,12 @@ class CacheArrays:
     """Arrays of a cache; a pytree.
 
     Attributes:
-        pages: Packed pages, page p of row r at r * pages_per_row + p; None if no token is ever compressed.
+        pages: Packed pages, laid out as `pallas_kernels.append.slots` says; None if no token is ever compressed.
         exact_keys: [rows, h_kv, slots, d], full-precision keys: the first tokens, then a ring of the latest, token s of
             those behind the first at s % ring. float16, float32 or, as uint16, the bits of bfloat16.
         exact_values: Full-precision values, laid out like the keys.
         length: int32 [rows], tokens.
-        compressed: int32 [rows], tokens in the pages.
+        compressed: int32 [rows], tokens that left the ring for the pages.
         overflow: bool [rows], rows whose outputs are NaN.
         mean: float32 [rows, h_kv, d], subtracted from compressed keys; None for zero.
         weight: float32 [rows, h_kv, d], multiplied to compressed keys; None, as mean, for one.

@@ -66,8 +66,9 @@ class Scheme:
         return description(self.name, self.label, (self.key_bits, self.value_bits), self.stored_bits, ratio)
 
     def start(self, decoder: Decoder, reference: "Reference") -> tq.Cache:
-        """A cache that holds the prefix; see `Runner`."""
-        return fill_cache(decoder.init_cache(self.cache, batch=1), *reference.projections, jnp.int32(reference.prefix))
+        """A cache that holds the prefix, with every token of local layers too; see `Runner`."""
+        whole = tq.init_cache(self.cache, batch=decoder.config.num_layers)
+        return fill_cache(whole, *reference.projections, jnp.int32(reference.prefix))
 
     def extend(
         self, decoder: Decoder, tokens: Int[Array, "1 t"], cache: tq.Cache, *, count: Int[Array, ""] | None = None
@@ -271,10 +272,10 @@ def fill_cache(cache: tq.Cache, query: Array, key: Array, value: Array, length: 
 @functools.partial(jax.jit, donate_argnums=2)
 def _extend(
     decoder: Decoder, tokens: Int[Array, "1 t"], cache: tq.Cache, count: Int[Array, ""] | None
-) -> tuple[Float[Array, "t vocab"], tq.Cache]:
+) -> tuple[Float[Array, "t vocab"], Any]:
     lengths = None if count is None else count[None]
-    hidden, cache = decoder.extend(tokens, cache, lengths=lengths, as_stored=True)
-    return decoder.logits(hidden)[0], cache
+    hidden, after = decoder.extend(tokens, cache, lengths=lengths, as_stored=True)
+    return decoder.logits(hidden)[0], after
 
 
 @jax.jit

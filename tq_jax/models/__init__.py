@@ -8,6 +8,7 @@ from tq_jax.models.decoder import Decoder
 from tq_jax.models.fetch import cache_dir, fetch_default_model
 from tq_jax.models.generate import Generation, generate, pad_prompts
 from tq_jax.models.language_model import LanguageModel, load_model
+from tq_jax.models.layer_caches import LayerCaches
 from tq_jax.models.many import Finished, ManyGenerations, Tally, generate_many
 from tq_jax.models.rope import RopeScaling
 from tq_jax.models.sampling import Sampling
@@ -21,6 +22,7 @@ __all__ = [
     "Finished",
     "Generation",
     "LanguageModel",
+    "LayerCaches",
     "ManyGenerations",
     "MeshAxes",
     "RopeScaling",

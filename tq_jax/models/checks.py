@@ -12,6 +12,7 @@ from jax.experimental.multihost_utils import process_allgather
 import tq_jax as tq
 from tq_jax.models.config import DecoderConfig
 from tq_jax.models.decoder import Decoder
+from tq_jax.models.layer_caches import Caches
 from tq_jax.models.sampling import Sampling
 
 
@@ -20,7 +21,7 @@ def check_request(
     tokens: Any,
     lengths: Any,
     cache_spec: tq.CacheSpec | None,
-    cache: tq.Cache | None,
+    cache: Caches | None,
     *,
     max_new_tokens: int,
     stop_tokens: Sequence[int],
@@ -123,7 +124,7 @@ def _check_prompts(
 
 
 def _check_room(
-    decoder: Decoder, lengths: Any, max_tokens: int, cache: tq.Cache | None, max_new_tokens: int, shares: int
+    decoder: Decoder, lengths: Any, max_tokens: int, cache: Caches | None, max_new_tokens: int, shares: int
 ) -> None:
     """Check that the prompts and the new tokens fit into the cache and the model's context."""
     prompt = np.asarray(lengths)
@@ -141,7 +142,7 @@ def _check_room(
             raise ValueError(f"{name}: expected room for {needed} tokens ({parts}), got {room}")
 
 
-def _check_cache(decoder: Decoder, cache: tq.Cache, batch: int, shares: int) -> np.ndarray:
+def _check_cache(decoder: Decoder, cache: Caches, batch: int, shares: int) -> np.ndarray:
     """The tokens of each sequence, after a check that a cache fits the decoder and the batch, and holds all of them."""
     decoder.require_rows(cache, batch=batch * shares)
     config, spec = decoder.config, cache.spec

@@ -4,10 +4,9 @@ Layers that are alike and follow each other form a run: one block whose paramete
 one `lax.scan`. On a GPU every layer is a run of its own: XLA copies the slice of a layer before a product reads it,
 which would make a decoding step three times as slow. On a CPU a run is as long as it can be: 30 layers in one program
 take a minute to compile there. One cache holds every layer: cache row `layer * b + sequence` belongs to that layer of
-that sequence, so no part of the cache is sliced out or stacked back.
-
-Local layers (a query sees a sliding window only) keep all their tokens compressed, like the other layers: this is
-simple, and takes more memory than a ring of one window would.
+that sequence, so no part of the cache is sliced out or stacked back. If some layers are local (a query sees a sliding
+window only) and others are not, each kind has a cache; local layers keep the tokens of one window. `layer_caches` has
+both forms.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from tq_jax.models.blocks import linear
 from tq_jax.models.causal import causal_attention
 from tq_jax.models.config import DecoderConfig, Run, runs_of
 from tq_jax.models.families import FAMILIES
+from tq_jax.models.layer_caches import Caches, init_layers, layer_of, map_caches, parts_of, require_layers, with_layer
 from tq_jax.models.rope import Turn, rotary_turn
 
 # (query [b, t, h_q, d], key and value [b, t, h_kv, d], carry, cache rows int32 [b]; window: int or None, tokens that a
@@ -82,18 +82,20 @@ class Decoder(nnx.Module):
         if not config.tied_head:
             self.head = linear(config.dim, (config.vocab_size,), dtype=dtype, rngs=rngs)
 
-    def init_cache(self, spec: tq.CacheSpec, *, batch: int) -> tq.Cache:
+    def init_cache(self, spec: tq.CacheSpec, *, batch: int) -> Caches:
         """An empty cache for all layers.
 
         Args:
-            spec: Spec of the cache of one layer.
+            spec: Spec of the cache of a layer that sees all tokens. Layers with a sliding window keep the tokens of one
+                window.
             batch: Number of sequences.
 
         Returns:
-            A cache of `num_layers * batch` rows.
+            A cache of `num_layers * batch` rows: a `tq_jax.Cache` if all layers are alike, else a `LayerCaches`.
 
         Raises:
-            ValueError: If the spec has other KV heads or another head_dim than the decoder, or if the batch is empty.
+            ValueError: If the spec has other KV heads or another head_dim than the decoder, or a sliding window, or if
+                the batch is empty.
         """
         expected = (self.config.num_kv_heads, self.config.head_dim)
         if (spec.num_kv_heads, spec.head_dim) != expected:
@@ -102,7 +104,7 @@ class Decoder(nnx.Module):
             )
         if batch < 1:
             raise ValueError(f"batch: expected at least 1 sequence, got {batch}")
-        return tq.init_cache(spec, batch=self.config.num_layers * batch)
+        return init_layers(self.config, spec, batch=batch)
 
     def forward(self, tokens: jax.Array) -> jax.Array:
         """Exact hidden states, without a cache.
@@ -138,8 +140,8 @@ class Decoder(nnx.Module):
         return hidden, kept
 
     def prefill(
-        self, tokens: jax.Array, cache: tq.Cache, *, lengths: jax.Array | None = None
-    ) -> tuple[jax.Array, tq.Cache]:
+        self, tokens: jax.Array, cache: Caches, *, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, Caches]:
         """Run a prompt with exact attention and append its keys and values to an empty cache.
 
         Args:
@@ -160,18 +162,20 @@ class Decoder(nnx.Module):
     def _run_prompt(
         self,
         tokens: jax.Array,
-        cache: tq.Cache,
+        cache: Caches,
         start: jax.Array,
         *,
         lengths: jax.Array | None,
         attend: Callable[..., jax.Array],
         stride: int = 1,
-    ) -> tuple[jax.Array, tq.Cache]:
+    ) -> tuple[jax.Array, Caches]:
         """See `prefill`; every layer mixes by `attend(query, key, value, window=..., scale=...)`."""
 
-        def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: tq.Cache, rows: jax.Array, **options: Any):
-            stored = tq.append(cache, key, value, query=query, lengths=lengths, rows=rows)
-            return attend(query, key, value, **options), stored, None
+        def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: Caches, rows: jax.Array, **options: Any):
+            window = options["window"]
+            own, rows = layer_of(cache, rows, window=window)
+            stored = tq.append(own, key, value, query=query, lengths=lengths, rows=rows)
+            return attend(query, key, value, **options), with_layer(cache, stored, window=window), None
 
         hidden, cache, _ = self.run(tokens, cache, start, mix, stride=stride)
         return hidden, cache
@@ -179,13 +183,13 @@ class Decoder(nnx.Module):
     def extend(
         self,
         tokens: jax.Array,
-        cache: tq.Cache,
+        cache: Caches,
         *,
         lengths: jax.Array | None = None,
         as_stored: bool = False,
         implementation: Implementation = "auto",
         precise: bool = False,
-    ) -> tuple[jax.Array, tq.Cache]:
+    ) -> tuple[jax.Array, Caches]:
         """Attend over the tokens of the cache and, exactly, over those of a chunk, and append the chunk.
 
         Args:
@@ -194,7 +198,8 @@ class Decoder(nnx.Module):
             lengths: int32 [b], valid tokens of this chunk per sequence; None means all. A sequence with 0 valid tokens
                 stays as it was.
             as_stored: Whether tokens of the chunk see each other as the cache holds them, as for the study of a cache:
-                each layer appends the chunk first and attends then.
+                each layer appends the chunk first and attends then. Local layers then need a cache that keeps more than
+                a window: `tq_jax.init_cache(spec, batch=num_layers * b)` keeps all tokens of all layers.
             implementation: Implementation of attention, see `tq_jax.attend`.
             precise: Whether attention is precise, see `tq_jax.attend`.
 
@@ -202,31 +207,37 @@ class Decoder(nnx.Module):
             Hidden states [b, t, dim] after the final norm (meaningless in the padding), and the cache.
 
         Raises:
-            ValueError: If the cache does not have `num_layers * b` rows.
+            ValueError: If the cache does not have `num_layers * b` rows, or with as_stored no longer holds what
+                the chunk sees.
         """
         self.require_rows(cache, batch=tokens.shape[0])
         how: dict[str, Any] = {"lengths": lengths, "implementation": implementation, "precise": precise}
         few = tokens.shape[1] <= FEW_TOKENS and not as_stored
         start = self._lengths(cache, batch=tokens.shape[0])
 
-        def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: tq.Cache, rows: jax.Array, **options: Any):
+        def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: Caches, rows: jax.Array, **options: Any):
+            window = options["window"]
+            own, rows = layer_of(cache, rows, window=window)
             added = {"query": query, "lengths": lengths, "rows": rows, "start": start}
-            stored = cache if few else self._append(cache, key, value, **added)
-            chunk, read = (None, stored) if as_stored else ((key, value), cache)
+            stored = own if few else self._append(own, key, value, **added)
+            chunk, read = (None, stored) if as_stored else ((key, value), own)
             mixed = self._attend(query, read, chunk=chunk, rows=rows, **options, **how)
-            return mixed, stored, (query, key, value) if few else None
+            return mixed, with_layer(cache, stored, window=window), (query, key, value) if few else None
 
         hidden, cache, kept = self.run(tokens, cache, start, mix)
         if few:
-            # One append for all layers.
-            query, key, value = kept
+            # One append for all layers, or one for each kind.
+            def append(cache: tq.Cache, query: jax.Array, *chunk: jax.Array) -> tq.Cache:
+                key, value, counts, first = chunk
+                return self._append(cache, key, value, query=query, lengths=counts, start=first)
+
             counts, first = (jnp.tile(x, self.config.num_layers) for x in (counts_after(hidden, lengths), start))
-            cache = self._append(cache, key, value, query=query, lengths=counts, start=first)
+            cache = map_caches(append, cache, *kept, counts, first)
         return hidden, cache
 
-    def _lengths(self, cache: tq.Cache, *, batch: int) -> jax.Array:
+    def _lengths(self, cache: Caches, *, batch: int) -> jax.Array:
         """Tokens of each sequence, int32 [b]."""
-        return cache.length[:batch]
+        return parts_of(cache)[0].length[:batch]
 
     def _attend(
         self, query: jax.Array, cache: tq.Cache, *, chunk: Any, window: int | None, **options: Any
@@ -300,22 +311,17 @@ class Decoder(nnx.Module):
         base, scaling = self.config.rope(window)
         return rotary_turn(positions, head_dim=self.config.head_dim, base=base, scaling=scaling)
 
-    def require_rows(self, cache: tq.Cache, *, batch: int) -> None:
-        """Check that a cache has one row per layer and sequence.
+    def require_rows(self, cache: Caches, *, batch: int) -> None:
+        """Check that a cache has one row per layer and sequence, and the tokens that each layer sees.
 
         Args:
             cache: The cache.
             batch: Number of sequences.
 
         Raises:
-            ValueError: If the cache does not have `num_layers * batch` rows.
+            ValueError: If the cache does not have `num_layers * batch` rows, or keeps fewer tokens than layers see.
         """
-        expected = self.config.num_layers * batch
-        if cache.length.shape != (expected,):
-            raise ValueError(
-                f"cache: expected {expected} rows ({self.config.num_layers} layers x {batch} sequences), "
-                f"got {cache.length.shape[0]}"
-            )
+        require_layers(self.config, cache, batch=batch)
 
 
 def counts_after(hidden: jax.Array, lengths: jax.Array | None) -> jax.Array:

@@ -18,6 +18,7 @@ import tq_jax as tq
 from tq_jax.attention import Implementation
 from tq_jax.models.checks import check_request, require_key
 from tq_jax.models.decoder import Decoder
+from tq_jax.models.layer_caches import Caches
 from tq_jax.models.prompt import draw_first, keys_at, run_in_chunks
 from tq_jax.models.sampling import Sampling, sample
 from tq_jax.models.sharding import AXES, Layout, MeshAxes, cache_shardings, init_cache, place, run_step, shard
@@ -39,7 +40,7 @@ class Generation:
 
     tokens: jax.Array
     lengths: jax.Array
-    cache: tq.Cache
+    cache: Caches
 
     def sequences(self) -> list[list[int]]:
         """The new tokens of each sequence, without padding."""
@@ -95,7 +96,7 @@ def generate(
     lengths: jax.Array,
     *,
     cache_spec: tq.CacheSpec | None = None,
-    cache: tq.Cache | None = None,
+    cache: Caches | None = None,
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stop_tokens: Sequence[int] = (),
@@ -175,7 +176,7 @@ def generate(
 
 def _run_prompts(
     decoder: Decoder,
-    start: tq.Cache,
+    start: Caches,
     layout: Layout | None,
     prompts: dict[str, Any],
     chunk: int,
@@ -192,8 +193,8 @@ def _run_prompts(
 
 
 def _start_cache(
-    decoder: Decoder, spec: tq.CacheSpec, cache: tq.Cache | None, layout: Layout | None, *, batch: int
-) -> tq.Cache:
+    decoder: Decoder, spec: tq.CacheSpec, cache: Caches | None, layout: Layout | None, *, batch: int
+) -> Caches:
     """The given cache or an empty one, on the devices of a mesh if there is one."""
     if layout is None:
         return decoder.init_cache(spec, batch=batch) if cache is None else cache
@@ -205,8 +206,8 @@ def _start_cache(
 
 @partial(jax.jit, static_argnames=("sampling",), donate_argnames=("cache",))
 def prefill_step(
-    decoder: Decoder, tokens: jax.Array, lengths: jax.Array, cache: tq.Cache, keys: jax.Array, *, sampling: Sampling
-) -> tuple[jax.Array, tq.Cache]:
+    decoder: Decoder, tokens: jax.Array, lengths: jax.Array, cache: Caches, keys: jax.Array, *, sampling: Sampling
+) -> tuple[jax.Array, Caches]:
     """Run prompts over an empty cache and draw the first new token of each sequence.
 
     Args:
@@ -229,13 +230,13 @@ def extend_step(
     decoder: Decoder,
     tokens: jax.Array,
     lengths: jax.Array,
-    cache: tq.Cache,
+    cache: Caches,
     keys: jax.Array,
     *,
     sampling: Sampling,
     implementation: Implementation,
     precise: bool,
-) -> tuple[jax.Array, tq.Cache]:
+) -> tuple[jax.Array, Caches]:
     """Run prompts after the tokens of a cache and draw the first new token of each sequence.
 
     Args:
@@ -261,7 +262,7 @@ def extend_step(
 def decode_loop(
     decoder: Decoder,
     first: jax.Array,
-    cache: tq.Cache,
+    cache: Caches,
     keys: jax.Array,
     stop: jax.Array,
     *,
@@ -269,7 +270,7 @@ def decode_loop(
     max_new_tokens: int,
     implementation: Implementation,
     precise: bool = False,
-) -> tuple[jax.Array, jax.Array, tq.Cache]:
+) -> tuple[jax.Array, jax.Array, Caches]:
     """Draw tokens until every sequence has stopped.
 
     Args:
@@ -320,7 +321,7 @@ def decode_loop(
 def time_decode(
     decoder: Decoder,
     first: jax.Array,
-    make_cache: Callable[[], tq.Cache],
+    make_cache: Callable[[], Caches],
     *,
     max_new_tokens: int,
     stop_tokens: Sequence[int] = (),
@@ -371,10 +372,10 @@ class _State:
     done: jax.Array
     out: jax.Array
     count: jax.Array
-    cache: tq.Cache
+    cache: Caches
 
 
-def _start(first: jax.Array, done: jax.Array, cache: tq.Cache, max_new_tokens: int) -> _State:
+def _start(first: jax.Array, done: jax.Array, cache: Caches, max_new_tokens: int) -> _State:
     """The state after the first new token of each sequence."""
     batch = first.shape[0]
     return _State(

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import tq_jax as tq
 from tq_jax.attention import Implementation
 from tq_jax.models.decoder import Decoder
+from tq_jax.models.layer_caches import Caches
 from tq_jax.models.sampling import Sampling, sample
 from tq_jax.models.sharding import Layout, run_step
 
@@ -19,14 +19,14 @@ def run_in_chunks(
     decoder: Decoder,
     tokens: jax.Array,
     lengths: jax.Array,
-    cache: tq.Cache,
+    cache: Caches,
     keys: jax.Array,
     *,
     chunk: int,
     sampling: Sampling,
     layout: Layout | None = None,
     **how: Any,
-) -> tuple[jax.Array, tq.Cache]:
+) -> tuple[jax.Array, Caches]:
     """Run prompts chunk by chunk after the tokens of a cache, and draw the first new token of each sequence.
 
     Tokens attend exactly over their own chunk, and over what the cache holds of those before it.
@@ -60,12 +60,12 @@ def _chunk_step(
     decoder: Decoder,
     tokens: jax.Array,
     left: jax.Array,
-    cache: tq.Cache,
+    cache: Caches,
     last: jax.Array,
     *,
     implementation: Implementation,
     precise: bool,
-) -> tuple[jax.Array, tq.Cache]:
+) -> tuple[jax.Array, Caches]:
     """Run a chunk of prompts of which `left` tokens [b] are left.
 
     Returns the hidden state [b, 1, dim] of each prompt's last token, `last` where that lies in another chunk, and the
@@ -80,8 +80,8 @@ def _chunk_step(
 
 @partial(jax.jit, static_argnames=("sampling",), donate_argnames=("cache",))
 def _draw_step(
-    decoder: Decoder, cache: tq.Cache, last: jax.Array, keys: jax.Array, *, sampling: Sampling
-) -> tuple[jax.Array, tq.Cache]:
+    decoder: Decoder, cache: Caches, last: jax.Array, keys: jax.Array, *, sampling: Sampling
+) -> tuple[jax.Array, Caches]:
     """`draw_first`, and the cache as it is."""
     return draw_first(decoder, last, keys, sampling=sampling), cache
 

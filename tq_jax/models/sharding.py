@@ -24,6 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import tq_jax as tq
 from tq_jax.models.config import DecoderConfig
 from tq_jax.models.decoder import Decoder
+from tq_jax.models.layer_caches import Caches, map_caches
 from tq_jax.models.share import Share, StripedShare
 from tq_jax.shares import share_spec
 
@@ -157,7 +158,7 @@ def decoder_shardings(decoder: Decoder, mesh: Mesh, *, axes: MeshAxes = AXES) ->
     )
 
 
-def cache_shardings(cache: tq.Cache, mesh: Mesh, *, axes: MeshAxes = AXES) -> Any:
+def cache_shardings(cache: Caches, mesh: Mesh, *, axes: MeshAxes = AXES) -> Any:
     """Where the arrays of a cache lie on a mesh.
 
     Args:
@@ -216,7 +217,7 @@ def place(array: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
-def init_cache(decoder: Decoder, spec: tq.CacheSpec, *, batch: int, mesh: Mesh, axes: MeshAxes = AXES) -> tq.Cache:
+def init_cache(decoder: Decoder, spec: tq.CacheSpec, *, batch: int, mesh: Mesh, axes: MeshAxes = AXES) -> Caches:
     """An empty cache on the devices of a mesh.
 
     Args:
@@ -240,9 +241,9 @@ def init_cache(decoder: Decoder, spec: tq.CacheSpec, *, batch: int, mesh: Mesh, 
     own = share_spec(spec, layout.shares)
     given = {name: getattr(tq.init_cache(own, 0), name) for name in ("key_quantizer", "value_quantizer")}
 
-    def make(given: dict[str, Any]) -> tq.Cache:
+    def make(given: dict[str, Any]) -> Caches:
         empty = decoder.init_cache(own, batch=batch * layout.shares)
-        return dataclasses.replace(empty, **given)
+        return map_caches(lambda one: dataclasses.replace(one, **given), empty)
 
     given = jax.tree.map(lambda x: place(x, layout.named()), given)
     shardings = cache_shardings(jax.eval_shape(make, given), mesh, axes=axes)
@@ -254,7 +255,7 @@ def run_step(
     decoder: Decoder,
     layout: Layout | None,
     *,
-    cache: tq.Cache,
+    cache: Caches,
     arrays: Mapping[str, jax.Array],
     options: Mapping[str, Any],
     donate: bool = True,
@@ -284,13 +285,13 @@ def run_step(
 
 def run_on_mesh(
     decoder: Decoder,
-    cache: tq.Cache,
+    cache: Caches,
     arrays: Mapping[str, jax.Array],
     *,
     step: Callable[..., tuple[Any, ...]],
     layout: Layout,
     options: tuple[tuple[str, Any], ...] = (),
-) -> tuple[tuple[Any, ...], tq.Cache]:
+) -> tuple[tuple[Any, ...], Caches]:
     """Run a step on a mesh, under a `jax.jit` of the caller; for loops other than those of `generate`.
 
     Args:
@@ -304,8 +305,13 @@ def run_on_mesh(
     Returns:
         The results of the step but the last, and the cache.
     """
-    spec, axes = cache.spec, layout.axes
-    own = dataclasses.replace(spec, num_kv_heads=spec.num_kv_heads // layout.heads)
+    axes = layout.axes
+
+    def with_heads(cache: Caches, heads: int) -> Caches:
+        def changed(one: tq.Cache) -> tq.Cache:
+            return dataclasses.replace(one, spec=dataclasses.replace(one.spec, num_kv_heads=heads))
+
+        return map_caches(changed, cache)
 
     shardings = cache_shardings(cache, layout.mesh, axes=axes), jax.tree.map(lambda _: layout.named(), dict(arrays))
     leaves, tree = jax.tree.flatten((cache, dict(arrays)))
@@ -314,10 +320,10 @@ def run_on_mesh(
     def run(decoder: Decoder, kept: list[jax.Array]) -> tuple[tuple[Any, ...], list[jax.Array]]:
         share = _share(decoder, layout)
         cache, arrays = held.whole(kept, local=True)
-        *found, after = inspect.unwrap(step)(
-            share, cache=dataclasses.replace(cache, spec=own), **arrays, **dict(options)
-        )
-        return tuple(found), _with_elements(dataclasses.replace(after, spec=spec))
+        heads = cache.spec.num_kv_heads
+        own = with_heads(cache, heads // layout.heads)
+        *found, after = inspect.unwrap(step)(share, cache=own, **arrays, **dict(options))
+        return tuple(found), _with_elements(with_heads(after, heads))
 
     parameters = jax.tree.map(lambda sharding: sharding.spec, decoder_shardings(decoder, layout.mesh, axes=axes))
     kept, specs = held.with_elements

@@ -11,6 +11,7 @@ from jax import lax
 
 import tq_jax as tq
 from tq_jax.models.decoder import Decoder
+from tq_jax.models.layer_caches import Caches
 from tq_jax.shares import append_share, attend_shares, attend_stripes, own_counts
 
 
@@ -105,8 +106,8 @@ class StripedShare(Share):
         self.sequence_axis = sequence_axis
 
     def prefill(
-        self, tokens: jax.Array, cache: tq.Cache, *, lengths: jax.Array | None = None
-    ) -> tuple[jax.Array, tq.Cache]:
+        self, tokens: jax.Array, cache: Caches, *, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, Caches]:
         """See `Decoder.prefill`; every device runs its share of the tokens, and their hidden states are gathered."""
         self.require_rows(cache, batch=tokens.shape[0])
         axis = self.sequence_axis
@@ -126,7 +127,7 @@ class StripedShare(Share):
         whole = lax.all_gather(hidden, axis, axis=2)  # [b, tokens per device, devices, dim]
         return whole.reshape(batch, -1, hidden.shape[2])[:, :count], cache
 
-    def _lengths(self, cache: tq.Cache, *, batch: int) -> jax.Array:
+    def _lengths(self, cache: Caches, *, batch: int) -> jax.Array:
         return lax.psum(super()._lengths(cache, batch=batch), self.sequence_axis)
 
     def _attend(

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.layer.heads import turned
 from tq_jax.append import append
 from tq_jax.attention import attend
-from tq_jax.cache import Cache, CacheSpec, init_cache
+from tq_jax.cache import Cache, init_cache
+from tq_jax.cache_spec import CacheSpec
 from tq_jax.models.rope import rotary_turn
 from tq_jax.nnx.checks import check_options, check_spec, rotary_base, take_shardings
 
@@ -86,7 +87,8 @@ class CompressedAttention(nnx.MultiHeadAttention):
     Raises:
         ValueError: For a spec of other KV heads or another head_dim, a rope_base that is not positive, or an odd
             head_dim with rope_base.
-        NotImplementedError: For another attention_fn, and for keys and values of other features than the queries.
+        NotImplementedError: For another attention_fn, for keys and values of other features than the queries, and for
+            a spec with a sliding window.
 
     Example:
         >>> layer = CompressedAttention(4, 128, num_kv_heads=2, rope_base=1e4, decode=True, rngs=nnx.Rngs(0))

@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from tq_jax.cache import CacheSpec
+from tq_jax.cache_spec import CacheSpec
 
 WITHOUT_EFFECT = ("is_causal", "rngs")
 """Arguments of a call that change nothing with a cache: decode is causal, and has no dropout."""
@@ -54,6 +54,11 @@ def check_spec(module: Any, spec: CacheSpec | None, rope_base: float | None) -> 
     if spec is not None and (spec.num_kv_heads, spec.head_dim) != expected:
         raise ValueError(
             f"expected a cache_spec of (num_kv_heads, head_dim) {expected}, got {(spec.num_kv_heads, spec.head_dim)}"
+        )
+    if spec is not None and spec.sliding_window is not None:
+        raise NotImplementedError(
+            f"the module attends to all tokens, so that its cache keeps them: expected a cache_spec of "
+            f"sliding_window=None, got {spec.sliding_window}"
         )
     if rope_base is not None and module.head_dim % 2:
         raise ValueError(f"expected an even head_dim with rope_base, got {module.head_dim}")

@@ -5,13 +5,13 @@ from typing import Any
 
 import jax
 
-import tq_jax as tq
+from tq_jax.models.layer_caches import Caches, parts_of
 
 
-def check_in_place(compiled: Any, cache: tq.Cache) -> None:
+def check_in_place(compiled: Any, cache: Caches) -> None:
     """The arrays of the cache are aliased, and the program neither converts nor copies one of them."""
     text = compiled.as_text()
-    stored = [cache.exact_keys, cache.exact_values, *jax.tree.leaves(cache.pages)]
+    stored = jax.tree.leaves([(one.exact_keys, one.exact_values, one.pages) for one in parts_of(cache)])
     assert compiled.memory_analysis().alias_size_in_bytes >= sum(leaf.nbytes for leaf in stored)
     for leaf in stored:
         shape = ",".join(map(str, leaf.shape))

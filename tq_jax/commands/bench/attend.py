@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from tq_jax.attention import Implementation, attend
-from tq_jax.cache import Cache, CacheSpec, init_cache
+from tq_jax.cache import Cache, init_cache
+from tq_jax.cache_spec import CacheSpec
 from tq_jax.commands.bench.job import Job, Row, Setting
 from tq_jax.commands.bench.paged import random_array
 from tq_jax.commands.bench.shapes import DECODE, SMALL, Shape

@@ -1,6 +1,7 @@
 """Rows of `tq-jax demo`: caches measured on a text, and the answers that a model generates from them."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,6 @@ import jax.numpy as jnp
 import typer
 from rich.console import Console
 
-import tq_jax as tq
 from tq_jax.commands.divergence import (
     CHUNK,
     Quality,
@@ -26,6 +26,7 @@ from tq_jax.commands.options import refusing
 from tq_jax.commands.output import progress_bar
 from tq_jax.models import Decoder, LanguageModel
 from tq_jax.models.generate import time_decode
+from tq_jax.models.layer_caches import Caches, map_caches
 
 PREFIX, NEW_TOKENS = 1024, 32
 """Tokens of the prompt, padding included, and most tokens of an answer."""
@@ -152,8 +153,9 @@ def answer(model: LanguageModel, row: Row, prompt: Prompt) -> Row:
     """
     decoder = model.decoder
 
-    def make_cache() -> tq.Cache:
-        return fill_cache(decoder.init_cache(row.scheme.cache, batch=1), *prompt.projections, jnp.int32(prompt.length))
+    def make_cache() -> Caches:
+        fill = functools.partial(fill_cache, length=jnp.int32(prompt.length))
+        return map_caches(fill, decoder.init_cache(row.scheme.cache, batch=1), *prompt.projections)
 
     out, count, seconds = time_decode(
         decoder, prompt.first, make_cache, max_new_tokens=NEW_TOKENS, stop_tokens=model.config.stop_tokens

@@ -19,7 +19,8 @@ from pallas_kernels.encode import launch_triton as encode
 from pallas_kernels.pages import empty_pages
 from tq_jax.append import append
 from tq_jax.attention import attend
-from tq_jax.cache import CacheSpec, init_cache
+from tq_jax.cache import init_cache
+from tq_jax.cache_spec import CacheSpec
 from tq_jax.commands.options import JsonTarget
 from tq_jax.commands.output import environment, open_console, versions, write_json
 from tq_jax.quantizer import QuantizerSpec, encoder, make_quantizer

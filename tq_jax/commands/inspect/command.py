@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from tq_jax import store
-from tq_jax.cache import CacheSpec
+from tq_jax.cache_spec import CacheSpec
 from tq_jax.commands.options import JsonTarget, refusing
 from tq_jax.commands.output import open_console, write_json
 from tq_jax.files import Shapes, read_arrays, read_header

@@ -15,6 +15,7 @@ import tq_jax as tq
 from tq_jax.attention import Implementation
 from tq_jax.models.checks import require_key, require_positive, require_stop_tokens
 from tq_jax.models.decoder import Decoder
+from tq_jax.models.layer_caches import Caches
 from tq_jax.models.many.requests import Finished, Request, bucket, make_requests
 from tq_jax.models.many.steps import Batch, FlatDecoder, advance_rows, empty_rows, fill_rows
 from tq_jax.models.many.tally import Bar, Tally
@@ -80,7 +81,7 @@ class ManyGenerations:
         self._forget()
         # Made now, so that a spec of another model is refused by `generate_many`.
         self._flat = FlatDecoder.of(plan.decoder)
-        self._cache: tq.Cache | None = plan.decoder.init_cache(plan.cache_spec, batch=plan.rows)
+        self._cache: Caches | None = plan.decoder.init_cache(plan.cache_spec, batch=plan.rows)
 
     def __iter__(self) -> Iterator[Finished]:
         return self

@@ -18,6 +18,7 @@ import tq_jax as tq
 from tq_jax.attention import Implementation
 from tq_jax.models.causal import causal_attention
 from tq_jax.models.decoder import Decoder
+from tq_jax.models.layer_caches import Caches, layer_of, map_caches, with_layer
 from tq_jax.models.sampling import Sampling, sample
 from tq_jax.statistics import empty_statistics
 
@@ -100,12 +101,12 @@ def fill_rows(
     flat: FlatDecoder,
     batch: Batch,
     rows: Rows,
-    cache: tq.Cache,
+    cache: Caches,
     key: jax.Array,
     stop: jax.Array,
     *,
     sampling: Sampling,
-) -> tuple[jax.Array, Rows, tq.Cache]:
+) -> tuple[jax.Array, Rows, Caches]:
     """Empty some rows, run prompts exactly, keep their keys and values in these rows, and draw their first tokens.
 
     Args:
@@ -125,10 +126,12 @@ def fill_rows(
     fresh = jnp.zeros(total, bool).at[batch.rows].set(fills)
     cache = emptied(cache, jnp.tile(fresh, decoder.config.num_layers))
 
-    def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: tq.Cache, index: jax.Array, **options: Any):
+    def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: Caches, index: jax.Array, **options: Any):
         places = index // n * total + batch.rows  # the decoder counts n rows per layer, the cache has more
-        stored = tq.append(cache, key, value, query=query, lengths=batch.lengths, rows=places)
-        return causal_attention(query, key, value, **options), stored, None
+        window = options["window"]
+        own, places = layer_of(cache, places, window=window)
+        stored = tq.append(own, key, value, query=query, lengths=batch.lengths, rows=places)
+        return causal_attention(query, key, value, **options), with_layer(cache, stored, window=window), None
 
     hidden, cache, _ = decoder.run(batch.tokens, cache, jnp.zeros(n, jnp.int32), mix)
     last = jnp.take_along_axis(hidden, jnp.maximum(batch.lengths - 1, 0)[:, None, None], axis=1)
@@ -147,7 +150,7 @@ def fill_rows(
 def advance_rows(
     flat: FlatDecoder,
     rows: Rows,
-    cache: tq.Cache,
+    cache: Caches,
     idle: jax.Array,
     enough: jax.Array,
     key: jax.Array,
@@ -157,7 +160,7 @@ def advance_rows(
     steps: int,
     implementation: Implementation,
     precise: bool,
-) -> tuple[jax.Array, jax.Array, Rows, tq.Cache]:
+) -> tuple[jax.Array, jax.Array, Rows, Caches]:
     """Draw up to `steps` tokens for every row that has not ended.
 
     Args:
@@ -182,11 +185,11 @@ def advance_rows(
     cache = emptied(cache, jnp.tile(rows.done, decoder.config.num_layers))
     keys = _sequence_keys(key, rows.prompt)
 
-    def alive(state: tuple[jax.Array, Rows, jax.Array, tq.Cache]) -> jax.Array:
+    def alive(state: tuple[jax.Array, Rows, jax.Array, Caches]) -> jax.Array:
         step, rows, _, _ = state
         return (step < steps) & (jnp.sum(rows.done, dtype=jnp.int32) < enough)
 
-    def advance(state: tuple[jax.Array, Rows, jax.Array, tq.Cache]):
+    def advance(state: tuple[jax.Array, Rows, jax.Array, Caches]):
         step, rows, out, cache = state
         live = (~rows.done).astype(jnp.int32)
         hidden, cache = decoder.extend(
@@ -203,26 +206,30 @@ def advance_rows(
     return out, ran, rows, cache
 
 
-def emptied(cache: tq.Cache, mask: jax.Array) -> tq.Cache:
+def emptied(cache: Caches, mask: jax.Array) -> Caches:
     """The cache with some rows as `init_cache` makes them; what lies in their slots and pages is never read.
 
     Args:
         cache: The cache, of R cache rows.
         mask: bool [R], the cache rows to empty.
     """
-    statistics = cache.statistics
-    if statistics is not None:
-        empty = empty_statistics(cache.rows, cache.spec.num_kv_heads, cache.spec.head_dim)
-        statistics = jax.tree.map(
-            lambda old, new: jnp.where(mask.reshape(-1, *[1] * (old.ndim - 1)), new, old), statistics, empty
+
+    def emptied_one(cache: tq.Cache, mask: jax.Array) -> tq.Cache:
+        statistics = cache.statistics
+        if statistics is not None:
+            empty = empty_statistics(cache.rows, cache.spec.num_kv_heads, cache.spec.head_dim)
+            statistics = jax.tree.map(
+                lambda old, new: jnp.where(mask.reshape(-1, *[1] * (old.ndim - 1)), new, old), statistics, empty
+            )
+        return dataclasses.replace(
+            cache,
+            length=jnp.where(mask, 0, cache.length),
+            compressed=jnp.where(mask, 0, cache.compressed),
+            overflow=cache.overflow & ~mask,
+            statistics=statistics,
         )
-    return dataclasses.replace(
-        cache,
-        length=jnp.where(mask, 0, cache.length),
-        compressed=jnp.where(mask, 0, cache.compressed),
-        overflow=cache.overflow & ~mask,
-        statistics=statistics,
-    )
+
+    return map_caches(emptied_one, cache, mask)
 
 
 def _stops(token: jax.Array, stop: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import typer
 import tq_jax as tq
 from tq_jax.commands.options import BITS
 from tq_jax.models import DecoderConfig
+from tq_jax.models.layer_caches import init_layers
 
 PATTERN = re.compile(r"K([\d.]+)/?V([\d.]+)", re.IGNORECASE)
 
@@ -64,7 +65,7 @@ class Kind:
             batch: Number of sequences.
         """
         spec = self.spec(config, max_tokens)
-        return jax.eval_shape(lambda: tq.init_cache(spec, batch=config.num_layers * batch)).nbytes
+        return jax.eval_shape(lambda: init_layers(config, spec, batch=batch)).nbytes
 
     def read_bytes(self, config: DecoderConfig, tokens: float, batch: int) -> int:
         """Bytes of keys and values that a decoding step must read.

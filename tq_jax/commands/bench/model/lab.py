@@ -7,6 +7,7 @@ import re
 import statistics
 import time
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from tq_jax.commands.bench.model.plan import Plan, Task
 from tq_jax.commands.bench.model.shapes import random_decoder
 from tq_jax.models import Decoder
 from tq_jax.models.generate import PROMPT_CHUNK, decode_loop, prefill_step
+from tq_jax.models.layer_caches import Caches, map_caches, parts_of
 from tq_jax.models.prompt import run_in_chunks
 from tq_jax.models.sampling import Sampling
 
@@ -103,10 +105,10 @@ class Lab:
         compiled = time.perf_counter()
         cache = jax.block_until_ready(self._filled(decoder, jax.jit(make)(), task, task.seq - steps))
         filled, nbytes, seconds = time.perf_counter(), cache.nbytes, []
-        length, packed = jax.device_get((cache.length, cache.compressed))
+        counters = jax.device_get([(one.length, one.compressed) for one in parts_of(cache)])
         for _ in range(1 + REPEATS):
             # Every run starts from the same number of tokens; which tokens they are changes no time.
-            cache = dataclasses.replace(cache, length=jnp.asarray(length), compressed=jnp.asarray(packed))
+            cache = with_counters(cache, counters)
             jax.block_until_ready(cache)
             begun = time.perf_counter()
             _, count, cache = jax.block_until_ready(loop(decoder, first, cache, keys, stop))
@@ -130,7 +132,7 @@ class Lab:
         weights, cache = floors.read_weights(decoder), task.kind.read_bytes(decoder.config, mean, task.batch)
         return {"read_weights_bytes": weights, "read_cache_bytes": cache} | self.setting.floor(us, weights + cache)
 
-    def _filled(self, decoder: Decoder, cache: tq.Cache, task: Task, tokens: int) -> tq.Cache:
+    def _filled(self, decoder: Decoder, cache: Caches, task: Task, tokens: int) -> Caches:
         """The cache with so many tokens per sequence; it is donated."""
         if self.plan.fill == "prompt":
             return _read(decoder, cache, task.batch, tokens)
@@ -161,7 +163,7 @@ class Lab:
         return row | {"peak_bytes": _growth(peak), "compile_s": round(seconds[0] - found, 1), "runs": len(seconds) - 1}
 
 
-def _read(decoder: Decoder, cache: tq.Cache, batch: int, tokens: int) -> tq.Cache:
+def _read(decoder: Decoder, cache: Caches, batch: int, tokens: int) -> Caches:
     """The cache after a prompt of random tokens, in chunks if it is as long as `generate` cuts; it is donated."""
     ids = jax.random.randint(jax.random.key(1), (batch, tokens), 0, decoder.config.vocab_size, jnp.int32)
     arguments = decoder, ids, jnp.full(batch, tokens, jnp.int32), cache, _keys(batch)
@@ -169,6 +171,17 @@ def _read(decoder: Decoder, cache: tq.Cache, batch: int, tokens: int) -> tq.Cach
         options: dict[str, Any] = dict(sampling=Sampling(), implementation="auto", precise=False)
         return jax.block_until_ready(run_in_chunks(*arguments, chunk=PROMPT_CHUNK, **options))[1]
     return jax.block_until_ready(prefill_step(*arguments, sampling=Sampling()))[1]
+
+
+def with_counters(cache: Caches, counters: Sequence[tuple[Any, Any]]) -> Caches:
+    """The cache with other numbers of tokens: `length` and `compressed` of each of its parts."""
+    rest = iter(counters)
+
+    def change(one: tq.Cache) -> tq.Cache:
+        length, compressed = next(rest)
+        return dataclasses.replace(one, length=jnp.asarray(length), compressed=jnp.asarray(compressed))
+
+    return map_caches(change, cache)
 
 
 def _keys(batch: int) -> jax.Array:

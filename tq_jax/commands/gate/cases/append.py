@@ -11,7 +11,8 @@ from pallas_kernels.append.statistics_triton import Observed, update_statistics
 from pallas_kernels.append.whole_cache import AppendPlan, append_cache
 from tq_jax.append import statistics_plan
 from tq_jax.attention import arrays_of
-from tq_jax.cache import CacheSpec, from_storage, init_cache
+from tq_jax.cache import from_storage, init_cache
+from tq_jax.cache_spec import CacheSpec
 from tq_jax.commands.gate.case import Case
 from tq_jax.commands.gate.cases.decode import BATCH, KV_HEADS
 from tq_jax.quantizer import QuantizerSpec, encoder

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import LogitOptions, whole_cache
 from tq_jax.attention import arrays_of, attend_plan
-from tq_jax.cache import CacheSpec, init_cache
+from tq_jax.cache import init_cache
+from tq_jax.cache_spec import CacheSpec
 from tq_jax.commands.gate.case import Case
 from tq_jax.commands.gate.cases.decode import BATCH, EVERYTHING, KV_HEADS, PLAIN
 from tq_jax.quantizer import QuantizerSpec
