@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.pages import Pages, empty_pages
+from pallas_kernels.pytree import pytree
 from tq_jax.quantizer import Quantizer, QuantizerSpec, is_traced, make_quantizer
 from tq_jax.recommended import recommended_quantizers
 from tq_jax.statistics import KeyStatistics, empty_statistics, given_statistics, require_statistics
@@ -174,8 +175,7 @@ class CacheSpec:
         return self.num_kv_heads * (self.key.bytes_per_vector + self.value.bytes_per_vector)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Cache:
     """The arrays of a cache; a pytree. `init_cache` makes one, `append` adds tokens to it.
 
