@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 import tq_jax as tq
+from pallas_kernels.pytree import pytree
 from tq_jax.attention import Implementation
 from tq_jax.models.checks import check_request, require_key
 from tq_jax.models.decoder import Decoder
@@ -353,8 +354,7 @@ def time_decode(
     return out, count, statistics.median(times)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class _State:
     """State of the loop of decode steps.
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 import tq_jax as tq
 from pallas_kernels.layer.heads import turned
+from pallas_kernels.pytree import pytree
 from tq_jax.commands.divergence import Reference, fill_cache
 from tq_jax.commands.eval.schemes import Packed
 from tq_jax.commands.rivals.cache import KeptTokens, extend_dense
@@ -62,8 +63,7 @@ def channel_statistics(
     return mean, floored[0] ** powers[0] / floored[1] ** powers[1]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class TurnedCache(KeptTokens):
     """Kept tokens, a row per layer, that are read around a turning mean of the keys.
 

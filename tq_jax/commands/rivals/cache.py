@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.pytree import pytree
 from tq_jax.commands.rivals.roundings import RIVALS, Rival, Rounding
 from tq_jax.models import Decoder
 
@@ -39,8 +40,7 @@ class KeptTokens:
 Kept = TypeVar("Kept", bound=KeptTokens)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class RivalCache(KeptTokens):
     """Kept tokens that are read as a rival rounds them.
 

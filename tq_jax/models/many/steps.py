@@ -6,7 +6,7 @@ A row is a sequence: it has one cache row per layer, `layer * rows + row`. Both 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import tq_jax as tq
+from pallas_kernels.pytree import pytree
 from tq_jax.attention import Implementation
 from tq_jax.models.causal import causal_attention
 from tq_jax.models.decoder import Decoder
@@ -23,8 +24,7 @@ from tq_jax.models.sampling import Sampling, sample
 from tq_jax.statistics import empty_statistics
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class Rows:
     """What decoding knows of each row; a pytree.
 
@@ -43,8 +43,7 @@ class Rows:
     done: jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class Batch:
     """Prompts that are to fill rows, as arrays of numpy or JAX; a pytree.
 
@@ -63,8 +62,7 @@ class Batch:
     limit: Any
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class FlatDecoder:
     """A decoder as a list of its arrays: a call that walks through its modules takes milliseconds of the host's time.
 
