@@ -20,52 +20,39 @@ PEERS_OF = {"attend": "decode"}
 """Operations that are compared with the peers of another operation."""
 
 
+SHAPES, DIMS = ("batch 8", "batch 32", "long", "single"), ("dim 64", "dim 256")
+"""Names of the shapes that are compared with peers, and of those of other head dims."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Bounds:
     """Bounds of one kind of device: the faster its memory, the less is won by reading fewer bytes.
 
     Attributes:
-        cudnn: Least speedup over cuDNN in bfloat16 at 4, 3 and 2 bits, by the name of a shape.
-        fp8: Least speedup over FlashInfer in fp8 at 4 bits, by the name of a shape; empty where it was never measured.
-        dims: Least speedup over cuDNN in bfloat16 at 4 bits, by the name of a shape of another head_dim.
+        cudnn: Least speedup over cuDNN in bfloat16 at 4, 3 and 2 bits, for each of SHAPES.
+        fp8: Least speedup over FlashInfer in fp8 at 4 bits, for each of SHAPES; empty where it was never measured.
+        dims: Least speedup over cuDNN in bfloat16 at 4 bits, for each of DIMS.
         verify: Most time of four queries over that of one.
         encode: Least speed of encoding without search, as a share of a copy's.
     """
 
-    cudnn: dict[str, tuple[float, float, float]]
-    fp8: dict[str, float]
-    dims: dict[str, float]
+    cudnn: tuple[tuple[float, float, float], ...]
+    fp8: tuple[float, ...]
+    dims: tuple[float, float]
     verify: float
     encode: float
 
 
-BOUNDS = {
-    "H200": Bounds(
-        cudnn={
-            "batch 8": (2.6, 2.8, 3.5),
-            "batch 32": (2.5, 2.7, 3.4),
-            "long": (2.5, 2.6, 3.3),
-            "single": (1.9, 1.9, 2.3),
-        },
-        fp8={},
-        dims={"dim 64": 2.1, "dim 256": 2.3},
-        verify=1.6,
-        encode=0.37,
-    ),
-    "": Bounds(
-        cudnn={
-            "batch 8": (2.9, 3.0, 3.5),
-            "batch 32": (2.9, 3.0, 3.5),
-            "long": (2.5, 2.6, 3.0),
-            "single": (2.0, 2.1, 2.2),
-        },
-        fp8={"batch 8": 1.9, "batch 32": 1.9, "long": 1.7, "single": 1.5},
-        dims={"dim 64": 2.3, "dim 256": 2.3},
-        verify=1.5,
-        encode=0.5,
-    ),
-}
-"""Bounds by a part of the name of the device; those of an H100 for every other one."""
+H100 = Bounds(
+    cudnn=((2.9, 3.0, 3.5), (2.9, 3.0, 3.5), (2.5, 2.6, 3.0), (2.0, 2.1, 2.2)),
+    fp8=(1.9, 1.9, 1.7, 1.5),
+    dims=(2.3, 2.3),
+    verify=1.5,
+    encode=0.5,
+)
+H200 = Bounds(
+    ((2.6, 2.8, 3.5), (2.5, 2.7, 3.4), (2.5, 2.6, 3.3), (1.9, 1.9, 2.3)), (), (2.1, 2.3), verify=1.6, encode=0.37
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +105,14 @@ def _fields(
 
 
 def _decode_ratios(bounds: Bounds) -> Iterable[Ratio]:
-    for name, least in bounds.cudnn.items():
+    for i, (name, least) in enumerate(zip(SHAPES, bounds.cudnn, strict=True)):
         shape = DECODE[name]
         for bits, bound in zip((4, 3, 2), least, strict=True):
             ours = _fields(shape, OURS, f"mse{bits}", f"mse{bits}", paged=True)
             label = f"decode {shape.label}, K{bits}/V{bits}: times faster than"
             yield Ratio(f"{label} cuDNN bf16", _fields(shape, CUDNN), ours, ">=", bound)
-            if bits == 4 and name in bounds.fp8:
-                yield Ratio(f"{label} FlashInfer fp8", _fields(shape, FP8), ours, ">=", bounds.fp8[name])
+            if bits == 4 and bounds.fp8:
+                yield Ratio(f"{label} FlashInfer fp8", _fields(shape, FP8), ours, ">=", bounds.fp8[i])
     shape = DECODE["batch 8"]
     ours, ordered = (_fields(shape, OURS, "mse4", "mse4", paged=paged) for paged in (True, False))
     yield Ratio(f"decode {shape.label}, K4/V4: time of shuffled pages over ordered ones", ours, ordered, "<=", 1.05)
@@ -133,7 +120,7 @@ def _decode_ratios(bounds: Bounds) -> Iterable[Ratio]:
     yield Ratio(
         f"decode {shape.label}, prod 3, min-max 2: times faster than cuDNN bf16", _fields(shape, CUDNN), prod, ">=", 1.5
     )
-    for name, bound in bounds.dims.items():
+    for name, bound in zip(DIMS, bounds.dims, strict=True):
         mine, cudnn = _fields(DECODE[name], OURS, "mse4", "mse4"), _fields(DECODE[name], CUDNN)
         yield Ratio(f"decode {DECODE[name].label}, K4/V4: times faster than cuDNN bf16", cudnn, mine, ">=", bound)
     verify = _fields(DECODE["verify"], OURS, "mse4", "mse4")
@@ -156,7 +143,7 @@ def _prefill_ratios() -> Iterable[Ratio]:
 
 
 def claims_for(device: str) -> tuple[Ratio, ...]:
-    """Every claim about a kind of device.
+    """Every claim about a kind of device; the bounds are those of an H100 for all but an H200.
 
     Args:
         device: Its name.
@@ -165,7 +152,7 @@ def claims_for(device: str) -> tuple[Ratio, ...]:
         >>> len(claims_for("NVIDIA H100 80GB HBM3")) - len(claims_for("NVIDIA H200"))
         4
     """
-    bounds = next(bounds for name, bounds in BOUNDS.items() if name in device)
+    bounds = H200 if "H200" in device else H100
     return (*_decode_ratios(bounds), _encode_ratio(bounds), *_prefill_ratios())
 
 
