@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,14 +142,18 @@ def test_groups_change_no_bit(data, monkeypatch, options, precision):
 def test_groups_find_what_top_k_finds(count):
     rng = np.random.default_rng(count)
     ids = jnp.arange(count, dtype=jnp.int32)[None]
-    narrow = jax.jit(lambda parts, k: select.narrow(lambda parts: parts[0], parts, k), static_argnums=1)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(scores, k):
+        kept = jnp.full((6, k), -jnp.inf), jnp.full((6, k), -1, jnp.int32)
+        narrowed, their_ids = select.narrow(lambda parts: parts[0], (scores, ids), k)
+        best = jax.lax.top_k(jnp.concatenate([kept[0], scores], axis=1), k)
+        return best, select.keep(kept, narrowed, their_ids), narrowed
+
     for k in (1, 2, 10, 47, 300, 3000):
         for values in ([0, 1], [-2, -1, 3, -np.inf], [-np.inf], rng.normal(size=10 * count)):
             scores = rng.choice(np.asarray(values, np.float32), size=(6, count))
-            narrowed, their_ids = narrow((jnp.asarray(scores), ids), k)
-            kept = jnp.full((6, k), -jnp.inf), jnp.full((6, k), -1, jnp.int32)
-            top, places = jax.lax.top_k(np.concatenate([kept[0], scores], axis=1), k)
-            found = select.keep(kept, narrowed, their_ids)
+            (top, places), found, narrowed = run(jnp.asarray(scores), k)
             assert np.array_equal(found[0], top)
             assert np.array_equal(found[1], np.maximum(places - k, -1))
             assert narrowed.shape[1] == count or 2 * narrowed.shape[1] <= count

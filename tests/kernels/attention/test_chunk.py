@@ -10,11 +10,14 @@ from pallas_kernels.attention.chunk import attend_chunk, attend_prompt
 from pallas_kernels.compat import cudnn
 from tests.kernels.cases.chunk import CASES, close, make_chunk
 
+STATIC = ("options", "implementation")
+ATTEND = [jax.jit(function, static_argnames=STATIC) for function in (attend_prompt, attend_chunk)]
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernel(name):
     arrays, options = make_chunk(CASES[name])
-    for attend in (attend_prompt, attend_chunk):
+    for attend in ATTEND:
         want = attend(*arrays, options=options, implementation="reference")
         got = attend(*arrays, options=options, implementation="triton")
         close(got, want, arrays[0].dtype)

@@ -33,16 +33,17 @@ def pool(key_spec, value_spec, lengths, *, shuffle, seed=0):
     pages = poisoned(empty_pages(batch * per_row, HEADS, PAGE, key_spec.format, value_spec.format))
     tokens = max(lengths)
     x = [rng.standard_normal((batch, tokens, HEADS, DIM)).astype(np.float32) for _ in range(2)]
-    codes = [encode_rotated(q, jnp.asarray(y)) for q, y in zip(quantizers, x, strict=True)]
+    codes = [jax.jit(encode_rotated)(q, jnp.asarray(y)) for q, y in zip(quantizers, x, strict=True)]
     step = np.arange(tokens)
     page = np.where(step[None] < np.array(lengths)[:, None], table[:, step // PAGE], batch * per_row)
     slot = np.broadcast_to(step % PAGE, page.shape)
-    pages = write_tokens(pages, jnp.asarray(page), jnp.asarray(slot), *codes)
+    pages = jax.jit(write_tokens)(pages, jnp.asarray(page), jnp.asarray(slot), *codes)
     # Keys and values for dense attention are in the rotated basis, as queries are.
     dense = [np.asarray(rotated_estimate(q, c)) for q, c in zip(quantizers, codes, strict=True)]
     return pages, jnp.asarray(table), quantizers, dense
 
 
+@jax.jit
 def rotated_estimate(q, code):
     return to_rotated(q, tq.dequantize(q, code))
 
@@ -77,7 +78,7 @@ def run(pages, table, quantizers, lengths, query, positions, options, bias=None)
     sketch = None
     if key.spec.kind == "prod":
         sketch = sketch_query(key, query) * sketch_gain(DIM)
-    partial = decode_attention(
+    partial = jax.jit(decode_attention)(
         PagedArguments(
             query, pages, table, jnp.asarray(lengths, jnp.int32),
             positions=positions, key_format=key.spec.format, value_format=value.spec.format,

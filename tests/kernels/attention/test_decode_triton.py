@@ -1,7 +1,9 @@
 """The Triton kernel, interpreted, against the reference."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,11 +37,14 @@ QUICK = PRECISE | {
 CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
 
 
+run = functools.partial(jax.jit, static_argnames=("implementation", "config"))(decode_attention)
+
+
 def attend(case, implementation, **config):
     query, pages, *_ = case.arrays
     base = config_for(query.shape, pages, case.options["key_format"], case.options["value_format"])
     config = dataclasses.replace(base, **({"programs": 64} | config))
-    return decode_attention(case.arguments, implementation=implementation, config=config)
+    return run(case.arguments, implementation=implementation, config=config)
 
 
 def log_sum_tolerance(variant, case):

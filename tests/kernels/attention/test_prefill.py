@@ -12,14 +12,13 @@ from pallas_kernels.attention import (
     LogitOptions,
     PagedArguments,
     PrefillConfig,
-    decode_attention,
     prefill_attention,
 )
 from pallas_kernels.attention.prefill.config import default_config, num_splits
 from pallas_kernels.attention.prefill.launch_triton import attend_pages, config_for
 from pallas_kernels.compat.lowering import lower_for_cuda, triton_kernels
 from pallas_kernels.pages import empty_pages
-from tests.kernels.cases.pages import VARIANTS, Variant, make_case, normalized, relative_error
+from tests.kernels.cases.pages import VARIANTS, Variant, decode_reference, make_case, normalized, relative_error
 from tq_jax import QuantizerSpec
 
 SMALL = PrefillConfig(rows=32, tile=32, num_warps=4, programs=24)
@@ -30,10 +29,6 @@ CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for
 def chunk_case(variant, count=9):
     """The variant with a chunk of queries that is in the pages itself: its first queries do not see all tokens."""
     return make_case(dataclasses.replace(variant, count=count))
-
-
-def reference(case):
-    return decode_attention(case.arguments, implementation="reference")
 
 
 def prefill(case, config=SMALL):
@@ -47,7 +42,7 @@ def prefill(case, config=SMALL):
 @pytest.mark.parametrize("name", CASES)
 def test_parity_with_the_reference(name):
     case = chunk_case(VARIANTS[name])
-    want, got = reference(case), prefill(case)
+    want, got = decode_reference(case), prefill(case)
     assert relative_error(got, want) <= 1e-3
     np.testing.assert_array_equal(got.total > 0, want.total > 0)
     seen = np.asarray(want.total > 0)
@@ -61,7 +56,7 @@ def test_parity_with_the_reference(name):
 )
 def test_blocks_tiles_and_splits_do_not_matter(config):
     case = chunk_case(Variant(page_size=128, lengths=(257, 1, 0), group=3), count=11)
-    assert relative_error(prefill(case, config), reference(case)) <= 1e-3
+    assert relative_error(prefill(case, config), decode_reference(case)) <= 1e-3
 
 
 def test_queries_in_any_order_and_beyond_the_pages():
@@ -70,7 +65,7 @@ def test_queries_in_any_order_and_beyond_the_pages():
     rng = np.random.default_rng(3)
     positions = rng.integers(-2, 140, case.options["positions"].shape).astype(np.int32)
     case = dataclasses.replace(case, options=case.options | {"positions": jnp.asarray(positions)})
-    want, got = reference(case), prefill(case)
+    want, got = decode_reference(case), prefill(case)
     assert relative_error(got, want) <= 1e-3
     np.testing.assert_array_equal(got.total > 0, want.total > 0)
 
@@ -84,7 +79,7 @@ def test_queries_and_values_of_any_size():
     values = dataclasses.replace(pages.values, scale=pages.values.scale * sizes)
     options = case.options | {"options": LogitOptions(0.1 / 3e4)}
     case = dataclasses.replace(case, arrays=(query, dataclasses.replace(pages, values=values), *rest), options=options)
-    got, want = normalized(prefill(case)), normalized(reference(case))
+    got, want = normalized(prefill(case)), normalized(decode_reference(case))
     for head in (slice(0, 4), slice(4, 8)):
         error = np.linalg.norm(got[:, :, head] - want[:, :, head]) / np.linalg.norm(want[:, :, head])
         assert error <= 1e-3
@@ -138,7 +133,7 @@ def test_large_logits_of_one_key():
     case = dataclasses.replace(case, options=case.options | {"options": LogitOptions(scale=8.0)})
     got = prefill(case)
     assert np.isfinite(normalized(got)).all()
-    assert relative_error(got, reference(case)) <= 1e-2
+    assert relative_error(got, decode_reference(case)) <= 1e-2
 
 
 def test_limits_and_errors():

@@ -1,6 +1,7 @@
 """Cases for attention over pages: every format, head_dim, mask and number of rows; unwritten memory is poisoned."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -120,21 +121,17 @@ def make_case(variant: Variant, *, kv_heads: int = 2, seed: int = 0) -> Case:
     pool = len(lengths) * per_row
     table = rng.permutation(pool).reshape(len(lengths), per_row).astype(np.int32)
     quantizers = [tq.make_quantizer(spec, seed=i) for i, spec in enumerate(variant.specs)]
-    pages = jax.tree.map(
-        lambda x: jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0xA5),
-        empty_pages(pool, kv_heads, size, key.format, value.format),
-    )
     shape = (len(lengths), max(lengths), kv_heads, variant.dim)
-    codes = [encode_rotated(q, jnp.asarray(rng.standard_normal(shape), jnp.float32)) for q in quantizers]
+    vectors = [jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in quantizers]
     token = np.arange(max(lengths))
     page = np.where(token[None] < lengths[:, None], table[:, token // size], pool)
     slot = np.broadcast_to(token % size, page.shape)
-    pages = write_tokens(pages, jnp.asarray(page), jnp.asarray(slot), *codes)
+    pages = _written(quantizers, vectors, jnp.asarray(page), jnp.asarray(slot), pool=pool, size=size)
     queries = (len(lengths), variant.count, kv_heads * variant.group, variant.dim)
     query = jnp.asarray(rng.standard_normal(queries), jnp.float32)
     positions = np.maximum(lengths[:, None] - variant.count + np.arange(variant.count), 0).astype(np.int32)
     bias = jnp.asarray(rng.standard_normal(queries[:3]), jnp.float32) if variant.bias else None
-    sketch = sketch_query(quantizers[0], query) * sketch_gain(variant.dim) if key.kind == "prod" else None
+    sketch = _sketched(quantizers[0], query) if key.kind == "prod" else None
     options = dict(
         positions=jnp.asarray(positions),
         key_format=key.format,
@@ -144,6 +141,23 @@ def make_case(variant: Variant, *, kv_heads: int = 2, seed: int = 0) -> Case:
         sketch_query=sketch,
     )
     return Case((query, pages, jnp.asarray(table), jnp.asarray(lengths, jnp.int32)), options, size)
+
+
+@functools.partial(jax.jit, static_argnames=("pool", "size"))
+def _written(quantizers, vectors, page, slot, *, pool: int, size: int):
+    """Poisoned pages with the codes of vectors."""
+    key, value = (q.spec.format for q in quantizers)
+    pages = jax.tree.map(
+        lambda x: jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0xA5),
+        empty_pages(pool, vectors[0].shape[2], size, key, value),
+    )
+    codes = (encode_rotated(q, x) for q, x in zip(quantizers, vectors, strict=True))
+    return write_tokens(pages, page, slot, *codes)
+
+
+@jax.jit
+def _sketched(quantizer, query):
+    return sketch_query(quantizer, query) * sketch_gain(query.shape[-1])
 
 
 def tolerance(variant: Variant, want: Partial) -> float:
@@ -161,7 +175,12 @@ def tolerance(variant: Variant, want: Partial) -> float:
 
 def decode_reference(case: Case) -> Partial:
     """The result that the kernel is compared with."""
-    return decode_attention(case.arguments, implementation="reference")
+    return _decoded(case.arguments)
+
+
+@jax.jit
+def _decoded(arguments: PagedArguments) -> Partial:
+    return decode_attention(arguments, implementation="reference")
 
 
 def normalized(partial: Partial) -> np.ndarray:

@@ -11,6 +11,9 @@ from pallas_kernels.layer import NormWeights, residual_norm, split_heads
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7}
 
 
+norm, split = (jax.jit(function, static_argnames="implementation") for function in (residual_norm, split_heads))
+
+
 def normal(seed: int, *shape: int, dtype: str) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
@@ -28,8 +31,8 @@ def test_residual_norm(width, centered, dtype):
     hidden, added = (normal(i, 2, 3, width, dtype=dtype) for i in (0, 1))
     weights = NormWeights(normal(2, width, dtype=dtype), 1e-5, centered)
     for other in (added, None):
-        want = residual_norm(hidden, other, weights, implementation="reference")
-        got = residual_norm(hidden, other, weights, implementation="triton")
+        want = norm(hidden, other, weights, implementation="reference")
+        got = norm(hidden, other, weights, implementation="triton")
         np.testing.assert_array_equal(got[0], want[0])
         close(got[1], want[1])
     wide = (hidden + added).astype(jnp.float32)
@@ -50,8 +53,8 @@ def test_split_heads(group, norms, dtype):
     if norms is not None:
         scales = {name: normal(i, dim, dtype=dtype) for i, name in enumerate(("query_norm", "key_norm"), start=2)}
         options |= {name: NormWeights(scale, 1e-5, norms) for name, scale in scales.items()}
-    want = split_heads(joint, **options, implementation="reference")
-    got = split_heads(joint, **options, implementation="triton")
+    want = split(joint, **options, implementation="reference")
+    got = split(joint, **options, implementation="triton")
     jax.tree.map(close, got, want)
     np.testing.assert_array_equal(got.value, joint[..., -1, :])
     assert got.query.shape == (2, 3, 2 * group, dim)
