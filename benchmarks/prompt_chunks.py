@@ -16,7 +16,7 @@ import typer
 
 import tq_jax as tq
 from tq_jax.commands.inputs import open_model
-from tq_jax.commands.options import DEFAULT_MODEL, JsonTarget, ModelName, parse_numbers
+from tq_jax.commands.options import DEFAULT_MODEL, JsonTarget, parse_numbers
 from tq_jax.commands.output import environment, open_console, progress_bar, write_json
 from tq_jax.data import persuasion
 from tq_jax.models import Decoder
@@ -65,9 +65,9 @@ def measure(decoder: Decoder, tokens: jax.Array, exact: jax.Array, *, chunk: int
 
 
 def main(
-    model: ModelName = None,
-    length: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 4096,
-    chunks: Annotated[str, typer.Option(help="Tokens per chunk, comma-separated.")] = "512,1024,2048",
+    model: Annotated[str | None, typer.Option("--model", help="Name or path of the model.")] = None,
+    length: Annotated[int, typer.Option("--length", help="Tokens of the prompt.", min=2)] = 4096,
+    chunks: Annotated[str, typer.Option("--chunks", help="Tokens per chunk, comma-separated.")] = "512,1024,2048",
     json: JsonTarget = None,
 ) -> None:
     """Compare prompts in chunks with prompts that run at once, on a model and a novel."""
