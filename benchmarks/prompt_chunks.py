@@ -20,13 +20,14 @@ from tq_jax.commands.options import DEFAULT_MODEL, JsonTarget, parse_numbers
 from tq_jax.commands.output import environment, open_console, progress_bar, write_json
 from tq_jax.data import persuasion
 from tq_jax.models import Decoder
+from tq_jax.models.layer_caches import Caches
 
 BITS = (4, 3, 2)
 """Bits of keys and values."""
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def run_chunk(decoder: Decoder, tokens: jax.Array, cache: tq.Cache) -> tuple[jax.Array, tq.Cache]:
+def run_chunk(decoder: Decoder, tokens: jax.Array, cache: Caches) -> tuple[jax.Array, Caches]:
     """Log-probabilities of the token after each token of a chunk, [t, vocab], and the cache."""
     hidden, cache = decoder.extend(tokens, cache)
     return jax.nn.log_softmax(decoder.logits(hidden)[0]), cache
