@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.packing import packed_bytes
+from pallas_kernels.pytree import pytree
 
 ScaleRule = Literal["norm", "matched", "least_squares", "unbiased"]
 ScaleDtype = Literal["float16", "float32"]
@@ -119,8 +120,7 @@ class GroupFormat:
 VectorFormat = CodebookFormat | GroupFormat
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Code:
     """The stored arrays of a batch of quantized vectors; a pytree.
 

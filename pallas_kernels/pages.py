@@ -19,10 +19,10 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.format import Code, CodebookFormat, GroupFormat, VectorFormat
 from pallas_kernels.packing import packed_bytes
+from pallas_kernels.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Pages:
     """Pools of key and value pages; a pytree of arrays, laid out as in the module's docstring.
 

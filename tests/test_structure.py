@@ -17,7 +17,7 @@ PACKAGES = ("pallas_kernels", "tq_jax", "interop")
 
 GROUND = tuple(
     f"pallas_kernels.{name}"
-    for name in ("format", "packing", "pages", "lookup", "numerics", "dispatch", "tiles", "compat")
+    for name in ("format", "packing", "pages", "lookup", "numerics", "pytree", "dispatch", "tiles", "compat")
 )
 OPERATIONS = tuple(f"pallas_kernels.{name}" for name in ("attention", "append", "encode", "decode", "prefill"))
 COMMANDS = "tq_jax.commands"

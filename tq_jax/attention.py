@@ -1,14 +1,14 @@
 """Attention over a compressed cache."""
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.append.slots import first_page, page_at, token_in_slot
 from pallas_kernels.attention import (
     MAX_QUERY_TOKENS,
     AttendPlan,
@@ -21,19 +21,15 @@ from pallas_kernels.attention import (
 )
 from pallas_kernels.attention.chunk import attend_chunk
 from pallas_kernels.attention.pipeline import check_attend
-from pallas_kernels.attention.reference import attend_tokens, nothing
 from pallas_kernels.attention.whole_cache import LONGEST, attend_before
-from pallas_kernels.dispatch import Implementation, choose, interprets
+from pallas_kernels.dispatch import Chosen, Implementation, choose, interprets
 from pallas_kernels.tiles.rotation_triton import Basis, Segment
-from tq_jax.attend_checks import check_chunk, check_query, check_rows, visible_tokens
-from tq_jax.cache import Cache, from_storage, require_row_integers
+from tq_jax import attention_reference
+from tq_jax.cache import Cache, require_row_integers
 from tq_jax.cache_spec import CacheSpec
-from tq_jax.paged import attend_packed, finish
-from tq_jax.quantizer import Quantizer, sketch_gain
+from tq_jax.paged import finish
+from tq_jax.quantizer import Quantizer, is_traced, sketch_gain
 from tq_jax.rotation import mixing_factors
-
-EXACT_BLOCK = 512
-"""Full-precision slots attended to at a time."""
 
 SHARED_FIELDS = ("pages", "exact_keys", "exact_values", "length", "compressed", "overflow")
 """Fields that a `Cache` and the `CacheArrays` of its kernels both have."""
@@ -94,33 +90,100 @@ def attend(
         >>> tq.attend(jnp.ones((1, 1, 8, 64)), tq.append(cache, k, k)).shape
         (1, 1, 8, 64)
     """
-    spec = cache.spec
+    above_zero: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap, "scale": scale}
+    rows, lengths = _checked(query, cache, chunk, lengths, rows, sink_logits, **above_zero)
+    appended = query.shape[1] if chunk is None else 0
+    above_zero["sliding_window"] = visible_tokens(cache.spec, sliding_window, appended=appended)
+    plan = _plan(query, cache, config=config, precise=precise, implementation=implementation, **above_zero)
+    if query.size == 0:
+        return jnp.zeros_like(query)
+    chosen = choose(implementation, op="attend", check=functools.partial(check_attend, query.shape, cache.pages, plan))
+    return _attend(query, cache, lengths, rows, sink_logits, chunk, plan=plan, chosen=chosen)
+
+
+def _checked(
+    query: Array,
+    cache: Cache,
+    chunk: tuple[Array, Array] | None,
+    lengths: Array | None,
+    rows: Array | None,
+    sink_logits: Array | None,
+    **above_zero: float | None,
+) -> tuple[Array | None, Array | None]:
+    """Rows and lengths as int32; raises ValueError for arrays or options that do not fit."""
     batch = cache.rows if rows is None else rows.shape[0]
-    check_query(spec, batch, query, sink_logits, sliding_window=sliding_window, softcap=softcap, scale=scale)
+    check_query(cache.spec, batch, query, sink_logits, **above_zero)
     if not jnp.issubdtype(query.dtype, jnp.floating):
         raise ValueError(f"expected floating point queries, got dtype {query.dtype}")
     require_row_integers(batch, lengths=lengths, rows=rows)
-    if config is not None and (precise or implementation == "reference"):
-        raise ValueError(
-            "expected config without precise, which it has itself, and not for the reference; "
-            f"got {precise=}, {implementation=}"
-        )
-    check_rows(cache, query.shape[1], lengths, rows)
+    _check_rows(cache, query.shape[1], lengths, rows)
     if chunk is not None:
-        check_chunk(spec, query, *chunk)
-    rows = None if rows is None else rows.astype(jnp.int32)
-    lengths = None if lengths is None else lengths.astype(jnp.int32)
-    if query.size == 0:
-        return jnp.zeros_like(query)
-    sliding_window = visible_tokens(spec, sliding_window, appended=query.shape[1] if chunk is None else 0)
-    options = LogitOptions.for_head_dim(spec.head_dim, scale=scale, softcap=softcap, sliding_window=sliding_window)
-    plan = attend_plan(spec, options, precise=precise, config=config)
-    check = functools.partial(check_attend, query.shape, cache.pages, plan)
-    if config is not None and query.shape[1] > MAX_QUERY_TOKENS:
-        check()  # a config that no kernel takes is refused, never ignored
-    if choose(implementation, op="attend", check=check) == "triton":
-        return _attend_by_kernels(query, cache, lengths, rows, sink_logits, chunk, plan=plan)
-    return _attend_by_reference(query, cache, lengths, rows, sink_logits, chunk, options=options)
+        check_chunk(cache.spec, query, *chunk)
+    rows, lengths = (None if x is None else x.astype(jnp.int32) for x in (rows, lengths))
+    return rows, lengths
+
+
+def visible_tokens(spec: CacheSpec, sliding_window: int | None, *, appended: int) -> int | None:
+    """The sliding window of queries to a cache; None if it hides nothing.
+
+    Args:
+        spec: Spec of the cache.
+        sliding_window: The window asked for; None for that of the spec.
+        appended: Query tokens that the cache holds already.
+
+    Raises:
+        ValueError: If queries would see tokens that the cache no longer holds.
+
+    Example:
+        >>> spec = CacheSpec.recommended(8, 128, max_tokens=32768, sliding_window=1024)
+        >>> visible_tokens(spec, None, appended=1), visible_tokens(spec, 512, appended=500)
+        (1024, 512)
+    """
+    window = spec.sliding_window if sliding_window is None else sliding_window
+    window = spec.max_tokens if window is None else min(window, spec.max_tokens)
+    kept, seen = spec.kept_tokens, window - 1 + appended
+    if min(seen, spec.max_tokens) > kept:
+        remedy = "; attend with chunk= before they are appended, or keep more" if appended > 1 else ""
+        raise ValueError(
+            f"expected queries that see at most the {kept} latest tokens of each row, which a cache of "
+            f"sliding_window={spec.sliding_window} keeps, got {appended} appended queries with "
+            f"sliding_window={window}, which see {seen}{remedy}"
+        )
+    return None if window == spec.max_tokens else window
+
+
+def check_chunk(spec: CacheSpec, query: Array, key: Array, value: Array) -> None:
+    """Raises ValueError for keys and values of a chunk that do not fit the queries."""
+    expected = (*query.shape[:2], spec.num_kv_heads, spec.head_dim)
+    if key.shape != expected or value.shape != expected:
+        raise ValueError(f"expected keys and values of a chunk of shape {expected}, got {key.shape} and {value.shape}")
+    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (key, value)):
+        raise ValueError(f"expected floating point keys and values of a chunk, got {key.dtype} and {value.dtype}")
+
+
+def check_query(spec: CacheSpec, batch: int, query: Any, sink_logits: Any, **above_zero: float | None) -> None:
+    """Raises ValueError for shapes of queries or sink logits, of any framework, or for options that do not fit."""
+    shape = tuple(query.shape)
+    fits = len(shape) == 4 and shape[0] == batch and shape[2] % spec.num_kv_heads == 0 and shape[3] == spec.head_dim
+    if not fits:
+        raise ValueError(
+            f"expected query of shape ({batch}, tokens, a multiple of {spec.num_kv_heads}, {spec.head_dim}), "
+            f"got {shape}"
+        )
+    for name, value in above_zero.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"expected {name} above 0{' and finite' * (value == math.inf)}, got {value}")
+    if sink_logits is not None and tuple(sink_logits.shape) != shape[2:3]:
+        raise ValueError(f"expected sink_logits of shape {shape[2:3]}, got {tuple(sink_logits.shape)}")
+
+
+def _check_rows(cache: Cache, tokens: int, lengths: Any, rows: Any) -> None:
+    """Raises ValueError for numbers of queries or for cache rows out of range."""
+    for name, array, most in (("lengths", lengths, tokens), ("rows", rows, cache.rows - 1)):
+        if array is None or is_traced(array):
+            continue
+        if np.any(np.asarray(array) < 0) or np.any(np.asarray(array) > most):
+            raise ValueError(f"expected {name} from 0 to {most}, got {np.asarray(array).tolist()}")
 
 
 def attend_plan(
@@ -158,8 +221,33 @@ def attend_plan(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("plan",))
-def _attend_by_kernels(
+def _plan(
+    query: Array,
+    cache: Cache,
+    *,
+    config: TileConfig | None,
+    precise: bool,
+    implementation: Implementation,
+    sliding_window: int | None,
+    softcap: float | None,
+    scale: float | None,
+) -> AttendPlan:
+    """The plan of a call of `attend`; a config that nothing takes is refused, never ignored."""
+    if config is not None and (precise or implementation == "reference"):
+        raise ValueError(
+            "expected config without precise, which it has itself, and not for the reference; "
+            f"got {precise=}, {implementation=}"
+        )
+    spec = cache.spec
+    options = LogitOptions.for_head_dim(spec.head_dim, scale=scale, softcap=softcap, sliding_window=sliding_window)
+    plan = attend_plan(spec, options, precise=precise, config=config)
+    if config is not None and query.size and query.shape[1] > MAX_QUERY_TOKENS:
+        check_attend(query.shape, cache.pages, plan)
+    return plan
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "chosen"))
+def _attend(
     query: Array,
     cache: Cache,
     lengths: Array | None,
@@ -168,13 +256,37 @@ def _attend_by_kernels(
     chunk: tuple[Array, Array] | None,
     *,
     plan: AttendPlan,
+    chosen: Chosen,
+) -> Array:
+    """Kernels attend over cache and chunk at once if the chunk is short; otherwise the parts are merged."""
+    count = query.shape[1]
+    if chosen == "triton" and (chunk is None or count <= MAX_QUERY_TOKENS):
+        return _attend_by_kernels(query, cache, lengths, chunk, plan, rows=rows, sink_logits=sink_logits)
+    counts = count if lengths is None else lengths[:, None]
+    step = jnp.arange(count, dtype=jnp.int32)[None]
+    exists = step < counts
+    if chunk is None:
+        positions = (cache.length if rows is None else cache.length[rows])[:, None] - counts + step
+        partial = attention_reference.over_cache(query.astype(jnp.float32), cache, rows, positions, plan.options)
+    else:
+        partial = merge(*attend_parts(query, cache, chunk, exists, rows=rows, plan=plan, chosen=chosen))
+    out = finish(partial, sink_logits, jnp.broadcast_to(exists, query.shape[:2]))
+    overflow = cache.overflow if rows is None else cache.overflow[rows]
+    return jnp.where(overflow[:, None, None, None], jnp.nan, out).astype(query.dtype)
+
+
+def _attend_by_kernels(
+    query: Array,
+    cache: Cache,
+    lengths: Array | None,
+    chunk: tuple[Array, Array] | None,
+    plan: AttendPlan,
+    **common: Any,
 ) -> Any:
+    """Kernels attend over the cache and a chunk of at most MAX_QUERY_TOKENS, the output included."""
     arrays, (batch, count) = arrays_of(cache), query.shape[:2]
-    common: dict[str, Any] = {"rows": rows, "sink_logits": sink_logits}
-    if count <= MAX_QUERY_TOKENS and chunk is not None:
-        return attend_cache(query, arrays, plan, counts=lengths, new=chunk, back=jnp.zeros(batch, jnp.int32), **common)
     if chunk is not None:
-        return _attend_long_chunk(query, cache, lengths, rows, sink_logits, chunk, plan=plan)
+        return attend_cache(query, arrays, plan, counts=lengths, new=chunk, back=jnp.zeros(batch, jnp.int32), **common)
     if count <= LONGEST:
         return attend_cache(query, arrays, plan, counts=lengths, **common)
     # The position of a query follows from the number of tokens from it to the end of its row; so does that of a block.
@@ -186,36 +298,44 @@ def _attend_by_kernels(
     return jnp.concatenate(parts, axis=1)
 
 
-def _attend_long_chunk(
+def attend_parts(
     query: Array,
     cache: Cache,
-    lengths: Array | None,
-    rows: Array | None,
-    sink_logits: Array | None,
     chunk: tuple[Array, Array],
+    exists: Array,
     *,
+    rows: Array | None,
     plan: AttendPlan,
-) -> Array:
-    """Kernels attend over the cache, cuDNN or another kernel over the chunk itself; the two are merged."""
-    count, behind = query.shape[1], attend_before(query, arrays_of(cache), plan, rows=rows)
-    exists = jnp.arange(count, dtype=jnp.int32)[None] < (count if lengths is None else lengths[:, None])
-    own = attend_chunk(query, *without_padding(chunk, exists, query.dtype), options=plan.options)
-    return _finished(merge(behind, own), query, cache, rows, sink_logits, exists)
+    chosen: Chosen,
+) -> tuple[Partial, Partial]:
+    """Attention of a chunk over the tokens of the cache, which all come before it, and over itself.
+
+    Args:
+        query: Queries [b, t, h_q, d] of any float type.
+        cache: The cache.
+        chunk: Keys and values of the queries' tokens, [b, t, h_kv, d].
+        exists: bool [b, t] or [1, t], whether each token of the chunk exists.
+        rows: The cache rows of the queries; None for all rows in order.
+        plan: Configuration, from `attend_plan`; the reference takes its logit options only.
+        chosen: "triton" for kernels, and cuDNN over the chunk where it takes the case; "reference" for jnp.
+
+    Returns:
+        The two parts, to be merged.
+    """
+    if chosen == "triton":
+        behind = attend_before(query, arrays_of(cache), plan, rows=rows)
+        return behind, attend_chunk(query, *_without_padding(chunk, exists, query.dtype), options=plan.options)
+    exact, length = query.astype(jnp.float32), cache.length if rows is None else cache.length[rows]
+    positions = length[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+    behind = attention_reference.over_cache(exact, cache, rows, positions, plan.options)
+    known = _without_padding(chunk, exists, jnp.float32)
+    return behind, attend_chunk(exact, *known, options=plan.options, implementation="reference")
 
 
-def without_padding(chunk: tuple[Array, Array], exists: Array, dtype: Any) -> tuple[Array, Array]:
+def _without_padding(chunk: tuple[Array, Array], exists: Array, dtype: Any) -> tuple[Array, Array]:
     """Keys and values of a chunk, zero where no token exists: NaN there would outlast a weight of zero."""
     key, value = (jnp.where(exists[:, :, None, None], x.astype(dtype), 0) for x in chunk)
     return key, value
-
-
-def _finished(
-    partial: Partial, query: Array, cache: Cache, rows: Array | None, sink_logits: Array | None, exists: Array
-) -> Array:
-    """The output: zero where no query exists, NaN for rows that overflowed."""
-    out = finish(partial, sink_logits, jnp.broadcast_to(exists, query.shape[:2]))
-    overflow = cache.overflow if rows is None else cache.overflow[rows]
-    return jnp.where(overflow[:, None, None, None], jnp.nan, out).astype(query.dtype)
 
 
 def arrays_of(cache: Cache) -> CacheArrays:
@@ -243,118 +363,3 @@ def basis_of(quantizer: Quantizer | None) -> Basis | None:
         else:
             segments.append(Segment(rotation))
     return Basis(tuple(segments), quantizer.outliers)
-
-
-@functools.partial(jax.jit, static_argnames=("options",))
-def _attend_by_reference(
-    query: Array,
-    cache: Cache,
-    lengths: Array | None,
-    rows: Array | None,
-    sink_logits: Array | None,
-    chunk: tuple[Array, Array] | None,
-    *,
-    options: LogitOptions,
-) -> Array:
-    """Window, pages and chunk one after the other, in plain jnp."""
-    rows = jnp.arange(cache.rows, dtype=jnp.int32) if rows is None else rows
-    lengths = jnp.full(rows.shape, query.shape[1], jnp.int32) if lengths is None else lengths
-    length = cache.length[rows]
-    step = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    positions = (length - lengths if chunk is None else length)[:, None] + step
-    precise = query.astype(jnp.float32)
-    partial = over_cache_by_reference(precise, cache, rows, positions, options)
-    exists = step < lengths[:, None]
-    if chunk is not None:
-        known = without_padding(chunk, exists, jnp.float32)
-        own = attend_chunk(precise, *known, options=options, implementation="reference")
-        partial = merge(partial, own)
-    return _finished(partial, query, cache, rows, sink_logits, exists)
-
-
-def over_cache_by_reference(
-    query: Array, cache: Cache, rows: Int[Array, "b"], positions: Int[Array, "b t"], options: LogitOptions
-) -> Partial:
-    """Window and pages one after the other, for float32 queries at the given positions."""
-    partial = nothing(query, query.shape[3])
-    if cache.exact_keys.shape[2]:
-        partial = _attend_exact(query, cache, rows, positions, options)
-    if cache.pages is not None:
-        partial = merge(partial, _attend_compressed(query, cache, rows, positions, options))
-    return partial
-
-
-def _attend_exact(
-    query: Array, cache: Cache, rows: Int[Array, "b"], positions: Int[Array, "b t"], options: LogitOptions
-) -> Partial:
-    """Attends over sinks and ring, block by block as far as slots are in use."""
-    slots = cache.exact_keys.shape[2]
-    block = min(slots, EXACT_BLOCK)
-    key_positions, stored = exact_positions(cache, rows)
-
-    def attend_block(index: Array | int) -> Partial:
-        start = jnp.minimum(jnp.asarray(index, jnp.int32) * block, slots - block)
-        # The last block may reach back into the one before it, whose slots are not counted again.
-        fresh = start + jnp.arange(block, dtype=jnp.int32)[None] >= index * block
-        keys, values = (_read_block(cache, pool, rows, start, block) for pool in (cache.exact_keys, cache.exact_values))
-        return attend_tokens(
-            query,
-            keys,
-            values,
-            positions=positions,
-            key_positions=lax.dynamic_slice_in_dim(key_positions, start, block, axis=1),
-            stored=lax.dynamic_slice_in_dim(stored, start, block, axis=1) & fresh,
-            options=options,
-        )
-
-    if slots == block:
-        return attend_block(0)
-    used = jnp.minimum(jnp.max(cache.length[rows]), slots)
-    return lax.fori_loop(
-        0, (used + block - 1) // block, lambda i, part: merge(part, attend_block(i)), nothing(query, query.shape[3])
-    )
-
-
-def _read_block(
-    cache: Cache, pool: Array, rows: Int[Array, "b"], start: Array, size: int
-) -> Float[Array, "b h_kv s d"]:
-    """Slots start .. start + size of some rows, without a copy of the others."""
-    zero = jnp.int32(0)  # a Python number would be one of 64 bits where JAX is told to have them
-
-    def read(row: Array) -> Array:
-        return lax.dynamic_slice(pool, (row, zero, start, zero), (1, pool.shape[1], size, pool.shape[3]))[0]
-
-    return from_storage(cache.spec, jax.vmap(read)(rows))
-
-
-def exact_positions(cache: Cache, rows: Int[Array, "b"]) -> tuple[Int[Array, "b s"], Bool[Array, "b s"]]:
-    """Position of the token in each exact slot of some rows, and whether there is one."""
-    slots = cache.exact_keys.shape[2]
-    slot = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (rows.shape[0], slots))
-    length, compressed = cache.length[rows][:, None], cache.compressed[rows][:, None]
-    return token_in_slot(slot, length, compressed, sink_slots=cache.spec.sinks, slots=slots)
-
-
-def _attend_compressed(
-    query: Array,
-    cache: Cache,
-    rows: Int[Array, "b"],
-    positions: Int[Array, "b t"],
-    options: LogitOptions,
-) -> Partial:
-    """Attends over the pages that are still there, whose tokens are counted from the first of them."""
-    spec, statistics, compressed = cache.spec, cache.statistics, cache.compressed[rows]
-    assert cache.pages is not None and cache.key_quantizer is not None and cache.value_quantizer is not None
-    first = first_page(compressed, pages_per_row=spec.pages_per_row, page_size=spec.page_size)
-    page = first[:, None] + jnp.arange(spec.pages_per_row, dtype=jnp.int32)[None]
-    overwritten = first * spec.page_size
-    return attend_packed(
-        query,
-        cache.pages,
-        (cache.key_quantizer, cache.value_quantizer),
-        page_at(page, rows[:, None], pages_per_row=spec.pages_per_row),
-        compressed - overwritten,
-        positions=positions - spec.sinks - overwritten[:, None],
-        statistics=None if statistics is None else (statistics.mean[rows], statistics.weight[rows]),
-        options=options,
-    )

@@ -20,13 +20,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.pages import Pages, empty_pages
+from pallas_kernels.pytree import pytree
 from tq_jax.cache_spec import CacheSpec
 from tq_jax.quantizer import Quantizer, QuantizerSpec, is_traced, make_quantizer
 from tq_jax.statistics import KeyStatistics, empty_statistics, given_statistics, require_statistics
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Cache:
     """The arrays of a cache; a pytree. `init_cache` makes one, `append` adds tokens to it.
 

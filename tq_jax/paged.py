@@ -1,6 +1,7 @@
 """Attention over packed pages that a block table puts together, as serving engines keep them."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,42 +15,47 @@ Statistics = tuple[Float[Array, "b h_kv d"], Float[Array, "b h_kv d"]]
 """Mean and channel weights of the keys of each sequence, see `tq_jax.statistics`."""
 
 
+class PackedTokens(NamedTuple):
+    """The packed tokens of some sequences.
+
+    Attributes:
+        pages: The pools.
+        quantizers: Quantizers of keys and of values.
+        table: int32 [b, n], page of each run of page_size tokens of each sequence.
+        lengths: int32 [b], tokens of each sequence in pages; slots behind them may hold garbage.
+        statistics: Statistics of the keys; None for keys that are stored as they are.
+    """
+
+    pages: Pages
+    quantizers: tuple[Quantizer, Quantizer]
+    table: Array
+    lengths: Array
+    statistics: Statistics | None
+
+
 def attend_packed(
-    query: Float[Array, "b t h_q d"],
-    pages: Pages,
-    quantizers: tuple[Quantizer, Quantizer],
-    table: Int[Array, "b n"],
-    lengths: Int[Array, "b"],
-    *,
-    positions: Int[Array, "b t"],
-    statistics: Statistics | None,
-    options: LogitOptions,
+    query: Float[Array, "b t h_q d"], tokens: PackedTokens, positions: Int[Array, "b t"], options: LogitOptions
 ) -> Partial:
-    """Partial attention over packed pages by the reference, for queries and outputs in the original basis.
+    """Partial attention over packed tokens by the reference, for queries and outputs in the original basis.
 
     Args:
         query: Queries, float32.
-        pages: The pools.
-        quantizers: Quantizers of keys and of values.
-        table: Page of each run of page_size tokens of each sequence.
-        lengths: Tokens of each sequence in pages; slots behind them may hold garbage.
+        tokens: The tokens.
         positions: Position of each query, counted like the tokens of the pages.
-        statistics: Statistics of the keys; None for keys that are stored as they are.
         options: Logit options.
     """
-    key_quantizer, value_quantizer = quantizers
+    key_quantizer, value_quantizer = tokens.quantizers
     bias = None
-    if statistics is not None:
-        group = query.shape[2] // statistics[0].shape[1]
-        mean, weight = (jnp.repeat(x, group, axis=1)[:, None] for x in statistics)
+    if tokens.statistics is not None:
+        group = query.shape[2] // tokens.statistics[0].shape[1]
+        mean, weight = (jnp.repeat(x, group, axis=1)[:, None] for x in tokens.statistics)
         bias = jnp.sum(query * mean, axis=-1) * options.scale
         query = query / weight
     rotated = to_rotated(key_quantizer, query)
     key, value = key_quantizer.spec, value_quantizer.spec
     sketch = sketch_query(key_quantizer, rotated) * sketch_gain(key.dim) if key.kind == "prod" else None
-    formats = key.format, value.format
-    arguments = PagedArguments(rotated, pages, table, lengths, positions, *formats, options, bias, sketch)
-    partial = decode_attention(arguments, implementation="reference")
+    read = (rotated, tokens.pages, tokens.table, tokens.lengths, positions, key.format, value.format)
+    partial = decode_attention(PagedArguments(*read, options, bias, sketch), implementation="reference")
     return Partial(from_rotated(value_quantizer, partial.acc), partial.peak, partial.total)
 
 
@@ -94,14 +100,6 @@ def attend_paged(
         Outputs in the type of the queries; zero for padding.
     """
     step = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    partial = attend_packed(
-        query.astype(jnp.float32),
-        pages,
-        quantizers,
-        table,
-        lengths,
-        positions=(lengths - counts)[:, None] + step,
-        statistics=statistics,
-        options=options,
-    )
+    tokens = PackedTokens(pages, quantizers, table, lengths, statistics)
+    partial = attend_packed(query.astype(jnp.float32), tokens, (lengths - counts)[:, None] + step, options)
     return finish(partial, sink_logits, step < counts[:, None]).astype(query.dtype)

@@ -21,6 +21,7 @@ from pallas_kernels.encode import Encoder, encode
 from pallas_kernels.format import Code, CodebookFormat, GroupFormat, ScaleDtype, ScaleRule, VectorFormat
 from pallas_kernels.lookup import decode, residual_signs
 from pallas_kernels.packing import packed_bytes
+from pallas_kernels.pytree import pytree
 from tq_jax import rotation as rot
 from tq_jax.codebook import codebook
 
@@ -134,8 +135,7 @@ def require_dim(dim: int, least: int, most: int) -> None:
         raise NotImplementedError(f"dim from {least} to {most} is supported, got dim={dim}")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Quantizer:
     """The random parts of a quantizer; a pytree. The codebook follows from the spec.
 

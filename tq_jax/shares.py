@@ -9,6 +9,7 @@ the axis has the size of the queries, never that of the cache.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +19,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention import LogitOptions, Partial, merge
 from pallas_kernels.attention.chunk import attend_chunk
 from pallas_kernels.attention.pipeline import check_attend
-from pallas_kernels.attention.whole_cache import attend_before
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.numerics import HIDDEN
 from tq_jax.append import append
-from tq_jax.attend_checks import check_chunk, check_query
-from tq_jax.attention import (
-    arrays_of,
-    attend_plan,
-    over_cache_by_reference,
-    without_padding,
-)
+from tq_jax.attention import attend_parts, attend_plan, check_chunk, check_query
 from tq_jax.cache import Cache, require_row_integers
 from tq_jax.cache_spec import CacheSpec
 from tq_jax.paged import finish
@@ -151,25 +145,15 @@ def attend_shares(
     spec, (batch, tokens) = cache.spec, query.shape[:2]
     check_query(spec, cache.rows if rows is None else batch, query, sink_logits, softcap=softcap, scale=scale)
     require_row_integers(batch, lengths=lengths, rows=rows)
+    check_chunk(spec, query, *chunk)
     rows = jnp.arange(cache.rows, dtype=jnp.int32) if rows is None else rows.astype(jnp.int32)
     lengths = jnp.full(batch, tokens, jnp.int32) if lengths is None else lengths.astype(jnp.int32)
-    step = jnp.arange(tokens, dtype=jnp.int32)[None]
-    exists = step < lengths[:, None]
-    check_chunk(spec, query, *chunk)
+    exists = jnp.arange(tokens, dtype=jnp.int32)[None] < lengths[:, None]
     options = LogitOptions.for_head_dim(spec.head_dim, scale=scale, softcap=softcap, sliding_window=None)
     plan = attend_plan(spec, options, precise=precise)
-
-    def check() -> None:
-        check_attend(query.shape, cache.pages, plan)
-
-    if choose(implementation, op="attend", check=check) == "triton":
-        found = attend_before(query, arrays_of(cache), plan, rows=rows)
-        own = attend_chunk(query, *without_padding(chunk, exists, query.dtype), options=options)
-    else:
-        exact = query.astype(jnp.float32)
-        found = over_cache_by_reference(exact, cache, rows, cache.length[rows][:, None] + step, options)
-        known = without_padding(chunk, exists, jnp.float32)
-        own = attend_chunk(exact, *known, options=options, implementation="reference")
+    check = functools.partial(check_attend, query.shape, cache.pages, plan)
+    chosen = choose(implementation, op="attend", check=check)
+    found, own = attend_parts(query, cache, chunk, exists, rows=rows, plan=plan, chosen=chosen)
     # NaN of one device reaches all of them in the sum.
     acc = jnp.where(cache.overflow[rows][:, None, None, None], jnp.nan, found.acc)
     merged = merge(merge_over(Partial(acc, found.peak, found.total), axis), own)

@@ -8,10 +8,11 @@ sides; the square root that theory suggests leaves more divergence on real model
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.pytree import pytree
 
 MIN_TOKENS = 32
 """Keys that statistics need. If a row has fewer when its statistics are fixed, its keys are stored as they are."""
@@ -26,8 +27,7 @@ EQUAL = 1e-5
 """If keys of a head spread less than this, relative to their size, they differ by rounding only: nothing to weigh."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class KeyStatistics:
     """Statistics of the keys of each cache row and KV head; a pytree.
 

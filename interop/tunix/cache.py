@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 
 import tq_jax as tq
+from pallas_kernels.pytree import pytree
 from tq_jax.quantizer import is_traced
 
 BY_ROWS = ("exact_keys", "exact_values", "length", "compressed", "overflow", "statistics")
 """Fields of a `tq_jax.Cache` whose arrays have a row per sequence; pages have several."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class LayerCache:
     """A `tq_jax.Cache` in which sequences are the first axis of every array; a pytree.
 

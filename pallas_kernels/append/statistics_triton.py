@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.append.window_triton import existing_row
 from pallas_kernels.numerics import power_of_two
+from pallas_kernels.pytree import pytree
 from pallas_kernels.tiles.intrinsics_triton import exp2, log2
 
 TILE = 16
@@ -49,8 +50,7 @@ class StatisticsPlan:
     interpret: bool
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Observed:
     """Inputs of the kernel; arrays or references.
 

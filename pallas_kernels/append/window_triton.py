@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.append.slots import left, page_slot, slot_of, stays
 from pallas_kernels.numerics import power_of_two
+from pallas_kernels.pytree import pytree
 
 TILE = 8
 """Most tokens that a program moves."""
@@ -47,8 +48,7 @@ class WindowPlan:
     interpret: bool
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Window:
     """The full-precision tokens of a cache and its counters; arrays or references.
 
@@ -67,8 +67,7 @@ class Window:
     overflow: Any
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class NewTokens:
     """A chunk of new tokens per cache row; arrays or references.
 
@@ -92,8 +91,7 @@ class NewTokens:
         return existing_row(self.rows[index], window.length.shape[0])
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class LeavingTokens:
     """Outputs of `leave`; None where the plan does not ask for a field.
 

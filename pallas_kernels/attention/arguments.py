@@ -4,17 +4,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.format import VectorFormat
 from pallas_kernels.pages import Pages
+from pallas_kernels.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class PagedArguments:
     """Queries in the rotated basis, and the packed pages that they attend to; a pytree.
 

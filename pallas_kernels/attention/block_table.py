@@ -4,10 +4,8 @@ The pages may hold every token of a sequence, or all but the first and the lates
 then holds in the slots of a cache: sink slots, then a ring (see `pallas_kernels.append.slots`).
 """
 
-import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -15,11 +13,11 @@ from pallas_kernels.attention.partial import Partial
 from pallas_kernels.attention.pipeline import AttendPlan, attend_prepared
 from pallas_kernels.attention.prepare_arguments import PrepareInputs
 from pallas_kernels.pages import Pages
+from pallas_kernels.pytree import pytree
 from pallas_kernels.tiles.rotation_triton import Basis
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class PagedArrays:
     """The arrays of a layer's pages that attention reads, the same in every call; a pytree.
 
@@ -36,8 +34,7 @@ class PagedArrays:
     sketch: Any = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class FullPrecisionSegment:
     """Tokens of sequences that are not read from pages; a pytree.
 

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.numerics import FLOOR, HIDDEN, LOG2_E, power_of_two
+from pallas_kernels.pytree import pytree
 from pallas_kernels.tiles.intrinsics_triton import exp2
 from pallas_kernels.tiles.rotation_triton import Basis, Segment, apply_factors, channels_of, grid_of, load_signs
 
@@ -48,8 +49,7 @@ class MergePlan:
     interpret: bool
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Splits:
     """Partial attention over disjoint sets of keys, exponents base 2; arrays or references.
 
@@ -64,8 +64,7 @@ class Splits:
     total: Any
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class MergeInputs:
     """Arrays of the kernel, or references; None where a field does not apply.
 

@@ -1,14 +1,12 @@
 """Partial attention: softmax attention over a part of the keys before division, and the merge of two such parts."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.pytree import pytree
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+
+@pytree
 class Partial:
     """Attention of queries over a part of the keys, before division.
 

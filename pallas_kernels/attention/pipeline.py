@@ -113,15 +113,7 @@ def attend_prepared(
     exact = None if prepared.acc is None else Splits(prepared.acc, prepared.peak, prepared.total)
     packed = None if pages is None else _attend_pages(prepared, pages, plan)
     merged = merge_splits(
-        MergeInputs(
-            packed=packed,
-            exact=exact,
-            basis=value_basis,
-            sink_logits=sink_logits,
-            rows=x.rows,
-            counts=x.counts,
-            overflow=overflow,
-        ),
+        MergeInputs(packed, exact, value_basis, sink_logits, x.rows, x.counts, overflow),
         merge_plan(
             x.query.shape,
             splits=1 if packed is None else packed.acc.shape[2],

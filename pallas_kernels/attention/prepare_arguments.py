@@ -3,9 +3,8 @@
 import dataclasses
 from typing import Any
 
-import jax
-
 from pallas_kernels.attention.options import LogitOptions
+from pallas_kernels.pytree import pytree
 from pallas_kernels.tiles.rotation_triton import Basis
 
 
@@ -42,8 +41,7 @@ class PreparePlan:
     interpret: bool
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class PrepareInputs:
     """Arrays of the kernel, or references; None where a field does not apply.
 
@@ -82,8 +80,7 @@ class PrepareInputs:
     back: Any = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Prepared:
     """Outputs of the kernel; None where a field does not apply.
 

@@ -12,14 +12,14 @@ from pallas_kernels.attention.partial import Partial
 from pallas_kernels.attention.pipeline import AttendPlan, attend_prepared
 from pallas_kernels.attention.prepare_arguments import PrepareInputs
 from pallas_kernels.pages import Pages
+from pallas_kernels.pytree import pytree
 from pallas_kernels.tiles.rotation_triton import Basis
 
 LONGEST = 1024
 """Query tokens that the kernels take at a time; bounds the arrays that they hand on to each other."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class CacheArrays:
     """Arrays of a cache; a pytree.
 

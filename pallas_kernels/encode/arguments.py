@@ -1,15 +1,12 @@
 """The arguments that the implementations of `encode_pages` share."""
 
-import dataclasses
-
-import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.encode.encoder import Encoder
+from pallas_kernels.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class EncodeArguments:
     """Tokens, the slots that they go to, and how they are encoded; a pytree.
 

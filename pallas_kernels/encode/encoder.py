@@ -2,14 +2,13 @@
 
 import dataclasses
 
-import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.format import ScaleRule, VectorFormat
+from pallas_kernels.pytree import pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Encoder:
     """A rotation, a format and the rule that chooses its scale; a pytree.
 

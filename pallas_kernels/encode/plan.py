@@ -3,9 +3,8 @@
 import dataclasses
 from typing import Any
 
-import jax
-
 from pallas_kernels.format import ScaleRule, VectorFormat
+from pallas_kernels.pytree import pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +46,7 @@ class EncodePlan:
     interpret: bool
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class EncodeInputs:
     """Arrays of the kernel outside it, references to them inside; "padded" sizes are powers of two.
 

@@ -1,6 +1,5 @@
 """Queries, keys and values out of one product, with the norms of heads and rotary positions."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -14,6 +13,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import Implementation, choose, interprets
 from pallas_kernels.layer.norm import NormWeights
 from pallas_kernels.numerics import power_of_two
+from pallas_kernels.pytree import pytree
 
 LARGEST = 16384
 """Most channels of the heads that a program holds in registers."""
@@ -25,8 +25,7 @@ Turn = tuple[Float[Array, "b t half"], Float[Array, "b t half"]]
 """Cosine and sine of the angles by which channel i turns with channel i + d / 2, float32."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Heads:
     """The heads of a chunk.
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Implementation, choose, interprets
 from pallas_kernels.numerics import power_of_two
+from pallas_kernels.pytree import pytree
 
 LARGEST = 16384
 """Most channels that a program holds in registers."""
@@ -21,8 +22,7 @@ CHANNELS_PER_WARP = 512
 """Channels per warp, 16 per thread."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class NormWeights:
     """Weights of a root-mean-square norm (arXiv:1910.07467).
 

@@ -5,7 +5,6 @@ place. The map of a segment is a Kronecker product, so that one factor applies t
 queries, the merge kernel rotates outputs back (docs/decode_step.md).
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.numerics import power_of_two
+from pallas_kernels.pytree import pytree
 
 NOWHERE = 1 << 30
 """A channel behind all channels."""
@@ -23,8 +23,7 @@ BLOCK = 16
 """Rows of an outer factor per step."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Segment:
     """Coordinates y = (outer (x) inner) (signs * x) of consecutive channels x; arrays or references.
 
@@ -49,8 +48,7 @@ class Segment:
         return self.outer.shape[0] * self.inner_size
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Basis:
     """Segments one after the other; a pytree of arrays or references.
 

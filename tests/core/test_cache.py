@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tq_jax as tq
-from tq_jax.attention import exact_positions
+from tq_jax.attention_reference import exact_positions
 
 
 def states_equal(a, b):

@@ -274,8 +274,9 @@ def _extend(
     decoder: Decoder, tokens: Int[Array, "1 t"], cache: tq.Cache, count: Int[Array, ""] | None
 ) -> tuple[Float[Array, "t vocab"], tq.Cache]:
     lengths = None if count is None else count[None]
-    hidden, cache = decoder.extend(tokens, cache, lengths=lengths, as_stored=True)
-    return decoder.logits(hidden)[0], cache
+    hidden, after = decoder.extend(tokens, cache, lengths=lengths, as_stored=True)
+    assert isinstance(after, tq.Cache), "one cache goes in"
+    return decoder.logits(hidden)[0], after
 
 
 @jax.jit

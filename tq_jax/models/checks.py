@@ -1,4 +1,4 @@
-"""Checks of the arguments of `generate`."""
+"""Checks of the arguments of `generate` and `generate_many`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 
 import tq_jax as tq
+from tq_jax.models.config import DecoderConfig
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.layer_caches import Caches
 from tq_jax.models.sampling import Sampling
@@ -64,6 +65,47 @@ def require_key(key: jax.Array | None, sampling: Sampling) -> jax.Array:
     return jax.random.key(0) if key is None else key
 
 
+def require_positive(**numbers: int) -> None:
+    """Check numbers by their names.
+
+    Raises:
+        ValueError: If one of them is less than 1.
+    """
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number}")
+
+
+def require_ids(name: str, ids: np.ndarray, config: DecoderConfig) -> None:
+    """Check the token ids of prompts.
+
+    Args:
+        name: The argument, for messages.
+        ids: Integers, at least one.
+        config: Config of the decoder.
+
+    Raises:
+        ValueError: If an id is outside the vocabulary.
+    """
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(f"{name}: expected ids in [0, {config.vocab_size}), got {ids.min()} to {ids.max()}")
+
+
+def require_stop_tokens(stop_tokens: Sequence[int], config: DecoderConfig) -> None:
+    """Check the ids that end a sequence.
+
+    Args:
+        stop_tokens: The ids; there may be none.
+        config: Config of the decoder.
+
+    Raises:
+        ValueError: If an id is outside the vocabulary.
+    """
+    wrong = [token for token in stop_tokens if not 0 <= token < config.vocab_size]
+    if wrong:
+        raise ValueError(f"stop_tokens: expected ids in [0, {config.vocab_size}), got {wrong}")
+
+
 def _check_prompts(
     decoder: Decoder, tokens: Any, lengths: Any, max_new_tokens: int, stop_tokens: Sequence[int]
 ) -> None:
@@ -76,11 +118,9 @@ def _check_prompts(
         raise ValueError(f"lengths: expected integers [{tokens.shape[0]}], got {lengths.dtype} {lengths.shape}")
     if lengths.min() < 1 or lengths.max() > tokens.shape[1]:
         raise ValueError(f"lengths: expected prompts of 1 to {tokens.shape[1]} tokens, got {lengths.tolist()}")
-    for name, ids in (("tokens", tokens), ("stop_tokens", np.array(stop_tokens, np.int64))):
-        if ids.size and (ids.min() < 0 or ids.max() >= config.vocab_size):
-            raise ValueError(f"{name}: expected ids in [0, {config.vocab_size}), got {ids.min()} to {ids.max()}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    require_ids("tokens", tokens, config)
+    require_stop_tokens(stop_tokens, config)
+    require_positive(max_new_tokens=max_new_tokens)
 
 
 def _check_room(

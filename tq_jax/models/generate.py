@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 import tq_jax as tq
+from pallas_kernels.pytree import pytree
 from tq_jax.attention import Implementation
 from tq_jax.models.checks import check_request, require_key
 from tq_jax.models.decoder import Decoder
@@ -168,17 +169,28 @@ def generate(
     prompts = {"tokens": jnp.asarray(tokens, jnp.int32), "lengths": jnp.asarray(lengths, jnp.int32), "keys": keys}
     how: dict[str, Any] = {"sampling": sampling, "implementation": implementation, "precise": precise}
     start = _start_cache(decoder, spec, cache, layout, batch=np.shape(tokens)[0])
-    if np.shape(tokens)[1] > prompt_chunk:
-        start = start if cache is None else jax.tree.map(jnp.copy, start)
-        first, filled = run_in_chunks(decoder, cache=start, chunk=prompt_chunk, layout=layout, **prompts, **how)
-    elif cache is None:
-        drawn = {"sampling": sampling}
-        first, filled = run_step(prefill_step, decoder, layout, cache=start, arrays=prompts, options=drawn)
-    else:
-        first, filled = run_step(extend_step, decoder, layout, cache=start, arrays=prompts, options=how, donate=False)
+    first, filled = _run_prompts(decoder, start, layout, prompts, prompt_chunk, cache is not None, **how)
     arrays, how = {"first": first, "keys": keys, "stop": stop}, {**how, "max_new_tokens": max_new_tokens}
     out, count, filled = run_step(decode_loop, decoder, layout, cache=filled, arrays=arrays, options=how)
     return Generation(tokens=out, lengths=count, cache=filled)
+
+
+def _run_prompts(
+    decoder: Decoder,
+    start: Caches,
+    layout: Layout | None,
+    prompts: dict[str, Any],
+    chunk: int,
+    given: bool,
+    **how: Any,
+) -> tuple[Any, ...]:
+    """The first new token of each sequence, and the cache that holds the prompts; a given cache is not changed."""
+    if prompts["tokens"].shape[1] > chunk:
+        start = jax.tree.map(jnp.copy, start) if given else start
+        return run_in_chunks(decoder, cache=start, chunk=chunk, layout=layout, **prompts, **how)
+    if given:
+        return run_step(extend_step, decoder, layout, cache=start, arrays=prompts, options=how, donate=False)
+    return run_step(prefill_step, decoder, layout, cache=start, arrays=prompts, options={"sampling": how["sampling"]})
 
 
 def _start_cache(
@@ -342,8 +354,7 @@ def time_decode(
     return out, count, statistics.median(times)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class _State:
     """State of the loop of decode steps.
 

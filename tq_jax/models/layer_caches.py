@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import tq_jax as tq
+from pallas_kernels.pytree import pytree
 from tq_jax.models.config import DecoderConfig
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class LayerCaches:
     """Caches of the layers of a decoder whose layers see different windows; a pytree.
 

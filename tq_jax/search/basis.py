@@ -1,6 +1,5 @@
 """The basis in which vectors are quantized: mean, rotation, and the bits of each rotated channel."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.format import Codebook
+from pallas_kernels.pytree import pytree
 from tq_jax import rotation as rot
 from tq_jax.codebook import distortion
 from tq_jax.search.spec import IndexSpec, Widths, solved, widths_bytes
@@ -24,8 +24,7 @@ error of inner products with queries spread like the data. Neighbours differ lit
 0.5 did well on both word vectors and sentences."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class LearnedBasis:
     """Arrays that all vectors of an index share; a pytree, float32.
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.format import Code
 from pallas_kernels.packing import packed_bytes
+from pallas_kernels.pytree import pytree
 from tq_jax.quantizer import is_traced
 from tq_jax.search.basis import LearnedBasis, learn
 from tq_jax.search.codes import encode, normalized
@@ -23,8 +24,7 @@ GROWTH = 1.5
 """Factor by which a full index grows."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class Index:
     """Quantized vectors; a pytree. The id of a vector is its place in the order of adding, and never changes.
 

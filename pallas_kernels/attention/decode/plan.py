@@ -16,10 +16,9 @@ Words of the kernel:
 import dataclasses
 from typing import Any
 
-import jax
-
 from pallas_kernels.attention.page_plan import PagePlan
 from pallas_kernels.numerics import BYTE_BITS, INSTRUCTION_ROWS
+from pallas_kernels.pytree import pytree
 
 LARGEST_ONE_BYTE, LARGEST_TWO_BYTES = 127.0, 127.0 * (1 << BYTE_BITS)
 """Largest integers of numbers that are quantized to one byte and to two."""
@@ -57,8 +56,7 @@ class DecodePlan(PagePlan):
         return min(self.tile, INSTRUCTION_ROWS * self.num_warps)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class DecodeInputs:
     """Arrays of the kernel, or its references.
 

@@ -24,6 +24,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.attention.page_plan import PagePlan
 from pallas_kernels.numerics import FLOOR, HIDDEN, LOG2_E
+from pallas_kernels.pytree import pytree
 from pallas_kernels.tiles.float16_triton import UNIT, centroid_tile, min_max_tile
 from pallas_kernels.tiles.intrinsics_triton import exp2, log2, tanh
 from pallas_kernels.tiles.layout import Tile
@@ -53,8 +54,7 @@ class PrefillPlan(PagePlan):
     rows: int
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree
 class PrefillInputs:
     """Arrays of the kernel, or its references.
 

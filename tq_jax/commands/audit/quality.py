@@ -125,17 +125,10 @@ def prod_attention() -> Sequence[Claim]:
     for bits in (3, 4):
         for name, spec in {"MSE": _mse(bits), "Prod": _prod(bits)}.items():
             figures[f"{name} {bits} bits"] = _divergence(query, key, restore(spec, key))
-    return [
-        Claim(
-            '"Unbiased inner products keep attention accurate" (KL of Prod over MSE, 4 bits)',
-            figures["Prod 4 bits"] / figures["MSE 4 bits"],
-            ">=",
-            2.0,
-            judgement="misleading",
-            note=f"attention KL in nats: {_listed(figures)}; Prod pays for its zero bias with variance",
-            details=figures,
-        )
-    ]
+    unbiased = '"Unbiased inner products keep attention accurate" (KL of Prod over MSE, 4 bits)'
+    over, verdict = figures["Prod 4 bits"] / figures["MSE 4 bits"], "misleading"
+    note = f"attention KL in nats: {_listed(figures)}; Prod pays for its zero bias with variance"
+    return [Claim(unbiased, over, ">=", 2.0, judgement=verdict, note=note, details=figures)]
 
 
 def _divergence(query: jax.Array, key: jax.Array, restored: jax.Array) -> float:

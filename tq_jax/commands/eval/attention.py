@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 import tq_jax as tq
 from pallas_kernels.lookup import decode
 from pallas_kernels.pages import read_pages
-from tq_jax.attention import exact_positions
+from tq_jax.attention_reference import exact_positions
 from tq_jax.cache import from_storage
 from tq_jax.commands.rivals.cache import attend_dense, dense_logits
 from tq_jax.quantizer import from_rotated

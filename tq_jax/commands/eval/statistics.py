@@ -16,9 +16,10 @@ from jaxtyping import Array, Float, Int
 
 import tq_jax as tq
 from pallas_kernels.layer.heads import turned
+from pallas_kernels.pytree import pytree
 from tq_jax.commands.divergence import Reference, fill_cache
 from tq_jax.commands.eval.schemes import Packed
-from tq_jax.commands.rivals.cache import extend_dense
+from tq_jax.commands.rivals.cache import KeptTokens, extend_dense
 from tq_jax.models import Decoder
 from tq_jax.models.rope import rotary_frequencies
 from tq_jax.quantizer import Quantizer
@@ -62,29 +63,22 @@ def channel_statistics(
     return mean, floored[0] ** powers[0] / floored[1] ** powers[1]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TurnedCache:
-    """Keys and values as they came; tokens are rounded when they are read.
+@pytree
+class TurnedCache(KeptTokens):
+    """Kept tokens, a row per layer, that are read around a turning mean of the keys.
 
     Attributes:
-        keys: bfloat16 [layers, n, h_kv, d].
-        values: bfloat16 [layers, n, h_kv, d].
         mean: Mean of the keys before they were turned, float32 [layers, h_kv, d].
         weight: Factors of the centred keys before they are quantized, float32 [layers, h_kv, d].
         frequency: Rotary frequencies of each layer, float32 [layers, d / 2].
         quantizers: Quantizers of keys and of values.
-        length: Number of tokens, int32.
         spec: Spec of the packed cache that stores the same tokens. Static.
     """
 
-    keys: Float[Array, "rows n h_kv d"]
-    values: Float[Array, "rows n h_kv d"]
     mean: Float[Array, "rows h_kv d"]
     weight: Float[Array, "rows h_kv d"]
     frequency: Float[Array, "rows half"]
     quantizers: tuple[Quantizer, Quantizer]
-    length: Int[Array, ""]
     spec: tq.CacheSpec = dataclasses.field(metadata={"static": True})
 
 
@@ -123,7 +117,7 @@ def _start(
     keys, values = (jnp.pad(x.astype(jnp.bfloat16), room) for x in (key, value))
     assert spec.key is not None and spec.value is not None
     quantizers = tq.make_quantizer(spec.key, seed=0), tq.make_quantizer(spec.value, seed=1)
-    return TurnedCache(keys, values, mean, weight, frequency, quantizers, length, spec)
+    return TurnedCache(keys, values, length, mean, weight, frequency, quantizers, spec)
 
 
 @functools.partial(jax.jit, donate_argnums=2)

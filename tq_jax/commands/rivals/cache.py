@@ -7,32 +7,44 @@ given to the quantizer, the same chunks. Only the tokens in between differ.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.pytree import pytree
 from tq_jax.commands.rivals.roundings import RIVALS, Rival, Rounding
 from tq_jax.models import Decoder
-
-Kept = TypeVar("Kept", bound=Any)
-"""A dataclass with pools of keys and of values, [rows, tokens, h_kv, d], and a length, int32."""
 
 ROUND_TO = 128
 """The capacity of a cache is a multiple of so many tokens."""
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class RivalCache:
-    """Keys and values as they came; tokens are rounded when they are read.
+class KeptTokens:
+    """Keys and values as they came; subclasses say how tokens are rounded when they are read.
 
     Attributes:
         keys: bfloat16 [rows, tokens, h_kv, d].
         values: bfloat16 [rows, tokens, h_kv, d].
         length: Tokens of every row, int32.
+    """
+
+    keys: Float[Array, "rows n h_kv d"]
+    values: Float[Array, "rows n h_kv d"]
+    length: Int[Array, ""]
+
+
+Kept = TypeVar("Kept", bound=KeptTokens)
+
+
+@pytree
+class RivalCache(KeptTokens):
+    """Kept tokens that are read as a rival rounds them.
+
+    Attributes:
         window: Number of latest tokens that are read in full precision, int32.
         sinks: Number of first tokens that are read in full precision, int32.
         chosen: Index of the rival among `rivals`, int32.
@@ -40,9 +52,6 @@ class RivalCache:
         rivals: Every rival that one compiled function serves. Static.
     """
 
-    keys: Float[Array, "rows n h_kv d"]
-    values: Float[Array, "rows n h_kv d"]
-    length: Int[Array, ""]
     window: Int[Array, ""]
     sinks: Int[Array, ""]
     chosen: Int[Array, ""]

@@ -13,7 +13,7 @@ import numpy as np
 
 import tq_jax as tq
 from tq_jax.attention import Implementation
-from tq_jax.models.checks import require_key
+from tq_jax.models.checks import require_key, require_positive, require_stop_tokens
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.layer_caches import Caches
 from tq_jax.models.many.requests import Finished, Request, bucket, make_requests
@@ -349,14 +349,9 @@ def generate_many(
         [9, 2, 4]
     """
     refill = max(1, rows // 8) if refill is None else refill
-    for name, value in (("rows", rows), ("steps", steps), ("chunk", chunk), ("refill", refill)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    require_positive(rows=rows, steps=steps, chunk=chunk, refill=refill)
     sampling = Sampling() if sampling is None else sampling
-    key = require_key(key, sampling)
-    wrong = [token for token in stop_tokens if not 0 <= token < decoder.config.vocab_size]
-    if wrong:
-        raise ValueError(f"stop_tokens: expected ids in [0, {decoder.config.vocab_size}), got {wrong}")
+    require_stop_tokens(stop_tokens, decoder.config)
     requests = make_requests(decoder, prompts, cache_spec, max_new_tokens)
     plan = _Plan(
         decoder=decoder,
@@ -366,7 +361,7 @@ def generate_many(
         chunk=chunk,
         refill=min(refill, rows),
         stop=frozenset(int(token) for token in stop_tokens),
-        key=key,
+        key=require_key(key, sampling),
         sampling=sampling,
         implementation=implementation,
         precise=precise,

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 import tq_jax as tq
+from tq_jax.models.checks import require_ids
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.generate import padded_length
 
@@ -102,10 +103,7 @@ def _check_prompt(decoder: Decoder, index: int, prompt: Sequence[int], spec: tq.
     if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
         found = f"{tokens.dtype} {tokens.shape}" if tokens.size else "none"
         raise ValueError(f"{name}: expected at least one token id, got {found}")
-    if tokens.min() < 0 or tokens.max() >= decoder.config.vocab_size:
-        raise ValueError(
-            f"{name}: expected ids in [0, {decoder.config.vocab_size}), got {tokens.min()} to {tokens.max()}"
-        )
+    require_ids(name, tokens, decoder.config)
     if limit < 1:
         raise ValueError(f"max_new_tokens of {name}: expected at least 1, got {limit}")
     needed = tokens.size + limit - 1

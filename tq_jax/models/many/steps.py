@@ -6,7 +6,6 @@ A row is a sequence: it has one cache row per layer, `layer * rows + row`. Both 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import tq_jax as tq
+from pallas_kernels.pytree import pytree
 from tq_jax.attention import Implementation
 from tq_jax.models.causal import causal_attention
 from tq_jax.models.decoder import Decoder
@@ -23,8 +23,7 @@ from tq_jax.models.sampling import Sampling, sample
 from tq_jax.statistics import empty_statistics
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class Rows:
     """What decoding knows of each row; a pytree.
 
@@ -43,8 +42,7 @@ class Rows:
     done: jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class Batch:
     """Prompts that are to fill rows; a pytree.
 

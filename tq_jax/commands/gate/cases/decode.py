@@ -1,5 +1,6 @@
 """Cases of the decode kernel: every supported format, head dim, mask and row count, but not every combination."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +20,39 @@ LARGE = 3 * 2**30 // (BATCH * KV_HEADS * PAGE_SIZE * 64)
 
 PLAIN = LogitOptions(scale=0.1)
 EVERYTHING = LogitOptions(scale=0.1, softcap=30.0, sliding_window=512)
-SHAPE: dict[str, Any] = {"group": 4, "count": 1, "bias": False}
-"""Query heads per KV head, query tokens, and whether logits have a bias, if a case does not say."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the arguments of a case are, besides its quantizers; the defaults hold if a case does not say.
+
+    Attributes:
+        group: Query heads per KV head.
+        count: Query tokens.
+        options: Logit options.
+        bias: Whether logits have a bias.
+        page_size: Tokens per page.
+        pages: Pages per row.
+    """
+
+    group: int = 4
+    count: int = 1
+    options: LogitOptions = PLAIN
+    bias: bool = False
+    page_size: int = PAGE_SIZE
+    pages: int = PAGES
+
+    def arguments(self, key: QuantizerSpec, value: QuantizerSpec) -> PagedArguments:
+        """Shapes of the arguments of attention over pages of two quantizers."""
+        shape: Any = jax.ShapeDtypeStruct
+        query = shape((BATCH, self.count, KV_HEADS * self.group, key.dim), jnp.float32)
+        pages, size = self.pages, self.page_size
+        pools = jax.eval_shape(lambda: empty_pages(BATCH * pages, KV_HEADS, size, key.format, value.format))
+        table, lengths, positions = (shape(s, jnp.int32) for s in ((BATCH, pages), (BATCH,), (BATCH, self.count)))
+        biases = shape(query.shape[:3], jnp.float32) if self.bias else None
+        sketch = query if key.kind == "prod" else None
+        formats = key.format, value.format
+        return PagedArguments(query, pools, table, lengths, positions, *formats, self.options, biases, sketch)
 
 
 def cases() -> Iterator[Case]:
@@ -55,7 +87,6 @@ def cases_of(
     key: QuantizerSpec,
     value: QuantizerSpec,
     *,
-    options: LogitOptions = PLAIN,
     precise: bool = False,
     quick: bool = False,
     **shape: Any,
@@ -66,12 +97,11 @@ def cases_of(
         name: What distinguishes the case.
         key: Key quantizer.
         value: Value quantizer.
-        options: Logit options.
         precise: Whether queries have two bytes.
         quick: Whether the case is compiled by default.
-        **shape: Arguments of `paged_arguments` that differ from SHAPE.
+        **shape: Fields of `Shape` that differ from its defaults.
     """
-    arguments = paged_arguments(key, value, options=options, **(SHAPE | shape))
+    arguments = Shape(**shape).arguments(key, value)
 
     def tiles(capability: int) -> TileConfig:
         formats = key.format, value.format
@@ -91,25 +121,3 @@ def cases_of(
             architectures=architectures,
             quick=quick,
         )
-
-
-def paged_arguments(
-    key: QuantizerSpec,
-    value: QuantizerSpec,
-    *,
-    group: int,
-    count: int,
-    options: LogitOptions,
-    bias: bool,
-    page_size: int = PAGE_SIZE,
-    pages: int = PAGES,
-) -> PagedArguments:
-    """Shapes of the arguments of attention over pages of two quantizers; arguments as those of `cases_of`."""
-    shape: Any = jax.ShapeDtypeStruct
-    query = shape((BATCH, count, KV_HEADS * group, key.dim), jnp.float32)
-    pools = jax.eval_shape(lambda: empty_pages(BATCH * pages, KV_HEADS, page_size, key.format, value.format))
-    table, lengths, positions = (shape(s, jnp.int32) for s in ((BATCH, pages), (BATCH,), (BATCH, count)))
-    biases = shape(query.shape[:3], jnp.float32) if bias else None
-    sketch = query if key.kind == "prod" else None
-    formats = key.format, value.format
-    return PagedArguments(query, pools, table, lengths, positions, *formats, options, biases, sketch)

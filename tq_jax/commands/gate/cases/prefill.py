@@ -1,20 +1,20 @@
 """Cases of the prefill kernel, with the tiles of each kind of device: formats, head dims, masks and row counts."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
 
-from pallas_kernels.attention import LogitOptions
 from pallas_kernels.attention.prefill.launch_triton import attend_pages, config_for
 from tq_jax.commands.gate.case import Case
-from tq_jax.commands.gate.cases.decode import EVERYTHING, LARGE, PLAIN, SHAPE, paged_arguments
+from tq_jax.commands.gate.cases.decode import EVERYTHING, LARGE, Shape
 from tq_jax.quantizer import QuantizerSpec
 
 DEVICES = {"sm_90": ("sm_90",), "sm_100": ("sm_100",), "others": ("sm_80", "sm_86", "sm_89", "sm_120")}
 """Architectures of each kind of device; a kind has the same tiles."""
 
-CHUNK: dict[str, Any] = SHAPE | {"count": 256}
-"""Arguments of `paged_arguments` if a case does not say."""
+CHUNK = Shape(count=256)
+"""What the arguments of a case are if it does not say."""
 
 
 def cases() -> Iterator[Case]:
@@ -48,16 +48,15 @@ def make_case(
     key: QuantizerSpec,
     value: QuantizerSpec,
     *,
-    options: LogitOptions = PLAIN,
     quick: bool = False,
     **shape: Any,
 ) -> Case:
-    """Attention of a chunk of 256 tokens over pages of two quantizers, on a kind of device, a key of DEVICES.
+    """Attention of a chunk over pages of two quantizers, on a kind of device, a key of DEVICES.
 
-    The other arguments are those of `decode.cases_of`; `shape` differs from CHUNK.
+    The other arguments are those of `decode.cases_of`; `shape` holds fields that differ from CHUNK.
     """
     architectures = DEVICES[kind]
-    arguments = paged_arguments(key, value, options=options, **(CHUNK | shape))
+    arguments = dataclasses.replace(CHUNK, **shape).arguments(key, value)
     capability = int(architectures[0].removeprefix("sm_"))
     config = config_for(arguments.query.shape, arguments.pages, key.format, value.format, capability=capability)
     return Case(
