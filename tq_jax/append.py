@@ -167,11 +167,7 @@ def _append(
     evicted = jnp.maximum(left(after, sink_slots=spec.sinks, ring=spec.ring) - compressed, 0)
 
     address = compressed[:, None] + step
-    slots = jnp.full_like(address, -1)
-    if cache.pages is not None:
-        places = dict(pages_per_row=spec.pages_per_row, page_size=spec.page_size)
-        slots, there = page_slot(address, rows[:, None], (compressed + evicted)[:, None], **places)
-        slots = jnp.where((step < evicted[:, None]) & there, slots, -1)
+    slots = _page_slots(spec, rows, address, compressed + evicted)
     statistics, pages = cache.statistics, cache.pages
     if statistics is not None and pages is not None:
         if implementation == "triton" and k.shape[1] <= FEW_TOKENS:
@@ -209,6 +205,17 @@ def _append(
         overflow=cache.overflow.at[rows].set(cache.overflow[rows] | ~fits),
     )
     return new, finite
+
+
+def _page_slots(
+    spec: CacheSpec, rows: Int[Array, "b"], address: Int[Array, "b t"], compressed: Int[Array, "b"]
+) -> Int[Array, "b t"]:
+    """Where tokens that leave the ring go; -1 for those that stay, or that others of the chunk would overwrite."""
+    if not spec.pages_per_row:
+        return jnp.full_like(address, -1)
+    places = dict(pages_per_row=spec.pages_per_row, page_size=spec.page_size)
+    slots, there = page_slot(address, rows[:, None], compressed[:, None], **places)
+    return jnp.where((address < compressed[:, None]) & there, slots, -1)
 
 
 def _update(

@@ -22,8 +22,7 @@ from pallas_kernels.attention.pipeline import check_attend
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.numerics import HIDDEN
 from tq_jax.append import append
-from tq_jax.attend_checks import check_chunk, check_query
-from tq_jax.attention import attend_parts, attend_plan
+from tq_jax.attention import attend_parts, attend_plan, check_chunk, check_query
 from tq_jax.cache import Cache, require_row_integers
 from tq_jax.cache_spec import CacheSpec
 from tq_jax.paged import finish
@@ -50,12 +49,17 @@ def share_spec(spec: CacheSpec, devices: int) -> CacheSpec:
     """
     if devices < 1:
         raise ValueError(f"devices: expected at least 1, got {devices}")
-    if spec.sliding_window is not None and devices > 1:
-        raise NotImplementedError(
-            f"a cache shared out over devices keeps all tokens, got sliding_window={spec.sliding_window} on {devices}"
-        )
+    if devices > 1:
+        _require_all_tokens(spec)
     sizes = {name: -(-getattr(spec, name) // devices) for name in ("max_tokens", "window", "sink_tokens")}
     return dataclasses.replace(spec, **sizes)
+
+
+def _require_all_tokens(spec: CacheSpec) -> None:
+    if spec.sliding_window is not None:
+        raise NotImplementedError(
+            f"caches that share out tokens keep all of them: expected sliding_window=None, got {spec.sliding_window}"
+        )
 
 
 def append_share(
@@ -141,9 +145,11 @@ def attend_shares(
 
     Raises:
         ValueError: For shapes or options that do not fit.
-        NotImplementedError: For an implementation that does not exist or does not support the case.
+        NotImplementedError: For an implementation that does not exist or does not support the case, and for a cache
+            with a sliding window.
     """
     spec, (batch, tokens) = cache.spec, query.shape[:2]
+    _require_all_tokens(spec)
     check_query(spec, cache.rows if rows is None else batch, query, sink_logits, softcap=softcap, scale=scale)
     require_row_integers(batch, lengths=lengths, rows=rows)
     check_chunk(spec, query, *chunk)

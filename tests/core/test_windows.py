@@ -10,7 +10,7 @@ import pytest
 from caches import D, H, make_spec, tokens
 
 import tq_jax as tq
-from tq_jax.attend_checks import visible_tokens
+from tq_jax.attention import visible_tokens
 from tq_jax.shares import share_spec
 from tq_jax.store import spec_fields
 
@@ -124,7 +124,7 @@ def test_queries_that_would_see_overwritten_tokens_are_refused():
     assert tq.attend(q[:, -5:], cache, sliding_window=36).shape == (1, 5, 2 * H, D)
     with pytest.raises(ValueError, match="expected sliding_window of at least 1, got 0"):
         make_spec(sliding_window=0)
-    with pytest.raises(NotImplementedError, match="keeps all tokens, got sliding_window=40 on 2"):
+    with pytest.raises(NotImplementedError, match="keep all of them: expected sliding_window=None, got 40"):
         share_spec(spec, 2)
     assert share_spec(spec, 1) == spec
 

@@ -272,9 +272,10 @@ def fill_cache(cache: tq.Cache, query: Array, key: Array, value: Array, length: 
 @functools.partial(jax.jit, donate_argnums=2)
 def _extend(
     decoder: Decoder, tokens: Int[Array, "1 t"], cache: tq.Cache, count: Int[Array, ""] | None
-) -> tuple[Float[Array, "t vocab"], Any]:
+) -> tuple[Float[Array, "t vocab"], tq.Cache]:
     lengths = None if count is None else count[None]
     hidden, after = decoder.extend(tokens, cache, lengths=lengths, as_stored=True)
+    assert isinstance(after, tq.Cache), "one cache goes in"
     return decoder.logits(hidden)[0], after
 
 

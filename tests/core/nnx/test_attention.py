@@ -340,6 +340,7 @@ def test_dropout_is_refused_with_a_cache():
         ({"attention_fn": jax.nn.dot_product_attention}, NotImplementedError, "attention_fn="),
         ({"in_kv_features": 20}, NotImplementedError, "in_kv_features=20"),
         ({"cache_spec": full(3)}, ValueError, r"\(4, 16\), got \(3, 16\)"),
+        ({"cache_spec": dataclasses.replace(full(), sliding_window=8)}, NotImplementedError, "window=None, got 8"),
         ({"rope_base": 0.0}, ValueError, "above 0, got 0.0"),
         ({"rope_base": 1e4, "qkv_features": 60}, ValueError, "even head_dim"),
     ],

@@ -290,6 +290,13 @@ def test_a_capture_leaves_the_counters_of_the_host(monkeypatch):
         cache.append(*chunk(1)[:2], lengths=torch.tensor([2, 0]))
 
 
+def test_sliding_windows_are_refused():
+    spec = tq.CacheSpec.full_precision(num_kv_heads=1, head_dim=64, max_tokens=20, sliding_window=8)
+    for make in (lambda: TorchCache(spec, 1), lambda: TorchCache.from_jax(tq.init_cache(spec, batch=1))):
+        with pytest.raises(NotImplementedError, match="keeps all tokens, got sliding_window=8"):
+            make()
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_heads_before_tokens_are_noticed():
     """The layout of transformers; lengths, which then seem too large, are looked at later."""

@@ -96,6 +96,16 @@ CASES = {
         options={"lengths": [20, 7, 0], "sliding_window": 90},
         new=True,
     ),
+    "ring of pages": Case(make_spec(sliding_window=150)),
+    "ring of pages, 5 new tokens": Case(
+        make_spec(128, sliding_window=150), (333, 1, 0), count=5, options={"lengths": [5, 2, 1]}, new=True
+    ),
+    "ring of pages, 20 new tokens": Case(
+        make_spec(128, sliding_window=100), (500, 90), count=20, dtype="bfloat16", new=True
+    ),
+    "ring in full precision": Case(
+        tq.CacheSpec.full_precision(num_kv_heads=2, head_dim=128, max_tokens=640, sliding_window=70)
+    ),
     "group 1": Case(group=1),
     "group 16": Case(group=16, dtype="bfloat16"),
 }  # fmt: skip
