@@ -4,8 +4,6 @@ Layers that see a sliding window keep its tokens and no others. Cache row `layer
 to a layer of a sequence; in `LayerCaches`, layers are counted among those of the same window.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
