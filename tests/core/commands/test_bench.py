@@ -164,7 +164,7 @@ def broken():
 @pytest.mark.parametrize(("peer", "ok"), [(True, True), (False, False)])
 def test_a_failed_job_ends_nothing_but_itself(peer, ok):
     console = command.open_console("-")
-    data = {"rows": [], "failed": [], "skipped": []}
+    data = {"rows": [], "failed": [], "skipped": [], "device": "NVIDIA H100 80GB HBM3"}
     command.run("decode", Job("broken", broken, peer=peer), data, console)
     good = {"op": "decode", "impl": "triton", "key": "mse4", "value": "mse4", "batch": 1, "us": 2.0, "floor_us": 1.0}
     command.run("decode", Job("good", lambda: iter([good])), data, console)
@@ -174,7 +174,7 @@ def test_a_failed_job_ends_nothing_but_itself(peer, ok):
 
 
 def test_a_wrong_result_fails():
-    data = {"rows": [], "failed": [], "skipped": []}
+    data = {"rows": [], "failed": [], "skipped": [], "device": "NVIDIA H100 80GB HBM3"}
     wrong = {"op": "decode", "impl": "triton", "key": "mse4", "value": "mse4", "us": 2.0, "ok": False, "error": 0.5}
     data["rows"].append(wrong)
     command.conclude(data, gpu=True, console=command.open_console("-"))
