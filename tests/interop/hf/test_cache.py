@@ -292,6 +292,7 @@ def test_options_are_looked_at_first(model):
     cases = [
         (TypeError, r"expected options among \['key_bits', .*'window', .*\], got windw", dict(windw=3)),
         (TypeError, r"expected options among .*, got num_kv_heads", dict(num_kv_heads=2)),
+        (TypeError, r"expected options among .*, got sliding_window", dict(sliding_window=64)),
         (NotImplementedError, "has bits in .*, got bits=7", dict(key_bits=7)),
         (ValueError, "expected max_tokens of at least 1, got 0", dict(max_tokens=0)),
         (ValueError, "expected a value spec of dim 64", dict(key=tq.QuantizerSpec(64), value=TWO)),

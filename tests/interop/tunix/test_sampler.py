@@ -161,6 +161,8 @@ def test_what_is_refused(qwen):
         compress(compress(qwen))
     with pytest.raises(ValueError, match="got \\['max_tokens'\\]"):
         compress(qwen, max_tokens=3)
+    with pytest.raises(ValueError, match="got \\['sliding_window'\\]"):
+        compress(qwen, sliding_window=64)
     with pytest.raises(TypeError, match="windows"):
         compress(qwen, windows=3)
     with pytest.raises(NotImplementedError, match="7"):
