@@ -1,12 +1,10 @@
 """Attention over a compressed cache."""
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import (
@@ -20,15 +18,17 @@ from pallas_kernels.attention import (
     merge,
 )
 from pallas_kernels.attention.chunk import attend_chunk
-from pallas_kernels.attention.pipeline import check_attend
-from pallas_kernels.attention.whole_cache import LONGEST, attend_before
+from pallas_kernels.attention.pipeline import check_attend, fuses_heads
+from pallas_kernels.attention.whole_cache import LONGEST, attend_before, attend_cache_joint
 from pallas_kernels.dispatch import Chosen, Implementation, choose, interprets
+from pallas_kernels.layer import Heads, JointHeads
 from pallas_kernels.tiles.rotation_triton import Basis, Segment
 from tq_jax import attention_reference
-from tq_jax.cache import Cache, require_row_integers
+from tq_jax.attention_checks import checked, visible_tokens
+from tq_jax.cache import Cache
 from tq_jax.cache_spec import CacheSpec
 from tq_jax.paged import finish
-from tq_jax.quantizer import Quantizer, is_traced, sketch_gain
+from tq_jax.quantizer import Quantizer, sketch_gain
 from tq_jax.rotation import mixing_factors
 
 SHARED_FIELDS = ("pages", "exact_keys", "exact_values", "length", "compressed", "overflow")
@@ -91,7 +91,7 @@ def attend(
         (1, 1, 8, 64)
     """
     above_zero: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap, "scale": scale}
-    rows, lengths = _checked(query, cache, chunk, lengths, rows, sink_logits, **above_zero)
+    rows, lengths = checked(query, cache, chunk, lengths, rows, sink_logits, **above_zero)
     appended = query.shape[1] if chunk is None else 0
     above_zero["sliding_window"] = visible_tokens(cache.spec, sliding_window, appended=appended)
     plan = _plan(query, cache, config=config, precise=precise, implementation=implementation, **above_zero)
@@ -101,89 +101,54 @@ def attend(
     return _attend(query, cache, lengths, rows, sink_logits, chunk, plan=plan, chosen=chosen)
 
 
-def _checked(
-    query: Array,
+def attend_joint(
+    joint: JointHeads,
     cache: Cache,
-    chunk: tuple[Array, Array] | None,
-    lengths: Array | None,
-    rows: Array | None,
-    sink_logits: Array | None,
-    **above_zero: float | None,
-) -> tuple[Array | None, Array | None]:
-    """Rows and lengths as int32; raises ValueError for arrays or options that do not fit."""
-    batch = cache.rows if rows is None else rows.shape[0]
-    check_query(cache.spec, batch, query, sink_logits, **above_zero)
-    if not jnp.issubdtype(query.dtype, jnp.floating):
-        raise ValueError(f"expected floating point queries, got dtype {query.dtype}")
-    require_row_integers(batch, lengths=lengths, rows=rows)
-    _check_rows(cache, query.shape[1], lengths, rows)
-    if chunk is not None:
-        check_chunk(cache.spec, query, *chunk)
-    rows, lengths = (None if x is None else x.astype(jnp.int32) for x in (rows, lengths))
-    return rows, lengths
-
-
-def visible_tokens(spec: CacheSpec, sliding_window: int | None, *, appended: int) -> int | None:
-    """The sliding window of queries to a cache; None if it hides nothing.
+    *,
+    implementation: Implementation = "auto",
+    sliding_window: int | None = None,
+    scale: float | None = None,
+    lengths: Int[Array, "b"] | None = None,
+    rows: Int[Array, "b"] | None = None,
+    precise: bool = False,
+) -> tuple[Float[Array, "b t h_q d"], Heads]:
+    """`attend` of tokens that follow those of the cache, whose heads are not split yet: kernels save a launch.
 
     Args:
-        spec: Spec of the cache.
-        sliding_window: The window asked for; None for that of the spec.
-        appended: Query tokens that the cache holds already.
+        joint: What the heads of the tokens are made of.
+        cache: The cache.
+        implementation: See `attend`, as are the others.
+        sliding_window: Tokens that a query sees.
+        scale: Factor of <q, k>.
+        lengths: Tokens of each row that exist.
+        rows: The cache rows.
+        precise: Two-byte queries.
+
+    Returns:
+        Outputs in the type of the product, and the heads.
 
     Raises:
-        ValueError: If queries would see tokens that the cache no longer holds.
-
-    Example:
-        >>> spec = CacheSpec.recommended(8, 128, max_tokens=32768, sliding_window=1024)
-        >>> visible_tokens(spec, None, appended=1), visible_tokens(spec, 512, appended=500)
-        (1024, 512)
+        ValueError: For shapes or options that do not fit.
+        NotImplementedError: For an implementation that does not exist or does not support the case.
     """
-    window = spec.sliding_window if sliding_window is None else sliding_window
-    window = spec.max_tokens if window is None else min(window, spec.max_tokens)
-    kept, seen = spec.kept_tokens, window - 1 + appended
-    if min(seen, spec.max_tokens) > kept:
-        remedy = "; attend with chunk= before they are appended, or keep more" if appended > 1 else ""
-        raise ValueError(
-            f"expected queries that see at most the {kept} latest tokens of each row, which a cache of "
-            f"sliding_window={spec.sliding_window} keeps, got {appended} appended queries with "
-            f"sliding_window={window}, which see {seen}{remedy}"
-        )
-    return None if window == spec.max_tokens else window
+    query = jax.ShapeDtypeStruct(joint.query_shape, joint.product.dtype)
+    above_zero: dict[str, Any] = {"sliding_window": sliding_window, "softcap": None, "scale": scale}
+    rows, lengths = checked(query, cache, None, lengths, rows, None, **above_zero)
+    above_zero["sliding_window"] = visible_tokens(cache.spec, sliding_window, appended=0)
+    plan = _plan(query, cache, config=None, precise=precise, implementation=implementation, **above_zero)
+    chosen = choose(implementation, op="attend", check=functools.partial(check_attend, query.shape, cache.pages, plan))
+    if chosen == "triton" and fuses_heads(joint, cache.exact_keys.dtype, cache.pages, plan):
+        return _attend_joint(joint, cache, lengths, rows, plan=plan)
+    heads = joint.split()
+    chunk = heads.key, heads.value
+    return _attend(heads.query, cache, lengths, rows, None, chunk, plan=plan, chosen=chosen), heads
 
 
-def check_chunk(spec: CacheSpec, query: Array, key: Array, value: Array) -> None:
-    """Raises ValueError for keys and values of a chunk that do not fit the queries."""
-    expected = (*query.shape[:2], spec.num_kv_heads, spec.head_dim)
-    if key.shape != expected or value.shape != expected:
-        raise ValueError(f"expected keys and values of a chunk of shape {expected}, got {key.shape} and {value.shape}")
-    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (key, value)):
-        raise ValueError(f"expected floating point keys and values of a chunk, got {key.dtype} and {value.dtype}")
-
-
-def check_query(spec: CacheSpec, batch: int, query: Any, sink_logits: Any, **above_zero: float | None) -> None:
-    """Raises ValueError for shapes of queries or sink logits, of any framework, or for options that do not fit."""
-    shape = tuple(query.shape)
-    fits = len(shape) == 4 and shape[0] == batch and shape[2] % spec.num_kv_heads == 0 and shape[3] == spec.head_dim
-    if not fits:
-        raise ValueError(
-            f"expected query of shape ({batch}, tokens, a multiple of {spec.num_kv_heads}, {spec.head_dim}), "
-            f"got {shape}"
-        )
-    for name, value in above_zero.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"expected {name} above 0{' and finite' * (value == math.inf)}, got {value}")
-    if sink_logits is not None and tuple(sink_logits.shape) != shape[2:3]:
-        raise ValueError(f"expected sink_logits of shape {shape[2:3]}, got {tuple(sink_logits.shape)}")
-
-
-def _check_rows(cache: Cache, tokens: int, lengths: Any, rows: Any) -> None:
-    """Raises ValueError for numbers of queries or for cache rows out of range."""
-    for name, array, most in (("lengths", lengths, tokens), ("rows", rows, cache.rows - 1)):
-        if array is None or is_traced(array):
-            continue
-        if np.any(np.asarray(array) < 0) or np.any(np.asarray(array) > most):
-            raise ValueError(f"expected {name} from 0 to {most}, got {np.asarray(array).tolist()}")
+@functools.partial(jax.jit, static_argnames="plan")
+def _attend_joint(
+    joint: JointHeads, cache: Cache, lengths: Array | None, rows: Array | None, *, plan: AttendPlan
+) -> tuple[Any, Heads]:
+    return attend_cache_joint(joint, arrays_of(cache), plan, rows=rows, counts=lengths)
 
 
 def attend_plan(
@@ -222,7 +187,7 @@ def attend_plan(
 
 
 def _plan(
-    query: Array,
+    query: Array | jax.ShapeDtypeStruct,
     cache: Cache,
     *,
     config: TileConfig | None,

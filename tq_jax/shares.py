@@ -22,7 +22,8 @@ from pallas_kernels.attention.pipeline import check_attend
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.numerics import HIDDEN
 from tq_jax.append import append
-from tq_jax.attention import attend_parts, attend_plan, check_chunk, check_query
+from tq_jax.attention import attend_parts, attend_plan
+from tq_jax.attention_checks import check_chunk, check_query
 from tq_jax.cache import Cache, require_row_integers
 from tq_jax.cache_spec import CacheSpec
 from tq_jax.paged import finish

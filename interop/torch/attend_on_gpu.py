@@ -11,7 +11,8 @@ import tq_jax as tq
 from interop.launcher.function import TorchFunction
 from interop.launcher.program import BoundProgram
 from pallas_kernels.attention import MAX_QUERY_TOKENS, CacheArrays, LogitOptions, attend_cache
-from tq_jax.attention import LONGEST, arrays_of, attend_plan, check_query
+from tq_jax.attention import LONGEST, arrays_of, attend_plan
+from tq_jax.attention_checks import check_query
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from interop.torch.kernels import CacheKernels
 from interop.torch.placement import counters_after, plan_append, require_chunk, require_room, row_integers
 from interop.torch.rows import CacheRows
 from interop.torch.tensors import empty_tensors, map_rows
-from tq_jax.attention import check_query
+from tq_jax.attention_checks import check_query
 
 Lengths = Sequence[int] | torch.Tensor
 """Tokens of each row's chunk; a tensor may be on the GPU, where every replay of a CUDA graph reads it anew."""

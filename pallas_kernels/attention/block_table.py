@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.attention.exact import ExactInputs
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.attention.pipeline import AttendPlan, attend_prepared
 from pallas_kernels.attention.prepare_arguments import PrepareInputs
@@ -87,21 +88,16 @@ def attend_block_table(
     if segment is None and plan.sink_slots:
         raise ValueError(f"expected sink_slots=0 without a full-precision segment, got {plan.sink_slots}")
     mean, weight = (None, None) if statistics is None else statistics
-    inputs = PrepareInputs(
+    tokens = ExactInputs(
         query=query,
-        rows=None,
         counts=counts,
         length=lengths,
         compressed=lengths if segment is None else segment.compressed,
         keys=None if segment is None else segment.keys,
         values=None if segment is None else segment.values,
-        mean=mean,
-        weight=weight,
-        basis=x.key_basis,
-        sketch=x.sketch,
     )
     return attend_prepared(
-        inputs,
+        PrepareInputs(tokens, mean, weight, x.key_basis, x.sketch),
         x.pages,
         plan,
         stored_dtype=jnp.float32 if segment is None else segment.keys.dtype,

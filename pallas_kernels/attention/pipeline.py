@@ -1,8 +1,9 @@
 """Attention in at most three launches: prepare, decode (or prefill for many queries), merge.
 
-`prepare` rotates queries and attends to full-precision slots; `decode` attends to packed pages; `merge` combines both
-and leaves the rotated basis. Nothing is computed between the launches for up to MAX_QUERY_TOKENS query tokens, so that
-another framework can launch the same kernels on the same arrays.
+`prepare` rotates queries, `decode` attends to packed pages and to tokens in full precision, `merge` combines both and
+leaves the rotated basis. Where decode is not launched or has no room for tokens in full precision (see
+`exact.fits_decode`), prepare attends to them. Nothing is computed between the launches for up to MAX_QUERY_TOKENS query
+tokens, so that another framework can launch the same kernels on the same arrays.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from pallas_kernels.attention.arguments import PagedArguments
 from pallas_kernels.attention.decode.config import TileConfig
 from pallas_kernels.attention.decode.launch_triton import DIMS, MAX_QUERY_TOKENS, attend_splits
 from pallas_kernels.attention.decode.launch_triton import check_supported as check_few
+from pallas_kernels.attention.exact import ExactInputs, fits_decode
 from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
@@ -22,6 +24,7 @@ from pallas_kernels.attention.prefill import launch_triton as prefill
 from pallas_kernels.attention.prepare_arguments import Prepared, PrepareInputs
 from pallas_kernels.attention.prepare_triton import prepare, prepare_plan
 from pallas_kernels.format import VectorFormat
+from pallas_kernels.layer.heads import Heads, JointHeads, holds_heads
 from pallas_kernels.numerics import LOG2_E
 from pallas_kernels.pages import Pages
 from pallas_kernels.tiles.rotation_triton import Basis
@@ -108,42 +111,137 @@ def attend_prepared(
     Raises:
         NotImplementedError: For shapes or formats outside the kernels' limits.
     """
-    check_attend(x.query.shape, pages, plan)
-    prepared = prepare_queries(x, pages, plan, stored_dtype=stored_dtype, block_table=block_table)
-    exact = None if prepared.acc is None else Splits(prepared.acc, prepared.peak, prepared.total)
-    packed = None if pages is None else _attend_pages(prepared, pages, plan)
+    check_attend(x.query_shape, pages, plan)
+    merged, _ = _attend(
+        x,
+        pages,
+        plan,
+        _Rest(value_basis, sink_logits, overflow),
+        stored_dtype=stored_dtype,
+        block_table=block_table,
+    )
+    return merged
+
+
+def fuses_heads(joint: JointHeads, stored_dtype: Any, pages: Pages | None, plan: AttendPlan) -> bool:
+    """Whether `attend_joint` takes the case; `attend_prepared` takes the heads where it does not."""
+    late = _decode_takes_tokens(joint.query_shape, joint.product.dtype, stored_dtype, pages, plan)
+    return late and holds_heads(*joint.product.shape[-2:])
+
+
+def _decode_takes_tokens(
+    query_shape: tuple[int, ...], dtype: Any, stored_dtype: Any, pages: Pages | None, plan: AttendPlan
+) -> bool:
+    """Whether decode attends over tokens in full precision."""
+    if pages is None or query_shape[1] > MAX_QUERY_TOKENS:
+        return False
+    assert plan.key_format is not None and plan.value_format is not None
+    return fits_decode(dtype, stored_dtype, query_shape[3], plan.key_format, plan.value_format)
+
+
+def attend_joint(
+    x: PrepareInputs,
+    pages: Pages,
+    plan: AttendPlan,
+    *,
+    stored_dtype: Any,
+    value_basis: Basis | None = None,
+    sink_logits: Any = None,
+    overflow: Any = None,
+) -> tuple[Any, Heads]:
+    """Attends with queries that `prepare` makes out of a joint product, over a cache and their own tokens.
+
+    Args:
+        x: The joint product, slots and counters; a case that `fuses_heads`.
+        pages: The pools.
+        plan: The configuration.
+        stored_dtype: See `attend_prepared`, as are the others.
+        value_basis: Basis of compressed values.
+        sink_logits: Learned logits without a value.
+        overflow: Cache rows whose outputs are NaN.
+
+    Returns:
+        As `attend_prepared`, and the heads.
+
+    Raises:
+        NotImplementedError: For shapes or formats outside the kernels' limits.
+    """
+    check_attend(x.query_shape, pages, plan)
+    rest = _Rest(value_basis, sink_logits, overflow)
+    merged, prepared = _attend(x, pages, plan, rest, stored_dtype=stored_dtype)
+    assert prepared.heads is not None
+    return merged, prepared.heads
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rest:
+    """What only the last launch reads."""
+
+    value_basis: Basis | None
+    sink_logits: Any
+    overflow: Any
+
+
+def _attend(
+    x: PrepareInputs, pages: Pages | None, plan: AttendPlan, rest: _Rest, *, stored_dtype: Any, block_table: Any = None
+) -> tuple[Any, Prepared]:
+    """The three launches: the outcome, and what the first one wrote."""
+    few = pages is not None and x.query_shape[1] <= MAX_QUERY_TOKENS
+    late = _decode_takes_tokens(x.query_shape, x.query_dtype, stored_dtype, pages, plan)
+    first = dataclasses.replace(x, tokens=_without_tokens(x.tokens)) if late else x
+    prepared = prepare_queries(first, pages, plan, stored_dtype=stored_dtype, block_table=block_table)
+    tokens = x.tokens
+    if (heads := prepared.heads) is not None:
+        tokens = dataclasses.replace(tokens, query=heads.query, new_keys=heads.key, new_values=heads.value)
+    packed, exact = None, prepared.exact
+    if few:
+        packed, exact = attend_splits(
+            _arguments(prepared, pages, plan),
+            tokens if late else None,
+            config=plan.config,
+            precise=plan.precise,
+            stored_dtype=stored_dtype,
+            sink_slots=plan.sink_slots,
+            interpret=plan.interpret,
+        )
+        exact = prepared.exact if exact is None else exact
+    elif pages is not None:
+        packed = _attend_many(_arguments(prepared, pages, plan), plan)
     merged = merge_splits(
-        MergeInputs(packed, exact, value_basis, sink_logits, x.rows, x.counts, overflow),
+        MergeInputs(packed, exact, rest.value_basis, rest.sink_logits, tokens.rows, tokens.counts, rest.overflow),
         merge_plan(
-            x.query.shape,
+            x.query_shape,
             splits=1 if packed is None else packed.acc.shape[2],
-            dtype="float32" if plan.partial else jnp.dtype(x.query.dtype).name,
+            dtype="float32" if plan.partial else jnp.dtype(x.query_dtype).name,
             partial=plan.partial,
             interpret=plan.interpret,
         ),
     )
-    return Partial(*merged) if plan.partial else merged[0]
+    return (Partial(*merged) if plan.partial else merged[0]), prepared
+
+
+def _without_tokens(x: ExactInputs) -> ExactInputs:
+    return dataclasses.replace(x, keys=None, values=None, new_keys=None, new_values=None)
 
 
 def prepare_queries(
     x: PrepareInputs, pages: Pages | None, plan: AttendPlan, *, stored_dtype: Any, block_table: Any = None
 ) -> Prepared:
-    """Launches the first kernel: queries for the pages, and attention over full-precision slots."""
-    batch, _, _, dim = x.query.shape
-    cache_rows = x.length.shape[0]
+    """Launches the first kernel: queries for the pages, and attention over given tokens in full precision."""
+    cache_rows = x.tokens.length.shape[0]
     if pages is None:
-        kv_heads, pages_per_row, page_size = x.keys.shape[1], 0, 1
+        source = x.tokens.keys if x.tokens.keys is not None else x.tokens.new_keys.swapaxes(1, 2)
+        kv_heads, pages_per_row, page_size = source.shape[1], 0, 1
     else:
         kv_heads, page_size = pages.keys.packed.shape[1:3]
         pages_per_row = pages.keys.packed.shape[0] // cache_rows if block_table is None else block_table.shape[1]
-    without_slots = (batch, kv_heads, 0, dim)
     prepared = prepare(
         x,
         prepare_plan(
-            x.query.shape,
-            without_slots if x.keys is None else x.keys.shape,
+            x,
             stored_dtype,
             options=plan.options,
+            kv_heads=kv_heads,
             sink_slots=plan.sink_slots,
             pages_per_row=pages_per_row,
             page_size=page_size,
@@ -155,19 +253,20 @@ def prepare_queries(
     return prepared if block_table is None else dataclasses.replace(prepared, table=block_table)
 
 
-def _attend_pages(prepared: Prepared, pages: Pages, plan: AttendPlan) -> Splits:
-    """Attends with prepared queries, of any number, over packed pages; many queries come as one split."""
-    assert plan.key_format is not None and plan.value_format is not None
+def _arguments(prepared: Prepared, pages: Pages | None, plan: AttendPlan) -> PagedArguments:
+    """Prepared queries and the pages that they attend to."""
+    assert pages is not None and plan.key_format is not None and plan.value_format is not None
     where = prepared.table, prepared.lengths, prepared.positions
     formats = plan.key_format, plan.value_format
-    arguments = PagedArguments(
+    return PagedArguments(
         prepared.query, pages, *where, *formats, plan.options, logit_bias=prepared.bias, sketch_query=prepared.sketch
     )
-    if prepared.query.shape[1] <= MAX_QUERY_TOKENS:
-        return attend_splits(arguments, config=plan.config, precise=plan.precise, interpret=plan.interpret)
-    found = prefill.attend_pages(arguments, interpret=plan.interpret)
-    kv_heads = pages.keys.packed.shape[1]
-    return Splits(*(_one_split(x, kv_heads) for x in (found.acc, found.peak * LOG2_E, found.total)))
+
+
+def _attend_many(x: PagedArguments, plan: AttendPlan) -> Splits:
+    """Attends with more queries than decode takes; they come as one split."""
+    found = prefill.attend_pages(x, interpret=plan.interpret)
+    return Splits(*(_one_split(part, x.kv_heads) for part in (found.acc, found.peak * LOG2_E, found.total)))
 
 
 def _one_split(x: jax.Array, kv_heads: int) -> jax.Array:

@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Any
 
+from pallas_kernels.attention.exact import ExactInputs, ExactPlan
+from pallas_kernels.attention.merge_triton import Splits
 from pallas_kernels.attention.options import LogitOptions
+from pallas_kernels.layer.heads import Heads, JointHeads
 from pallas_kernels.pytree import pytree
 from pallas_kernels.tiles.rotation_triton import Basis
 
@@ -14,28 +17,26 @@ class PreparePlan:
 
     Attributes:
         options: Logit options.
+        shape: Shape of the queries, [b, t, h_q, d].
         kv_heads: KV heads.
         sink_slots: Full-precision slots before the ring, one per sink token.
         pages_per_row: Pages per cache row; 0 without compressed tokens.
         page_size: Tokens per page.
         sketch_gain: Factor of the sketch of queries.
-        slot_tile: Full-precision slots per step.
-        slot_queries: Query rows of a KV head that a program attends with.
-        slot_splits: Programs that share the slots of a sequence and KV head; 0 without slots.
+        exact: How the kernel attends over tokens in full precision; None if decode does, or if there are none.
         rotated: Queries that a program rotates.
         num_warps: Warps per program.
         interpret: Whether the kernel runs as jnp.
     """
 
     options: LogitOptions
+    shape: tuple[int, int, int, int]
     kv_heads: int
     sink_slots: int
     pages_per_row: int
     page_size: int
     sketch_gain: float
-    slot_tile: int
-    slot_queries: int
-    slot_splits: int
+    exact: ExactPlan | None
     rotated: int
     num_warps: int
     interpret: bool
@@ -46,38 +47,31 @@ class PrepareInputs:
     """Arrays of the kernel, or references; None where a field does not apply.
 
     Attributes:
-        query: [b, t, h_q, d] of any float type.
-        rows: int32 [b], cache row of each sequence; None for all in order.
-        counts: int32 [b], query tokens of each sequence; None for t.
-        length: int32 [rows], tokens of each cache row.
-        compressed: int32 [rows], tokens that left the ring for the pages.
-        keys: [rows, h_kv, slots, d], full-precision keys; uint16 are the bits of bfloat16.
-        values: [rows, h_kv, slots, d], full-precision values, of the type of the keys.
+        tokens: Queries and tokens in full precision. There is no query if there is a joint product, and there are no
+            tokens in full precision if decode attends over them.
         mean: float32 [rows, h_kv, d], subtracted from compressed keys.
         weight: float32 [rows, h_kv, d], multiplied to compressed keys.
         basis: Rotated basis of compressed keys.
         sketch: float32 [d, d], matrix of Prod keys.
-        new_keys: [b, t, h_kv, d], keys of the queries' own tokens, of any float type, if the cache does not hold them
-            yet.
-        new_values: [b, t, h_kv, d], their values.
-        back: int32 [b], tokens from the first query to the end of the cache row: 0 if the queries follow the row's
-            tokens; None for `counts`, if they belong to its last tokens.
+        joint: What the queries and the new tokens are made of, if the kernel splits the heads too.
     """
 
-    query: Any
-    rows: Any
-    counts: Any
-    length: Any
-    compressed: Any
-    keys: Any
-    values: Any
-    mean: Any
-    weight: Any
-    basis: Basis | None
-    sketch: Any
-    new_keys: Any = None
-    new_values: Any = None
-    back: Any = None
+    tokens: ExactInputs
+    mean: Any = None
+    weight: Any = None
+    basis: Basis | None = None
+    sketch: Any = None
+    joint: JointHeads | None = None
+
+    @property
+    def query_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the queries, [b, t, h_q, d]."""
+        return self.tokens.query.shape if self.joint is None else self.joint.query_shape
+
+    @property
+    def query_dtype(self) -> Any:
+        """Type of the queries."""
+        return self.tokens.query.dtype if self.joint is None else self.joint.product.dtype
 
 
 @pytree
@@ -85,24 +79,21 @@ class Prepared:
     """Outputs of the kernel; None where a field does not apply.
 
     Attributes:
-        acc: float32 [b, h_kv, splits, t * g, d], attention over full-precision tokens, see `merge_triton.Splits`: the
-            splits of the slots, then one of new tokens.
-        peak: float32 [b, h_kv, splits, t * g].
-        total: float32 [b, h_kv, splits, t * g].
+        exact: Attention over tokens in full precision: the splits of the slots, then one of new tokens.
         query: float32 [b, t, h_q, d], divided by the weight and rotated.
         bias: float32 [b, t, h_q], logits of the queries with the key mean.
         sketch: float32 [b, t, h_q, d], sketch of the rotated queries times its gain.
         table: int32 [b, pages_per_row], block table of the pages that are still there, in order.
         lengths: int32 [b], tokens in these pages.
         positions: int32 [b, t], positions of the queries, counted from the first token of these pages.
+        heads: The heads of a joint product.
     """
 
-    acc: Any = None
-    peak: Any = None
-    total: Any = None
+    exact: Splits | None = None
     query: Any = None
     bias: Any = None
     sketch: Any = None
     table: Any = None
     lengths: Any = None
     positions: Any = None
+    heads: Heads | None = None

@@ -1,9 +1,10 @@
-"""The prepare kernel: every input of decode besides the pages, and attention over full-precision slots.
+"""The prepare kernel: every input of decode besides the pages.
 
-Its programs do four things side by side: attend over a run of full-precision slots; attend over the queries' own
-tokens, if the cache does not hold them yet; rotate a block of queries, with the bias of centred keys and the sketch of
-Prod keys; and write the block table of a sequence, the number of its tokens in pages and the positions of its queries.
-The rotated basis begins here and ends in `merge_triton`; docs/decode_step.md draws all three launches.
+Its programs do up to four things side by side. They rotate a block of queries, with the bias of centred keys and the
+sketch of Prod keys; write the block table of a sequence, the number of its tokens in pages and the positions of its
+queries; split the product of a decoder layer's joined projections into heads, where there are no queries yet; and
+attend over tokens in full precision, where decode does not. The rotated basis begins here and ends in `merge_triton`;
+docs/decode_step.md draws all three launches.
 """
 
 import dataclasses
@@ -17,27 +18,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.append.slots import first_page, page_at
-from pallas_kernels.attention.full_precision_triton import attend_new, attend_slots, query_block, terms_of
+from pallas_kernels.attention.exact import attend_exact, divided, exact_plan, first_position
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.prepare_arguments import Prepared, PrepareInputs, PreparePlan
-from pallas_kernels.compat.device import H100_MULTIPROCESSORS
-from pallas_kernels.numerics import INSTRUCTION_ROWS, power_of_two
+from pallas_kernels.layer.heads import Heads, load_query, move_heads
+from pallas_kernels.numerics import power_of_two
 from pallas_kernels.tiles.rotation_triton import apply_factors, channels_of, grid_of, load_signs
 
 SKETCHED, TABLE_BLOCK = 16, 1024
 """Coordinates per program that sketches, entries per program that writes a block table."""
 
-SLOT_PROGRAMS, ROTATE_PROGRAMS = H100_MULTIPROCESSORS * 2, 128
-"""Programs to aim at for full-precision slots and for rotation: all run at once on an H100."""
-
-SHORT = 4
-"""Tiles of slots for which there are as many programs, however many sequences: such programs need no loop."""
-
-MOST_SLOTS, LEAST_SLOTS = 64, 16
-"""Slots that a tile may have; one tensor-core instruction contracts 16."""
-
-TILE_CHANNELS = 64 * 128
-"""Channels of the largest tile of bfloat16 slots or queries: as many as registers and shared memory hold."""
+ROTATE_PROGRAMS = 128
+"""Programs to aim at for rotation: all run at once on an H100."""
 
 MOST_ROTATED = 4
 """Most queries that a program rotates."""
@@ -47,40 +39,41 @@ FOUR_WARP_BYTES = 256
 
 
 def prepare_plan(
-    query_shape: tuple[int, ...],
-    slots_shape: tuple[int, ...],
-    dtype: Any,
+    x: PrepareInputs,
+    stored_dtype: Any,
     *,
     options: LogitOptions,
+    kv_heads: int,
     sink_slots: int,
     pages_per_row: int,
     page_size: int,
     sketch_gain: float,
     interpret: bool,
 ) -> PreparePlan:
-    """The plan for queries [b, t, h_q, d] and slots [rows, h_kv, slots, d] of a dtype; uint16 stands for bfloat16."""
-    batch, count, heads, dim = query_shape
-    kv_heads, slots = slots_shape[1:3]
-    itemsize, bfloat16 = jnp.dtype(dtype).itemsize, jnp.dtype(dtype) == jnp.uint16
-    largest = TILE_CHANNELS * 2 // (power_of_two(dim) * itemsize)
-    tile = max(LEAST_SLOTS, min(MOST_SLOTS, largest, power_of_two(slots))) if slots else LEAST_SLOTS
-    # Products of float32 cut all operands in two in registers: no more query rows than one instruction has.
-    most_queries = TILE_CHANNELS // power_of_two(dim) if bfloat16 else INSTRUCTION_ROWS
-    queries = query_block(count, heads // kv_heads, most_queries)
-    blocks = -(-count * heads // kv_heads // queries)
-    most = max(SHORT, SLOT_PROGRAMS // (batch * kv_heads * blocks))
+    """The plan for the arrays; full-precision slots are of a dtype, where uint16 stands for bfloat16."""
+    batch, count, heads, dim = x.query_shape
+    itemsize = 2 if jnp.dtype(stored_dtype) == jnp.uint16 else 4  # what products take
+    num_warps = 4 if dim * itemsize <= FOUR_WARP_BYTES else 8
     return PreparePlan(
         options=options,
+        shape=(batch, count, heads, dim),
         kv_heads=kv_heads,
         sink_slots=sink_slots,
         pages_per_row=pages_per_row,
         page_size=page_size,
         sketch_gain=sketch_gain,
-        slot_tile=tile,
-        slot_queries=queries,
-        slot_splits=min(-(-slots // tile), most),
+        exact=exact_plan(
+            x.tokens,
+            x.query_shape,
+            stored_dtype,
+            kv_heads=kv_heads,
+            options=options,
+            sink_slots=sink_slots,
+            num_warps=4,
+            interpret=interpret,
+        ),
         rotated=min(MOST_ROTATED, power_of_two(max(1, batch * count * heads // ROTATE_PROGRAMS))),
-        num_warps=4 if dim * (2 if bfloat16 else 4) <= FOUR_WARP_BYTES else 8,
+        num_warps=num_warps,
         interpret=interpret,
     )
 
@@ -100,39 +93,34 @@ def prepare(x: PrepareInputs, plan: PreparePlan) -> Prepared:
 
 
 def _programs(x: PrepareInputs, plan: PreparePlan) -> tuple[int, int, int, int]:
-    """Programs for rotation, for slots, for new tokens and for block tables."""
-    batch, count, heads, dim = x.query.shape
-    kv_heads = plan.kv_heads
-    group = heads // kv_heads
-    blocks = batch * kv_heads * -(-count * group // plan.slot_queries)
-    slots, new = blocks * plan.slot_splits, 0 if x.new_keys is None else blocks
+    """Programs for rotation, for tokens in full precision, for heads and for block tables."""
+    batch, count, heads, dim = plan.shape
+    exact = 0 if plan.exact is None else batch * plan.kv_heads * plan.exact.programs
     if not plan.pages_per_row:
-        return 0, slots, new, 0
+        return 0, exact, 0, 0
     rotate = -(-batch * count * heads // plan.rotated) * (1 if x.sketch is None else -(-dim // SKETCHED))
-    return rotate, slots, new, batch * -(-plan.pages_per_row // TABLE_BLOCK)
+    split = 0 if x.joint is None else batch * count * plan.kv_heads
+    return rotate, exact, split, batch * -(-plan.pages_per_row // TABLE_BLOCK)
 
 
 def _outputs(x: PrepareInputs, plan: PreparePlan) -> Prepared:
-    batch, count, heads, dim = x.query.shape
-    kv_heads = plan.kv_heads
-
-    def floats(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    out = Prepared()
-    if splits := plan.slot_splits + (x.new_keys is not None):
-        lead = (batch, kv_heads, splits, count * heads // kv_heads)
-        out = dataclasses.replace(out, acc=floats(*lead, dim), peak=floats(*lead), total=floats(*lead))
+    batch, count, heads, dim = plan.shape
+    shape = jax.ShapeDtypeStruct
+    out = Prepared(exact=None if plan.exact is None else plan.exact.outputs())
     if plan.pages_per_row:
+        rotated = shape(plan.shape, jnp.float32)
         out = dataclasses.replace(
             out,
-            query=floats(*x.query.shape),
-            bias=None if x.mean is None else floats(batch, count, heads),
-            sketch=None if x.sketch is None else floats(*x.query.shape),
-            table=jax.ShapeDtypeStruct((batch, plan.pages_per_row), jnp.int32),
-            lengths=jax.ShapeDtypeStruct((batch,), jnp.int32),
-            positions=jax.ShapeDtypeStruct((batch, count), jnp.int32),
+            query=rotated,
+            bias=None if x.mean is None else shape((batch, count, heads), jnp.float32),
+            sketch=None if x.sketch is None else rotated,
+            table=shape((batch, plan.pages_per_row), jnp.int32),
+            lengths=shape((batch,), jnp.int32),
+            positions=shape((batch, count), jnp.int32),
         )
+    if x.joint is not None:
+        token = shape((batch, count, plan.kv_heads, dim), x.query_dtype)
+        out = dataclasses.replace(out, heads=Heads(shape(plan.shape, x.query_dtype), token, token))
     return out
 
 
@@ -140,7 +128,7 @@ def _body(x: PrepareInputs, out: Prepared, *, plan: PreparePlan) -> None:
     """The kernel body; the number of a program says which of the tasks it has. All arguments are references."""
     program = pl.program_id(0)
     # Rotations come first: their arithmetic hides behind the loads of the other tasks.
-    tasks = _rotate, _attend, _attend_new, _write_table
+    tasks = _rotate, _attend, _split, _write_table
     end = 0
     for task, programs in zip(tasks, _programs(x, plan), strict=True):
         begin, end = end, end + programs
@@ -152,126 +140,44 @@ def _body(x: PrepareInputs, out: Prepared, *, plan: PreparePlan) -> None:
                 task(x, out, program - begin, plan)
 
 
-def _row(x: PrepareInputs, sequence: jax.Array) -> jax.Array:
-    """Cache row of a sequence."""
-    return sequence if x.rows is None else x.rows[sequence]
-
-
-def _first_position(x: PrepareInputs, sequence: jax.Array, row: jax.Array) -> jax.Array:
-    """Position of the first query of a sequence."""
-    back = x.counts if x.back is None else x.back
-    return x.length[row] - (x.query.shape[1] if back is None else back[sequence])
-
-
-@dataclasses.dataclass(frozen=True)
-class _QueryRows:
-    """A block of query rows of a sequence and KV head, and which part of the keys it attends to.
-
-    Attributes:
-        query: float32 [queries, d padded].
-        token: int32 [queries], query token of each row.
-        column: int32 [queries], number of each row among those of the KV head.
-        channel: int32 [queries, d padded].
-        mask: bool [queries, d padded], whether the row and the channel exist.
-        sequence: Sequence of the batch, a number.
-        head: KV head, a number.
-        part: Part of the keys, a number.
-    """
-
-    query: jax.Array
-    token: jax.Array
-    column: jax.Array
-    channel: jax.Array
-    mask: jax.Array
-    sequence: jax.Array
-    head: jax.Array
-    part: jax.Array
-
-
-def _query_rows(x: PrepareInputs, program: jax.Array, plan: PreparePlan, *, parts: int) -> _QueryRows:
-    """The query rows of a program, of which each block has one program per part of the keys."""
-    count, heads, dim = x.query.shape[1:]
-    group, size = heads // plan.kv_heads, plan.slot_queries
-    part, rest = _divided(program, parts)
-    block, rest = _divided(rest, -(-count * group // size))
-    head, sequence = _divided(rest, plan.kv_heads)
-    column = block * size + lax.broadcasted_iota(jnp.int32, (size,), 0)  # [queries], query rows
-    token, query_head = _token_and_head(column, head, group)  # [queries] each
-    shape = (size, power_of_two(dim))
-    channel = lax.broadcasted_iota(jnp.int32, shape, 1)  # [queries, d padded], as are mask and query
-    mask = jnp.broadcast_to((column < count * group)[:, None], shape) & (channel < dim)
-    index = [jnp.broadcast_to(i, shape) for i in (sequence, token[:, None], query_head[:, None])]
-    query = plt.load(x.query.at[(*index, channel)], mask=mask, other=jnp.zeros((), x.query.dtype))
-    return _QueryRows(query.astype(jnp.float32), token, column, channel, mask, sequence, head, part)
-
-
 def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
-    """Attends with a block of query rows over a share of the slots of a sequence and KV head."""
-    slots = x.keys.shape[2]
-    this = _query_rows(x, program, plan, parts=plan.slot_splits)
-    row = _row(x, this.sequence)
-    length, compressed = x.length[row], x.compressed[row]
-    single = plan.slot_splits * plan.slot_tile >= slots
-    used = lax.div(jnp.minimum(length, slots) + (plan.slot_tile - 1), jnp.int32(plan.slot_tile))
-    share = lax.div(used + (plan.slot_splits - 1), jnp.int32(plan.slot_splits))
-    begin = this.part if single else this.part * share
-    state = attend_slots(
-        this.query,
-        _first_position(x, this.sequence, row) + this.token,
-        x.keys,
-        x.values,
-        (row, this.head),
-        (begin, jnp.minimum(begin + share, used)),
-        (length, compressed),
-        tile=plan.slot_tile,
-        sink_slots=plan.sink_slots,
-        options=plan.options,
-        query_terms=terms_of(x.query.dtype),
-        single=single,
-        interpret=plan.interpret,
-    )
-    _store_split(out, this, this.part, state)
+    """Attends over tokens in full precision."""
+    assert plan.exact is not None and out.exact is not None
+    inner, rest = divided(program, plan.exact.programs)
+    head, sequence = divided(rest, plan.kv_heads)
+    attend_exact(x.tokens, out.exact, inner, sequence, head, plan.exact)
 
 
-def _attend_new(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
-    """Attends with a block of query rows over the new tokens of a sequence and KV head."""
-    count = x.query.shape[1]
-    this = _query_rows(x, program, plan, parts=1)
-    state = attend_new(
-        this.query,
-        this.token,
-        (x.new_keys, x.new_values),
-        (this.sequence, this.head),
-        jnp.int32(count) if x.counts is None else x.counts[this.sequence],
-        tile=max(LEAST_SLOTS, power_of_two(count)),
-        options=plan.options,
-        query_terms=terms_of(x.query.dtype),
-        interpret=plan.interpret,
-    )
-    _store_split(out, this, jnp.int32(plan.slot_splits), state)
+def _split(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
+    """Writes the heads of a KV head of a token."""
+    assert x.joint is not None and out.heads is not None
+    head, rest = divided(program, plan.kv_heads)
+    token, sequence = divided(rest, plan.shape[1])
+    move_heads(x.joint, out.heads, (sequence, token, head))
 
 
-def _store_split(out: Prepared, this: _QueryRows, split: jax.Array, state: tuple[jax.Array, ...]) -> None:
-    """Writes acc [queries, d padded], peak and total [queries] of a split."""
-    shape, acc = this.mask.shape, state[0]
-    at = [jnp.broadcast_to(i, shape) for i in (this.sequence, this.head, split, this.column[:, None])]
-    plt.store(out.acc.at[(*at, this.channel)], acc, mask=this.mask)
-    at = [jnp.broadcast_to(i, shape[:1]) for i in (this.sequence, this.head, split)]
-    for ref, value in ((out.peak, state[1]), (out.total, state[2])):
-        plt.store(ref.at[(*at, this.column)], value, mask=this.column < out.acc.shape[3])
+def _load_queries(
+    x: PrepareInputs, where: tuple[jax.Array, ...], channel: jax.Array, *, exists: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Channels, float32, of the queries at a sequence, token and query head; see `load_query`."""
+    if x.joint is not None:
+        return load_query(x.joint, where, channel, exists=exists, mask=mask)
+    query = x.tokens.query
+    where = tuple(jnp.broadcast_to(i, channel.shape) for i in where)
+    return plt.load(query.at[(*where, channel)], mask=mask, other=jnp.zeros((), query.dtype)).astype(jnp.float32)
 
 
 def _rotate(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
     """Rotates a block of queries; with a sketch, one program per block of the sketch's coordinates repeats this."""
-    batch, count, heads, dim = x.query.shape
-    block, rest = _divided(program, 1 if x.sketch is None else -(-dim // SKETCHED))
+    batch, count, heads, dim = plan.shape
+    block, rest = divided(program, 1 if x.sketch is None else -(-dim // SKETCHED))
     query = rest * plan.rotated + lax.broadcasted_iota(jnp.int32, (plan.rotated,), 0)  # [rotated]
     exists = query < batch * count * heads  # [rotated]
-    head, rest = _divided(query, heads)  # [rotated] each
-    token, sequence = _divided(rest, count)  # [rotated] each
-    row = sequence
-    if x.rows is not None and x.mean is not None:
-        row = plt.load(x.rows.at[sequence], mask=query < batch * count * heads, other=0)
+    head, rest = divided(query, heads)  # [rotated] each
+    token, sequence = divided(rest, count)  # [rotated] each
+    row, rows = sequence, x.tokens.rows
+    if rows is not None and x.mean is not None:
+        row = plt.load(rows.at[sequence], mask=exists, other=0)
     kv_head = lax.div(head, jnp.full_like(head, heads // plan.kv_heads))
     assert x.basis is not None
     coordinate = block * SKETCHED + lax.broadcasted_iota(jnp.int32, (SKETCHED,), 0)  # [coordinates]
@@ -284,13 +190,14 @@ def _rotate(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
         channel = jnp.broadcast_to(channels_of(x.basis, index, place, valid)[:, None], shape)  # [n, rotated, k]
         mask = jnp.broadcast_to(exists[None, :, None] & valid[:, None], shape)  # [n, rotated, k]
 
-        def load(ref: Any, *lead: jax.Array, at: jax.Array = channel, mask: jax.Array = mask) -> jax.Array:
-            lead = tuple(jnp.broadcast_to(k[None, :, None], at.shape) for k in lead)
-            return plt.load(ref.at[(*lead, at)], mask=mask, other=jnp.zeros((), ref.dtype)).astype(jnp.float32)
+        def load(ref: Any, at: jax.Array = channel, mask: jax.Array = mask) -> jax.Array:
+            lead = tuple(jnp.broadcast_to(k[None, :, None], at.shape) for k in (row, kv_head))
+            return plt.load(ref.at[(*lead, at)], mask=mask, other=0.0)
 
-        values = load(x.query, sequence, token, head)  # [n, rotated, k]
+        *where, some = (k[None, :, None] for k in (sequence, token, head, exists))
+        values = _load_queries(x, tuple(where), channel, exists=some, mask=mask)  # [n, rotated, k]
         if x.mean is not None:
-            mean, weight = (load(ref, row, kv_head) for ref in (x.mean, x.weight))
+            mean, weight = load(x.mean), load(x.weight)
             bias = bias + jnp.sum(jnp.sum(values * mean, axis=0), axis=1)  # [rotated]
             values = values / jnp.where(mask, weight, 1.0)
         signs = load_signs(segment, place, valid)  # [n, k]
@@ -330,12 +237,12 @@ def _sketched(matrix: Any, coordinate: jax.Array, place: jax.Array, valid: jax.A
 
 def _write_table(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
     """Writes a run of a sequence's block table; the first run's program also writes its length and query positions."""
-    count = x.query.shape[1]
-    block, sequence = _divided(program, -(-plan.pages_per_row // TABLE_BLOCK))
-    row = _row(x, sequence)
+    count = plan.shape[1]
+    block, sequence = divided(program, -(-plan.pages_per_row // TABLE_BLOCK))
+    row = x.tokens.row(sequence)
     size = min(TABLE_BLOCK, power_of_two(plan.pages_per_row))
     entry = block * TABLE_BLOCK + lax.broadcasted_iota(jnp.int32, (size,), 0)  # [entries]
-    compressed = x.compressed[row]
+    compressed = x.tokens.compressed[row]
     first = first_page(compressed, pages_per_row=plan.pages_per_row, page_size=plan.page_size)
     at = out.table.at[jnp.full_like(entry, sequence), entry]
     page = page_at(first + entry, row, pages_per_row=plan.pages_per_row)  # [entries]
@@ -346,17 +253,5 @@ def _write_table(x: PrepareInputs, out: Prepared, program: jax.Array, plan: Prep
         overwritten = first * plan.page_size
         out.lengths[sequence] = compressed - overwritten
         token = lax.broadcasted_iota(jnp.int32, (power_of_two(count),), 0)  # [t padded]
-        position = _first_position(x, sequence, row) - plan.sink_slots - overwritten + token
+        position = first_position(x.tokens, count, sequence, row) - plan.sink_slots - overwritten + token
         plt.store(out.positions.at[jnp.full_like(token, sequence), token], position, mask=token < count)
-
-
-def _divided(x: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
-    """Remainder and quotient of integers that are not negative."""
-    divisor = jnp.full_like(x, by)
-    return lax.rem(x, divisor), lax.div(x, divisor)
-
-
-def _token_and_head(column: jax.Array, head: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
-    """Query token and query head of each query row [queries] of a KV head."""
-    inner, token = _divided(column, group)
-    return token, head * group + inner

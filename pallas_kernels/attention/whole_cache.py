@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
+from pallas_kernels.attention.exact import ExactInputs
 from pallas_kernels.attention.partial import Partial
-from pallas_kernels.attention.pipeline import AttendPlan, attend_prepared
+from pallas_kernels.attention.pipeline import AttendPlan, attend_joint, attend_prepared
 from pallas_kernels.attention.prepare_arguments import PrepareInputs
+from pallas_kernels.layer.heads import Heads, JointHeads
 from pallas_kernels.pages import Pages
 from pallas_kernels.pytree import pytree
 from pallas_kernels.tiles.rotation_triton import Basis
@@ -123,11 +125,50 @@ def attend_before(
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, blocks * size, *x.shape[3:])[:, :count], parts)
 
 
+def attend_cache_joint(
+    joint: JointHeads,
+    cache: CacheArrays,
+    plan: AttendPlan,
+    *,
+    rows: Int[Array, "b"] | None = None,
+    counts: Int[Array, "b"] | None = None,
+    sink_logits: Float[Array, "h_q"] | None = None,
+) -> tuple[Float[Array, "b t h_q d"] | Partial, Heads]:
+    """Attention of a joint product's queries over the cache, which does not hold their tokens yet, and these tokens.
+
+    Args:
+        joint: What the heads of the queries' tokens are made of; a case that `pipeline.fuses_heads`.
+        cache: The cache.
+        plan: The configuration.
+        rows: Cache row of each sequence; all rows in order by default.
+        counts: Queries of each sequence, right-padded; t by default.
+        sink_logits: Learned logits without a value.
+
+    Returns:
+        As `attend_cache`, and the heads.
+
+    Raises:
+        NotImplementedError: For shapes or formats outside the kernels' limits.
+    """
+    assert cache.pages is not None
+    back = jnp.zeros(joint.query_shape[0], jnp.int32)
+    inputs = dataclasses.replace(prepare_inputs(None, cache, rows, counts, back), joint=joint)
+    return attend_joint(
+        inputs,
+        cache.pages,
+        plan,
+        stored_dtype=cache.exact_keys.dtype,
+        value_basis=cache.value_basis,
+        sink_logits=sink_logits,
+        overflow=cache.overflow,
+    )
+
+
 def prepare_inputs(
     query: Any, cache: CacheArrays, rows: Any, counts: Any, back: Any = None, new: tuple[Any, Any] | None = None
 ) -> PrepareInputs:
-    """The arrays of a cache that the first kernel reads."""
-    return PrepareInputs(
+    """The arrays of a cache that the kernels read besides the pages."""
+    tokens = ExactInputs(
         query=query,
         rows=rows,
         counts=counts,
@@ -136,10 +177,7 @@ def prepare_inputs(
         compressed=cache.compressed,
         keys=cache.exact_keys if cache.exact_keys.size else None,
         values=cache.exact_values if cache.exact_values.size else None,
-        mean=cache.mean,
-        weight=cache.weight,
-        basis=cache.key_basis,
-        sketch=cache.sketch,
         new_keys=None if new is None else new[0],
         new_values=None if new is None else new[1],
     )
+    return PrepareInputs(tokens, cache.mean, cache.weight, cache.key_basis, cache.sketch)

@@ -4,7 +4,7 @@ They are the residual norm, and the heads with rotary positions. A decoding step
 not bytes, are their cost.
 """
 
-from pallas_kernels.layer.heads import Heads, split_heads
+from pallas_kernels.layer.heads import Heads, JointHeads, split_heads
 from pallas_kernels.layer.norm import NormWeights, residual_norm
 
-__all__ = ["Heads", "NormWeights", "residual_norm", "split_heads"]
+__all__ = ["Heads", "JointHeads", "NormWeights", "residual_norm", "split_heads"]

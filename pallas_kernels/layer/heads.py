@@ -40,6 +40,35 @@ class Heads:
     value: Any
 
 
+@pytree
+class JointHeads:
+    """The product of a layer's joined projections, and what makes heads of it; a pytree of arrays or references.
+
+    Attributes:
+        product: [b, t, h_kv, parts, d], of each KV head its g query heads, its key head and its value head; parts =
+            g + 2.
+        turn: Rotary positions (arXiv:2104.09864).
+        query_norm: Norm of query heads; None for none.
+        key_norm: Norm of key heads; None if there is no norm of query heads either.
+    """
+
+    product: Any
+    turn: Turn
+    query_norm: NormWeights | None = None
+    key_norm: NormWeights | None = None
+
+    @property
+    def query_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the query heads, [b, t, h_q, d]."""
+        b, t, h_kv, parts, d = self.product.shape
+        return b, t, h_kv * (parts - 2), d
+
+    def split(self, *, implementation: Implementation = "auto") -> Heads:
+        """The heads; see `split_heads`."""
+        norms = {"query_norm": self.query_norm, "key_norm": self.key_norm}
+        return split_heads(self.product, self.turn, **norms, implementation=implementation)
+
+
 def split_heads(
     joint: Float[Array, "b t h_kv parts d"],
     turn: Turn,
@@ -71,7 +100,7 @@ def split_heads(
     """
     check = functools.partial(_check, *joint.shape[-2:])
     if choose(implementation, op="heads of a layer", check=check) == "triton":
-        return by_kernel(joint, turn, query_norm, key_norm, interpret=interprets())
+        return by_kernel(JointHeads(joint, turn, query_norm, key_norm), interpret=interprets())
     b, t, h_kv, parts, d = joint.shape
     query, key, value = joint[:, :, :, :-2].reshape(b, t, h_kv * (parts - 2), d), joint[..., -2, :], joint[..., -1, :]
     return Heads(turned(_normed(query, query_norm), turn), turned(_normed(key, key_norm), turn), value)
@@ -91,19 +120,21 @@ def turned(x: Array, turn: Turn) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def holds_heads(parts: int, d: int) -> bool:
+    """Whether a program holds the heads of a KV head."""
+    return power_of_two(parts) * power_of_two(d) <= LARGEST
+
+
 def _check(parts: int, d: int) -> None:
-    channels = power_of_two(parts) * power_of_two(d)
-    if channels > LARGEST:
+    if not holds_heads(parts, d):
         raise NotImplementedError(f"the kernel splits up to {LARGEST} channels of a KV head, got {parts} heads of {d}")
 
 
-def by_kernel(
-    joint: Array, turn: Turn, query_norm: NormWeights | None, key_norm: NormWeights | None, *, interpret: bool
-) -> Heads:
+def by_kernel(x: JointHeads, *, interpret: bool) -> Heads:
     """`split_heads` by the kernel, one program per token and KV head."""
-    b, t, h_kv, parts, d = joint.shape
-    query = jax.ShapeDtypeStruct((b, t, h_kv * (parts - 2), d), joint.dtype)
-    other = jax.ShapeDtypeStruct((b, t, h_kv, d), joint.dtype)
+    b, t, h_kv, parts, d = x.product.shape
+    query = jax.ShapeDtypeStruct(x.query_shape, x.product.dtype)
+    other = jax.ShapeDtypeStruct((b, t, h_kv, d), x.product.dtype)
     channels = power_of_two(parts) * power_of_two(d)
     [heads] = pl.pallas_call(
         _body,
@@ -112,49 +143,101 @@ def by_kernel(
         compiler_params=plt.CompilerParams(num_warps=max(1, min(8, channels // CHANNELS_PER_WARP)), num_stages=1),
         interpret=interpret,
         name="split_heads",
-    )(joint, turn, (query_norm, key_norm))
+    )(x)
     return heads
 
 
-def _body(joint: Any, turn: Any, norms: tuple[Any, Any], out: Heads) -> None:
+def _body(x: JointHeads, out: Heads) -> None:
     """The kernel body. All arguments are references."""
-    group = joint.shape[3] - 2
-    head = pl.program_id(0)
-    query_norm, key_norm = norms
-    _move(joint, out.query, (0, group), head * group, turn=turn, norm=query_norm)
-    _move(joint, out.key, (group, 1), head, turn=turn, norm=key_norm)
-    _move(joint, out.value, (group + 1, 1), head, turn=None, norm=None)
+    head, token, sequence = (pl.program_id(axis) for axis in range(3))
+    move_heads(x, out, (sequence, token, head))
+
+
+def move_heads(x: JointHeads, out: Heads, where: tuple[jax.Array, ...]) -> None:
+    """Norms, turns and writes the heads of a sequence, token and KV head, in a kernel; arguments are references."""
+    group = x.product.shape[3] - 2
+    head = where[2]
+    _move(x, out.query, (0, group), where, head * group, turn=x.turn, norm=x.query_norm)
+    _move(x, out.key, (group, 1), where, head, turn=x.turn, norm=x.key_norm)
+    _move(x, out.value, (group + 1, 1), where, head, turn=None, norm=None)
 
 
 def _move(
-    joint: Any, target: Any, parts: tuple[int, int], target_head: jax.Array, *, turn: Any, norm: NormWeights | None
+    x: JointHeads,
+    target: Any,
+    parts: tuple[int, int],
+    where: tuple[jax.Array, ...],
+    target_head: jax.Array,
+    *,
+    turn: Any,
+    norm: NormWeights | None,
 ) -> None:
     """Norms, turns and writes some heads of a KV head; `parts` are the first of them and their number.
 
     Both halves of a head are tiles of their own, so that a channel and its partner lie in the same thread.
     """
     first, count = parts
-    half = joint.shape[4] // 2
-    head, token, sequence = (pl.program_id(axis) for axis in range(3))
+    half, dtype = x.product.shape[4] // 2, x.product.dtype
+    sequence, token, head = where
     shape = (power_of_two(count), power_of_two(half))
     number = lax.broadcasted_iota(jnp.int32, shape, 0)  # [heads padded, half padded], as all that follow
     channel = lax.broadcasted_iota(jnp.int32, shape, 1)
     exists = (number < count) & (channel < half)
-
-    def load(ref: Any, *at: Any) -> jax.Array:
-        index = tuple(jnp.broadcast_to(i, shape) for i in at)
-        return plt.load(ref.at[index], mask=exists, other=jnp.zeros((), ref.dtype))
-
-    halves = [load(joint, sequence, token, head, first + number, channel + offset) for offset in (0, half)]
+    load = functools.partial(_load, mask=exists)
+    halves = [load(x.product, sequence, token, head, first + number, channel + offset) for offset in (0, half)]
     if norm is not None:
-        wide = [x.astype(jnp.float32) for x in halves]
+        wide = [half_.astype(jnp.float32) for half_ in halves]
         power = jnp.sum(wide[0] * wide[0] + wide[1] * wide[1], axis=1) * (1.0 / (2 * half))  # [heads padded]
         scales = [load(norm.scale, channel + offset) for offset in (0, half)]
-        halves = [norm.scaled(x, power[:, None], scale, joint.dtype) for x, scale in zip(wide, scales, strict=True)]
+        halves = [norm.scaled(w, power[:, None], scale, dtype) for w, scale in zip(wide, scales, strict=True)]
     if turn is not None:
         cos, sin = (load(factor, sequence, token, channel) for factor in turn)
-        left, right = (x.astype(jnp.float32) for x in halves)
-        halves = [(left * cos - right * sin).astype(joint.dtype), (right * cos + left * sin).astype(joint.dtype)]
-    for offset, x in zip((0, half), halves, strict=True):
+        left, right = (half_.astype(jnp.float32) for half_ in halves)
+        halves = [(left * cos - right * sin).astype(dtype), (right * cos + left * sin).astype(dtype)]
+    for offset, out in zip((0, half), halves, strict=True):
         at = (sequence, token, target_head + number, channel + offset)
-        plt.store(target.at[tuple(jnp.broadcast_to(i, shape) for i in at)], x, mask=exists)
+        plt.store(target.at[tuple(jnp.broadcast_to(i, shape) for i in at)], out, mask=exists)
+
+
+def load_query(
+    x: JointHeads, where: tuple[jax.Array, ...], channel: jax.Array, *, exists: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Channels of query heads as `move_heads` writes them, in a kernel, in any order and layout.
+
+    Args:
+        x: References.
+        where: Sequence, token and query head, of shapes that broadcast to that of the channels with 1 for each axis of
+            channels.
+        channel: int32 [...], channels.
+        exists: Whether each head exists, of the shape of the head numbers.
+        mask: bool [...], which channels of heads that exist to load; the others are zero.
+
+    Returns:
+        float32 [...], rounded to the type of the product.
+    """
+    group, d, dtype = x.product.shape[3] - 2, x.product.shape[4], x.product.dtype
+    sequence, token, head = where
+    divisor = jnp.full_like(head, group)
+    heads = sequence, token, lax.div(head, divisor), lax.rem(head, divisor)
+    second = channel >= d // 2
+    angle = jnp.where(second, channel - d // 2, channel)
+    places = channel, jnp.where(second, angle, channel + d // 2)  # each channel and its partner
+    own, partner = (_load(x.product, *heads, place, mask=mask) for place in places)
+    if (norm := x.query_norm) is not None:
+        all_channels = lax.broadcasted_iota(jnp.int32, (*head.shape, power_of_two(d)), head.ndim)
+        present = (all_channels < d) & exists[..., None]
+        whole = _load(x.product, *(i[..., None] for i in heads), all_channels, mask=present).astype(jnp.float32)
+        power = jnp.sum(whole * whole, axis=head.ndim) * (1.0 / d)
+        own, partner = (
+            norm.scaled(values.astype(jnp.float32), power, _load(norm.scale, place, mask=mask), dtype)
+            for values, place in zip((own, partner), places, strict=True)
+        )
+    cos, sin = (_load(factor, sequence, token, angle, mask=mask) for factor in x.turn)
+    own, partner = own.astype(jnp.float32), partner.astype(jnp.float32)
+    return (own * cos + jnp.where(second, partner, -partner) * sin).astype(dtype).astype(jnp.float32)
+
+
+def _load(ref: Any, *at: Any, mask: jax.Array) -> jax.Array:
+    """Elements of a reference at indices that broadcast to the mask's shape, zero where it is false."""
+    index = tuple(jnp.broadcast_to(i, mask.shape) for i in at)
+    return plt.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))

@@ -10,7 +10,7 @@ import pytest
 from caches import D, H, make_spec, tokens
 
 import tq_jax as tq
-from tq_jax.attention import visible_tokens
+from tq_jax.attention_checks import visible_tokens
 from tq_jax.shares import share_spec
 from tq_jax.store import spec_fields
 

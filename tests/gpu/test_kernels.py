@@ -17,6 +17,7 @@ from pallas_kernels.encode import encode_pages
 from pallas_kernels.layer import NormWeights, residual_norm, split_heads
 from tests.kernels.cases import chunk as chunk_cases
 from tests.kernels.cases import encode as encode_cases
+from tests.kernels.cases import joint as joint_cases
 from tests.kernels.cases import pages as page_cases
 from tests.kernels.cases import whole_cache as cache_cases
 
@@ -71,6 +72,12 @@ def test_attend(name, precise):
     np.testing.assert_array_equal(got, again)
     want = run(query, cache, implementation="reference")
     assert cache_cases.relative_error(got, want) <= case.tolerance(precise=precise)
+
+
+@pytest.mark.parametrize("shape", joint_cases.SHAPES)
+@pytest.mark.parametrize("name", joint_cases.SPECS)
+def test_joint_heads(name, shape):
+    joint_cases.check_parity(name, shape)
 
 
 @pytest.mark.parametrize("name", encode_cases.CASES)

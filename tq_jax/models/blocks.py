@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels.layer import NormWeights, residual_norm, split_heads
+from pallas_kernels.layer import JointHeads, NormWeights, residual_norm
 from tq_jax.models.config import DecoderConfig
 from tq_jax.models.rope import Turn
 
-# (query [b, t, h_q, d], key and value [b, t, h_kv, d]) -> (mixed values [b, t, h_q, d], the cache afterwards)
-Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# heads, not split yet -> (mixed values [b, t, h_q, d], the cache afterwards)
+Mix = Callable[[JointHeads], tuple[jax.Array, Any]]
 
 
 class RMSNorm(nnx.Module):
@@ -97,8 +97,7 @@ class Attention(nnx.Module):
         norms: dict[str, Any] = {}
         if self.query_norm is not None and self.key_norm is not None:
             norms = {"query_norm": self.query_norm.weights, "key_norm": self.key_norm.weights}
-        heads = split_heads(self.qkv(hidden), turn, **norms)
-        mixed, cache = mix(heads.query, heads.key, heads.value)
+        mixed, cache = mix(JointHeads(self.qkv(hidden), turn, **norms))
         return self.output(mixed.reshape(*hidden.shape[:2], -1)), cache
 
 

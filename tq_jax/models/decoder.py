@@ -22,7 +22,8 @@ from jax import lax
 
 import tq_jax as tq
 from pallas_kernels.attention import MAX_QUERY_TOKENS
-from tq_jax.attention import Implementation
+from pallas_kernels.layer import Heads, JointHeads
+from tq_jax.attention import Implementation, attend_joint
 from tq_jax.models.blocks import linear
 from tq_jax.models.causal import causal_attention
 from tq_jax.models.config import DecoderConfig, Run, runs_of
@@ -30,9 +31,8 @@ from tq_jax.models.families import FAMILIES
 from tq_jax.models.layer_caches import Caches, init_layers, layer_of, map_caches, parts_of, require_layers, with_layer
 from tq_jax.models.rope import Turn, rotary_turn
 
-# (query [b, t, h_q, d], key and value [b, t, h_kv, d], carry, cache rows int32 [b]; window: int or None, tokens that a
-# query sees, itself included; scale: float) -> mixed values [b, t, h_q, d], the carry for the next layer, and arrays
-# that are kept of every layer
+# (heads, not split yet, carry, cache rows int32 [b]; window: int or None, tokens that a query sees, itself included;
+# scale: float) -> mixed values [b, t, h_q, d], the carry for the next layer, and arrays that are kept of every layer
 LayerMix = Callable[..., tuple[jax.Array, Any, Any]]
 
 FEW_TOKENS = MAX_QUERY_TOKENS
@@ -116,8 +116,9 @@ class Decoder(nnx.Module):
             Hidden states [b, t, dim] after the final norm.
         """
 
-        def mix(query: jax.Array, key: jax.Array, value: jax.Array, carry: None, rows: jax.Array, **options: Any):
-            return causal_attention(query, key, value, **options), None, None
+        def mix(joint: JointHeads, carry: None, rows: jax.Array, **options: Any):
+            heads = joint.split()
+            return causal_attention(heads.query, heads.key, heads.value, **options), None, None
 
         return self.run(tokens, None, jnp.zeros(tokens.shape[:1], jnp.int32), mix)[0]
 
@@ -133,8 +134,10 @@ class Decoder(nnx.Module):
             keys. The first axis has the order of cache rows.
         """
 
-        def mix(query: jax.Array, key: jax.Array, value: jax.Array, carry: None, rows: jax.Array, **options: Any):
-            return causal_attention(query, key, value, **options), None, (query, key, value)
+        def mix(joint: JointHeads, carry: None, rows: jax.Array, **options: Any):
+            heads = joint.split()
+            chunk = heads.query, heads.key, heads.value
+            return causal_attention(*chunk, **options), None, chunk
 
         hidden, _, kept = self.run(tokens, None, jnp.zeros(tokens.shape[:1], jnp.int32), mix)
         return hidden, kept
@@ -171,11 +174,12 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, Caches]:
         """See `prefill`; every layer mixes by `attend(query, key, value, window=..., scale=...)`."""
 
-        def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: Caches, rows: jax.Array, **options: Any):
-            window = options["window"]
+        def mix(joint: JointHeads, cache: Caches, rows: jax.Array, **options: Any):
+            window, heads = options["window"], joint.split()
             own, rows = layer_of(cache, rows, window=window)
-            stored = tq.append(own, key, value, query=query, lengths=lengths, rows=rows)
-            return attend(query, key, value, **options), with_layer(cache, stored, window=window), None
+            stored = tq.append(own, heads.key, heads.value, query=heads.query, lengths=lengths, rows=rows)
+            mixed = attend(heads.query, heads.key, heads.value, **options)
+            return mixed, with_layer(cache, stored, window=window), None
 
         hidden, cache, _ = self.run(tokens, cache, start, mix, stride=stride)
         return hidden, cache
@@ -215,16 +219,21 @@ class Decoder(nnx.Module):
         few = tokens.shape[1] <= FEW_TOKENS and not as_stored
         start = self._lengths(cache, batch=tokens.shape[0])
 
-        def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: Caches, rows: jax.Array, **options: Any):
-            window = options["window"]
-            own, rows = layer_of(cache, rows, window=window)
-            added = {"query": query, "lengths": lengths, "rows": rows, "start": start}
-            stored = own if few else self._append(own, key, value, **added)
-            chunk, read = (None, stored) if as_stored else ((key, value), own)
-            mixed = self._attend(query, read, chunk=chunk, rows=rows, **options, **how)
-            return mixed, with_layer(cache, stored, window=window), (query, key, value) if few else None
+        def mix_few(joint: JointHeads, cache: Caches, rows: jax.Array, **options: Any):
+            own, rows = layer_of(cache, rows, window=options["window"])
+            mixed, heads = self._attend_joint(joint, own, rows=rows, **options, **how)
+            return mixed, cache, (heads.query, heads.key, heads.value)
 
-        hidden, cache, kept = self.run(tokens, cache, start, mix)
+        def mix_many(joint: JointHeads, cache: Caches, rows: jax.Array, **options: Any):
+            window, heads = options["window"], joint.split()
+            own, rows = layer_of(cache, rows, window=window)
+            new = heads.key, heads.value
+            stored = self._append(own, *new, query=heads.query, lengths=lengths, rows=rows, start=start)
+            chunk, read = (None, stored) if as_stored else (new, own)
+            mixed = self._attend(heads.query, read, chunk=chunk, rows=rows, **options, **how)
+            return mixed, with_layer(cache, stored, window=window), None
+
+        hidden, cache, kept = self.run(tokens, cache, start, mix_few if few else mix_many)
         if few:
             # One append for all layers, or one for each kind.
             def append(cache: tq.Cache, query: jax.Array, *chunk: jax.Array) -> tq.Cache:
@@ -244,6 +253,12 @@ class Decoder(nnx.Module):
     ) -> jax.Array:
         """How a layer attends over the cache and a chunk; see `tq_jax.attend`."""
         return tq.attend(query, cache, chunk=chunk, sliding_window=window, **options)
+
+    def _attend_joint(
+        self, joint: JointHeads, cache: tq.Cache, *, window: int | None, **options: Any
+    ) -> tuple[jax.Array, Heads]:
+        """How a layer attends over the cache and a few tokens that follow, whose heads are not split yet."""
+        return attend_joint(joint, cache, sliding_window=window, **options)
 
     def _append(self, cache: tq.Cache, *chunk: jax.Array, start: jax.Array, **options: Any) -> tq.Cache:
         """How tokens are appended that begin at position `start` of their sequences; see `tq_jax.append`."""
@@ -352,8 +367,8 @@ def _layer(
     (hidden, added, carry), (index, block) = state, inputs
     rows = index * sequences.shape[0] + sequences
 
-    def mix_here(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
-        mixed, after, kept = mix(query, key, value, carry, rows)
+    def mix_here(joint: JointHeads) -> tuple[jax.Array, tuple[Any, Any]]:
+        mixed, after, kept = mix(joint, carry, rows)
         return mixed, (after, kept)
 
     hidden, added, (carry, kept) = block(hidden, added, turn, mix_here)

@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 
 import tq_jax as tq
+from pallas_kernels.layer import Heads, JointHeads
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.layer_caches import Caches
 from tq_jax.shares import append_share, attend_shares, attend_stripes, own_counts
@@ -140,6 +141,13 @@ class StripedShare(Share):
             )
         assert window is None, "refused by Layout.require"
         return attend_shares(query, cache, chunk=chunk, axis=self.sequence_axis, **options)
+
+    def _attend_joint(
+        self, joint: JointHeads, cache: tq.Cache, *, window: int | None, **options: Any
+    ) -> tuple[jax.Array, Heads]:
+        heads = joint.split()
+        chunk = heads.key, heads.value
+        return self._attend(heads.query, cache, chunk=chunk, window=window, **options), heads
 
     def _append(self, cache: tq.Cache, *chunk: jax.Array, start: jax.Array, **options: Any) -> tq.Cache:
         """Appends the tokens of the chunk that live on this device."""

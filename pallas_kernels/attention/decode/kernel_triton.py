@@ -1,6 +1,7 @@
 """The decode kernel: one program attends over a run of tiles of one sequence and KV head; docs/decode_step.md draws it.
 
-Tokens are the rows and query rows the columns of every product, so that query rows pad to 8 and not to 16:
+A few programs attend over tokens in full precision instead, see `attention.exact`. In all others, tokens are the rows
+and query rows the columns of every product, so that query rows pad to 8 and not to 16:
 
     logits [tile, columns] = keys [tile, channels] @ q^T
     acc [channels, columns] += values [channels, tile] @ p
@@ -13,7 +14,6 @@ the low byte of a query row are two columns (a pair), at no cost; elsewhere p ta
 unless the plan is precise. `decode.plan` defines the words.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -24,8 +24,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.attention.decode.plan import LARGEST_TWO_BYTES, DecodeInputs, DecodePlan
+from pallas_kernels.attention.decode.queries_triton import (
+    QuantizedQuery,
+    byte_of_column,
+    bytes_of,
+    integers,
+    logit_unit,
+    quantized_query,
+    query_index,
+    weight_of_byte,
+)
+from pallas_kernels.attention.exact import attend_exact
+from pallas_kernels.attention.merge_triton import Splits
 from pallas_kernels.numerics import BYTE_BITS, FLOOR, HIDDEN, LOG2_E, SIGNED_ANCHOR, SIGNED_ANCHOR_BITS
-from pallas_kernels.tiles.int8_triton import mixed_index
 from pallas_kernels.tiles.intrinsics_triton import at_least, exp2, log2, tanh
 from pallas_kernels.tiles.layout import Part
 from pallas_kernels.tiles.loads_triton import load_scale, load_shifts, load_tiles, page_of, slot_of
@@ -33,31 +44,41 @@ from pallas_kernels.tiles.loads_triton import load_scale, load_shifts, load_tile
 LEAST_SCALE = 2.0**-100
 """Smaller value scales are taken for this one; its inverse times 127 is still a float."""
 
-LEAST_QUERY = 1e-30
-"""Least magnitude that the largest channel of a query row is taken to have: a query of zeros has a scale, too."""
 
-
-def attend(x: DecodeInputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan: DecodePlan) -> None:
-    """The kernel body; program (split * blocks + block, sequence, KV head) writes its split, exponents base 2.
+def attend(x: DecodeInputs, packed: Splits, exact: Splits | None, *, plan: DecodePlan) -> None:
+    """The kernel body; program (n, sequence, KV head) writes its split. All arguments but the plan are references.
 
     Args:
-        x: References, see `DecodeInputs`.
-        acc_ref: float32 [b, h_kv, splits, t * g, d], sum of 2**(logit - peak) * value, in the rotated basis.
-        peak_ref: float32 [b, h_kv, splits, blocks * columns], reference exponent of each query row; query rows come
-            first, the rest is padding.
-        total_ref: float32 [b, h_kv, splits, blocks * columns], sum of 2**(logit - peak).
+        x: See `DecodeInputs`.
+        packed: Attention over the pages, in the rotated basis: acc [b, h_kv, splits, t * g, d], peak and total [b,
+            h_kv, splits, blocks * columns], of which query rows come first and the rest is padding.
+        exact: Attention over tokens in full precision; None if no program attends over them.
         plan: Static configuration.
     """
-    # Blocks of columns of the same tiles come side by side, so that the second one finds the tiles in the cache.
     program, row, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    if exact is None:
+        _attend_pages(x, packed, program, row, head, plan)
+        return
+    assert plan.exact is not None and x.exact is not None
+    first, tokens, how = plan.exact.programs, x.exact, plan.exact
+    # Programs for tokens in full precision are short: the first wave has them, the last one is not theirs.
+    pl.when(program < first)(lambda: attend_exact(tokens, exact, program, row, head, how))
+    pl.when(program >= first)(lambda: _attend_pages(x, packed, program - first, row, head, plan))
+
+
+def _attend_pages(
+    x: DecodeInputs, out: Splits, program: jax.Array, row: jax.Array, head: jax.Array, plan: DecodePlan
+) -> None:
+    """Attends over a run of tiles; program split * blocks + block of a sequence and KV head."""
+    # Blocks of columns of the same tiles come side by side, so that the second one finds the tiles in the cache.
     split, block = lax.div(program, jnp.int32(plan.blocks)), lax.rem(program, jnp.int32(plan.blocks))
     column = block * plan.columns + lax.broadcasted_iota(jnp.int32, (plan.columns,), 0)  # [columns]
-    token, head_column = _query_index(column, head, plan)  # [columns] each
+    token, head_column = query_index(column, head, plan)  # [columns] each
     begin, end = _tiles_of_split(x, row, split, plan)
-    queries = [_quantized_query(x, part, row, token, head_column, plan) for part in plan.keys]
+    queries = [quantized_query(x, part, row, token, head_column, plan) for part in plan.keys]
     bias = None
     if x.bias is not None:
-        bias = plt.load(x.bias.at[jnp.full_like(token, row), token, head_column]) * _logit_unit(plan)  # [columns]
+        bias = plt.load(x.bias.at[jnp.full_like(token, row), token, head_column]) * logit_unit(plan)  # [columns]
     position = None
     if plan.count > 1:
         position = plt.load(x.positions.at[jnp.full_like(token, row), token])  # [columns]
@@ -91,31 +112,11 @@ def attend(x: DecodeInputs, acc_ref: Any, peak_ref: Any, total_ref: Any, *, plan
     parts = tuple(_empty_part(part, plan) for part in plan.values)
     state = page_of(x, row, begin, plan), parts, _folded_zeros(plan)
     _, parts, total = lax.fori_loop(begin, end, step, state)
-    _store_acc(parts, acc_ref, (row, head, split), block * plan.columns, plan)
+    _store_acc(parts, out.acc, (row, head, split), block * plan.columns, plan)
     numbers = _per_row((parts[0][1], jnp.sum(total, axis=0)), plan)
     columns = pl.ds(block * plan.columns, numbers[0].shape[0])
-    for ref, number in zip((peak_ref, total_ref), numbers, strict=True):
+    for ref, number in zip((out.peak, out.total), numbers, strict=True):
         ref[row, head, split, columns] = number
-
-
-def _logit_unit(plan: DecodePlan) -> float:
-    """Factor of queries and biases: log2(e), or 1 / cap with a soft-cap, whose tanh then needs no factor of its own."""
-    return LOG2_E if plan.options.softcap is None else 1.0 / plan.options.softcap
-
-
-def _query_index(column: jax.Array, head: jax.Array, plan: DecodePlan) -> tuple[jax.Array, jax.Array]:
-    """Query token and query head [columns] of each column; columns behind the last query row repeat it."""
-    column = jnp.minimum(column >> 1 if plan.pairs else column, plan.count * plan.group - 1)  # [columns], query rows
-    if plan.count == 1:
-        return jnp.zeros_like(column), head * plan.group + column
-    group = jnp.full_like(column, plan.group)
-    return lax.div(column, group), head * plan.group + lax.rem(column, group)
-
-
-def _weight_of_byte(plan: DecodePlan) -> jax.Array:
-    """The factor [columns] of the integers of each column of pairs: 256 for high bytes and 1 for low ones."""
-    odd = lax.broadcasted_iota(jnp.int32, (plan.columns,), 0) & 1  # [columns]
-    return jnp.where(odd == 0, float(1 << BYTE_BITS), 1.0)
 
 
 def _pair_sums(x: jax.Array, plan: DecodePlan) -> jax.Array:
@@ -164,85 +165,11 @@ def _visible(tokens: jax.Array, position: jax.Array, plan: DecodePlan) -> jax.Ar
     return visible
 
 
-@dataclasses.dataclass(frozen=True)
-class _Query:
-    """Quantized query rows for one key part.
-
-    Attributes:
-        tiles: Per channel tile the operands int8 [width, columns]: one, or the high and the low byte.
-        half: int32 [columns], half the sum of a column's integers, which the halves of half-integers amount to.
-        factor: float32 [columns], the factor from integer products to logits times log2(e).
-    """
-
-    tiles: list[tuple[jax.Array, ...]]
-    half: jax.Array
-    factor: jax.Array
-
-
-def _quantized_query(
-    x: DecodeInputs, part: Part, row: jax.Array, token: jax.Array, head: jax.Array, plan: DecodePlan
-) -> _Query:
-    """Loads and quantizes the query rows, of which token and head [columns] are given, for a key part."""
-    source = x.sketch if part.sketch else x.query  # [b, t, h_q, d]
-    tiles, largest = [], jnp.zeros((plan.columns,), jnp.float32)
-    for tile in part.tiles:
-        # Channels first: they are then contiguous in shared memory, as 8-bit products need the axis that they sum.
-        shape = (tile.width, plan.columns)
-        channel = lax.broadcasted_iota(jnp.int32, shape, 0)  # [width, columns]
-        start: jax.Array | int = tile.start
-        if tile.partner is not None:
-            partner, channel = mixed_index(channel)
-            start, channel = jnp.where(partner, tile.partner, tile.start), channel + 2 * tile.half
-        index = [jnp.broadcast_to(i[None, :], shape) for i in (jnp.full_like(token, row), token, head)]
-        at = source.at[(*index, part.channel + start + channel)]
-        whole = tile.valid == tile.width
-        # [width, columns]
-        tiles.append(plt.load(at) if whole else plt.load(at, mask=channel < tile.valid, other=0.0))
-        largest = jnp.maximum(largest, jnp.max(jnp.abs(tiles[-1]), axis=0))  # [columns]
-    largest = jnp.maximum(largest, LEAST_QUERY)
-    total = jnp.zeros((plan.columns,), jnp.int32)
-    quantized = []
-    for q in tiles:
-        integer = _integers(q * (plan.largest_query / largest)[None, :])  # [width, columns]
-        if plan.pairs:
-            integer = _byte_of_column(integer, plan)
-        total = total + jnp.sum(integer, axis=0)  # [columns]
-        quantized.append(_bytes_of(integer) if plan.precise and not plan.pairs else (integer.astype(jnp.int8),))
-    factor = largest * (part.book.step * plan.options.scale * _logit_unit(plan) / plan.largest_query)  # [columns]
-    if plan.pairs:
-        factor = factor * _weight_of_byte(plan)
-    # An odd sum loses half a step here, which is 1e-5 of a logit.
-    return _Query(quantized, total // 2, factor)
-
-
-def _integers(x: jax.Array) -> jax.Array:
-    """Nearest int32 of floats of magnitudes up to 2**22."""
-    return lax.bitcast_convert_type(x + SIGNED_ANCHOR, jnp.int32) - SIGNED_ANCHOR_BITS
-
-
-def _high_byte(integer: jax.Array) -> jax.Array:
-    """The signed high byte of an integer, rounded so that the signed low byte is the rest."""
-    return (integer + (1 << (BYTE_BITS - 1))) >> BYTE_BITS
-
-
-def _bytes_of(integer: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """An integer of magnitude up to LARGEST_TWO_BYTES as signed bytes, the high one first."""
-    high = _high_byte(integer)
-    return high.astype(jnp.int8), (integer - (high << BYTE_BITS)).astype(jnp.int8)
-
-
-def _byte_of_column(integer: jax.Array, plan: DecodePlan) -> jax.Array:
-    """The signed byte of integers [n, columns] that each column of pairs holds: high ones in even columns."""
-    high = _high_byte(integer)  # [n, columns]
-    odd = (lax.broadcasted_iota(jnp.int32, integer.shape, 1) & 1) == 1  # [n, columns]
-    return jnp.where(odd, integer - (high << BYTE_BITS), high)
-
-
 def _logits(
     x: DecodeInputs,
     where: tuple,
     seen: jax.Array,
-    queries: list[_Query],
+    queries: list[QuantizedQuery],
     bias: jax.Array | None,
     start: jax.Array | None,
     shifts: dict,
@@ -350,12 +277,12 @@ def _accumulate(
     beta = exp2(tile_reference - new_reference, interpret=plan.interpret)  # [columns]
     tiles = load_tiles(x.pages.values.packed, part, where, 0, shifts, plan)  # [width, tile] each
     if plan.pairs:
-        byte = _byte_of_column(_integers(p), plan).astype(jnp.int8)  # [tile, columns]
+        byte = byte_of_column(integers(p), plan).astype(jnp.int8)  # [tile, columns]
         # As for logits, sums that start at the bits of a large float are floats without a conversion.
         raw = [lax.bitcast_convert_type(_pv(v, byte) + SIGNED_ANCHOR_BITS, jnp.float32) for v in tiles]
         sums = [(r - SIGNED_ANCHOR) * beta[None, :] for r in raw]  # [width, columns] each
     else:
-        high, low = _bytes_of(_integers(p))  # [tile, columns] each
+        high, low = bytes_of(integers(p))  # [tile, columns] each
         again = load_tiles(x.pages.values.packed, part, where, 0, shifts, plan, again=True)
         whole = [(_pv(v, high) << BYTE_BITS) + _pv(u, low) for v, u in zip(tiles, again, strict=True)]
         sums = [s.astype(jnp.float32) * beta[None, :] for s in whole]  # [width, columns] each
@@ -385,7 +312,7 @@ def _store_acc(parts: tuple, ref: Any, lead: tuple, first: jax.Array, plan: Deco
         offset = offset * ((1.0 if part.unsigned else 0.5) * (0.5 if plan.pairs else 1.0))
         factor = factor if part.unsigned else factor * part.book.step
         for tile, sums in zip(part.tiles, acc, strict=True):
-            out = sums * _weight_of_byte(plan)[None, :] if plan.pairs else sums  # [width, columns]
+            out = sums * weight_of_byte(plan)[None, :] if plan.pairs else sums  # [width, columns]
             out = (out + offset[None, :]) * factor[None, :]
             if plan.pairs:
                 out = jnp.sum(out.reshape(tile.width, -1, 2), axis=2)  # [width, columns / 2]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from pallas_kernels.attention.arguments import PagedArguments
 from pallas_kernels.attention.decode.config import TileConfig, column_block, default_config, num_splits, padded_columns
 from pallas_kernels.attention.decode.kernel_triton import attend
 from pallas_kernels.attention.decode.plan import DecodeInputs, DecodePlan
+from pallas_kernels.attention.exact import ExactInputs, exact_plan
 from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.compat.device import compute_capability, multiprocessors
@@ -41,7 +43,7 @@ def attend_pages(x: PagedArguments, *, config: TileConfig | None = None, interpr
         NotImplementedError: For shapes or formats outside the kernel's limits.
     """
     interpret = interprets() if interpret is None else interpret
-    splits = attend_splits(x, config=config, interpret=interpret)
+    splits, _ = attend_splits(x, config=config, interpret=interpret)
     merging = merge_plan(
         (*x.query.shape[:3], x.value_format.dim),
         splits=splits.acc.shape[2],
@@ -52,19 +54,46 @@ def attend_pages(x: PagedArguments, *, config: TileConfig | None = None, interpr
     return Partial(*merge_splits(MergeInputs(splits), merging))
 
 
-def attend_splits(x: PagedArguments, *, config: TileConfig | None, precise: bool = False, interpret: bool) -> Splits:
-    """Attends over packed pages by the decode kernel, whose splits are left as they are.
+def attend_splits(
+    x: PagedArguments,
+    exact: ExactInputs | None = None,
+    *,
+    config: TileConfig | None,
+    precise: bool = False,
+    stored_dtype: Any = jnp.uint16,
+    sink_slots: int = 0,
+    interpret: bool,
+) -> tuple[Splits, Splits | None]:
+    """Attends over packed pages and tokens in full precision by the decode kernel, whose splits are left as they are.
 
     Args:
         x: Queries, pages and options.
+        exact: Queries as the model has them, and tokens in full precision; None for pages alone.
         config: Tile sizes; None for those for the page size.
         precise: Whether the tiles by default are precise ones, see `TileConfig`.
+        stored_dtype: Type of full-precision slots, uint16 for bfloat16.
+        sink_slots: Full-precision slots before the ring.
         interpret: Whether to run the kernel as jnp.
+
+    Returns:
+        The splits of the pages, and those of tokens in full precision, if there are any.
 
     Raises:
         NotImplementedError: For shapes or formats outside the kernel's limits.
     """
     plan, num_warps, num_stages = decode_plan(x, config=config, precise=precise, interpret=interpret)
+    if exact is not None:
+        how = exact_plan(
+            exact,
+            x.query.shape,
+            stored_dtype,
+            kv_heads=x.kv_heads,
+            options=x.options,
+            sink_slots=sink_slots,
+            num_warps=num_warps,
+            interpret=interpret,
+        )
+        plan = dataclasses.replace(plan, exact=how)
     inputs = DecodeInputs(
         query=x.query.astype(jnp.float32),
         pages=x.pages,
@@ -73,6 +102,7 @@ def attend_splits(x: PagedArguments, *, config: TileConfig | None, precise: bool
         positions=x.positions.astype(jnp.int32),
         bias=x.logit_bias,
         sketch=x.sketch_query,
+        exact=None if plan.exact is None else exact,
     )
     return decode(inputs, x.value_format.dim, plan, num_warps=num_warps, num_stages=num_stages)
 
@@ -117,23 +147,26 @@ def stages_for(key_format: VectorFormat, config: TileConfig) -> int:
     return 1 if wrong else config.num_stages
 
 
-def decode(x: DecodeInputs, value_dim: int, plan: DecodePlan, *, num_warps: int, num_stages: int) -> Splits:
-    """Launches the kernel."""
+def decode(
+    x: DecodeInputs, value_dim: int, plan: DecodePlan, *, num_warps: int, num_stages: int
+) -> tuple[Splits, Splits | None]:
+    """Launches the kernel: the splits of the pages, and those of tokens in full precision, if there are any."""
     batch, kv_heads = x.lengths.shape[0], x.pages.keys.packed.shape[1]
     lead = (batch, kv_heads, plan.splits)
     columns = plan.columns * plan.blocks
     shapes = [(*lead, plan.count * plan.group, value_dim), (*lead, columns), (*lead, columns)]
+    packed = Splits(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
     pages = jax.tree.map(lambda pool: pool if pool.size else None, x.pages)
-    return Splits(
-        *pl.pallas_call(
-            functools.partial(attend, plan=plan),
-            grid=(plan.splits * plan.blocks, batch, kv_heads),
-            out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
-            compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-            interpret=plan.interpret,
-            name="decode",
-        )(dataclasses.replace(x, pages=pages, shifts=shift_table(plan)))
-    )
+    programs = 0 if plan.exact is None else plan.exact.programs
+    out = pl.pallas_call(
+        functools.partial(attend, plan=plan) if plan.exact else functools.partial(attend, exact=None, plan=plan),
+        grid=(programs + plan.splits * plan.blocks, batch, kv_heads),
+        out_shape=[packed] if plan.exact is None else [packed, plan.exact.outputs()],
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        interpret=plan.interpret,
+        name="decode",
+    )(dataclasses.replace(x, pages=pages, shifts=shift_table(plan)))
+    return out[0], out[1] if plan.exact else None
 
 
 def config_for(

@@ -16,6 +16,7 @@ Words of the kernel:
 import dataclasses
 from typing import Any
 
+from pallas_kernels.attention.exact import ExactInputs, ExactPlan
 from pallas_kernels.attention.page_plan import PagePlan
 from pallas_kernels.numerics import BYTE_BITS, INSTRUCTION_ROWS
 from pallas_kernels.pytree import pytree
@@ -33,12 +34,14 @@ class DecodePlan(PagePlan):
         blocks: Programs that share the columns of a KV head, count * group query rows padded.
         num_warps: Warps per program.
         precise: Whether queries have two bytes even if that takes two products.
+        exact: How some programs attend over tokens in full precision; None if none do.
     """
 
     columns: int
     blocks: int
     num_warps: int
     precise: bool
+    exact: ExactPlan | None = None
 
     @property
     def pairs(self) -> bool:
@@ -69,6 +72,7 @@ class DecodeInputs:
         bias: float32 [b, t, h_q], added to the logits of a query; None for zero.
         sketch: float32 [b, t, h_q, d], S y of the queries; None unless keys are Prod.
         shifts: int8, see `shift_table`; None where no tile needs shifts.
+        exact: Queries as the model has them, and tokens in full precision; None if there are no programs for these.
     """
 
     query: Any
@@ -79,3 +83,4 @@ class DecodeInputs:
     bias: Any
     sketch: Any
     shifts: Any = None
+    exact: ExactInputs | None = None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tq_jax as tq
-from pallas_kernels.attention import MAX_QUERY_TOKENS, LogitOptions, TileConfig, attend_cache, prepare_triton
+from pallas_kernels.attention import MAX_QUERY_TOKENS, LogitOptions, TileConfig, attend_cache, exact
 from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.attention.pipeline import prepare_queries
 from pallas_kernels.attention.whole_cache import prepare_inputs
@@ -27,7 +27,7 @@ QUICK = {"5 queries, everything", "5 new tokens, everything", "20 new tokens"}
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """Few programs, because interpreted programs run one after the other."""
-    monkeypatch.setattr(prepare_triton, "SLOT_PROGRAMS", 16)
+    monkeypatch.setattr(exact, "PROGRAMS", 16)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES])

@@ -74,7 +74,17 @@ CASES = {
             "lengths": [5, 2, 1], "rows": [3, 0, 4], "sink_logits": True, "sliding_window": 60, "softcap": 3.0,
         },
     ),
+    "bfloat16, 5 queries, everything": Case(
+        make_spec(64),
+        count=5,
+        dtype="bfloat16",
+        options={
+            "lengths": [5, 2, 1], "rows": [3, 0, 4], "sink_logits": True, "sliding_window": 60, "softcap": 3.0,
+        },
+    ),
+    "bfloat16, window of 300": Case(make_spec(64, window=300, max_tokens=1024), (900, 310, 3), dtype="bfloat16"),
     "new token": Case(new=True),
+    "8 new tokens, bfloat16": Case(count=8, dtype="bfloat16", options={"lengths": [8, 1, 0, 3, 8]}, new=True),
     "new token, bfloat16, group 5": Case(make_spec(128, page_size=128), group=5, dtype="bfloat16", new=True),
     "new token, no window": Case(make_spec(96, window=0, sink_tokens=0), new=True),
     "new token, full precision": Case(

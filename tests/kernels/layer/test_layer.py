@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels.layer import NormWeights, residual_norm, split_heads
+from pallas_kernels.layer import JointHeads, NormWeights, residual_norm, split_heads
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7}
 
@@ -79,3 +79,10 @@ def test_limits():
     turn = (jnp.ones((1, 1, 128)),) * 2
     with pytest.raises(NotImplementedError, match="up to 16384 channels of a KV head, got 130 heads of 256"):
         split_heads(joint, turn, implementation="triton")
+
+
+def test_joint_heads_split():
+    joint = JointHeads(normal(0, 1, 2, 3, 5, 8, dtype="float32"), (jnp.ones((1, 2, 4)), jnp.zeros((1, 2, 4))))
+    heads = joint.split()
+    assert joint.query_shape == heads.query.shape == (1, 2, 9, 8)
+    np.testing.assert_array_equal(heads.key, joint.product[..., -2, :])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.layer import JointHeads
 from pallas_kernels.pytree import pytree
 from tq_jax.commands.rivals.roundings import RIVALS, Rival, Rounding
 from tq_jax.models import Decoder
@@ -126,11 +127,12 @@ def extend_dense(
     """
     start = cache.length
 
-    def mix(query: Array, key: Array, value: Array, carried: Kept, rows: Array, *, window: int | None, scale: float):
-        stored = with_tokens(carried, key, value, rows[0], start)
+    def mix(joint: JointHeads, carried: Kept, rows: Array, *, window: int | None, scale: float):
+        heads = joint.split()
+        stored = with_tokens(carried, heads.key, heads.value, rows[0], start)
         keys, values = read(stored, rows)
-        mixed = attend_dense(query, keys, values, start, scale=scale, sliding_window=window)
-        return mixed.astype(query.dtype), stored, None
+        mixed = attend_dense(heads.query, keys, values, start, scale=scale, sliding_window=window)
+        return mixed.astype(heads.query.dtype), stored, None
 
     cache = dataclasses.replace(cache, length=start + (tokens.shape[1] if count is None else count))
     hidden, cache, _ = decoder.run(tokens, cache, start[None], mix)

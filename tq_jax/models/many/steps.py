@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import tq_jax as tq
+from pallas_kernels.layer import JointHeads
 from pallas_kernels.pytree import pytree
 from tq_jax.attention import Implementation
 from tq_jax.models.causal import causal_attention
@@ -124,12 +125,14 @@ def fill_rows(
     fresh = jnp.zeros(total, bool).at[batch.rows].set(fills)
     cache = emptied(cache, jnp.tile(fresh, decoder.config.num_layers))
 
-    def mix(query: jax.Array, key: jax.Array, value: jax.Array, cache: Caches, index: jax.Array, **options: Any):
+    def mix(joint: JointHeads, cache: Caches, index: jax.Array, **options: Any):
+        heads = joint.split()
         places = index // n * total + batch.rows  # the decoder counts n rows per layer, the cache has more
         window = options["window"]
         own, places = layer_of(cache, places, window=window)
-        stored = tq.append(own, key, value, query=query, lengths=batch.lengths, rows=places)
-        return causal_attention(query, key, value, **options), with_layer(cache, stored, window=window), None
+        stored = tq.append(own, heads.key, heads.value, query=heads.query, lengths=batch.lengths, rows=places)
+        mixed = causal_attention(heads.query, heads.key, heads.value, **options)
+        return mixed, with_layer(cache, stored, window=window), None
 
     hidden, cache, _ = decoder.run(batch.tokens, cache, jnp.zeros(n, jnp.int32), mix)
     last = jnp.take_along_axis(hidden, jnp.maximum(batch.lengths - 1, 0)[:, None, None], axis=1)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import LogitOptions, whole_cache
+from pallas_kernels.attention.exact import fits_decode
+from pallas_kernels.layer import JointHeads, NormWeights
 from tq_jax.attention import arrays_of, attend_plan
 from tq_jax.cache import init_cache
 from tq_jax.cache_spec import CacheSpec
@@ -37,6 +39,14 @@ def cases() -> Iterator[Case]:
         yield case(f"new tokens, dim {dim}", spec(dim, 4), spec(dim, 4), new=True, quick=dim == 128)
     yield case("8 new tokens, window, soft-cap", four, four, count=8, options=EVERYTHING, new=True, quick=True)
     yield case("new tokens, float32", four, four, query=jnp.float32, dtype="float32", new=True)
+    for bits in (2, 3, 4, 8):
+        yield case(
+            f"K{bits}/V{min(bits, 4)}, pages of 256", spec(128, bits), spec(128, min(bits, 4)), new=True, page=256
+        )
+    for dim in (64, 128):
+        yield joint_case(f"heads, dim {dim}", spec(dim, 4), norms=dim == 128, quick=True)
+    yield joint_case("heads, K3.5", spec(128, 3.5), norms=True)
+    yield joint_case("heads, 8 queries, prod 3", spec(128, 3, kind="prod"), count=8, quick=True)
 
 
 def case(
@@ -50,6 +60,7 @@ def case(
     query: Any = jnp.bfloat16,
     sinks: bool = False,
     new: bool = False,
+    page: int = 128,
     quick: bool = False,
     **cache: Any,
 ) -> Case:
@@ -65,10 +76,11 @@ def case(
         query: Type of the queries.
         sinks: Whether there are sink logits.
         new: Whether the cache does not hold the queries' own tokens yet.
+        page: Tokens per page.
         quick: Whether the case is compiled by default.
         **cache: Further fields of the cache's spec.
     """
-    spec = CacheSpec(KV_HEADS, key.dim, 8192, key=key, value=value, page_size=128, **cache)
+    spec = CacheSpec(KV_HEADS, key.dim, 8192, key=key, value=value, page_size=page, **cache)
     plan = attend_plan(spec, options, interpret=False)
     shape = jax.ShapeDtypeStruct
     heads = KV_HEADS * group
@@ -81,13 +93,49 @@ def case(
 
     integers = shape((BATCH,), jnp.int32)
     token = shape((BATCH, count, KV_HEADS, key.dim), query)
+    cache_shape = jax.eval_shape(lambda: init_cache(spec, batch=BATCH))
     arguments = (
         shape((BATCH, count, heads, key.dim), query),
-        jax.eval_shape(lambda: init_cache(spec, batch=BATCH)),
+        cache_shape,
         integers,
         integers,
         shape((heads,), jnp.float32) if sinks else None,
         (token, token) if new else None,
     )
-    # The decode kernels have their own cases.
-    return Case(name, run, arguments, only=("prepare", "merge"), quick=quick)
+    # Decode kernels for pages alone have their own cases.
+    slots = cache_shape.exact_keys
+    late = fits_decode(query, slots.dtype, key.dim, key.format, value.format) and (new or slots.size > 0)
+    return Case(name, run, arguments, only=("prepare", *["decode"] * late, "merge"), quick=quick)
+
+
+def joint_case(
+    name: str, key: QuantizerSpec, *, norms: bool = False, count: int = 1, group: int = 4, quick: bool = False
+) -> Case:
+    """Attention of the queries that a joint product makes.
+
+    Args:
+        name: What distinguishes the case.
+        key: Key quantizer.
+        norms: Whether heads have norms.
+        count: Query tokens.
+        group: Query heads per KV head.
+        quick: Whether the case is compiled by default.
+    """
+    spec = CacheSpec(KV_HEADS, key.dim, 8192, key=key, value=QuantizerSpec(key.dim, 4), page_size=128)
+    plan = attend_plan(spec, PLAIN, interpret=False)
+    shape = jax.ShapeDtypeStruct
+
+    def run(product: Any, turn: Any, scale: Any, cache: Any, counts: Any) -> Any:
+        norm = None if scale is None else NormWeights(scale, 1e-5)
+        joint = JointHeads(product, turn, norm, norm)
+        return whole_cache.attend_cache_joint(joint, arrays_of(cache), plan, counts=counts)
+
+    factor = shape((BATCH, count, key.dim // 2), jnp.float32)
+    arguments = (
+        shape((BATCH, count, KV_HEADS, group + 2, key.dim), jnp.bfloat16),
+        (factor, factor),
+        shape((key.dim,), jnp.bfloat16) if norms else None,
+        jax.eval_shape(lambda: init_cache(spec, batch=BATCH)),
+        shape((BATCH,), jnp.int32),
+    )
+    return Case(name, run, arguments, only=("prepare",), quick=quick)

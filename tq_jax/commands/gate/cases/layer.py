@@ -43,7 +43,7 @@ def heads_case(
 
     def run(joint: Any, cos: Any, sin: Any, scale: Any) -> Any:
         weights = NormWeights(scale, 1e-5) if norms else None
-        return heads.by_kernel(joint, (cos, sin), weights, weights, interpret=False)
+        return heads.by_kernel(heads.JointHeads(joint, (cos, sin), weights, weights), interpret=False)
 
     shape = jax.ShapeDtypeStruct
     factor = shape((BATCH, 1, dim // 2), jnp.float32)

@@ -1,0 +1,312 @@
+"""Attention over tokens in full precision: the slots of a cache, and new tokens that it does not hold yet.
+
+It is a task of some programs of a launch. Those of decode have it where their few warps have the registers; the pages
+then hide it. Otherwise those of prepare do.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.attention.full_precision_triton import attend_new, attend_slots, query_block, terms_of
+from pallas_kernels.attention.merge_triton import Splits
+from pallas_kernels.attention.options import LogitOptions
+from pallas_kernels.compat.device import H100_MULTIPROCESSORS
+from pallas_kernels.format import CodebookFormat, VectorFormat
+from pallas_kernels.numerics import INSTRUCTION_ROWS, power_of_two
+from pallas_kernels.pytree import pytree
+
+PROGRAMS = H100_MULTIPROCESSORS * 2
+"""Programs to aim at for slots: all run at once on an H100."""
+
+SHORT = 4
+"""Tiles of slots for which there are as many programs, however many sequences: such programs need no loop."""
+
+MOST_SLOTS, LEAST_SLOTS = 64, 16
+"""Slots that a tile may have; one tensor-core instruction contracts 16."""
+
+TILE_CHANNELS, TILE_CHANNELS_PER_WARP = 64 * 128, 16 * 128
+"""Channels of the largest tile of bfloat16 slots or queries: as many as registers and shared memory hold."""
+
+NARROW = 128
+"""Channels up to which programs of decode have the registers for slots."""
+
+
+@pytree
+class ExactInputs:
+    """Queries, and tokens in full precision; arrays or references, None where a field does not apply.
+
+    Attributes:
+        query: [b, t, h_q, d] of any float type.
+        rows: int32 [b], cache row of each sequence; None for all in order.
+        counts: int32 [b], query tokens of each sequence; None for t.
+        back: int32 [b], tokens from the first query to the end of the cache row: 0 if the queries follow the row's
+            tokens; None for `counts`, if they belong to its last tokens.
+        length: int32 [rows], tokens of each cache row.
+        compressed: int32 [rows], tokens that left the ring for the pages.
+        keys: [rows, h_kv, slots, d], full-precision keys; uint16 are the bits of bfloat16.
+        values: [rows, h_kv, slots, d], full-precision values, of the type of the keys.
+        new_keys: [b, t, h_kv, d], keys of the queries' own tokens, of any float type, if the cache does not hold them
+            yet.
+        new_values: [b, t, h_kv, d], their values.
+    """
+
+    query: Any = None
+    rows: Any = None
+    counts: Any = None
+    back: Any = None
+    length: Any = None
+    compressed: Any = None
+    keys: Any = None
+    values: Any = None
+    new_keys: Any = None
+    new_values: Any = None
+
+    def row(self, sequence: jax.Array) -> jax.Array:
+        """Cache row of a sequence, of references."""
+        return sequence if self.rows is None else self.rows[sequence]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactPlan:
+    """Static configuration of the task.
+
+    Attributes:
+        options: Logit options.
+        shape: Shape of the queries, [b, t, h_q, d].
+        kv_heads: KV heads.
+        sink_slots: Full-precision slots before the ring, one per sink token.
+        tile: Full-precision slots per step.
+        queries: Query rows of a KV head that a program attends with.
+        splits: Programs that share the slots of a sequence and KV head; 0 without slots.
+        new: Whether there are new tokens, for which there is one program more.
+        interpret: Whether the kernel runs as jnp.
+    """
+
+    options: LogitOptions
+    shape: tuple[int, int, int, int]
+    kv_heads: int
+    sink_slots: int
+    tile: int
+    queries: int
+    splits: int
+    new: bool
+    interpret: bool
+
+    @property
+    def query_rows(self) -> int:
+        """Query rows per KV head: query tokens times query heads."""
+        return self.shape[1] * self.shape[2] // self.kv_heads
+
+    @property
+    def parts(self) -> int:
+        """Parts of the keys: each has a program per block of query rows, and gives one split."""
+        return self.splits + self.new
+
+    @property
+    def programs(self) -> int:
+        """Programs per sequence and KV head."""
+        return self.parts * -(-self.query_rows // self.queries)
+
+    def outputs(self) -> Splits:
+        """Shapes of what the task writes: the splits of the slots, then one of new tokens."""
+        batch, _, _, dim = self.shape
+        lead = (batch, self.kv_heads, self.parts, self.query_rows)
+        shapes = (*lead, dim), lead, lead
+        return Splits(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+
+
+def exact_plan(
+    x: ExactInputs,
+    shape: tuple[int, ...],
+    stored_dtype: Any,
+    *,
+    kv_heads: int,
+    options: LogitOptions,
+    sink_slots: int,
+    num_warps: int,
+    interpret: bool,
+) -> ExactPlan | None:
+    """The plan of programs of some warps for queries [b, t, h_q, d]; None if there are no tokens in full precision.
+
+    Args:
+        x: Slots and new tokens.
+        shape: Shape of the queries.
+        stored_dtype: Type of full-precision slots, uint16 for bfloat16, where there may be none.
+        kv_heads: KV heads.
+        options: Logit options.
+        sink_slots: Full-precision slots before the ring.
+        num_warps: Warps per program.
+        interpret: Whether the kernel runs as jnp.
+    """
+    batch, count, heads, dim = shape
+    slots, new = 0 if x.keys is None else x.keys.shape[2], x.new_keys is not None
+    if not slots and not new:
+        return None
+    itemsize, bfloat16 = jnp.dtype(stored_dtype).itemsize, jnp.dtype(stored_dtype) == jnp.uint16
+    channels = min(TILE_CHANNELS, TILE_CHANNELS_PER_WARP * num_warps)
+    largest = channels * 2 // (power_of_two(dim) * itemsize)
+    tile = max(LEAST_SLOTS, min(MOST_SLOTS, largest, power_of_two(slots))) if slots else LEAST_SLOTS
+    # Products of float32 cut all operands in two in registers: no more query rows than one instruction has.
+    most_queries = channels // power_of_two(dim) if bfloat16 else INSTRUCTION_ROWS
+    queries = query_block(count, heads // kv_heads, most_queries)
+    blocks = -(-count * heads // kv_heads // queries)
+    most = max(SHORT * MOST_SLOTS // tile, PROGRAMS // (batch * kv_heads * blocks))
+    return ExactPlan(
+        options=options,
+        shape=(batch, count, heads, dim),
+        kv_heads=kv_heads,
+        sink_slots=sink_slots,
+        tile=tile,
+        queries=queries,
+        splits=min(-(-slots // tile), most),
+        new=new,
+        interpret=interpret,
+    )
+
+
+def fits_decode(query_dtype: Any, stored_dtype: Any, dim: int, key: VectorFormat, value: VectorFormat) -> bool:
+    """Whether programs of decode have the registers for the task.
+
+    Args:
+        query_dtype: Type of the queries: only bfloat16 takes one product per tile.
+        stored_dtype: Type of full-precision slots: only uint16, the bits of bfloat16, is narrow enough.
+        dim: Head dim.
+        key: Format of compressed keys; a sketch takes registers of its own.
+        value: Format of compressed values; so do several scales per token.
+    """
+    narrow = terms_of(query_dtype) == 1 and jnp.dtype(stored_dtype) == jnp.uint16 and dim <= NARROW
+    return narrow and isinstance(key, CodebookFormat) and not key.residual and isinstance(value, CodebookFormat)
+
+
+@dataclasses.dataclass(frozen=True)
+class _QueryRows:
+    """A block of query rows of a sequence and KV head.
+
+    Attributes:
+        query: float32 [queries, d padded].
+        token: int32 [queries], query token of each row.
+        column: int32 [queries], number of each row among those of the KV head.
+        channel: int32 [queries, d padded].
+        mask: bool [queries, d padded], whether the row and the channel exist.
+        sequence: Sequence of the batch, a number.
+        head: KV head, a number.
+    """
+
+    query: jax.Array
+    token: jax.Array
+    column: jax.Array
+    channel: jax.Array
+    mask: jax.Array
+    sequence: jax.Array
+    head: jax.Array
+
+
+def attend_exact(
+    x: ExactInputs, out: Splits, program: jax.Array, sequence: jax.Array, head: jax.Array, plan: ExactPlan
+) -> None:
+    """The task of one program.
+
+    Args:
+        x: References.
+        out: References, see `ExactPlan.outputs`.
+        program: Number of the program among those of the sequence and KV head.
+        sequence: Sequence of the batch.
+        head: KV head.
+        plan: The plan.
+    """
+    part, block = divided(program, plan.parts)
+
+    def attend(task: Any, part: jax.Array) -> None:
+        this = _query_rows(x, block, sequence, head, plan)
+        _store_split(out, this, part, task(x, this, part, plan))
+
+    if not plan.new:
+        attend(_over_slots, part)
+    elif not plan.splits:
+        attend(_over_new, part)
+    else:
+        pl.when(part < plan.splits)(lambda: attend(_over_slots, part))
+        pl.when(part == plan.splits)(lambda: attend(_over_new, part))
+
+
+def _query_rows(x: ExactInputs, block: jax.Array, sequence: jax.Array, head: jax.Array, plan: ExactPlan) -> _QueryRows:
+    group, dim = plan.shape[2] // plan.kv_heads, plan.shape[3]
+    column = block * plan.queries + lax.broadcasted_iota(jnp.int32, (plan.queries,), 0)  # [queries], query rows
+    inner, token = divided(column, group)  # [queries] each
+    shape = (plan.queries, power_of_two(dim))
+    channel = lax.broadcasted_iota(jnp.int32, shape, 1)  # [queries, d padded], as are mask and query
+    mask = jnp.broadcast_to((column < plan.query_rows)[:, None], shape) & (channel < dim)
+    index = [jnp.broadcast_to(i, shape) for i in (sequence, token[:, None], (head * group + inner)[:, None])]
+    query = plt.load(x.query.at[(*index, channel)], mask=mask, other=jnp.zeros((), x.query.dtype))
+    return _QueryRows(query.astype(jnp.float32), token, column, channel, mask, sequence, head)
+
+
+def _over_slots(x: ExactInputs, this: _QueryRows, part: jax.Array, plan: ExactPlan) -> tuple[jax.Array, ...]:
+    """Attends with a block of query rows over a share of the slots of a sequence and KV head."""
+    slots = x.keys.shape[2]
+    row = x.row(this.sequence)
+    length, compressed = x.length[row], x.compressed[row]
+    single = plan.splits * plan.tile >= slots
+    used = lax.div(jnp.minimum(length, slots) + (plan.tile - 1), jnp.int32(plan.tile))
+    share = lax.div(used + (plan.splits - 1), jnp.int32(plan.splits))
+    begin = part if single else part * share
+    return attend_slots(
+        this.query,
+        first_position(x, plan.shape[1], this.sequence, row) + this.token,
+        x.keys,
+        x.values,
+        (row, this.head),
+        (begin, jnp.minimum(begin + share, used)),
+        (length, compressed),
+        tile=plan.tile,
+        sink_slots=plan.sink_slots,
+        options=plan.options,
+        query_terms=terms_of(x.query.dtype),
+        single=single,
+        interpret=plan.interpret,
+    )
+
+
+def _over_new(x: ExactInputs, this: _QueryRows, part: jax.Array, plan: ExactPlan) -> tuple[jax.Array, ...]:
+    """Attends with a block of query rows over the new tokens of a sequence and KV head."""
+    del part
+    count = plan.shape[1]
+    return attend_new(
+        this.query,
+        this.token,
+        (x.new_keys, x.new_values),
+        (this.sequence, this.head),
+        jnp.int32(count) if x.counts is None else x.counts[this.sequence],
+        tile=max(LEAST_SLOTS, power_of_two(count)),
+        options=plan.options,
+        query_terms=terms_of(x.query.dtype),
+        interpret=plan.interpret,
+    )
+
+
+def _store_split(out: Splits, this: _QueryRows, split: jax.Array, state: tuple[jax.Array, ...]) -> None:
+    """Writes acc [queries, d padded], peak and total [queries] of a split."""
+    shape, acc = this.mask.shape, state[0]
+    at = [jnp.broadcast_to(i, shape) for i in (this.sequence, this.head, split, this.column[:, None])]
+    plt.store(out.acc.at[(*at, this.channel)], acc, mask=this.mask)
+    at = [jnp.broadcast_to(i, shape[:1]) for i in (this.sequence, this.head, split)]
+    for ref, value in ((out.peak, state[1]), (out.total, state[2])):
+        plt.store(ref.at[(*at, this.column)], value, mask=this.column < out.acc.shape[3])
+
+
+def first_position(x: ExactInputs, count: int, sequence: jax.Array, row: jax.Array) -> jax.Array:
+    """Position of the first of `count` query tokens of a sequence, whose cache row is given."""
+    back = x.counts if x.back is None else x.back
+    return x.length[row] - (count if back is None else back[sequence])
+
+
+def divided(x: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+    """Remainder and quotient of integers that are not negative."""
+    divisor = jnp.full_like(x, by)
+    return lax.rem(x, divisor), lax.div(x, divisor)
