@@ -137,7 +137,7 @@ def attend_joint(
     above_zero["sliding_window"] = visible_tokens(cache.spec, sliding_window, appended=0)
     plan = _plan(query, cache, config=None, precise=precise, implementation=implementation, **above_zero)
     chosen = choose(implementation, op="attend", check=functools.partial(check_attend, query.shape, cache.pages, plan))
-    if chosen == "triton" and fuses_heads(joint, cache.exact_keys.dtype, cache.pages, plan):
+    if chosen == "triton" and fuses_heads(joint, cache.pages):
         return _attend_joint(joint, cache, lengths, rows, plan=plan)
     heads = joint.split()
     chunk = heads.key, heads.value

@@ -13,11 +13,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.attention.full_precision_triton import attend_new, attend_slots, query_block, terms_of
+from pallas_kernels.attention.full_precision_triton import attend_slots, attend_tile, no_keys, query_block, terms_of
 from pallas_kernels.attention.merge_triton import Splits
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.compat.device import H100_MULTIPROCESSORS
 from pallas_kernels.format import CodebookFormat, VectorFormat
+from pallas_kernels.layer.heads import Heads, JointHeads, load_query, load_token
 from pallas_kernels.numerics import INSTRUCTION_ROWS, power_of_two
 from pallas_kernels.pytree import pytree
 
@@ -35,6 +36,9 @@ TILE_CHANNELS, TILE_CHANNELS_PER_WARP = 64 * 128, 16 * 128
 
 NARROW = 128
 """Channels up to which programs of decode have the registers for slots."""
+
+FEW_ROWS = H100_MULTIPROCESSORS // 2
+"""Sequences times KV heads up to which decode has room for slots: the programs of all fit one wave."""
 
 
 @pytree
@@ -54,6 +58,7 @@ class ExactInputs:
         new_keys: [b, t, h_kv, d], keys of the queries' own tokens, of any float type, if the cache does not hold them
             yet.
         new_values: [b, t, h_kv, d], their values.
+        joint: What queries, new keys and new values are made of, in place of these three.
     """
 
     query: Any = None
@@ -66,6 +71,23 @@ class ExactInputs:
     values: Any = None
     new_keys: Any = None
     new_values: Any = None
+    joint: JointHeads | None = None
+
+    @property
+    def query_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the queries, [b, t, h_q, d]."""
+        return self.query.shape if self.joint is None else self.joint.query_shape
+
+    @property
+    def query_dtype(self) -> Any:
+        """Type of the queries."""
+        return self.query.dtype if self.joint is None else self.joint.product.dtype
+
+    def with_heads(self, heads: Heads | None) -> "ExactInputs":
+        """The inputs with the heads that the joint product made, if there is one."""
+        if heads is None:
+            return self
+        return dataclasses.replace(self, query=heads.query, new_keys=heads.key, new_values=heads.value, joint=None)
 
     def row(self, sequence: jax.Array) -> jax.Array:
         """Cache row of a sequence, of references."""
@@ -123,7 +145,6 @@ class ExactPlan:
 
 def exact_plan(
     x: ExactInputs,
-    shape: tuple[int, ...],
     stored_dtype: Any,
     *,
     kv_heads: int,
@@ -132,11 +153,10 @@ def exact_plan(
     num_warps: int,
     interpret: bool,
 ) -> ExactPlan | None:
-    """The plan of programs of some warps for queries [b, t, h_q, d]; None if there are no tokens in full precision.
+    """The plan of programs of some warps; None if there are no tokens in full precision.
 
     Args:
-        x: Slots and new tokens.
-        shape: Shape of the queries.
+        x: Queries, slots and new tokens.
         stored_dtype: Type of full-precision slots, uint16 for bfloat16, where there may be none.
         kv_heads: KV heads.
         options: Logit options.
@@ -144,8 +164,8 @@ def exact_plan(
         num_warps: Warps per program.
         interpret: Whether the kernel runs as jnp.
     """
-    batch, count, heads, dim = shape
-    slots, new = 0 if x.keys is None else x.keys.shape[2], x.new_keys is not None
+    batch, count, heads, dim = x.query_shape
+    slots, new = 0 if x.keys is None else x.keys.shape[2], x.new_keys is not None or x.joint is not None
     if not slots and not new:
         return None
     itemsize, bfloat16 = jnp.dtype(stored_dtype).itemsize, jnp.dtype(stored_dtype) == jnp.uint16
@@ -170,17 +190,29 @@ def exact_plan(
     )
 
 
-def fits_decode(query_dtype: Any, stored_dtype: Any, dim: int, key: VectorFormat, value: VectorFormat) -> bool:
-    """Whether programs of decode have the registers for the task.
+def fits_decode(
+    query_shape: tuple[int, ...],
+    query_dtype: Any,
+    stored_dtype: Any,
+    *,
+    kv_heads: int,
+    key: VectorFormat,
+    value: VectorFormat,
+) -> bool:
+    """Whether decode has room for the task: registers, and a place beside the programs for the pages.
 
     Args:
+        query_shape: [b, t, h_q, d]. Many sequences have so many programs that they are better off in prepare, of which
+            a multiprocessor runs five times as many at once.
         query_dtype: Type of the queries: only bfloat16 takes one product per tile.
         stored_dtype: Type of full-precision slots: only uint16, the bits of bfloat16, is narrow enough.
-        dim: Head dim.
+        kv_heads: KV heads.
         key: Format of compressed keys; a sketch takes registers of its own.
-        value: Format of compressed values; so do several scales per token.
+        value: Format of compressed values; several scales per token do, too.
     """
-    narrow = terms_of(query_dtype) == 1 and jnp.dtype(stored_dtype) == jnp.uint16 and dim <= NARROW
+    if query_shape[0] * kv_heads > FEW_ROWS or query_shape[3] > NARROW:
+        return False
+    narrow = terms_of(query_dtype) == 1 and jnp.dtype(stored_dtype) == jnp.uint16
     return narrow and isinstance(key, CodebookFormat) and not key.residual and isinstance(value, CodebookFormat)
 
 
@@ -242,9 +274,10 @@ def _query_rows(x: ExactInputs, block: jax.Array, sequence: jax.Array, head: jax
     shape = (plan.queries, power_of_two(dim))
     channel = lax.broadcasted_iota(jnp.int32, shape, 1)  # [queries, d padded], as are mask and query
     mask = jnp.broadcast_to((column < plan.query_rows)[:, None], shape) & (channel < dim)
-    index = [jnp.broadcast_to(i, shape) for i in (sequence, token[:, None], (head * group + inner)[:, None])]
-    query = plt.load(x.query.at[(*index, channel)], mask=mask, other=jnp.zeros((), x.query.dtype))
-    return _QueryRows(query.astype(jnp.float32), token, column, channel, mask, sequence, head)
+    where = sequence, token[:, None], (head * group + inner)[:, None]
+    where = tuple(jnp.broadcast_to(i, (plan.queries, 1)) for i in where)
+    query = load_queries(x, where, channel, exists=(column < plan.query_rows)[:, None], mask=mask)
+    return _QueryRows(query, token, column, channel, mask, sequence, head)
 
 
 def _over_slots(x: ExactInputs, this: _QueryRows, part: jax.Array, plan: ExactPlan) -> tuple[jax.Array, ...]:
@@ -267,7 +300,7 @@ def _over_slots(x: ExactInputs, this: _QueryRows, part: jax.Array, plan: ExactPl
         tile=plan.tile,
         sink_slots=plan.sink_slots,
         options=plan.options,
-        query_terms=terms_of(x.query.dtype),
+        query_terms=terms_of(x.query_dtype),
         single=single,
         interpret=plan.interpret,
     )
@@ -276,18 +309,53 @@ def _over_slots(x: ExactInputs, this: _QueryRows, part: jax.Array, plan: ExactPl
 def _over_new(x: ExactInputs, this: _QueryRows, part: jax.Array, plan: ExactPlan) -> tuple[jax.Array, ...]:
     """Attends with a block of query rows over the new tokens of a sequence and KV head."""
     del part
-    count = plan.shape[1]
-    return attend_new(
+    count, dim = plan.shape[1], plan.shape[3]
+    shape = (max(LEAST_SLOTS, power_of_two(count)), power_of_two(dim))
+    token = lax.broadcasted_iota(jnp.int32, shape[:1], 0)  # [tile]
+    # Tokens behind those that exist may hold NaN.
+    exists = token < (jnp.int32(count) if x.counts is None else x.counts[this.sequence])  # [tile]
+    channel = lax.broadcasted_iota(jnp.int32, shape, 1)  # [tile, d padded], as is the mask
+    mask = jnp.broadcast_to(exists[:, None], shape) & (channel < dim)
+    where = tuple(jnp.broadcast_to(i, (shape[0], 1)) for i in (this.sequence, token[:, None], this.head))
+    if x.joint is not None:
+        new = load_token(x.joint, where, channel, exists=exists[:, None], mask=mask)
+    else:
+        at = (*(jnp.broadcast_to(i, shape) for i in where), channel)
+        new = tuple(
+            plt.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype)) for ref in (x.new_keys, x.new_values)
+        )
+    return attend_tile(
+        no_keys(this.query),
         this.query,
+        (new[0], new[1]),
+        (token, exists),
         this.token,
-        (x.new_keys, x.new_values),
-        (this.sequence, this.head),
-        jnp.int32(count) if x.counts is None else x.counts[this.sequence],
-        tile=max(LEAST_SLOTS, power_of_two(count)),
-        options=plan.options,
-        query_terms=terms_of(x.query.dtype),
+        plan.options,
+        query_terms=terms_of(x.query_dtype),
         interpret=plan.interpret,
     )
+
+
+def load_queries(
+    x: ExactInputs, where: tuple[jax.Array, ...], channel: jax.Array, *, exists: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Channels of queries, in a kernel.
+
+    Args:
+        x: References.
+        where: Sequence, token and query head, of shapes that broadcast to that of the channels, with 1 for each axis of
+            channels.
+        channel: int32 [...], channels.
+        exists: Whether each query exists, of the shape of the head numbers.
+        mask: bool [...], which channels of queries that exist to load; the others are zero.
+
+    Returns:
+        float32 [...].
+    """
+    if x.joint is not None:
+        return load_query(x.joint, where, channel, exists=exists, mask=mask).astype(jnp.float32)
+    at = (*(jnp.broadcast_to(i, channel.shape) for i in where), channel)
+    return plt.load(x.query.at[at], mask=mask, other=jnp.zeros((), x.query.dtype)).astype(jnp.float32)
 
 
 def _store_split(out: Splits, this: _QueryRows, split: jax.Array, state: tuple[jax.Array, ...]) -> None:

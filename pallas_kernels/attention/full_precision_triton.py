@@ -81,47 +81,6 @@ def attend_slots(
     return step(tiles[0], state) if single else lax.fori_loop(*tiles, step, state)
 
 
-def attend_new(
-    query: jax.Array,
-    token: jax.Array,
-    new: tuple[Any, Any],
-    where: tuple[jax.Array, jax.Array],
-    count: jax.Array,
-    *,
-    tile: int,
-    options: LogitOptions,
-    query_terms: int,
-    interpret: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attends over the queries' own tokens, each over itself and those before it.
-
-    Args:
-        query: float32 [queries, d padded], one query row each.
-        token: int32 [queries], number of each query's token.
-        new: References [b, t, h_kv, d] of keys and values, of any float type.
-        where: Sequence and KV head.
-        count: Tokens that exist; those behind them may hold NaN.
-        tile: t or more.
-        options: Logit options.
-        query_terms: bfloat16 numbers that sum to a query.
-        interpret: Whether the kernel runs as jnp.
-
-    Returns:
-        As `attend_slots`.
-    """
-    shape = (tile, query.shape[1])
-    channel = lax.broadcasted_iota(jnp.int32, shape, 1)  # [tile, d padded]
-    key_token = lax.broadcasted_iota(jnp.int32, (tile,), 0)  # [tile]
-    exists = key_token < count  # [tile]
-    sequence, head = where
-    mask = jnp.broadcast_to(exists[:, None], shape) & (channel < new[0].shape[3])  # [tile, d padded]
-    at = (*(jnp.broadcast_to(i, shape) for i in (sequence, key_token[:, None], head)), channel)
-    k, v = (plt.load(pool.at[at], mask=mask, other=_zero(pool)) for pool in new)  # [tile, d padded]
-    return attend_tile(
-        no_keys(query), query, (k, v), (key_token, exists), token, options, query_terms=query_terms, interpret=interpret
-    )
-
-
 def attend_tile(
     state: tuple[jax.Array, jax.Array, jax.Array],
     query: jax.Array,

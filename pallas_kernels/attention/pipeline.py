@@ -16,13 +16,13 @@ from pallas_kernels.attention.arguments import PagedArguments
 from pallas_kernels.attention.decode.config import TileConfig
 from pallas_kernels.attention.decode.launch_triton import DIMS, MAX_QUERY_TOKENS, attend_splits
 from pallas_kernels.attention.decode.launch_triton import check_supported as check_few
-from pallas_kernels.attention.exact import ExactInputs, fits_decode
+from pallas_kernels.attention.exact import exact_plan, fits_decode
 from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.attention.prefill import launch_triton as prefill
 from pallas_kernels.attention.prepare_arguments import Prepared, PrepareInputs
-from pallas_kernels.attention.prepare_triton import prepare, prepare_plan
+from pallas_kernels.attention.prepare_triton import num_warps_for, prepare, prepare_plan
 from pallas_kernels.format import VectorFormat
 from pallas_kernels.layer.heads import Heads, JointHeads, holds_heads
 from pallas_kernels.numerics import LOG2_E
@@ -111,7 +111,7 @@ def attend_prepared(
     Raises:
         NotImplementedError: For shapes or formats outside the kernels' limits.
     """
-    check_attend(x.query_shape, pages, plan)
+    check_attend(x.tokens.query_shape, pages, plan)
     merged, _ = _attend(
         x,
         pages,
@@ -123,20 +123,10 @@ def attend_prepared(
     return merged
 
 
-def fuses_heads(joint: JointHeads, stored_dtype: Any, pages: Pages | None, plan: AttendPlan) -> bool:
+def fuses_heads(joint: JointHeads, pages: Pages | None) -> bool:
     """Whether `attend_joint` takes the case; `attend_prepared` takes the heads where it does not."""
-    late = _decode_takes_tokens(joint.query_shape, joint.product.dtype, stored_dtype, pages, plan)
-    return late and holds_heads(*joint.product.shape[-2:])
-
-
-def _decode_takes_tokens(
-    query_shape: tuple[int, ...], dtype: Any, stored_dtype: Any, pages: Pages | None, plan: AttendPlan
-) -> bool:
-    """Whether decode attends over tokens in full precision."""
-    if pages is None or query_shape[1] > MAX_QUERY_TOKENS:
-        return False
-    assert plan.key_format is not None and plan.value_format is not None
-    return fits_decode(dtype, stored_dtype, query_shape[3], plan.key_format, plan.value_format)
+    few = pages is not None and joint.query_shape[1] <= MAX_QUERY_TOKENS
+    return few and holds_heads(*joint.product.shape[-2:])
 
 
 def attend_joint(
@@ -166,7 +156,7 @@ def attend_joint(
     Raises:
         NotImplementedError: For shapes or formats outside the kernels' limits.
     """
-    check_attend(x.query_shape, pages, plan)
+    check_attend(x.tokens.query_shape, pages, plan)
     rest = _Rest(value_basis, sink_logits, overflow)
     merged, prepared = _attend(x, pages, plan, rest, stored_dtype=stored_dtype)
     assert prepared.heads is not None
@@ -186,33 +176,32 @@ def _attend(
     x: PrepareInputs, pages: Pages | None, plan: AttendPlan, rest: _Rest, *, stored_dtype: Any, block_table: Any = None
 ) -> tuple[Any, Prepared]:
     """The three launches: the outcome, and what the first one wrote."""
-    few = pages is not None and x.query_shape[1] <= MAX_QUERY_TOKENS
-    late = _decode_takes_tokens(x.query_shape, x.query_dtype, stored_dtype, pages, plan)
-    first = dataclasses.replace(x, tokens=_without_tokens(x.tokens)) if late else x
-    prepared = prepare_queries(first, pages, plan, stored_dtype=stored_dtype, block_table=block_table)
     tokens = x.tokens
-    if (heads := prepared.heads) is not None:
-        tokens = dataclasses.replace(tokens, query=heads.query, new_keys=heads.key, new_values=heads.value)
+    shape, dtype = tokens.query_shape, tokens.query_dtype
+    late = _decode_takes_tokens(shape, dtype, stored_dtype, pages, plan)
+    prepared = prepare_queries(
+        x, pages, plan, stored_dtype=stored_dtype, block_table=block_table, attend_tokens=not late
+    )
     packed, exact = None, prepared.exact
-    if few:
-        packed, exact = attend_splits(
+    if pages is not None and shape[1] <= MAX_QUERY_TOKENS:
+        packed, beside = attend_splits(
             _arguments(prepared, pages, plan),
-            tokens if late else None,
+            tokens.with_heads(prepared.heads) if late else None,
             config=plan.config,
             precise=plan.precise,
             stored_dtype=stored_dtype,
             sink_slots=plan.sink_slots,
             interpret=plan.interpret,
         )
-        exact = prepared.exact if exact is None else exact
+        exact = beside if late else exact
     elif pages is not None:
         packed = _attend_many(_arguments(prepared, pages, plan), plan)
     merged = merge_splits(
         MergeInputs(packed, exact, rest.value_basis, rest.sink_logits, tokens.rows, tokens.counts, rest.overflow),
         merge_plan(
-            x.query_shape,
+            shape,
             splits=1 if packed is None else packed.acc.shape[2],
-            dtype="float32" if plan.partial else jnp.dtype(x.query_dtype).name,
+            dtype="float32" if plan.partial else jnp.dtype(dtype).name,
             partial=plan.partial,
             interpret=plan.interpret,
         ),
@@ -220,33 +209,52 @@ def _attend(
     return (Partial(*merged) if plan.partial else merged[0]), prepared
 
 
-def _without_tokens(x: ExactInputs) -> ExactInputs:
-    return dataclasses.replace(x, keys=None, values=None, new_keys=None, new_values=None)
+def _decode_takes_tokens(
+    query_shape: tuple[int, ...], dtype: Any, stored_dtype: Any, pages: Pages | None, plan: AttendPlan
+) -> bool:
+    """Whether decode attends over tokens in full precision."""
+    if pages is None or query_shape[1] > MAX_QUERY_TOKENS:
+        return False
+    assert plan.key_format is not None and plan.value_format is not None
+    kv_heads = pages.keys.packed.shape[1]
+    formats = {"key": plan.key_format, "value": plan.value_format}
+    return fits_decode(query_shape, dtype, stored_dtype, kv_heads=kv_heads, **formats)
 
 
 def prepare_queries(
-    x: PrepareInputs, pages: Pages | None, plan: AttendPlan, *, stored_dtype: Any, block_table: Any = None
+    x: PrepareInputs,
+    pages: Pages | None,
+    plan: AttendPlan,
+    *,
+    stored_dtype: Any,
+    block_table: Any = None,
+    attend_tokens: bool = True,
 ) -> Prepared:
-    """Launches the first kernel: queries for the pages, and attention over given tokens in full precision."""
-    cache_rows = x.tokens.length.shape[0]
+    """Launches the first kernel: queries for the pages and, if asked for, attention over tokens in full precision."""
+    tokens = x.tokens
     if pages is None:
-        source = x.tokens.keys if x.tokens.keys is not None else x.tokens.new_keys.swapaxes(1, 2)
-        kv_heads, pages_per_row, page_size = source.shape[1], 0, 1
+        kv_heads, pages_per_row, page_size = tokens.keys.shape[1], 0, 1
     else:
         kv_heads, page_size = pages.keys.packed.shape[1:3]
+        cache_rows = tokens.length.shape[0]
         pages_per_row = pages.keys.packed.shape[0] // cache_rows if block_table is None else block_table.shape[1]
+    num_warps = num_warps_for(tokens.query_shape[3], stored_dtype)
+    common: dict[str, Any] = {
+        "options": plan.options,
+        "kv_heads": kv_heads,
+        "sink_slots": plan.sink_slots,
+        "num_warps": num_warps,
+        "interpret": plan.interpret,
+    }
     prepared = prepare(
         x,
         prepare_plan(
-            x,
-            stored_dtype,
-            options=plan.options,
-            kv_heads=kv_heads,
-            sink_slots=plan.sink_slots,
+            tokens.query_shape,
+            exact_plan(tokens, stored_dtype, **common) if attend_tokens else None,
             pages_per_row=pages_per_row,
             page_size=page_size,
             sketch_gain=plan.sketch_gain,
-            interpret=plan.interpret,
+            **common,
         ),
     )
     # The kernel writes tables of pages that lie in order; a given table takes the place of that.

@@ -6,7 +6,7 @@ from typing import Any
 from pallas_kernels.attention.exact import ExactInputs, ExactPlan
 from pallas_kernels.attention.merge_triton import Splits
 from pallas_kernels.attention.options import LogitOptions
-from pallas_kernels.layer.heads import Heads, JointHeads
+from pallas_kernels.layer.heads import Heads
 from pallas_kernels.pytree import pytree
 from pallas_kernels.tiles.rotation_triton import Basis
 
@@ -47,13 +47,11 @@ class PrepareInputs:
     """Arrays of the kernel, or references; None where a field does not apply.
 
     Attributes:
-        tokens: Queries and tokens in full precision. There is no query if there is a joint product, and there are no
-            tokens in full precision if decode attends over them.
+        tokens: Queries and tokens in full precision.
         mean: float32 [rows, h_kv, d], subtracted from compressed keys.
         weight: float32 [rows, h_kv, d], multiplied to compressed keys.
         basis: Rotated basis of compressed keys.
         sketch: float32 [d, d], matrix of Prod keys.
-        joint: What the queries and the new tokens are made of, if the kernel splits the heads too.
     """
 
     tokens: ExactInputs
@@ -61,17 +59,6 @@ class PrepareInputs:
     weight: Any = None
     basis: Basis | None = None
     sketch: Any = None
-    joint: JointHeads | None = None
-
-    @property
-    def query_shape(self) -> tuple[int, int, int, int]:
-        """Shape of the queries, [b, t, h_q, d]."""
-        return self.tokens.query.shape if self.joint is None else self.joint.query_shape
-
-    @property
-    def query_dtype(self) -> Any:
-        """Type of the queries."""
-        return self.tokens.query.dtype if self.joint is None else self.joint.product.dtype
 
 
 @pytree

@@ -18,10 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.append.slots import first_page, page_at
-from pallas_kernels.attention.exact import attend_exact, divided, exact_plan, first_position
+from pallas_kernels.attention.exact import ExactPlan, attend_exact, divided, first_position, load_queries
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.prepare_arguments import Prepared, PrepareInputs, PreparePlan
-from pallas_kernels.layer.heads import Heads, load_query, move_heads
+from pallas_kernels.layer.heads import Heads, move_heads
 from pallas_kernels.numerics import power_of_two
 from pallas_kernels.tiles.rotation_triton import apply_factors, channels_of, grid_of, load_signs
 
@@ -38,9 +38,15 @@ FOUR_WARP_BYTES = 256
 """Bytes of a full-precision key up to which a program has four warps, not eight."""
 
 
+def num_warps_for(dim: int, stored_dtype: Any) -> int:
+    """Warps per program, for full-precision slots of a dtype, where uint16 stands for bfloat16."""
+    itemsize = 2 if jnp.dtype(stored_dtype) == jnp.uint16 else 4  # what products take
+    return 4 if dim * itemsize <= FOUR_WARP_BYTES else 8
+
+
 def prepare_plan(
-    x: PrepareInputs,
-    stored_dtype: Any,
+    shape: tuple[int, int, int, int],
+    exact: ExactPlan | None,
     *,
     options: LogitOptions,
     kv_heads: int,
@@ -48,30 +54,20 @@ def prepare_plan(
     pages_per_row: int,
     page_size: int,
     sketch_gain: float,
+    num_warps: int,
     interpret: bool,
 ) -> PreparePlan:
-    """The plan for the arrays; full-precision slots are of a dtype, where uint16 stands for bfloat16."""
-    batch, count, heads, dim = x.query_shape
-    itemsize = 2 if jnp.dtype(stored_dtype) == jnp.uint16 else 4  # what products take
-    num_warps = 4 if dim * itemsize <= FOUR_WARP_BYTES else 8
+    """The plan for queries [b, t, h_q, d]; `exact` is how programs attend over tokens in full precision, if they do."""
+    batch, count, heads, _ = shape
     return PreparePlan(
         options=options,
-        shape=(batch, count, heads, dim),
+        shape=shape,
         kv_heads=kv_heads,
         sink_slots=sink_slots,
         pages_per_row=pages_per_row,
         page_size=page_size,
         sketch_gain=sketch_gain,
-        exact=exact_plan(
-            x.tokens,
-            x.query_shape,
-            stored_dtype,
-            kv_heads=kv_heads,
-            options=options,
-            sink_slots=sink_slots,
-            num_warps=4,
-            interpret=interpret,
-        ),
+        exact=exact,
         rotated=min(MOST_ROTATED, power_of_two(max(1, batch * count * heads // ROTATE_PROGRAMS))),
         num_warps=num_warps,
         interpret=interpret,
@@ -99,7 +95,7 @@ def _programs(x: PrepareInputs, plan: PreparePlan) -> tuple[int, int, int, int]:
     if not plan.pages_per_row:
         return 0, exact, 0, 0
     rotate = -(-batch * count * heads // plan.rotated) * (1 if x.sketch is None else -(-dim // SKETCHED))
-    split = 0 if x.joint is None else batch * count * plan.kv_heads
+    split = 0 if x.tokens.joint is None else batch * count * plan.kv_heads
     return rotate, exact, split, batch * -(-plan.pages_per_row // TABLE_BLOCK)
 
 
@@ -118,9 +114,10 @@ def _outputs(x: PrepareInputs, plan: PreparePlan) -> Prepared:
             lengths=shape((batch,), jnp.int32),
             positions=shape((batch, count), jnp.int32),
         )
-    if x.joint is not None:
-        token = shape((batch, count, plan.kv_heads, dim), x.query_dtype)
-        out = dataclasses.replace(out, heads=Heads(shape(plan.shape, x.query_dtype), token, token))
+    if x.tokens.joint is not None:
+        dtype = x.tokens.query_dtype
+        token = shape((batch, count, plan.kv_heads, dim), dtype)
+        out = dataclasses.replace(out, heads=Heads(shape(plan.shape, dtype), token, token))
     return out
 
 
@@ -150,21 +147,10 @@ def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
 
 def _split(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
     """Writes the heads of a KV head of a token."""
-    assert x.joint is not None and out.heads is not None
+    assert x.tokens.joint is not None and out.heads is not None
     head, rest = divided(program, plan.kv_heads)
     token, sequence = divided(rest, plan.shape[1])
-    move_heads(x.joint, out.heads, (sequence, token, head))
-
-
-def _load_queries(
-    x: PrepareInputs, where: tuple[jax.Array, ...], channel: jax.Array, *, exists: jax.Array, mask: jax.Array
-) -> jax.Array:
-    """Channels, float32, of the queries at a sequence, token and query head; see `load_query`."""
-    if x.joint is not None:
-        return load_query(x.joint, where, channel, exists=exists, mask=mask)
-    query = x.tokens.query
-    where = tuple(jnp.broadcast_to(i, channel.shape) for i in where)
-    return plt.load(query.at[(*where, channel)], mask=mask, other=jnp.zeros((), query.dtype)).astype(jnp.float32)
+    move_heads(x.tokens.joint, out.heads, (sequence, token, head))
 
 
 def _rotate(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
@@ -195,7 +181,7 @@ def _rotate(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePl
             return plt.load(ref.at[(*lead, at)], mask=mask, other=0.0)
 
         *where, some = (k[None, :, None] for k in (sequence, token, head, exists))
-        values = _load_queries(x, tuple(where), channel, exists=some, mask=mask)  # [n, rotated, k]
+        values = load_queries(x.tokens, tuple(where), channel, exists=some, mask=mask)  # [n, rotated, k]
         if x.mean is not None:
             mean, weight = load(x.mean), load(x.weight)
             bias = bias + jnp.sum(jnp.sum(values * mean, axis=0), axis=1)  # [rotated]

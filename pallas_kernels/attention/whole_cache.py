@@ -152,9 +152,9 @@ def attend_cache_joint(
     """
     assert cache.pages is not None
     back = jnp.zeros(joint.query_shape[0], jnp.int32)
-    inputs = dataclasses.replace(prepare_inputs(None, cache, rows, counts, back), joint=joint)
+    inputs = prepare_inputs(None, cache, rows, counts, back)
     return attend_joint(
-        inputs,
+        dataclasses.replace(inputs, tokens=dataclasses.replace(inputs.tokens, joint=joint)),
         cache.pages,
         plan,
         stored_dtype=cache.exact_keys.dtype,

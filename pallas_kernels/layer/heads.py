@@ -202,39 +202,65 @@ def _move(
 def load_query(
     x: JointHeads, where: tuple[jax.Array, ...], channel: jax.Array, *, exists: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """Channels of query heads as `move_heads` writes them, in a kernel, in any order and layout.
+    """Channels of query heads; `where` is sequence, token and query head, see `_load_turned`."""
+    sequence, token, head = where
+    divisor = jnp.full_like(head, x.product.shape[3] - 2)
+    heads = sequence, token, lax.div(head, divisor), lax.rem(head, divisor)
+    return _load_turned(x, heads, channel, norm=x.query_norm, exists=exists, mask=mask)
+
+
+def load_token(
+    x: JointHeads, where: tuple[jax.Array, ...], channel: jax.Array, *, exists: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Channels of key heads and of value heads; `where` is sequence, token and KV head, see `_load_turned`."""
+    group = x.product.shape[3] - 2
+    part = jnp.full_like(where[1], group)
+    key = _load_turned(x, (*where, part), channel, norm=x.key_norm, exists=exists, mask=mask)
+    return key, _load(x.product, *where, part + 1, channel, mask=mask)
+
+
+def _load_turned(
+    x: JointHeads,
+    heads: tuple[jax.Array, ...],
+    channel: jax.Array,
+    *,
+    norm: NormWeights | None,
+    exists: jax.Array,
+    mask: jax.Array,
+) -> jax.Array:
+    """Channels of heads as `move_heads` writes them, in a kernel, in any order and layout.
 
     Args:
         x: References.
-        where: Sequence, token and query head, of shapes that broadcast to that of the channels with 1 for each axis of
-            channels.
+        heads: Sequence, token, KV head and part of each head, of shapes that broadcast to that of the channels, with 1
+            for each axis of channels.
         channel: int32 [...], channels.
-        exists: Whether each head exists, of the shape of the head numbers.
+        norm: Norm of the heads.
+        exists: Whether each head exists, of the shape of the parts.
         mask: bool [...], which channels of heads that exist to load; the others are zero.
 
     Returns:
-        float32 [...], rounded to the type of the product.
+        [...], in the type of the product.
     """
-    group, d, dtype = x.product.shape[3] - 2, x.product.shape[4], x.product.dtype
-    sequence, token, head = where
-    divisor = jnp.full_like(head, group)
-    heads = sequence, token, lax.div(head, divisor), lax.rem(head, divisor)
+    d, dtype = x.product.shape[4], x.product.dtype
+    sequence, token, _, part = heads
     second = channel >= d // 2
     angle = jnp.where(second, channel - d // 2, channel)
     places = channel, jnp.where(second, angle, channel + d // 2)  # each channel and its partner
     own, partner = (_load(x.product, *heads, place, mask=mask) for place in places)
-    if (norm := x.query_norm) is not None:
-        all_channels = lax.broadcasted_iota(jnp.int32, (*head.shape, power_of_two(d)), head.ndim)
+    if norm is not None:
+        all_channels = lax.broadcasted_iota(jnp.int32, (*part.shape, power_of_two(d)), part.ndim)
         present = (all_channels < d) & exists[..., None]
-        whole = _load(x.product, *(i[..., None] for i in heads), all_channels, mask=present).astype(jnp.float32)
-        power = jnp.sum(whole * whole, axis=head.ndim) * (1.0 / d)
+        places_of_all = [jnp.broadcast_to(i, part.shape)[..., None] for i in heads]
+        whole = _load(x.product, *places_of_all, all_channels, mask=present).astype(jnp.float32)
+        power = jnp.sum(whole * whole, axis=part.ndim) * (1.0 / d)
         own, partner = (
             norm.scaled(values.astype(jnp.float32), power, _load(norm.scale, place, mask=mask), dtype)
             for values, place in zip((own, partner), places, strict=True)
         )
     cos, sin = (_load(factor, sequence, token, angle, mask=mask) for factor in x.turn)
     own, partner = own.astype(jnp.float32), partner.astype(jnp.float32)
-    return (own * cos + jnp.where(second, partner, -partner) * sin).astype(dtype).astype(jnp.float32)
+    return (own * cos + jnp.where(second, partner, -partner) * sin).astype(dtype)
 
 
 def _load(ref: Any, *at: Any, mask: jax.Array) -> jax.Array:

@@ -85,7 +85,6 @@ def attend_splits(
     if exact is not None:
         how = exact_plan(
             exact,
-            x.query.shape,
             stored_dtype,
             kv_heads=x.kv_heads,
             options=x.options,

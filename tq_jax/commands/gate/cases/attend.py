@@ -104,8 +104,11 @@ def case(
     )
     # Decode kernels for pages alone have their own cases.
     slots = cache_shape.exact_keys
-    late = fits_decode(query, slots.dtype, key.dim, key.format, value.format) and (new or slots.size > 0)
-    return Case(name, run, arguments, only=("prepare", *["decode"] * late, "merge"), quick=quick)
+    formats = {"key": key.format, "value": value.format}
+    late = fits_decode(arguments[0].shape, query, slots.dtype, kv_heads=KV_HEADS, **formats)
+    return Case(
+        name, run, arguments, only=("prepare", *["decode"] * (late and (new or slots.size > 0)), "merge"), quick=quick
+    )
 
 
 def joint_case(
