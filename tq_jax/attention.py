@@ -19,7 +19,7 @@ from pallas_kernels.attention import (
     attend_cache,
     merge,
 )
-from pallas_kernels.attention.chunk import attend_chunk
+from pallas_kernels.attention.chunk import attend_chunk, attend_only
 from pallas_kernels.attention.pipeline import check_attend
 from pallas_kernels.attention.whole_cache import LONGEST, attend_before
 from pallas_kernels.dispatch import Chosen, Implementation, choose, interprets
@@ -39,7 +39,7 @@ def attend(
     query: Float[Array, "b t h_q d"],
     cache: Cache,
     *,
-    chunk: tuple[Float[Array, "b t h_kv d"], Float[Array, "b t h_kv d"]] | None = None,
+    chunk: tuple[Float[Array, "b u h_kv d"], Float[Array, "b u h_kv d"]] | None = None,
     implementation: Implementation = "auto",
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -47,6 +47,7 @@ def attend(
     scale: float | None = None,
     lengths: Int[Array, "b"] | None = None,
     rows: Int[Array, "b"] | None = None,
+    only: Int[Array, "b"] | None = None,
     precise: bool = False,
     config: TileConfig | None = None,
 ) -> Float[Array, "b t h_q d"]:
@@ -68,8 +69,9 @@ def attend(
         softcap: Logits x become softcap * tanh(x / softcap).
         sink_logits: A learned logit per head that takes part in the softmax and has no value.
         scale: Factor of <q, k>; 1/sqrt(head_dim) by default.
-        lengths: Queries of each row that exist, at most t, right-padded; all by default.
+        lengths: Queries of each row that exist, at most t, or tokens of its chunk, right-padded; all by default.
         rows: The cache rows of the queries; all rows in order by default.
+        only: Of each row's chunk the token that its single query belongs to; by default every token has a query.
         precise: Two-byte queries in the kernel however many query rows there are, see `TileConfig`; the reference is
             always precise.
         config: Tiles of the kernel, and their own `precise`, in place of those for the page size; not for the
@@ -91,14 +93,14 @@ def attend(
         (1, 1, 8, 64)
     """
     above_zero: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap, "scale": scale}
-    rows, lengths = _checked(query, cache, chunk, lengths, rows, sink_logits, **above_zero)
+    rows, lengths, only = _checked(query, cache, chunk, lengths, rows, only, sink_logits, **above_zero)
     appended = query.shape[1] if chunk is None else 0
     above_zero["sliding_window"] = visible_tokens(cache.spec, sliding_window, appended=appended)
     plan = _plan(query, cache, config=config, precise=precise, implementation=implementation, **above_zero)
     if query.size == 0:
         return jnp.zeros_like(query)
     chosen = choose(implementation, op="attend", check=functools.partial(check_attend, query.shape, cache.pages, plan))
-    return _attend(query, cache, lengths, rows, sink_logits, chunk, plan=plan, chosen=chosen)
+    return _attend(query, cache, lengths, rows, only, sink_logits, chunk, plan=plan, chosen=chosen)
 
 
 def _checked(
@@ -107,20 +109,24 @@ def _checked(
     chunk: tuple[Array, Array] | None,
     lengths: Array | None,
     rows: Array | None,
+    only: Array | None,
     sink_logits: Array | None,
     **above_zero: float | None,
-) -> tuple[Array | None, Array | None]:
-    """Rows and lengths as int32; raises ValueError for arrays or options that do not fit."""
+) -> tuple[Array | None, ...]:
+    """Rows, lengths and places of single queries as int32; raises ValueError for arrays or options that do not fit."""
     batch = cache.rows if rows is None else rows.shape[0]
     check_query(cache.spec, batch, query, sink_logits, **above_zero)
     if not jnp.issubdtype(query.dtype, jnp.floating):
         raise ValueError(f"expected floating point queries, got dtype {query.dtype}")
-    require_row_integers(batch, lengths=lengths, rows=rows)
-    _check_rows(cache, query.shape[1], lengths, rows)
+    require_row_integers(batch, lengths=lengths, rows=rows, only=only)
+    if only is not None and (chunk is None or query.shape[1] != 1):
+        found = f"{query.shape[1]} queries {'without' if chunk is None else 'with'} a chunk"
+        raise ValueError(f"only: expected one query per row, and a chunk, got {found}")
+    tokens = (query if chunk is None else chunk[0]).shape[1]
+    _check_rows(lengths=(lengths, tokens), rows=(rows, cache.rows - 1), only=(only, tokens - 1))
     if chunk is not None:
-        check_chunk(cache.spec, query, *chunk)
-    rows, lengths = (None if x is None else x.astype(jnp.int32) for x in (rows, lengths))
-    return rows, lengths
+        check_chunk(cache.spec, query, *chunk, tokens=None if only is None else tokens)
+    return tuple(None if x is None else x.astype(jnp.int32) for x in (rows, lengths, only))
 
 
 def visible_tokens(spec: CacheSpec, sliding_window: int | None, *, appended: int) -> int | None:
@@ -152,9 +158,9 @@ def visible_tokens(spec: CacheSpec, sliding_window: int | None, *, appended: int
     return None if window == spec.max_tokens else window
 
 
-def check_chunk(spec: CacheSpec, query: Array, key: Array, value: Array) -> None:
-    """Raises ValueError for keys and values of a chunk that do not fit the queries."""
-    expected = (*query.shape[:2], spec.num_kv_heads, spec.head_dim)
+def check_chunk(spec: CacheSpec, query: Array, key: Array, value: Array, *, tokens: int | None = None) -> None:
+    """Raises ValueError for keys and values of a chunk that do not fit the queries, one per token by default."""
+    expected = (query.shape[0], tokens or query.shape[1], spec.num_kv_heads, spec.head_dim)
     if key.shape != expected or value.shape != expected:
         raise ValueError(f"expected keys and values of a chunk of shape {expected}, got {key.shape} and {value.shape}")
     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (key, value)):
@@ -177,9 +183,9 @@ def check_query(spec: CacheSpec, batch: int, query: Any, sink_logits: Any, **abo
         raise ValueError(f"expected sink_logits of shape {shape[2:3]}, got {tuple(sink_logits.shape)}")
 
 
-def _check_rows(cache: Cache, tokens: int, lengths: Any, rows: Any) -> None:
-    """Raises ValueError for numbers of queries or for cache rows out of range."""
-    for name, array, most in (("lengths", lengths, tokens), ("rows", rows, cache.rows - 1)):
+def _check_rows(**given: tuple[Any, int]) -> None:
+    """Raises ValueError for integers per row, each given with its largest value, that are out of range."""
+    for name, (array, most) in given.items():
         if array is None or is_traced(array):
             continue
         if np.any(np.asarray(array) < 0) or np.any(np.asarray(array) > most):
@@ -252,6 +258,7 @@ def _attend(
     cache: Cache,
     lengths: Array | None,
     rows: Array | None,
+    only: Array | None,
     sink_logits: Array | None,
     chunk: tuple[Array, Array] | None,
     *,
@@ -259,8 +266,8 @@ def _attend(
     chosen: Chosen,
 ) -> Array:
     """Kernels attend over cache and chunk at once if the chunk is short; otherwise the parts are merged."""
-    count = query.shape[1]
-    if chosen == "triton" and (chunk is None or count <= MAX_QUERY_TOKENS):
+    count = (query if chunk is None else chunk[0]).shape[1]
+    if chosen == "triton" and only is None and (chunk is None or count <= MAX_QUERY_TOKENS):
         return _attend_by_kernels(query, cache, lengths, chunk, plan, rows=rows, sink_logits=sink_logits)
     counts = count if lengths is None else lengths[:, None]
     step = jnp.arange(count, dtype=jnp.int32)[None]
@@ -269,7 +276,9 @@ def _attend(
         positions = (cache.length if rows is None else cache.length[rows])[:, None] - counts + step
         partial = attention_reference.over_cache(query.astype(jnp.float32), cache, rows, positions, plan.options)
     else:
-        partial = merge(*attend_parts(query, cache, chunk, exists, rows=rows, plan=plan, chosen=chosen))
+        partial = merge(*attend_parts(query, cache, chunk, exists, rows=rows, plan=plan, chosen=chosen, only=only))
+    if only is not None:
+        exists = only[:, None] < counts
     out = finish(partial, sink_logits, jnp.broadcast_to(exists, query.shape[:2]))
     overflow = cache.overflow if rows is None else cache.overflow[rows]
     return jnp.where(overflow[:, None, None, None], jnp.nan, out).astype(query.dtype)
@@ -307,29 +316,34 @@ def attend_parts(
     rows: Array | None,
     plan: AttendPlan,
     chosen: Chosen,
+    only: Array | None = None,
 ) -> tuple[Partial, Partial]:
     """Attention of a chunk over the tokens of the cache, which all come before it, and over itself.
 
     Args:
-        query: Queries [b, t, h_q, d] of any float type.
+        query: Queries [b, t, h_q, d] of any float type; [b, 1, h_q, d] with `only`.
         cache: The cache.
-        chunk: Keys and values of the queries' tokens, [b, t, h_kv, d].
+        chunk: Keys and values of the chunk, [b, t, h_kv, d].
         exists: bool [b, t] or [1, t], whether each token of the chunk exists.
         rows: The cache rows of the queries; None for all rows in order.
         plan: Configuration, from `attend_plan`; the reference takes its logit options only.
         chosen: "triton" for kernels, and cuDNN over the chunk where it takes the case; "reference" for jnp.
+        only: int32 [b], the token of each chunk whose query is given; None for all.
 
     Returns:
         The two parts, to be merged.
     """
     if chosen == "triton":
-        behind = attend_before(query, arrays_of(cache), plan, rows=rows)
-        return behind, attend_chunk(query, *_without_padding(chunk, exists, query.dtype), options=plan.options)
-    exact, length = query.astype(jnp.float32), cache.length if rows is None else cache.length[rows]
-    positions = length[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    behind = attention_reference.over_cache(exact, cache, rows, positions, plan.options)
-    known = _without_padding(chunk, exists, jnp.float32)
-    return behind, attend_chunk(exact, *known, options=plan.options, implementation="reference")
+        behind, exact = attend_before(query, arrays_of(cache), plan, rows=rows, first=only), query
+    else:
+        exact, length = query.astype(jnp.float32), cache.length if rows is None else cache.length[rows]
+        places = jnp.arange(query.shape[1], dtype=jnp.int32)[None] if only is None else only[:, None]
+        behind = attention_reference.over_cache(exact, cache, rows, length[:, None] + places, plan.options)
+    known = _without_padding(chunk, exists, exact.dtype)
+    if only is not None:
+        return behind, attend_only(exact, *known, only, options=plan.options)
+    how: Implementation = "auto" if chosen == "triton" else "reference"
+    return behind, attend_chunk(exact, *known, options=plan.options, implementation=how)
 
 
 def _without_padding(chunk: tuple[Array, Array], exists: Array, dtype: Any) -> tuple[Array, Array]:
