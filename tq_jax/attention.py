@@ -17,7 +17,7 @@ from pallas_kernels.attention import (
     attend_cache,
     merge,
 )
-from pallas_kernels.attention.chunk import attend_chunk
+from pallas_kernels.attention.chunk import attend_chunk, attend_only
 from pallas_kernels.attention.pipeline import check_attend, fuses_heads
 from pallas_kernels.attention.whole_cache import LONGEST, attend_before, attend_cache_joint
 from pallas_kernels.dispatch import Chosen, Implementation, choose, interprets
@@ -39,7 +39,7 @@ def attend(
     query: Float[Array, "b t h_q d"],
     cache: Cache,
     *,
-    chunk: tuple[Float[Array, "b t h_kv d"], Float[Array, "b t h_kv d"]] | None = None,
+    chunk: tuple[Float[Array, "b u h_kv d"], Float[Array, "b u h_kv d"]] | None = None,
     implementation: Implementation = "auto",
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -47,6 +47,7 @@ def attend(
     scale: float | None = None,
     lengths: Int[Array, "b"] | None = None,
     rows: Int[Array, "b"] | None = None,
+    only: Int[Array, "b"] | None = None,
     precise: bool = False,
     config: TileConfig | None = None,
 ) -> Float[Array, "b t h_q d"]:
@@ -68,8 +69,9 @@ def attend(
         softcap: Logits x become softcap * tanh(x / softcap).
         sink_logits: A learned logit per head that takes part in the softmax and has no value.
         scale: Factor of <q, k>; 1/sqrt(head_dim) by default.
-        lengths: Queries of each row that exist, at most t, right-padded; all by default.
+        lengths: Queries of each row that exist, at most t, or tokens of its chunk, right-padded; all by default.
         rows: The cache rows of the queries; all rows in order by default.
+        only: Of each row's chunk the token that its single query belongs to; by default every token has a query.
         precise: Two-byte queries in the kernel however many query rows there are, see `TileConfig`; the reference is
             always precise.
         config: Tiles of the kernel, and their own `precise`, in place of those for the page size; not for the
@@ -91,14 +93,14 @@ def attend(
         (1, 1, 8, 64)
     """
     above_zero: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap, "scale": scale}
-    rows, lengths = checked(query, cache, chunk, lengths, rows, sink_logits, **above_zero)
+    rows, lengths, only = checked(query, cache, chunk, lengths, rows, only, sink_logits, **above_zero)
     appended = query.shape[1] if chunk is None else 0
     above_zero["sliding_window"] = visible_tokens(cache.spec, sliding_window, appended=appended)
     plan = _plan(query, cache, config=config, precise=precise, implementation=implementation, **above_zero)
     if query.size == 0:
         return jnp.zeros_like(query)
     chosen = choose(implementation, op="attend", check=functools.partial(check_attend, query.shape, cache.pages, plan))
-    return _attend(query, cache, lengths, rows, sink_logits, chunk, plan=plan, chosen=chosen)
+    return _attend(query, cache, lengths, rows, only, sink_logits, chunk, plan=plan, chosen=chosen)
 
 
 def attend_joint(
@@ -133,7 +135,7 @@ def attend_joint(
     """
     query = jax.ShapeDtypeStruct(joint.query_shape, joint.product.dtype)
     above_zero: dict[str, Any] = {"sliding_window": sliding_window, "softcap": None, "scale": scale}
-    rows, lengths = checked(query, cache, None, lengths, rows, None, **above_zero)
+    rows, lengths, _ = checked(query, cache, None, lengths, rows, None, None, **above_zero)
     above_zero["sliding_window"] = visible_tokens(cache.spec, sliding_window, appended=0)
     plan = _plan(query, cache, config=None, precise=precise, implementation=implementation, **above_zero)
     chosen = choose(implementation, op="attend", check=functools.partial(check_attend, query.shape, cache.pages, plan))
@@ -141,7 +143,7 @@ def attend_joint(
         return _attend_joint(joint, cache, lengths, rows, plan=plan)
     heads = joint.split()
     chunk = heads.key, heads.value
-    return _attend(heads.query, cache, lengths, rows, None, chunk, plan=plan, chosen=chosen), heads
+    return _attend(heads.query, cache, lengths, rows, None, None, chunk, plan=plan, chosen=chosen), heads
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -217,6 +219,7 @@ def _attend(
     cache: Cache,
     lengths: Array | None,
     rows: Array | None,
+    only: Array | None,
     sink_logits: Array | None,
     chunk: tuple[Array, Array] | None,
     *,
@@ -224,8 +227,8 @@ def _attend(
     chosen: Chosen,
 ) -> Array:
     """Kernels attend over cache and chunk at once if the chunk is short; otherwise the parts are merged."""
-    count = query.shape[1]
-    if chosen == "triton" and (chunk is None or count <= MAX_QUERY_TOKENS):
+    count = (query if chunk is None else chunk[0]).shape[1]
+    if chosen == "triton" and only is None and (chunk is None or count <= MAX_QUERY_TOKENS):
         return _attend_by_kernels(query, cache, lengths, chunk, plan, rows=rows, sink_logits=sink_logits)
     counts = count if lengths is None else lengths[:, None]
     step = jnp.arange(count, dtype=jnp.int32)[None]
@@ -234,7 +237,9 @@ def _attend(
         positions = (cache.length if rows is None else cache.length[rows])[:, None] - counts + step
         partial = attention_reference.over_cache(query.astype(jnp.float32), cache, rows, positions, plan.options)
     else:
-        partial = merge(*attend_parts(query, cache, chunk, exists, rows=rows, plan=plan, chosen=chosen))
+        partial = merge(*attend_parts(query, cache, chunk, exists, rows=rows, plan=plan, chosen=chosen, only=only))
+    if only is not None:
+        exists = only[:, None] < counts
     out = finish(partial, sink_logits, jnp.broadcast_to(exists, query.shape[:2]))
     overflow = cache.overflow if rows is None else cache.overflow[rows]
     return jnp.where(overflow[:, None, None, None], jnp.nan, out).astype(query.dtype)
@@ -272,29 +277,34 @@ def attend_parts(
     rows: Array | None,
     plan: AttendPlan,
     chosen: Chosen,
+    only: Array | None = None,
 ) -> tuple[Partial, Partial]:
     """Attention of a chunk over the tokens of the cache, which all come before it, and over itself.
 
     Args:
-        query: Queries [b, t, h_q, d] of any float type.
+        query: Queries [b, t, h_q, d] of any float type; [b, 1, h_q, d] with `only`.
         cache: The cache.
-        chunk: Keys and values of the queries' tokens, [b, t, h_kv, d].
+        chunk: Keys and values of the chunk, [b, t, h_kv, d].
         exists: bool [b, t] or [1, t], whether each token of the chunk exists.
         rows: The cache rows of the queries; None for all rows in order.
         plan: Configuration, from `attend_plan`; the reference takes its logit options only.
         chosen: "triton" for kernels, and cuDNN over the chunk where it takes the case; "reference" for jnp.
+        only: int32 [b], the token of each chunk whose query is given; None for all.
 
     Returns:
         The two parts, to be merged.
     """
     if chosen == "triton":
-        behind = attend_before(query, arrays_of(cache), plan, rows=rows)
-        return behind, attend_chunk(query, *_without_padding(chunk, exists, query.dtype), options=plan.options)
-    exact, length = query.astype(jnp.float32), cache.length if rows is None else cache.length[rows]
-    positions = length[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    behind = attention_reference.over_cache(exact, cache, rows, positions, plan.options)
-    known = _without_padding(chunk, exists, jnp.float32)
-    return behind, attend_chunk(exact, *known, options=plan.options, implementation="reference")
+        behind, exact = attend_before(query, arrays_of(cache), plan, rows=rows, first=only), query
+    else:
+        exact, length = query.astype(jnp.float32), cache.length if rows is None else cache.length[rows]
+        places = jnp.arange(query.shape[1], dtype=jnp.int32)[None] if only is None else only[:, None]
+        behind = attention_reference.over_cache(exact, cache, rows, length[:, None] + places, plan.options)
+    known = _without_padding(chunk, exists, exact.dtype)
+    if only is not None:
+        return behind, attend_only(exact, *known, only, options=plan.options)
+    how: Implementation = "auto" if chosen == "triton" else "reference"
+    return behind, attend_chunk(exact, *known, options=plan.options, implementation=how)
 
 
 def _without_padding(chunk: tuple[Array, Array], exists: Array, dtype: Any) -> tuple[Array, Array]:

@@ -19,20 +19,24 @@ def checked(
     chunk: tuple[Array, Array] | None,
     lengths: Array | None,
     rows: Array | None,
+    only: Array | None,
     sink_logits: Array | None,
     **above_zero: float | None,
-) -> tuple[Array | None, Array | None]:
-    """Rows and lengths as int32; raises ValueError for arrays or options that do not fit."""
+) -> tuple[Array | None, ...]:
+    """Rows, lengths and places of single queries as int32; raises ValueError for arrays or options that do not fit."""
     batch = cache.rows if rows is None else rows.shape[0]
     check_query(cache.spec, batch, query, sink_logits, **above_zero)
     if not jnp.issubdtype(query.dtype, jnp.floating):
         raise ValueError(f"expected floating point queries, got dtype {query.dtype}")
-    require_row_integers(batch, lengths=lengths, rows=rows)
-    _check_rows(cache, query.shape[1], lengths, rows)
+    require_row_integers(batch, lengths=lengths, rows=rows, only=only)
+    if only is not None and (chunk is None or query.shape[1] != 1):
+        found = f"{query.shape[1]} queries {'without' if chunk is None else 'with'} a chunk"
+        raise ValueError(f"only: expected one query per row, and a chunk, got {found}")
+    tokens = (query if chunk is None else chunk[0]).shape[1]
+    _check_rows(lengths=(lengths, tokens), rows=(rows, cache.rows - 1), only=(only, tokens - 1))
     if chunk is not None:
-        check_chunk(cache.spec, query, *chunk)
-    rows, lengths = (None if x is None else x.astype(jnp.int32) for x in (rows, lengths))
-    return rows, lengths
+        check_chunk(cache.spec, query, *chunk, tokens=None if only is None else tokens)
+    return tuple(None if x is None else x.astype(jnp.int32) for x in (rows, lengths, only))
 
 
 def visible_tokens(spec: CacheSpec, sliding_window: int | None, *, appended: int) -> int | None:
@@ -64,9 +68,11 @@ def visible_tokens(spec: CacheSpec, sliding_window: int | None, *, appended: int
     return None if window == spec.max_tokens else window
 
 
-def check_chunk(spec: CacheSpec, query: Array | jax.ShapeDtypeStruct, key: Array, value: Array) -> None:
-    """Raises ValueError for keys and values of a chunk that do not fit the queries."""
-    expected = (*query.shape[:2], spec.num_kv_heads, spec.head_dim)
+def check_chunk(
+    spec: CacheSpec, query: Array | jax.ShapeDtypeStruct, key: Array, value: Array, *, tokens: int | None = None
+) -> None:
+    """Raises ValueError for keys and values of a chunk that do not fit the queries, one per token by default."""
+    expected = (query.shape[0], tokens or query.shape[1], spec.num_kv_heads, spec.head_dim)
     if key.shape != expected or value.shape != expected:
         raise ValueError(f"expected keys and values of a chunk of shape {expected}, got {key.shape} and {value.shape}")
     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (key, value)):
@@ -89,9 +95,9 @@ def check_query(spec: CacheSpec, batch: int, query: Any, sink_logits: Any, **abo
         raise ValueError(f"expected sink_logits of shape {shape[2:3]}, got {tuple(sink_logits.shape)}")
 
 
-def _check_rows(cache: Cache, tokens: int, lengths: Any, rows: Any) -> None:
-    """Raises ValueError for numbers of queries or for cache rows out of range."""
-    for name, array, most in (("lengths", lengths, tokens), ("rows", rows, cache.rows - 1)):
+def _check_rows(**given: tuple[Any, int]) -> None:
+    """Raises ValueError for integers per row, each given with its largest value, that are out of range."""
+    for name, (array, most) in given.items():
         if array is None or is_traced(array):
             continue
         if np.any(np.asarray(array) < 0) or np.any(np.asarray(array) > most):

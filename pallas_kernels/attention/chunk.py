@@ -9,11 +9,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import chunk_triton
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
+from pallas_kernels.attention.reference import attend_tokens
 from pallas_kernels.compat import cudnn
 from pallas_kernels.dispatch import Implementation, choose, interprets
 from pallas_kernels.numerics import HIDDEN
@@ -87,6 +88,38 @@ def attend_prompt(
         is_causal=True,
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
+    )
+
+
+def attend_only(
+    query: Float[Array, "b 1 h_q d"],
+    key: Float[Array, "b t h_kv d"],
+    value: Float[Array, "b t h_kv d"],
+    only: Int[Array, "b"],
+    *,
+    options: LogitOptions,
+) -> Partial:
+    """Attention of one token of each chunk over itself and the tokens before it, in float32.
+
+    Args:
+        query: The query of that token, after rotary embedding.
+        key: Keys of the chunk, after rotary embedding.
+        value: Values of the chunk.
+        only: The place of the token in its chunk.
+        options: Logit options.
+
+    Returns:
+        The attention, to be merged with that over other tokens.
+    """
+    places = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=jnp.int32), key.shape[:2])
+    return attend_tokens(
+        query.astype(jnp.float32),
+        key.swapaxes(1, 2),
+        value.swapaxes(1, 2),
+        positions=only[:, None],
+        key_positions=places,
+        stored=places <= only[:, None],
+        options=options,
     )
 
 

@@ -97,7 +97,12 @@ def attend_cache(
 
 
 def attend_before(
-    query: Float[Array, "b t h_q d"], cache: CacheArrays, plan: AttendPlan, *, rows: Int[Array, "b"] | None = None
+    query: Float[Array, "b t h_q d"],
+    cache: CacheArrays,
+    plan: AttendPlan,
+    *,
+    rows: Int[Array, "b"] | None = None,
+    first: Int[Array, "b"] | None = None,
 ) -> Partial:
     """Partial attention of queries, of any number, that follow all tokens of the cache.
 
@@ -106,6 +111,7 @@ def attend_before(
         cache: The cache.
         plan: The configuration.
         rows: Cache row of each sequence; all rows in order by default.
+        first: Tokens between the end of the cache row and the first query; 0 by default.
 
     Returns:
         The partial attention in the original basis.
@@ -121,6 +127,7 @@ def attend_before(
     padded = jnp.pad(query, ((0, 0), (0, blocks * size - count), (0, 0), (0, 0)))
     padded = padded.reshape(batch, blocks, size, *query.shape[2:]).swapaxes(0, 1)
     back = jnp.broadcast_to(-size * jnp.arange(blocks, dtype=jnp.int32)[:, None], (blocks, batch))
+    back = back if first is None else back - first[None]
     parts = lax.map(attend_block, (padded, back))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, blocks * size, *x.shape[3:])[:, :count], parts)
 

@@ -11,9 +11,10 @@ from flax import nnx
 
 from pallas_kernels.layer import JointHeads, NormWeights, residual_norm
 from tq_jax.models.config import DecoderConfig
+from tq_jax.models.last_token import token_of
 from tq_jax.models.rope import Turn
 
-# heads, not split yet -> (mixed values [b, t, h_q, d], the cache afterwards)
+# heads, not split yet -> (mixed values [b, t or 1, h_q, d], the cache afterwards)
 Mix = Callable[[JointHeads], tuple[jax.Array, Any]]
 
 
@@ -92,13 +93,13 @@ class Attention(nnx.Module):
             mix: Mixes the values.
 
         Returns:
-            [b, t, dim], and the cache afterwards.
+            [b, t or 1, dim], for as many tokens as `mix` returns, and the cache afterwards.
         """
         norms: dict[str, Any] = {}
         if self.query_norm is not None and self.key_norm is not None:
             norms = {"query_norm": self.query_norm.weights, "key_norm": self.key_norm.weights}
         mixed, cache = mix(JointHeads(self.qkv(hidden), turn, **norms))
-        return self.output(mixed.reshape(*hidden.shape[:2], -1)), cache
+        return self.output(mixed.reshape(*mixed.shape[:2], -1)), cache
 
 
 class GatedMLP(nnx.Module):
@@ -155,7 +156,9 @@ class Block(nnx.Module):
         self.mlp_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
         self.mlp = GatedMLP(config, activation=self.activation, dtype=dtype, rngs=rngs)
 
-    def __call__(self, hidden: jax.Array, added: jax.Array, turn: Turn, mix: Mix) -> tuple[jax.Array, jax.Array, Any]:
+    def __call__(
+        self, hidden: jax.Array, added: jax.Array, turn: Turn, mix: Mix, *, only: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, Any]:
         """Apply the layer.
 
         The last sum of a layer is left to the next one, whose first norm computes it on the way.
@@ -165,13 +168,15 @@ class Block(nnx.Module):
             added: [b, t, dim], to be added to them.
             turn: Rotary positions of the tokens.
             mix: Mixes the values in attention.
+            only: int32 [b], the token of each sequence for which `mix` returns values and the layer goes on after
+                attention; None for all tokens.
 
         Returns:
-            Hidden states and what is to be added to them, [b, t, dim] each, and the cache afterwards.
+            Hidden states and what is to be added to them, [b, t or 1, dim] each, and the cache afterwards.
         """
         hidden, normed = self.attention_norm(hidden, added)
         mixed, cache = self.attention(normed, turn, mix)
-        hidden, normed = self.mlp_norm(hidden, mixed)
+        hidden, normed = self.mlp_norm(token_of(hidden, only), mixed)
         return hidden, self.mlp(normed), cache
 
 
@@ -199,11 +204,13 @@ class Gemma3Block(Block):
         self.attention_post_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
         self.mlp_post_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
 
-    def __call__(self, hidden: jax.Array, added: jax.Array, turn: Turn, mix: Mix) -> tuple[jax.Array, jax.Array, Any]:
+    def __call__(
+        self, hidden: jax.Array, added: jax.Array, turn: Turn, mix: Mix, *, only: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, Any]:
         """Apply the layer, with the arguments and results of `Block`."""
         hidden, normed = self.attention_norm(hidden, added)
         mixed, cache = self.attention(normed, turn, mix)
-        hidden, normed = self.mlp_norm(hidden, self.attention_post_norm(mixed)[1])
+        hidden, normed = self.mlp_norm(token_of(hidden, only), self.attention_post_norm(mixed)[1])
         return hidden, self.mlp_post_norm(self.mlp(normed))[1], cache
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.attention.chunk import BLOCK, attend_prompt
+from pallas_kernels.attention.chunk import BLOCK, attend_only, attend_prompt
 from pallas_kernels.attention.options import LogitOptions
 
 
@@ -15,6 +15,7 @@ def causal_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    only: jax.Array | None = None,
     block: int = BLOCK,
 ) -> jax.Array:
     """Softmax attention of every token over itself and the tokens before it.
@@ -23,27 +24,35 @@ def causal_attention(
     attends, for the types and head dims that it has; elsewhere blocks of queries go over blocks of keys.
 
     Args:
-        query: [b, t, h_q, d], queries after rotary embedding.
+        query: [b, t, h_q, d], queries after rotary embedding; [b, 1, h_q, d] with `only`.
         key: [b, t, h_kv, d], keys after rotary embedding; h_kv divides h_q.
         value: [b, t, h_kv, d], values.
         scale: Factor on the scores; None means 1 / sqrt(d).
         window: A query sees itself and the window - 1 tokens before it; None means all tokens before it.
+        only: int32 [b], the place of each sequence's one query; None for a query per token.
         block: Tokens per block of queries and per block of keys where cuDNN does not attend.
 
     Returns:
-        [b, t, h_q, d], mixed values in the dtype of `query`; accumulated in float32.
+        Mixed values, of the shape and dtype of `query`; accumulated in float32.
 
     Raises:
         ValueError: If the shapes contradict each other, or the window is not positive.
     """
-    _check(query, key, value, window)
+    _check(query, key, value, window, single=only is not None)
     options = LogitOptions.for_head_dim(query.shape[3], scale=scale, softcap=None, sliding_window=window)
+    if only is not None:
+        found = attend_only(query, key, value, only, options=options)
+        return (found.acc / found.total[..., None]).astype(query.dtype)
     return attend_prompt(query, key, value, options=options, block=block)
 
 
-def _check(query: jax.Array, key: jax.Array, value: jax.Array, window: int | None) -> None:
+def _check(query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, *, single: bool) -> None:
     """Refuse shapes and windows that do not fit."""
     b, t, h_q, d = query.shape
+    if single:
+        if t != 1:
+            raise ValueError(f"query: expected one token per sequence with only, got {t}")
+        t = key.shape[1]
     h_kv = key.shape[2]
     if key.shape != (b, t, h_kv, d) or value.shape != key.shape:
         raise ValueError(f"key and value: expected [{b}, {t}, h_kv, {d}], got {key.shape} and {value.shape}")

@@ -28,11 +28,23 @@ from tq_jax.models.blocks import linear
 from tq_jax.models.causal import causal_attention
 from tq_jax.models.config import DecoderConfig, Run, runs_of
 from tq_jax.models.families import FAMILIES
-from tq_jax.models.layer_caches import Caches, init_layers, layer_of, map_caches, parts_of, require_layers, with_layer
+from tq_jax.models.last_token import last_places, token_of
+from tq_jax.models.layer_caches import (
+    Caches,
+    counts_after,
+    init_layers,
+    layer_of,
+    map_caches,
+    parts_of,
+    require_layers,
+    with_layer,
+)
 from tq_jax.models.rope import Turn, rotary_turn
 
 # (heads, not split yet, carry, cache rows int32 [b]; window: int or None, tokens that a query sees, itself included;
-# scale: float) -> mixed values [b, t, h_q, d], the carry for the next layer, and arrays that are kept of every layer
+# scale: float; only: int32 [b], if `run` was given it and only that token of each sequence is wanted of this layer) ->
+# mixed values [b, t, h_q, d], [b, 1, h_q, d] with `only`, the carry for the next layer, and arrays that are kept of
+# every layer
 LayerMix = Callable[..., tuple[jax.Array, Any, Any]]
 
 FEW_TOKENS = MAX_QUERY_TOKENS
@@ -143,7 +155,13 @@ class Decoder(nnx.Module):
         return hidden, kept
 
     def prefill(
-        self, tokens: jax.Array, cache: Caches, *, lengths: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        cache: Caches,
+        *,
+        lengths: jax.Array | None = None,
+        sequences: jax.Array | None = None,
+        last_only: bool = False,
     ) -> tuple[jax.Array, Caches]:
         """Run a prompt with exact attention and append its keys and values to an empty cache.
 
@@ -151,16 +169,22 @@ class Decoder(nnx.Module):
             tokens: int32 [b, t], right-padded.
             cache: From `init_cache` with `batch=b`. It must be empty: the prompt does not attend to its tokens.
             lengths: int32 [b], valid tokens of each sequence; None means all.
+            sequences: int32 [b], the sequences of a larger cache that get the prompts; only these must be empty.
+            last_only: Whether only the last valid token of each sequence is wanted. A last layer that is a run of its
+                own then attends and goes on with that token alone.
 
         Returns:
-            Hidden states [b, t, dim] after the final norm (meaningless in the padding), and the cache.
+            Hidden states [b, t, dim] after the final norm (meaningless in the padding), [b, 1, dim] with last_only, and
+            the cache.
 
         Raises:
             ValueError: If the cache does not have `num_layers * b` rows.
         """
-        self.require_rows(cache, batch=tokens.shape[0])
-        start = jnp.zeros(tokens.shape[:1], jnp.int32)
-        return self._run_prompt(tokens, cache, start, lengths=lengths, attend=causal_attention)
+        batch = tokens.shape[0] if sequences is None else cache.rows // self.config.num_layers
+        self.require_rows(cache, batch=batch)
+        start, only = jnp.zeros(tokens.shape[:1], jnp.int32), last_places(tokens, lengths) if last_only else None
+        how: dict[str, Any] = {"attend": causal_attention, "sequences": sequences, "only": only}
+        return self._run_prompt(tokens, cache, start, lengths=lengths, **how)
 
     def _run_prompt(
         self,
@@ -170,18 +194,22 @@ class Decoder(nnx.Module):
         *,
         lengths: jax.Array | None,
         attend: Callable[..., jax.Array],
+        sequences: jax.Array | None = None,
         stride: int = 1,
+        only: jax.Array | None = None,
     ) -> tuple[jax.Array, Caches]:
-        """See `prefill`; every layer mixes by `attend(query, key, value, window=..., scale=...)`."""
+        """See `prefill`; every layer mixes by `attend(query, key, value, window=..., scale=...)`, see `LayerMix`."""
+        sequences = jnp.arange(tokens.shape[0], dtype=jnp.int32) if sequences is None else sequences
+        batch = cache.rows // self.config.num_layers
 
         def mix(joint: JointHeads, cache: Caches, rows: jax.Array, **options: Any):
             window, heads = options["window"], joint.split()
-            own, rows = layer_of(cache, rows, window=window)
+            own, rows = layer_of(cache, rows // rows.shape[0] * batch + sequences, window=window)
             stored = tq.append(own, heads.key, heads.value, query=heads.query, lengths=lengths, rows=rows)
-            mixed = attend(heads.query, heads.key, heads.value, **options)
+            mixed = attend(token_of(heads.query, options.get("only")), heads.key, heads.value, **options)
             return mixed, with_layer(cache, stored, window=window), None
 
-        hidden, cache, _ = self.run(tokens, cache, start, mix, stride=stride)
+        hidden, cache, _ = self.run(tokens, cache, start, mix, stride=stride, only=only)
         return hidden, cache
 
     def extend(
@@ -191,6 +219,7 @@ class Decoder(nnx.Module):
         *,
         lengths: jax.Array | None = None,
         as_stored: bool = False,
+        last_only: bool = False,
         implementation: Implementation = "auto",
         precise: bool = False,
     ) -> tuple[jax.Array, Caches]:
@@ -204,20 +233,25 @@ class Decoder(nnx.Module):
             as_stored: Whether tokens of the chunk see each other as the cache holds them, as for the study of a cache:
                 each layer appends the chunk first and attends then. Local layers then need a cache that keeps more than
                 a window: `tq_jax.init_cache(spec, batch=num_layers * b)` keeps all tokens of all layers.
+            last_only: See `prefill`; not with as_stored. The last layer of few tokens runs whole.
             implementation: Implementation of attention, see `tq_jax.attend`.
             precise: Whether attention is precise, see `tq_jax.attend`.
 
         Returns:
-            Hidden states [b, t, dim] after the final norm (meaningless in the padding), and the cache.
+            Hidden states [b, t, dim] after the final norm (meaningless in the padding), [b, 1, dim] with last_only, and
+            the cache. Of a sequence with 0 valid tokens they are meaningless.
 
         Raises:
             ValueError: If the cache does not have `num_layers * b` rows, or with as_stored no longer holds what
-                the chunk sees.
+                the chunk sees, or for as_stored with last_only.
         """
         self.require_rows(cache, batch=tokens.shape[0])
+        if as_stored and last_only:
+            raise ValueError("expected one of as_stored and last_only, got both")
         how: dict[str, Any] = {"lengths": lengths, "implementation": implementation, "precise": precise}
         few = tokens.shape[1] <= FEW_TOKENS and not as_stored
         start = self._lengths(cache, batch=tokens.shape[0])
+        only = last_places(tokens, lengths) if last_only else None
 
         def mix_few(joint: JointHeads, cache: Caches, rows: jax.Array, **options: Any):
             own, rows = layer_of(cache, rows, window=options["window"])
@@ -230,10 +264,12 @@ class Decoder(nnx.Module):
             new = heads.key, heads.value
             stored = self._append(own, *new, query=heads.query, lengths=lengths, rows=rows, start=start)
             chunk, read = (None, stored) if as_stored else (new, own)
-            mixed = self._attend(heads.query, read, chunk=chunk, rows=rows, **options, **how)
+            wanted = token_of(heads.query, options.get("only"))
+            mixed = self._attend(wanted, read, chunk=chunk, rows=rows, **options, **how)
             return mixed, with_layer(cache, stored, window=window), None
 
-        hidden, cache, kept = self.run(tokens, cache, start, mix_few if few else mix_many)
+        mix, wanted = (mix_few, None) if few else (mix_many, only)
+        hidden, cache, kept = self.run(tokens, cache, start, mix, only=wanted)
         if few:
             # One append for all layers, or one for each kind.
             def append(cache: tq.Cache, query: jax.Array, *chunk: jax.Array) -> tq.Cache:
@@ -242,6 +278,7 @@ class Decoder(nnx.Module):
 
             counts, first = (jnp.tile(x, self.config.num_layers) for x in (counts_after(hidden, lengths), start))
             cache = map_caches(append, cache, *kept, counts, first)
+            hidden = token_of(hidden, only)
         return hidden, cache
 
     def _lengths(self, cache: Caches, *, batch: int) -> jax.Array:
@@ -284,6 +321,7 @@ class Decoder(nnx.Module):
         mix: LayerMix,
         *,
         stride: int = 1,
+        only: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, Any]:
         """Run tokens with a function of the caller that attends and keeps keys and values.
 
@@ -293,10 +331,12 @@ class Decoder(nnx.Module):
             start: int32 [b], position of the first token of each sequence.
             mix: Mixes the values of a layer.
             stride: Distance of the positions of consecutive tokens.
+            only: int32 [b], the token of each sequence whose hidden state is wanted; None for all tokens. A last layer
+                that is a run of its own goes on with that token alone, and its `mix` is told so.
 
         Returns:
-            Hidden states [b, t, dim] after the final norm, the carry after the last layer, and the arrays that `mix`
-            keeps: those of all layers in the order of cache rows, [num_layers * b, ...].
+            Hidden states [b, t, dim], [b, 1, dim] with `only`, after the final norm, the carry after the last layer,
+            and the arrays that `mix` keeps: those of all layers in the order of cache rows, [num_layers * b, ...].
         """
         b, t = tokens.shape
         positions = start[:, None] + stride * jnp.arange(t, dtype=jnp.int32)[None, :]
@@ -310,12 +350,15 @@ class Decoder(nnx.Module):
             if run.count == 1:
                 graph, arrays = nnx.split(blocks)
                 alone = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays))
-                state, found = layer(state, (jnp.int32(run.first), alone))
+                last, inputs = run is self.runs[-1], (jnp.int32(run.first), alone)
+                state, found = layer(state, inputs, only=only if last else None)
                 kept.append(found)
             else:
                 state, found = lax.scan(layer, state, (run.first + jnp.arange(run.count, dtype=jnp.int32), blocks))
                 kept.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found))
         hidden, added, carry = state
+        if hidden.shape[1] == t:
+            hidden, added = token_of(hidden, only), token_of(added, only)
         return self.norm(hidden, added)[1], carry, jax.tree.map(lambda *x: jnp.concatenate(x), *kept)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
@@ -327,32 +370,8 @@ class Decoder(nnx.Module):
         return rotary_turn(positions, head_dim=self.config.head_dim, base=base, scaling=scaling)
 
     def require_rows(self, cache: Caches, *, batch: int) -> None:
-        """Check that a cache has one row per layer and sequence, and the tokens that each layer sees.
-
-        Args:
-            cache: The cache.
-            batch: Number of sequences.
-
-        Raises:
-            ValueError: If the cache does not have `num_layers * batch` rows, or keeps fewer tokens than layers see.
-        """
+        """Raises ValueError if a cache does not have `num_layers * batch` rows, or keeps fewer tokens than layers see."""
         require_layers(self.config, cache, batch=batch)
-
-
-def counts_after(hidden: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """Numbers of tokens for an append that follows the last reading of the cache.
-
-    That it follows has to be seen in its arguments, or XLA may keep a copy of the cache for the reader.
-
-    Args:
-        hidden: [b, t, dim], made from everything that was read.
-        lengths: int32 [b], valid tokens of the chunk per sequence; None means all t.
-
-    Returns:
-        The lengths, int32 [b]: the sum below is never less than they are.
-    """
-    count = jnp.full(hidden.shape[:1], hidden.shape[1], jnp.int32) if lengths is None else lengths
-    return jnp.minimum(count, count + jnp.isnan(hidden[:, 0, 0]).astype(jnp.int32))
 
 
 def _layer(
@@ -362,14 +381,15 @@ def _layer(
     turn: Turn,
     mix: LayerMix,
     sequences: jax.Array,
+    only: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, jax.Array, Any], Any]:
     """One layer: the state after it, and the arrays that `mix` keeps."""
     (hidden, added, carry), (index, block) = state, inputs
     rows = index * sequences.shape[0] + sequences
 
     def mix_here(joint: JointHeads) -> tuple[jax.Array, tuple[Any, Any]]:
-        mixed, after, kept = mix(joint, carry, rows)
+        mixed, after, kept = mix(joint, carry, rows, **({} if only is None else {"only": only}))
         return mixed, (after, kept)
 
-    hidden, added, (carry, kept) = block(hidden, added, turn, mix_here)
+    hidden, added, (carry, kept) = block(hidden, added, turn, mix_here, only=only)
     return (hidden, added, carry), kept

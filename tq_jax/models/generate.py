@@ -222,8 +222,8 @@ def prefill_step(
     Returns:
         The first new tokens, int32 [b], and the filled cache.
     """
-    hidden, cache = decoder.prefill(tokens, cache, lengths=lengths)
-    return _first(decoder, hidden, lengths, keys, sampling), cache
+    last, cache = decoder.prefill(tokens, cache, lengths=lengths, last_only=True)
+    return draw_first(decoder, last, keys, sampling=sampling), cache
 
 
 @partial(jax.jit, static_argnames=("sampling", "implementation", "precise"))
@@ -253,8 +253,9 @@ def extend_step(
     Returns:
         The first new tokens, int32 [b], and the filled cache.
     """
-    hidden, cache = decoder.extend(tokens, cache, lengths=lengths, implementation=implementation, precise=precise)
-    return _first(decoder, hidden, lengths, keys, sampling), cache
+    how: dict[str, Any] = {"implementation": implementation, "precise": precise, "last_only": True}
+    last, cache = decoder.extend(tokens, cache, lengths=lengths, **how)
+    return draw_first(decoder, last, keys, sampling=sampling), cache
 
 
 @partial(
@@ -386,12 +387,6 @@ def _start(first: jax.Array, done: jax.Array, cache: Caches, max_new_tokens: int
         count=jnp.ones(batch, jnp.int32),
         cache=cache,
     )
-
-
-def _first(decoder: Decoder, hidden: jax.Array, lengths: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """The first new token of each sequence, int32 [b], drawn from the hidden state of its last token."""
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    return draw_first(decoder, last, keys, sampling=sampling)
 
 
 def _sequence_keys(key: jax.Array | None, sampling: Sampling, batch: int) -> jax.Array:

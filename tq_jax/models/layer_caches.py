@@ -200,3 +200,19 @@ def map_caches(function: Callable[..., tq.Cache], cache: Caches, *arrays: Any) -
 def parts_of(cache: Caches) -> Sequence[tq.Cache]:
     """The caches that a cache has."""
     return (cache,) if isinstance(cache, tq.Cache) else cache.caches
+
+
+def counts_after(hidden: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """Numbers of tokens for an append that follows the last reading of the cache.
+
+    That it follows has to be seen in its arguments, or XLA may keep a copy of the cache for the reader.
+
+    Args:
+        hidden: [b, t, dim], made from everything that was read.
+        lengths: int32 [b], valid tokens of the chunk per sequence; None means all t.
+
+    Returns:
+        The lengths, int32 [b]: the sum below is never less than they are.
+    """
+    count = jnp.full(hidden.shape[:1], hidden.shape[1], jnp.int32) if lengths is None else lengths
+    return jnp.minimum(count, count + jnp.isnan(hidden[:, 0, 0]).astype(jnp.int32))

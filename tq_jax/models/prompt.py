@@ -72,10 +72,10 @@ def _chunk_step(
     cache.
     """
     lengths = jnp.clip(left, 0, tokens.shape[1])
-    hidden, cache = decoder.extend(tokens, cache, lengths=lengths, implementation=implementation, precise=precise)
-    place = (left - 1)[:, None, None]
-    found = jnp.take_along_axis(hidden, jnp.clip(place, 0, tokens.shape[1] - 1), axis=1)
-    return jnp.where((place >= 0) & (place < tokens.shape[1]), found, last), cache
+    how: dict[str, Any] = {"implementation": implementation, "precise": precise, "last_only": True}
+    found, cache = decoder.extend(tokens, cache, lengths=lengths, **how)
+    ends = (left >= 1) & (left <= tokens.shape[1])
+    return jnp.where(ends[:, None, None], found, last), cache
 
 
 @partial(jax.jit, static_argnames=("sampling",), donate_argnames=("cache",))

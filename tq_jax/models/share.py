@@ -12,6 +12,7 @@ from jax import lax
 import tq_jax as tq
 from pallas_kernels.layer import Heads, JointHeads
 from tq_jax.models.decoder import Decoder
+from tq_jax.models.last_token import last_places, token_of
 from tq_jax.models.layer_caches import Caches
 from tq_jax.shares import append_share, attend_shares, attend_stripes, own_counts
 
@@ -107,9 +108,22 @@ class StripedShare(Share):
         self.sequence_axis = sequence_axis
 
     def prefill(
-        self, tokens: jax.Array, cache: Caches, *, lengths: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        cache: Caches,
+        *,
+        lengths: jax.Array | None = None,
+        sequences: jax.Array | None = None,
+        last_only: bool = False,
     ) -> tuple[jax.Array, Caches]:
-        """See `Decoder.prefill`; every device runs its share of the tokens, and their hidden states are gathered."""
+        """See `Decoder.prefill`; every device runs its share of the tokens, and their hidden states are gathered.
+
+        The last layer runs whole: its last tokens are on different devices, and attention goes round all of them.
+        """
+        if sequences is not None:
+            raise NotImplementedError(
+                f"sequences: None is supported with tokens spread over {self.sequence_axis!r}, got {sequences.shape}"
+            )
         self.require_rows(cache, batch=tokens.shape[0])
         axis = self.sequence_axis
         (batch, count), devices = tokens.shape, lax.axis_size(axis)
@@ -126,7 +140,21 @@ class StripedShare(Share):
         start = jnp.broadcast_to(device, (batch,))
         hidden, cache = self._run_prompt(own, cache, start, lengths=counts, attend=attend, stride=devices)
         whole = lax.all_gather(hidden, axis, axis=2)  # [b, tokens per device, devices, dim]
-        return whole.reshape(batch, -1, hidden.shape[2])[:, :count], cache
+        only = last_places(tokens, lengths) if last_only else None
+        return token_of(whole.reshape(batch, -1, hidden.shape[2])[:, :count], only), cache
+
+    def extend(
+        self,
+        tokens: jax.Array,
+        cache: Caches,
+        *,
+        lengths: jax.Array | None = None,
+        last_only: bool = False,
+        **options: Any,
+    ) -> tuple[jax.Array, Caches]:
+        """See `Decoder.extend`; the last layer runs whole, as in `prefill`."""
+        hidden, cache = super().extend(tokens, cache, lengths=lengths, **options)
+        return token_of(hidden, last_places(tokens, lengths) if last_only else None), cache
 
     def _lengths(self, cache: Caches, *, batch: int) -> jax.Array:
         return lax.psum(super()._lengths(cache, batch=batch), self.sequence_axis)

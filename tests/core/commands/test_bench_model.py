@@ -108,9 +108,9 @@ def test_many_prompts_are_compared_with_a_full_batch(tmp_path, monkeypatch, made
     assert result.exit_code == 0, result.output
     row = json.loads(path.read_text())["rows"][1]
     assert (row["op"], row["batch"], row["prompts"], row["key"]) == ("many", 2, 5, "bf16")
-    assert 5 * 3 <= row["new_tokens"] <= 5 * 7
+    assert 5 * 4 <= row["new_tokens"] <= 5 * 8
     assert 0.5 < row["used_rows"] <= 1
-    assert row["over_full"] == pytest.approx(row["full_s"] / (row["s"] - row["prompt_s"]), rel=0.05)
+    assert row["over_full"] == pytest.approx((row["full_s"] + row["prompt_s"]) / row["s"], rel=0.01)
     assert "Many mixed prompts" in result.output
 
 

@@ -9,15 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.core.models.in_place import check_in_place
 from tq_jax.models import Finished, Sampling, Tally, generate, generate_many, pad_prompts
-from tq_jax.models.many import generations
-from tq_jax.models.many.requests import bucket
-from tq_jax.models.many.steps import Batch, FlatDecoder, Rows, advance_rows, empty_rows, fill_rows
+from tq_jax.models.many import device
+from tq_jax.models.many.steps import advance_rows
 from tq_jax.models.many.tally import Bar
 
 MOST = 24
-GREEDY = Sampling()
 WARM = Sampling(temperature=1.5)
 
 
@@ -93,7 +90,7 @@ def test_greedy_equals_single_runs(tiny, limits, case):
 def test_the_packed_case_compresses_and_centres(tiny, packed_spec, long_prompts):
     many = start(tiny, long_prompts, spec=packed_spec, new=MOST)
     next(many)
-    cache = many._cache
+    cache = many._device.cache
     assert int(cache.compressed.max()) > 36
     assert len({bool(mean) for mean in jnp.any(cache.statistics.mean != 0, axis=(1, 2))}) == 2
 
@@ -102,25 +99,30 @@ def test_one_row_and_three_steps(tiny, exact_spec, prompts, limits, alone):
     short = [index for index, prompt in enumerate(prompts) if len(prompt) <= 16]
     new = [limits[index] for index in short]
     many = start(tiny, [prompts[index] for index in short], rows=1, steps=3, spec=exact_spec, new=new)
-    assert [result.index for result in many] == list(range(len(short)))
+    assert [new[result.index] for result in many] == sorted(new, reverse=True)
     assert tokens_of(many.collect()) == [alone[index][: limits[index]] for index in short]
-    assert many.tally.steps == many.tally.used_row_steps == sum(new) - len(new)
+    assert many.tally.used_row_steps == sum(new) - len(new)
+    assert many.tally.steps == sum(3 * -(-(count - 1) // 3) for count in new)
 
 
 def test_more_rows_than_prompts(tiny, exact_spec, prompts, alone):
     many = start(tiny, prompts[:2], spec=exact_spec, new=6)
     assert tokens_of(many.collect()) == [tokens[:6] for tokens in alone[:2]]
-    assert many.tally == Tally(prompts=2, finished=2, new_tokens=12, steps=5, row_steps=20, used_row_steps=10)
+    assert many.tally == Tally(prompts=2, finished=2, new_tokens=12, steps=8, row_steps=32, used_row_steps=10)
     assert start(tiny, [], spec=exact_spec, new=6).collect() == []
 
 
 def test_stop_tokens(tiny, limits, case):
     prompts, spec, single = case
     stop = (single[0][4], single[1][0], single[5][10])
-    found = start(tiny, prompts, spec=spec, new=limits, stop_tokens=stop).collect()
+    many = start(tiny, prompts, spec=spec, new=limits, stop_tokens=stop)
+    found = many.collect()
     assert tokens_of(found) == [cut(tokens, limit, stop) for tokens, limit in zip(single, limits, strict=True)]
     assert [result.reason == "stop" for result in found] == [result.tokens[-1] in stop for result in found]
     assert found[1] == Finished(1, single[1][:1], "stop")
+    # Nothing was drawn for them in the calls that were handed over before their ends were read.
+    assert many.tally.new_tokens == sum(len(result.tokens) for result in found)
+    assert many.tally.used_row_steps == many.tally.new_tokens - len(prompts)
 
 
 def test_sampling_equals_single_runs(tiny, exact_spec):
@@ -132,7 +134,8 @@ def test_sampling_equals_single_runs(tiny, exact_spec):
     ]
     options = {"spec": exact_spec, "sampling": WARM, "key": key}
     assert tokens_of(start(tiny, prompts, new=limits, **options).collect()) == expected
-    assert tokens_of(start(tiny, prompts, new=limits, refill=4, **options).collect()) == expected
+    longest = tokens_of(start(tiny, prompts, new=MOST, **options).collect())
+    assert [tokens[:limit] for tokens, limit in zip(longest, limits, strict=True)] == expected
     assert len({tuple(result.tokens) for result in start(tiny, [[5]] * 4, new=9, **options)}) == 4
 
 
@@ -141,29 +144,36 @@ def test_sampling_equals_single_runs(tiny, exact_spec):
 def test_any_schedule_gives_the_same_tokens(tiny, exact_spec, prompts, alone, data):
     chosen = data.draw(st.lists(st.integers(0, len(prompts) - 1), max_size=9))
     limits = data.draw(st.lists(st.integers(1, MOST), min_size=len(chosen), max_size=len(chosen)))
-    refill = data.draw(st.integers(1, 4))
-    cancelled = data.draw(st.sets(st.sampled_from(range(len(chosen))), max_size=2)) if chosen else set()
-    expected = [alone[prompt][:limit] for prompt, limit in zip(chosen, limits, strict=True)]
-    many = start(tiny, [prompts[i] for i in chosen], spec=exact_spec, new=limits, refill=refill)
-    found = [next(many)] if chosen else []
-    held = [index for index in cancelled if many.cancel(index)]
-    found += list(many)
+    stop = tuple(data.draw(st.sets(st.sampled_from(sorted(set().union(*alone))), max_size=7)))
+    cancelled = data.draw(st.dictionaries(st.integers(0, 8), st.integers(0, 8), max_size=3))
+    expected = [cut(alone[prompt], limit, stop) for prompt, limit in zip(chosen, limits, strict=True)]
+    many = start(tiny, [prompts[i] for i in chosen], spec=exact_spec, new=limits, stop_tokens=stop)
+    found, held = [], set()
+    for seen in range(len(chosen) + 1):
+        index = cancelled.get(seen)
+        if index is not None and index < len(chosen) and many.cancel(index):
+            held.add(index)
+        found += [next(many)] if seen < len(chosen) else list(many)
     assert sorted(result.index for result in found) == list(range(len(chosen)))
     for result, full in zip(many.collect(), expected, strict=True):
         assert result.tokens == full[: len(result.tokens)]
-        assert result.reason == ("cancelled" if result.index in held else "length")
+        ends = "stop" if full[-1] in stop else "length"
+        assert result.reason == ("cancelled" if result.index in held else ends)
         assert result.index in held or result.tokens == full
+    assert many.tally.new_tokens == sum(len(result.tokens) for result in found)
+    assert many.tally.running == many.tally.waiting == 0
 
 
 def test_cancellation_frees_rows(tiny, exact_spec, prompts, alone):
-    """Of eleven prompts one runs, one waits and one is done when they are cancelled."""
-    limits = [MOST, 2] + [MOST] * 9
+    """Of eleven prompts one runs, one waits and one is done when they are cancelled, with two calls in flight."""
+    limits = [MOST] * 3 + [9] * 8
     many = start(tiny, prompts, spec=exact_spec, new=limits)
     first = next(many)
-    assert first.index == 1
+    assert first.index == 3
+    # Prompt 4 ends in the next call, and prompt 5 has its row in the one after that.
+    assert (many.tally.running, len(many._flights)) == (5, 2)
+    assert (many.cancel(0), many.cancel(9), many.cancel(3), many.cancel(0)) == (True, True, False, False)
     assert many.tally.running == 4
-    assert (many.cancel(0), many.cancel(9), many.cancel(1), many.cancel(0)) == (True, True, False, False)
-    assert many.tally.running == 3
     rest = list(many)
     assert [result.index for result in rest[:2]] == [0, 9]
     assert [result.reason for result in rest] == ["cancelled"] * 2 + ["length"] * 8
@@ -177,16 +187,15 @@ def test_cancellation_frees_rows(tiny, exact_spec, prompts, alone):
 
 
 def test_closing_frees_the_cache(tiny, exact_spec, prompts):
-    with start(tiny, prompts, spec=exact_spec, new=[2] + [MOST] * 10) as many:
+    with start(tiny, prompts, spec=exact_spec, new=[MOST] * 3 + [9] * 8) as many:
         first = next(many)
-        cache = many._cache
-        assert cache is not None
-    assert many._cache is None
+        assert many._device is not None
+    assert many._device is None
     assert many.tally.running == 0
     assert list(many) == []
     assert many.results[first.index] == first
     assert not many.cancel(5)
-    with pytest.raises(ValueError, match=r"got a closed generation without prompts \[1, 2"):
+    with pytest.raises(ValueError, match=r"got a closed generation without prompts \[0, 1, 2, 4"):
         many.collect()
 
 
@@ -224,7 +233,7 @@ def test_goes_on_after_errors_of_the_device(tiny, exact_spec, prompts, limits, a
             raise RuntimeError("out of memory")
         return advance_rows(*args, **options)
 
-    monkeypatch.setattr(generations, "advance_rows", failing)
+    monkeypatch.setattr(device, "advance_rows", failing)
     many, found, errors = start(tiny, prompts, spec=exact_spec, new=limits), [], 0
     while len(found) < len(prompts):
         try:
@@ -234,6 +243,70 @@ def test_goes_on_after_errors_of_the_device(tiny, exact_spec, prompts, limits, a
     assert errors == 3
     assert tokens_of(many.collect()) == [cut(*pair) for pair in zip(alone, limits, strict=True)]
     assert sorted(result.index for result in found) == list(range(len(prompts)))
+
+
+def test_goes_on_after_errors_of_reading(tiny, exact_spec, prompts, limits, alone, monkeypatch):
+    """A call fails while another is in flight, which has first tokens of prompts that took rows foreseen to be free."""
+    read, behind = device.Flight.read, []
+
+    def failing(flight):
+        behind.append(len(many._flights))
+        if len(behind) in (2, 4):
+            raise RuntimeError("out of memory")
+        return read(flight)
+
+    monkeypatch.setattr(device.Flight, "read", failing)
+    many, found, errors = start(tiny, prompts, spec=exact_spec, new=limits), [], 0
+    while len(found) < len(prompts):
+        try:
+            found.append(next(many))
+        except RuntimeError:
+            errors += 1
+            assert many.tally.running == 0
+    assert (errors, behind[1], behind[3]) == (2, 1, 1)
+    assert tokens_of(many.collect()) == [cut(*pair) for pair in zip(alone, limits, strict=True)]
+    assert sorted(result.index for result in found) == list(range(len(prompts)))
+
+
+def events_of(monkeypatch, decoder, prompts, **options):
+    """A generation that has run, and in order F for prompts handed over, S for steps and R for a call that is read."""
+    events = []
+    for name, event in (("fill_rows", "F"), ("advance_rows", "S")):
+        run = getattr(device, name)
+        monkeypatch.setattr(device, name, lambda *a, e=event, run=run, **o: events.append(e) or run(*a, **o))
+    read = device.Flight.read
+    monkeypatch.setattr(device.Flight, "read", lambda flight: events.append("R") or read(flight))
+    many = start(decoder, prompts, **options)
+    many.collect()
+    monkeypatch.undo()
+    return many, "".join(events)
+
+
+def test_calls_are_handed_over_before_others_are_read(tiny, exact_spec, prompts, alone, monkeypatch):
+    """Steps are 8 per call, and the first token of a prompt takes none."""
+
+    def events(count: int, **options) -> str:
+        return events_of(monkeypatch, tiny, prompts[:count], spec=exact_spec, **options)[1]
+
+    assert events(1, new=9) == "FSR"
+    assert events(1, new=10) == "FSSRR"
+    assert events(1, new=MOST) == "FSSRSRR"
+    assert events(6, new=1) == "FFFFRR"  # twice prompts of two padded lengths, and no step to do
+    # Four prompts end with their first calls, so two others run in the second, of which nothing has been read.
+    many, order = events_of(monkeypatch, tiny, prompts[:6], spec=exact_spec, new=9)
+    assert order == "FFSFFSRR"
+    assert (many.tally.steps, many.tally.used_row_steps) == (16, 6 * 8)
+    # The stop token in the first call is read after the second has been handed over, which nobody waits for.
+    many, order = events_of(monkeypatch, tiny, prompts[:1], spec=exact_spec, new=MOST, stop_tokens=alone[0][3:4])
+    assert order == "FSSR"
+    assert many.tally.new_tokens == len(cut(alone[0], MOST, tuple(alone[0][3:4])))
+
+
+def test_most_new_tokens_first(tiny, exact_spec, prompts):
+    """One row shows the order in which prompts start; equal ones keep theirs."""
+    short = [prompt for prompt in prompts if len(prompt) <= 16]
+    many = start(tiny, short[:5], rows=1, steps=3, spec=exact_spec, new=[3, 9, 3, 24, 9])
+    assert [result.index for result in many] == [3, 1, 4, 0, 2]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +326,6 @@ def test_goes_on_after_errors_of_the_device(tiny, exact_spec, prompts, limits, a
         ({"rows": 0}, "rows: expected at least 1, got 0"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"chunk": 0}, "chunk: expected at least 1, got 0"),
-        ({"refill": 0}, "refill: expected at least 1, got 0"),
         ({"stop_tokens": [4, 300]}, r"stop_tokens: expected ids in \[0, 300\), got \[300\]"),
         ({"sampling": WARM}, "key: expected a random key to sample at temperature 1.5, got None"),
     ],
@@ -271,63 +343,6 @@ def test_refuses_a_spec_of_another_model_and_more_than_its_context(tiny, exact_s
     large = dataclasses.replace(exact_spec, max_tokens=1024, window=1024)
     with pytest.raises(ValueError, match=r"prompts\[0\]: expected the model's context to have room for 514 tokens"):
         generate_many(tiny, [[1] * 500], rows=2, cache_spec=large, max_new_tokens=15)
-
-
-def test_few_padded_lengths():
-    lengths = {bucket(length, 3000) for length in range(1, 3001)}
-    assert lengths == {16, 32, 64, 128, 256, 512, 1024, 2048, 3072}
-    assert all(bucket(length, 3000) >= length for length in range(1, 3001))
-
-
-def fill_arguments(total: int, n: int) -> tuple[Batch, Rows]:
-    """Prompts of 20 tokens for n of all rows."""
-    counts = jnp.full(n, 20, jnp.int32)
-    return Batch(jnp.ones((n, 48), jnp.int32), counts, jnp.arange(n)[::-1], jnp.arange(n), counts), empty_rows(total)
-
-
-@pytest.mark.parametrize(("kind", "program"), [("exact", "advance"), ("packed", "fill"), ("packed", "advance")])
-def test_the_cache_is_updated_in_place(tiny, exact_spec, packed_spec, kind, program):
-    spec, decoder = exact_spec if kind == "exact" else packed_spec, FlatDecoder.of(tiny)
-    cache = tiny.init_cache(spec, batch=3)
-    leaves, tree = jax.tree.flatten(cache)  # flat, because lowering puts placeholders into pytrees
-    (batch, rows), key, stop = fill_arguments(3, 2), jax.random.key(0), jnp.zeros(1, jnp.int32)
-
-    def run(decoder, batch, rows, leaves):
-        cache = jax.tree.unflatten(tree, leaves)
-        if program == "fill":
-            *rest, cache = fill_rows.__wrapped__(decoder, batch, rows, cache, key, stop, sampling=GREEDY)
-        else:
-            options = {"sampling": GREEDY, "steps": 4, "implementation": "auto", "precise": False}
-            *rest, cache = advance_rows.__wrapped__(
-                decoder, rows, cache, jnp.zeros(3, bool), jnp.int32(3), key, stop, **options
-            )
-        return rest, jax.tree.leaves(cache)
-
-    compiled = jax.jit(run, donate_argnums=3).lower(decoder, batch, rows, leaves).compile()
-    check_in_place(compiled, cache)
-
-
-def test_filling_leaves_other_rows_alone(tiny, packed_spec):
-    """Rows 2 and 0 are filled, then row 1 alone, in a batch of two whose second entry fills nothing."""
-    key, stop = jax.random.key(0), jnp.full(8, -1, jnp.int32)
-    batch, rows = fill_arguments(4, 2)
-    flat = FlatDecoder.of(tiny)
-    batch = dataclasses.replace(batch, rows=jnp.array([2, 0], jnp.int32))
-    _, rows, before = fill_rows(flat, batch, rows, tiny.init_cache(packed_spec, batch=4), key, stop, sampling=GREEDY)
-    assert before.length.tolist() == [20, 0, 20, 0] * 3
-    old = jax.tree.map(np.array, (rows, before))
-    batch = dataclasses.replace(
-        batch, rows=jnp.array([1, 2], jnp.int32), lengths=jnp.array([20, 0], jnp.int32), tokens=batch.tokens + 1
-    )
-    _, rows, after = fill_rows(flat, batch, rows, before, key, stop, sampling=GREEDY)
-    assert after.length.tolist() == [20, 20, 20, 0] * 3
-    for was, now in zip(jax.tree.leaves(old[0]), jax.tree.leaves(rows), strict=True):
-        np.testing.assert_array_equal(was[[0, 2, 3]], now[jnp.array([0, 2, 3])])
-    for name in ("exact_keys", "exact_values", "length", "compressed", "overflow", "statistics", "pages"):
-        pairs = zip(*(jax.tree.leaves(getattr(cache, name)) for cache in (old[1], after)), strict=True)
-        for was, now in pairs:
-            each = (3, 4, was.shape[0] // 12, *was.shape[1:])
-            np.testing.assert_array_equal(was.reshape(each)[:, [0, 2, 3]], np.asarray(now).reshape(each)[:, [0, 2, 3]])
 
 
 def test_rows_are_used(tiny, exact_spec):

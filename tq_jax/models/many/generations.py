@@ -4,64 +4,30 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 import tq_jax as tq
 from tq_jax.attention import Implementation
 from tq_jax.models.checks import require_key, require_positive, require_stop_tokens
 from tq_jax.models.decoder import Decoder
-from tq_jax.models.layer_caches import Caches
-from tq_jax.models.many.requests import Finished, Request, bucket, make_requests
-from tq_jax.models.many.steps import Batch, FlatDecoder, advance_rows, empty_rows, fill_rows
+from tq_jax.models.many.device import Device, Flight, Plan
+from tq_jax.models.many.requests import Finished, Request, make_requests
 from tq_jax.models.many.tally import Bar, Tally
 from tq_jax.models.sampling import Sampling
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """What stays the same during a generation, see `generate_many`."""
-
-    decoder: Decoder
-    cache_spec: tq.CacheSpec
-    rows: int
-    steps: int
-    chunk: int
-    refill: int
-    stop: frozenset[int]
-    key: jax.Array
-    sampling: Sampling
-    implementation: Implementation
-    precise: bool
-    longest: int
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """A call that has been handed to the device and not been read.
-
-    Attributes:
-        owners: The request of each row; None for a row without work.
-        firsts: Requests that fill rows, and their first tokens.
-        out: int32 [rows, steps], the tokens of the steps.
-        ran: int32 [], number of steps.
-    """
-
-    owners: list[Request | None]
-    firsts: list[tuple[list[Request], jax.Array]]
-    out: jax.Array
-    ran: jax.Array
+IN_FLIGHT = 2
+"""Calls that the device has at a time: while it runs one, the host reads the one before and hands over the next."""
 
 
 class ManyGenerations:
     """The prompts of a `generate_many`: an iterator over those that are done, in the order in which they end.
 
-    Each `next` runs the device until a prompt is done; the device goes on while the caller looks at it. Every prompt
-    is yielded once, cancelled ones too. If the caller, its progress function or the device raises, iteration can go on:
+    Each `next` runs the device until a prompt is done; the device goes on while the caller looks at it. The host hands
+    over a call before it reads the one before: that a prompt ends by its number of tokens is known beforehand, so the
+    next one takes its row at once; a stop token is seen one call late. Every prompt is yielded once, cancelled ones
+    too. If the caller, its progress function or the device raises, iteration can go on:
     results are kept, and after an error of the device the prompts that ran start again, with the same tokens.
     `with` closes at the end of the block.
 
@@ -69,26 +35,22 @@ class ManyGenerations:
         results: What has been done so far, by the index of the prompt, whether it has been yielded or not.
     """
 
-    def __init__(self, plan: _Plan, requests: list[Request], progress: Callable[[Tally], None] | None):
+    def __init__(self, plan: Plan, requests: list[Request], progress: Callable[[Tally], None] | None):
         self.results: dict[int, Finished] = {}
         self._plan, self._requests, self._progress = plan, requests, progress
-        self._waiting: deque[Request] = deque(requests)
+        self._waiting: deque[Request] = deque(sorted(requests, key=_precedence))
         self._ready: deque[Finished] = deque()
         self._steps = self._used = self._tokens = 0
-        # Padded with what is no token, so that few numbers of stop tokens have programs of their own.
-        stop = sorted(plan.stop)
-        self._stop = jnp.asarray(np.array(stop + [-1] * (8 - len(stop) % 8), np.int32))
         self._forget()
         # Made now, so that a spec of another model is refused by `generate_many`.
-        self._flat = FlatDecoder.of(plan.decoder)
-        self._cache: Caches | None = plan.decoder.init_cache(plan.cache_spec, batch=plan.rows)
+        self._device: Device | None = Device(plan)
 
     def __iter__(self) -> Iterator[Finished]:
         return self
 
     def __next__(self) -> Finished:
         while not self._ready:
-            if not self._unfinished():
+            if not self._waiting and not self._running:
                 self.close()
                 raise StopIteration
             self._advance()
@@ -106,7 +68,7 @@ class ManyGenerations:
         return Tally(
             prompts=len(self._requests),
             finished=len(self.results),
-            running=sum(owner is not None for owner in self._owners),
+            running=len(self._running),
             new_tokens=self._tokens,
             steps=self._steps,
             row_steps=self._steps * self._plan.rows,
@@ -163,33 +125,31 @@ class ManyGenerations:
         if isinstance(self._progress, Bar):
             self._progress.close()
 
-    def _unfinished(self) -> bool:
-        return bool(self._waiting) or any(owner is not None for owner in self._owners)
-
     def _forget(self) -> None:
         """Drop what is on the device."""
         self._owners: list[Request | None] = [None] * self._plan.rows
-        self._rows = empty_rows(self._plan.rows)
-        self._cache = None
-        self._flight: _Flight | None = None
+        self._running: set[Request] = set()
+        self._flights: deque[Flight] = deque()
+        self._device = None
 
     def _settle(self, request: Request, finished: Finished) -> None:
         """Keep a result, and free the prompt's row or its place in the queue."""
         self.results[finished.index] = finished
         self._ready.append(finished)
+        if request not in self._running:
+            self._waiting.remove(request)
+            return
+        self._running.remove(request)
+        # If it ended by its number of tokens, its row may have a new owner.
         if request in self._owners:
             self._owners[self._owners.index(request)] = None
-        else:
-            self._waiting.remove(request)
 
     def _advance(self) -> None:
-        """Read a call of the device and hand it the next one."""
+        """Read the oldest call of the device; others follow it before and after."""
         try:
-            if self._flight is None:
-                self._dispatch()
+            self._dispatch()
             self._read()
-            if self._unfinished():
-                self._dispatch()
+            self._dispatch()
         except BaseException:
             self._close_bar()
             self._restart()
@@ -199,92 +159,47 @@ class ManyGenerations:
 
     def _restart(self) -> None:
         """Put the prompts that ran in front of the queue: an error may have taken the donated cache."""
-        running = sorted((owner for owner in self._owners if owner is not None), key=lambda request: request.index)
-        for request in running:
+        for request in self._running:
             request.tokens.clear()
-        self._waiting.extendleft(reversed(running))
+            request.foreseen = 0
+        self._waiting.extendleft(sorted(self._running, key=_precedence, reverse=True))
         self._forget()
 
     def _dispatch(self) -> None:
-        """Fill the free rows with waiting prompts, and start the next steps."""
-        plan = self._plan
-        if self._cache is None:
-            self._cache = plan.decoder.init_cache(plan.cache_spec, batch=plan.rows)
-        new: list[tuple[int, Request]] = []
-        for row, owner in enumerate(self._owners):
-            if owner is None and self._waiting:
-                self._owners[row] = self._waiting.popleft()
-                new.append((row, self._owners[row]))  # pyright: ignore[reportArgumentType]
-        firsts = [self._fill(group) for group in self._groups(new)]
-        idle = np.array([owner is None for owner in self._owners])
-        out, ran, self._rows, self._cache = advance_rows(
-            self._flat,
-            self._rows,
-            self._cache,
-            idle,
-            np.int32(plan.refill if self._waiting else plan.rows),
-            plan.key,
-            self._stop,
-            sampling=plan.sampling,
-            steps=plan.steps,
-            implementation=plan.implementation,
-            precise=plan.precise,
-        )
-        self._flight = _Flight(list(self._owners), firsts, out, ran)
-
-    def _groups(self, new: list[tuple[int, Request]]) -> Iterator[list[tuple[int, Request]]]:
-        """Rows and their new requests, in groups of one padded length and at most `chunk` prompts."""
-        lengths: dict[int, list[tuple[int, Request]]] = {}
-        for row, request in new:
-            lengths.setdefault(bucket(request.prompt.size, self._plan.longest), []).append((row, request))
-        for group in lengths.values():
-            for start in range(0, len(group), self._plan.chunk):
-                yield group[start : start + self._plan.chunk]
-
-    def _fill(self, group: list[tuple[int, Request]]) -> tuple[list[Request], jax.Array]:
-        """Start the prefill of prompts of one padded length: their requests and first tokens."""
-        plan = self._plan
-        size = min(1 << (len(group) - 1).bit_length(), plan.chunk, plan.rows)
-        taken = {row for row, _ in group}
-        others = [row for row in range(plan.rows) if row not in taken]
-        tokens = np.zeros((size, bucket(group[0][1].prompt.size, plan.longest)), np.int32)
-        lengths, prompt, limit = np.zeros((3, size), np.int32)
-        for i, (_, request) in enumerate(group):
-            tokens[i, : request.prompt.size] = request.prompt
-            lengths[i], prompt[i], limit[i] = request.prompt.size, request.index, request.limit
-        rows = np.array([row for row, _ in group] + others[: size - len(group)], np.int32)
-        batch = Batch(tokens, lengths, rows, prompt, limit)
-        first, self._rows, self._cache = fill_rows(
-            self._flat, batch, self._rows, self._cache, plan.key, self._stop, sampling=plan.sampling
-        )
-        return [request for _, request in group], first
+        """Hand over calls until as many are in flight as may be, or all that is left ends in them."""
+        while len(self._flights) < IN_FLIGHT:
+            self._owners = [None if owner is None or owner.ends else owner for owner in self._owners]
+            new: list[tuple[int, Request]] = []
+            for row, owner in enumerate(self._owners):
+                if owner is None and self._waiting:
+                    request = self._waiting.popleft()
+                    self._owners[row] = request
+                    self._running.add(request)
+                    new.append((row, request))
+            if all(owner is None for owner in self._owners):
+                return
+            self._device = self._device or Device(self._plan)
+            self._flights.append(self._device.start(self._owners, new))
 
     def _read(self) -> None:
-        """Read the tokens of the call in flight and settle the prompts that are done, in the order of their steps."""
-        flight = self._flight
-        assert flight is not None
-        firsts, out, ran = jax.device_get(([first for _, first in flight.firsts], flight.out, flight.ran))
-        self._flight = None
-        self._steps += int(ran)
+        """Read the oldest call in flight and settle the prompts that are done, in the order of their steps."""
+        flight = self._flights.popleft()
         done: list[tuple[int, Request, Finished]] = []
-
-        def take(request: Request, drawn: list[int]) -> None:
-            if request.over:  # cancelled while the device ran
-                return
+        for steps, request, drawn in flight.read():
+            if request.over:  # by a stop token in the call before, or cancelled while the device ran
+                continue
             self._tokens += len(drawn)
+            self._used += steps
             if finished := request.take(drawn, self._plan.stop):
-                done.append((len(drawn), request, finished))
-
-        for (requests, _), tokens in zip(flight.firsts, firsts, strict=True):
-            for request, token in zip(requests, tokens.tolist(), strict=False):
-                take(request, [token])
-        before = self._tokens
-        for request, tokens in zip(flight.owners, out.tolist(), strict=True):
-            if request is not None:
-                take(request, [token for token in tokens if token >= 0])
-        self._used += self._tokens - before
+                done.append((steps, request, finished))
+        self._steps += 0 if flight.out is None else self._plan.steps
         for _, request, finished in sorted(done, key=lambda entry: entry[0]):
             self._settle(request, finished)
+
+
+def _precedence(request: Request) -> tuple[int, int]:
+    """Requests with the most new tokens come first, so that few rows are left with long ones at the end."""
+    return -request.limit, request.index
 
 
 def generate_many(
@@ -297,19 +212,19 @@ def generate_many(
     sampling: Sampling | None = None,
     stop_tokens: Sequence[int] = (),
     key: jax.Array | None = None,
-    steps: int = 16,
+    steps: int = 8,
     chunk: int = 4,
-    refill: int | None = None,
     progress: bool | Callable[[Tally], None] = False,
     implementation: Implementation = "auto",
     precise: bool = False,
 ) -> ManyGenerations:
     """Generate after more prompts than a cache has rows: a prompt that ends hands its row to the next one.
 
-    Two programs are compiled: up to `steps` steps of decoding for all rows, and prompts into free rows, the latter for
-    each padded length (powers of two) and number of prompts (powers of two up to `chunk`). Both change one cache in
-    place. A prompt's tokens do not depend on its row nor on what runs beside it, but for rounding: those of prompt i
-    are the tokens of `generate` for that prompt alone, with the key `jax.random.fold_in(key, i)`.
+    Prompts that may draw most tokens start first, otherwise in their order, so that rows stay in use up to the end. Two
+    programs are compiled: `steps` steps of decoding for all rows, and prompts into free rows, the latter for each
+    padded length (powers of two) and number of prompts (powers of two up to `chunk`). Both change one cache in place. A
+    prompt's tokens do not depend on its row nor on what runs beside it, but for rounding: those of prompt i are the
+    tokens of `generate` for that prompt alone, with the key `jax.random.fold_in(key, i)`.
 
     Args:
         decoder: From `load_model` or `Decoder`.
@@ -320,9 +235,9 @@ def generate_many(
         sampling: How tokens are drawn; None is greedy.
         stop_tokens: Ids that end a sequence; `decoder.config.stop_tokens` for a chat.
         key: Random key; required unless sampling is greedy. The same key draws the same tokens.
-        steps: Largest number of steps between two looks of the host at the tokens.
+        steps: Steps between two looks of the host at the tokens, of which a row that ends idles half on average. The
+            device waits for the host only if they take less time than the host needs for a call, some milliseconds.
         chunk: Largest number of prompts of one prefill; it bounds memory and the number of compiled programs.
-        refill: Free rows at which the steps end early if prompts wait; None means an eighth of the rows.
         progress: True shows a bar on standard error if that is a terminal; a function is called with a `Tally` after
             every look at the tokens.
         implementation: Implementation of attention, see `tq_jax.attend`.
@@ -345,22 +260,20 @@ def generate_many(
         >>> spec = tq.CacheSpec.full_precision(num_kv_heads=2, head_dim=8, max_tokens=32, dtype="float32")
         >>> many = generate_many(decoder, [[1, 2, 3], [4], [5, 6]], rows=2, cache_spec=spec, max_new_tokens=[9, 2, 4])
         >>> [(done.index, len(done.tokens), done.reason) for done in many]
-        [(1, 2, 'length'), (2, 4, 'length'), (0, 9, 'length')]
+        [(2, 4, 'length'), (1, 2, 'length'), (0, 9, 'length')]
         >>> [len(done.tokens) for done in many.collect()]
         [9, 2, 4]
     """
-    refill = max(1, rows // 8) if refill is None else refill
-    require_positive(rows=rows, steps=steps, chunk=chunk, refill=refill)
+    require_positive(rows=rows, steps=steps, chunk=chunk)
     sampling = Sampling() if sampling is None else sampling
     require_stop_tokens(stop_tokens, decoder.config)
     requests = make_requests(decoder, prompts, cache_spec, max_new_tokens)
-    plan = _Plan(
+    plan = Plan(
         decoder=decoder,
         cache_spec=cache_spec,
         rows=rows,
         steps=steps,
         chunk=chunk,
-        refill=min(refill, rows),
         stop=frozenset(int(token) for token in stop_tokens),
         key=require_key(key, sampling),
         sampling=sampling,

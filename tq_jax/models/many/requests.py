@@ -42,6 +42,8 @@ class Request:
         limit: Largest number of new tokens.
         tokens: New tokens that have been read from the device.
         over: Whether it is done: nothing that is still read belongs to it.
+        foreseen: New tokens after all calls that have been handed to the device, if no stop token ends it before; may
+            exceed the limit.
     """
 
     index: int
@@ -49,6 +51,12 @@ class Request:
     limit: int
     tokens: list[int] = field(default_factory=list)
     over: bool = False
+    foreseen: int = 0
+
+    @property
+    def ends(self) -> bool:
+        """Whether it ends by its number of tokens in the calls that have been handed to the device."""
+        return self.foreseen >= self.limit
 
     def take(self, drawn: Sequence[int], stop: frozenset[int]) -> Finished | None:
         """Add tokens from the device.

@@ -15,7 +15,8 @@ class Tally:
     Attributes:
         prompts: All prompts.
         finished: Prompts that are done, cancelled ones included.
-        running: Prompts that have a row.
+        running: Prompts that have started and are not known to be done; more than the rows if some end in calls that
+            the host has not read.
         new_tokens: New tokens read from the device.
         steps: Steps of decoding that ran.
         row_steps: These steps times the rows: the tokens that rows which are always busy would have drawn.
