@@ -370,7 +370,7 @@ class Decoder(nnx.Module):
         return rotary_turn(positions, head_dim=self.config.head_dim, base=base, scaling=scaling)
 
     def require_rows(self, cache: Caches, *, batch: int) -> None:
-        """Raises ValueError if a cache lacks rows, of which there are `num_layers * batch`, or tokens that layers see."""
+        """Raises ValueError if a cache lacks rows (there are `num_layers * batch`) or tokens that layers see."""
         require_layers(self.config, cache, batch=batch)
 
 
