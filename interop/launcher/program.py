@@ -5,6 +5,7 @@ Triton IR, and each call repeats the launches with the addresses of torch tensor
 back, so a CUDA graph can capture a call. Intermediate arrays lie in one workspace from torch's allocator.
 """
 
+import dataclasses
 import functools
 import tempfile
 from collections.abc import Callable, Sequence
@@ -25,30 +26,57 @@ POINTER_ALIGNMENT = 16
 """Alignment of arrays that the kernels assume, in bytes."""
 
 
-@functools.cache
 def compile_kernel(kernel: TritonKernel) -> Any:
-    """A kernel compiled for the current GPU by the `triton` package; each kernel is compiled once.
+    """A kernel compiled for the current GPU by the `triton` package.
+
+    Kernels that differ only in their grids are compiled once, and `triton` keeps what it compiled on disk.
 
     Raises:
         ImportError: If `triton` is not installed.
     """
+    return _compiled(kernel.ir, kernel.num_warps, kernel.num_stages)
+
+
+@functools.cache
+def _compiled(ir: str, num_warps: int, num_stages: int) -> Any:
     import triton
     from triton.runtime import driver
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ttir"
-        source.write_text(kernel.ir)
-        options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+        source.write_text(ir)
+        options = {"num_warps": num_warps, "num_stages": num_stages}
         return triton.compile(str(source), target=driver.active.get_current_target(), options=options)
 
 
-def require_alike(tensors: list[torch.Tensor], inputs: tuple[ShapeAndType, ...], device: torch.device) -> None:
+@dataclasses.dataclass(frozen=True)
+class FirstPart:
+    """The first part of an array along its first axis; kernels neither read nor write the rest, which need not exist.
+
+    Attributes:
+        tensor: The part.
+        size: Length of the first axis of the whole array.
+    """
+
+    tensor: torch.Tensor
+    size: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the whole array."""
+        return torch.Size((self.size, *self.tensor.shape[1:]))
+
+
+def require_alike(
+    tensors: Sequence[torch.Tensor | FirstPart], inputs: Sequence[ShapeAndType], device: torch.device
+) -> None:
     """Raises ValueError for tensors of other shapes, types or devices, with gaps, or not aligned."""
-    for tensor, (shape, dtype) in zip(tensors, inputs, strict=True):
-        if tuple(tensor.shape) != shape or _numpy_name(tensor) != dtype or tensor.device != device:
+    for given, (shape, dtype) in zip(tensors, inputs, strict=True):
+        tensor = given.tensor if isinstance(given, FirstPart) else given
+        if tuple(given.shape) != shape or _numpy_name(tensor) != dtype or tensor.device != device:
             raise ValueError(
                 f"expected {dtype}{list(shape)} on {device}, "
-                f"got {_numpy_name(tensor)}{list(tensor.shape)} on {tensor.device}"
+                f"got {_numpy_name(tensor)}{list(given.shape)} on {tensor.device}"
             )
         if not tensor.is_contiguous() or tensor.data_ptr() % POINTER_ALIGNMENT:
             raise ValueError(
@@ -95,7 +123,7 @@ class TorchProgram:
         """
         return self.launch(jax.tree.leaves(arguments))
 
-    def check(self, tensors: list[torch.Tensor]) -> None:
+    def check(self, tensors: Sequence[torch.Tensor | FirstPart]) -> None:
         """Raises ValueError for flat inputs unlike the examples."""
         require_alike(tensors, self.plan.inputs, self.device)
 
@@ -104,7 +132,7 @@ class TorchProgram:
         self.check(tensors)
         return self._run(self._calls(()), (), tensors)
 
-    def bind(self, fixed: Sequence[torch.Tensor]) -> Callable[[list[torch.Tensor]], tuple[torch.Tensor, ...]]:
+    def bind(self, fixed: Sequence[torch.Tensor]) -> "Bound":
         """The program with its first flat inputs bound, as a function of the others; nothing is checked."""
         return functools.partial(self._run, self._calls(fixed), tuple(fixed))
 
@@ -136,9 +164,14 @@ class TorchProgram:
         return calls
 
     def _run(
-        self, calls: list[Any], fixed: tuple[torch.Tensor, ...], given: list[torch.Tensor]
+        self,
+        calls: list[Any],
+        fixed: tuple[torch.Tensor, ...],
+        given: list[torch.Tensor],
+        out: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, ...]:
-        made = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self._made]
+        require_alike(out, self.plan.made[: len(out)], self.device)
+        made = [*out, *(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self._made[len(out) :])]
         workspace = torch.empty(self.plan.workspace, dtype=torch.uint8, device=self.device)
         addresses = [workspace.data_ptr(), *(x.data_ptr() for x in made), *(x.data_ptr() for x in given)]
         # triton's own launcher takes the stream of a device from the same function
@@ -153,16 +186,22 @@ class TorchProgram:
         return tuple(held[place.kind][place.index] for place in self.plan.outputs)
 
 
+class Bound(Protocol):
+    """A function of flat inputs; tensors in `out` take the place of its first results that are not updated inputs."""
+
+    def __call__(self, given: list[torch.Tensor], *, out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]: ...
+
+
 class Program(Protocol):
     """The methods that `BoundProgram` calls on the class that runs a function: `TorchProgram` or `TorchFunction`."""
 
     def __init__(self, function: Callable, *examples: Any, device: torch.device) -> None: ...
 
-    def check(self, tensors: list[torch.Tensor]) -> None:
+    def check(self, tensors: Sequence[torch.Tensor | FirstPart]) -> None:
         """Raises ValueError for flat inputs unlike the examples."""
         ...
 
-    def bind(self, fixed: Sequence[torch.Tensor]) -> Callable[[list[torch.Tensor]], tuple[torch.Tensor, ...]]:
+    def bind(self, fixed: Sequence[torch.Tensor]) -> Bound:
         """The function with its first flat inputs bound, as a function of the others."""
         ...
 
@@ -183,28 +222,41 @@ class BoundProgram:
     def __init__(self, function: Callable, fixed: Any, *, kind: type[Program] | None = None) -> None:
         self._function, self._kind = function, kind or TorchProgram
         self._fixed, self._structure = jax.tree.flatten(fixed)
-        self._programs: dict[Any, Callable] = {}
+        self._programs: dict[Any, Bound] = {}
 
-    def __call__(self, *arguments: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def __call__(
+        self, *arguments: torch.Tensor | FirstPart | None, out: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, ...]:
         """Launches the kernels with the remaining arguments.
 
         Args:
-            *arguments: Contiguous tensors, or None for an argument that the function does not get.
+            *arguments: Contiguous tensors, first parts of them if the function only launches kernels, or None for an
+                argument that the function does not get.
+            out: Contiguous tensors that take the place of the first results that are not updated in place.
 
         Returns:
             The results, as those of `TorchProgram`.
         """
-        given = [x if x.data_ptr() % POINTER_ALIGNMENT == 0 else x.clone() for x in arguments if x is not None]
-        key = tuple(None if x is None else (x.shape, x.dtype) for x in arguments)
+        given = [_aligned(x) for x in arguments if x is not None]
+        tensors = [x.tensor if isinstance(x, FirstPart) else x for x in given]
+        held = iter(tensors)
+        key = tuple(None if x is None else (x.shape, next(held).dtype) for x in arguments)
         if key not in self._programs:
             self._programs[key] = self._make(key, given)
-        return self._programs[key](given)
+        return self._programs[key](tensors, out=out)
 
-    def _make(self, key: tuple[Any, ...], given: list[torch.Tensor]) -> Callable:
+    def _make(self, key: tuple[Any, ...], given: list[torch.Tensor | FirstPart]) -> Bound:
         fixed = tuple((x.shape, x.dtype) for x in self._fixed)
         program = _shared_program(self._kind, self._function, fixed, self._structure, key, self._fixed[0].device)
         program.check([*self._fixed, *given])
         return program.bind(self._fixed)
+
+
+def _aligned(x: torch.Tensor | FirstPart) -> torch.Tensor | FirstPart:
+    """The argument, or a copy at an address that kernels assume."""
+    if isinstance(x, FirstPart):
+        return x if x.tensor.data_ptr() % POINTER_ALIGNMENT == 0 else FirstPart(x.tensor.clone(), x.size)
+    return x if x.data_ptr() % POINTER_ALIGNMENT == 0 else x.clone()
 
 
 @functools.lru_cache(maxsize=256)
