@@ -5,6 +5,7 @@ Triton IR, and each call repeats the launches with the addresses of torch tensor
 back, so a CUDA graph can capture a call. Intermediate arrays lie in one workspace from torch's allocator.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import tempfile
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 import torch
 
-from interop.launcher.launches import ShapeAndType, plan_launches
+from interop.launcher.launches import Launch, ShapeAndType, plan_launches
 from pallas_kernels.compat.lowering import TritonKernel
 
 STREAM = 3
@@ -108,9 +109,14 @@ class TorchProgram:
         self.plan = plan_launches(function, *jax.tree.map(struct, examples))
         self._constants = [constant(value, self.device) for value in self.plan.constants]
         self._made = [(shape, getattr(torch, dtype)) for shape, dtype in self.plan.made]
+        with concurrent.futures.ThreadPoolExecutor() as threads:  # most of compiling lets other threads run
+            self._kernels = list(threads.map(self._compile, self.plan.launches))
         with torch.cuda.device(self.device):
-            self._kernels = [compile_kernel(launch.kernel) for launch in self.plan.launches]
             self._runs = [kernel.run for kernel in self._kernels]  # loads the modules, which no capture may do
+
+    def _compile(self, launch: Launch) -> Any:
+        with torch.cuda.device(self.device):
+            return compile_kernel(launch.kernel)
 
     def __call__(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
         """Launches the kernels on the current stream.
