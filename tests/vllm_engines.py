@@ -93,10 +93,7 @@ def layers_of(engine):
 
 
 def own_answers(folder, prompts, *, exact_layers=(), statistics=None, **options):
-    """Greedy tokens of transformers with our torch cache without a window; prompts attend to themselves exactly.
-
-    A prompt of one token is a decoding step for vLLM, which reads its codes.
-    """
+    """Greedy tokens of transformers with our torch cache without a window; prompts attend to themselves exactly."""
     import torch
     import transformers
     from transformers.cache_utils import DynamicLayer
@@ -110,7 +107,7 @@ def own_answers(folder, prompts, *, exact_layers=(), statistics=None, **options)
     found = []
     for ids in prompts:
         cache = TurboQuantCache(
-            model.config, exact_prompt=len(ids) > 1, window=0, sink_tokens=0, center_keys=False, smooth_keys=False,
+            model.config, window=0, sink_tokens=0, center_keys=False, smooth_keys=False,
             page_size=32, dtype="float32", max_tokens=256, **options,
         )  # fmt: skip
         for index, layer in enumerate(cache.layers if statistics else ()):

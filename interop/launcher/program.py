@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,9 @@ STREAM = 3
 
 POINTER_ALIGNMENT = 16
 """Alignment of arrays that the kernels assume, in bytes."""
+
+_DRIVER = threading.Lock()
+"""Held while `triton` finds out about the GPU, which it does at its first use."""
 
 
 def compile_kernel(kernel: TritonKernel) -> Any:
@@ -43,11 +47,13 @@ def _compiled(ir: str, num_warps: int, num_stages: int) -> Any:
     import triton
     from triton.runtime import driver
 
+    with _DRIVER:
+        target = driver.active.get_current_target()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ttir"
         source.write_text(ir)
         options = {"num_warps": num_warps, "num_stages": num_stages}
-        return triton.compile(str(source), target=driver.active.get_current_target(), options=options)
+        return triton.compile(str(source), target=target, options=options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +201,9 @@ class TorchProgram:
 class Bound(Protocol):
     """A function of flat inputs; tensors in `out` take the place of its first results that are not updated inputs."""
 
-    def __call__(self, given: list[torch.Tensor], *, out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]: ...
+    def __call__(self, given: list[torch.Tensor], *, out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
+        """The results, as those of `TorchProgram`."""
+        ...
 
 
 class Program(Protocol):

@@ -125,9 +125,7 @@ class PagedKernels:
         chunk = query.shape[1] > MAX_QUERY_TOKENS
         if (kind, options, chunk) not in self._programs:
             runner = TorchFunction if chunk else None
-            self._programs[kind, options, chunk] = BoundProgram(
-                kind(*self._specs, options), self._arrays, kind=runner
-            )
+            self._programs[kind, options, chunk] = BoundProgram(kind(*self._specs, options), self._arrays, kind=runner)
         given = (None, None) if statistics is None else statistics
         return self._programs[kind, options, chunk](query.contiguous(), table, lengths, *given, last, out=out)
 

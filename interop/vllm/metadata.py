@@ -1,6 +1,7 @@
 """The metadata of a step: the calls by which its queries attend, made once and shared by the layers."""
 
 import dataclasses
+import itertools
 from typing import Any, ClassVar
 
 import torch
@@ -101,7 +102,7 @@ def _prompts(common: Any, starts: list[int], first: int) -> Prompts:
     own = [start - base for start in starts[first:]]
     on_device = whole[first : len(starts)] - base if first else whole[: len(starts)]
     bound = common.seq_lens_cpu_upper_bound
-    counts = [end - start for start, end in zip(own, own[1:], strict=False)]
+    counts = [end - start for start, end in itertools.pairwise(own)]
     continued = [True] * len(counts)
     if bound is not None:
         continued = [most > count for most, count in zip(bound[first : len(starts) - 1].tolist(), counts, strict=True)]
