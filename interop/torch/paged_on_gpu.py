@@ -112,7 +112,7 @@ class PagedKernels:
 
     def _launch(
         self,
-        kind: "type[_Attend]",
+        kind: "type[PagedAttend] | type[PagedAttendBefore]",
         query: torch.Tensor,
         options: AttendOptions,
         table: torch.Tensor,

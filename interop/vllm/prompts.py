@@ -175,7 +175,7 @@ def _attend_block(
     """Outputs [n, h_q, d] and log-sum-exp [h_q, n] of n queries; the first has `ahead` keys before its own."""
     group = query.shape[1] // key.shape[1]
     keys, values = (x.float().repeat_interleave(group, dim=1) for x in (key, value))
-    logits = torch.einsum("nhd,mhd->hnm", query.float(), keys) * options.scale
+    logits = torch.einsum("nhd,mhd->hnm", query.float(), keys) * (options.scale or query.shape[-1] ** -0.5)
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     age = ahead + torch.arange(len(query))[:, None] - torch.arange(len(key))  # [n, m]
