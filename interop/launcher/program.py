@@ -56,6 +56,12 @@ def _compiled(ir: str, num_warps: int, num_stages: int) -> Any:
         return triton.compile(str(source), target=target, options=options)
 
 
+@functools.cache
+def _threads() -> concurrent.futures.Executor:
+    """The threads that compile."""
+    return concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile")
+
+
 @dataclasses.dataclass(frozen=True)
 class FirstPart:
     """The first part of an array along its first axis; kernels neither read nor write the rest, which need not exist.
@@ -95,7 +101,8 @@ def require_alike(
 class TorchProgram:
     """A JAX function that only launches kernels, as a function of torch tensors of fixed shapes.
 
-    Making it lowers the function and compiles its kernels; a call only launches them.
+    Making it lowers the function and starts to compile its kernels; the first use waits for them and loads them, and
+    every later call only launches them.
 
     Attributes:
         plan: The launches.
@@ -115,10 +122,16 @@ class TorchProgram:
         self.plan = plan_launches(function, *jax.tree.map(struct, examples))
         self._constants = [constant(value, self.device) for value in self.plan.constants]
         self._made = [(shape, getattr(torch, dtype)) for shape, dtype in self.plan.made]
-        with concurrent.futures.ThreadPoolExecutor() as threads:  # most of compiling lets other threads run
-            self._kernels = list(threads.map(self._compile, self.plan.launches))
+        # Most of compiling lets other threads run.
+        self._compiling = [_threads().submit(self._compile, launch) for launch in self.plan.launches]
+
+    @functools.cached_property
+    def _kernels(self) -> list[Any]:
+        kernels = [compiling.result() for compiling in self._compiling]
         with torch.cuda.device(self.device):
-            self._runs = [kernel.run for kernel in self._kernels]  # loads the modules, which no capture may do
+            for kernel in kernels:
+                _ = kernel.run  # loads the module, which no capture may do
+        return kernels
 
     def _compile(self, launch: Launch) -> Any:
         with torch.cuda.device(self.device):
@@ -162,7 +175,7 @@ class TorchProgram:
         known |= {("constant", i): tensor for i, tensor in enumerate(self._constants)}
         first = {"workspace": 0, "output": 1, "input": 1 + len(self._made) - len(fixed)}
         calls = []
-        for launch, kernel, run in zip(self.plan.launches, self._kernels, self._runs, strict=True):
+        for launch, kernel in zip(self.plan.launches, self._kernels, strict=True):
             arguments = [*launch.kernel.grid, None, kernel.function, kernel.packed_metadata, None, None, None]
             later = []
             for place in launch.arguments:
@@ -172,7 +185,7 @@ class TorchProgram:
                 elif held is None:
                     later.append((len(arguments), first[place.kind] + place.index, 0))
                 arguments.append(None if held is None else held.data_ptr())
-            calls.append((run, arguments, later))
+            calls.append((kernel.run, arguments, later))
         return calls
 
     def _run(
@@ -259,9 +272,20 @@ class BoundProgram:
             self._programs[key] = self._make(key, given)
         return self._programs[key](tensors, out=out)
 
-    def _make(self, key: tuple[Any, ...], given: list[torch.Tensor | FirstPart]) -> Bound:
+    def prepare(self, *shapes: torch.Tensor | None) -> None:
+        """Lowers the function for arguments of such shapes and starts to compile it; their first call waits less.
+
+        Args:
+            *shapes: The remaining arguments; meta tensors will do.
+        """
+        self._program(tuple(None if x is None else (x.shape, x.dtype) for x in shapes))
+
+    def _program(self, key: tuple[Any, ...]) -> Program:
         fixed = tuple((x.shape, x.dtype) for x in self._fixed)
-        program = _shared_program(self._kind, self._function, fixed, self._structure, key, self._fixed[0].device)
+        return _shared_program(self._kind, self._function, fixed, self._structure, key, self._fixed[0].device)
+
+    def _make(self, key: tuple[Any, ...], given: list[torch.Tensor | FirstPart]) -> Bound:
+        program = self._program(key)
         program.check([*self._fixed, *given])
         return program.bind(self._fixed)
 

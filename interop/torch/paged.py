@@ -207,6 +207,33 @@ class PagedPool:
         )
         return found if out is None else out.copy_(found)
 
+    def prepare_writes(self) -> None:
+        """On a GPU, starts to compile the kernels that `write` takes, so that the first long prompt waits less."""
+        if self.device.type == "cuda":
+            self._kernels.prepare_writes(centred=self.statistics is not None)
+
+    def prepare_attend(
+        self,
+        most: int,
+        query: Float[torch.Tensor, "b t h_q d"],
+        rows: PagedRows,
+        options: AttendOptions,
+        sink_logits: Float[torch.Tensor, "h_q"] | None = None,
+    ) -> None:
+        """On a GPU, starts to compile the kernels of `attend` for batches of all powers of two up to one.
+
+        Args:
+            most: The largest batch, not a power of two itself if need be.
+            query: As for `attend`, of any number of sequences.
+            rows: As for `attend`, of any number of sequences.
+            options: As for `attend`.
+            sink_logits: As for `attend`.
+        """
+        if self.device.type == "cuda":
+            batches = [1 << i for i in range((most - 1).bit_length() + 1)]
+            centred = self.statistics is not None
+            self._kernels.prepare_attend(batches, query, rows.table, options, sink_logits, centred=centred)
+
     def attend_before(
         self,
         query: Float[torch.Tensor, "b t h_q d"],

@@ -64,6 +64,46 @@ class PagedKernels:
             part = slice(start, start + WRITES[-1])
             self._write(keys[part], values[part], slots[start:], statistics)
 
+    def prepare_writes(self, *, centred: bool) -> None:
+        """Starts to compile the kernels that write any number of tokens.
+
+        Args:
+            centred: Whether keys have statistics.
+        """
+        heads, dim = self._arrays.pages.keys.packed.shape[1], self._specs[0].dim
+        statistics = [_meta((1, heads, dim), torch.float32)] * 2
+        for size in WRITES:
+            tokens, slots = _meta((size, 1, heads, dim), self._dtype), _meta((size, 1), torch.int32)
+            given = (*statistics, _meta((size,), torch.int32)) if centred else (None,) * 3
+            self._encode.prepare(tokens, tokens, slots, *given)
+
+    def prepare_attend(
+        self,
+        batches: Sequence[int],
+        query: torch.Tensor,
+        table: torch.Tensor,
+        options: AttendOptions,
+        sink_logits: torch.Tensor | None,
+        *,
+        centred: bool,
+    ) -> None:
+        """Starts to compile the kernels of `attend` for batches of other sizes.
+
+        Args:
+            batches: Numbers of sequences.
+            query: As for `attend`, of any number of sequences.
+            table: As for `attend`.
+            options: As for `attend`.
+            sink_logits: As for `attend`.
+            centred: Whether keys have statistics.
+        """
+        heads, dim = self._arrays.pages.keys.packed.shape[1], query.shape[3]
+        program = self._program(PagedAttend, query.shape[1], options)
+        for batch in batches:
+            statistics = [_meta((batch, heads, dim), torch.float32) if centred else None] * 2
+            rows = _meta((batch, table.shape[1]), torch.int32), _meta((batch,), torch.int32)
+            program.prepare(_meta((batch, *query.shape[1:]), query.dtype), *rows, *statistics, sink_logits)
+
     def _write(
         self,
         keys: torch.Tensor,
@@ -122,12 +162,23 @@ class PagedKernels:
         *,
         out: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, ...]:
-        chunk = query.shape[1] > MAX_QUERY_TOKENS
-        if (kind, options, chunk) not in self._programs:
-            runner = TorchFunction if chunk else None
-            self._programs[kind, options, chunk] = BoundProgram(kind(*self._specs, options), self._arrays, kind=runner)
+        program = self._program(kind, query.shape[1], options)
         given = (None, None) if statistics is None else statistics
-        return self._programs[kind, options, chunk](query.contiguous(), table, lengths, *given, last, out=out)
+        return program(query.contiguous(), table, lengths, *given, last, out=out)
+
+    def _program(
+        self, kind: "type[PagedAttend] | type[PagedAttendBefore]", count: int, options: AttendOptions
+    ) -> BoundProgram:
+        """The program of a number of queries per sequence."""
+        key = kind, options, count > MAX_QUERY_TOKENS
+        if key not in self._programs:
+            runner = TorchFunction if count > MAX_QUERY_TOKENS else None
+            self._programs[key] = BoundProgram(kind(*self._specs, options), self._arrays, kind=runner)
+        return self._programs[key]
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def write_size(count: int) -> int:

@@ -179,6 +179,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self._owner = Owner(self)
         self._pool: PagedPool | None = None
         self._memory: tuple[int, torch.Size] | None = None
+        self._prepared: set[int] = set()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Finds out which layer this is; a boundary layer is given to vLLM's own attention."""
@@ -248,6 +249,11 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             return output.zero_()
         for call in attn_metadata.uniform:
             assert self._pool is not None
+            if call.run.queries not in self._prepared:  # the first layer compiles for all
+                asked = query[: call.run.queries].unsqueeze(0)
+                most = self._config.scheduler_config.max_num_seqs
+                self._pool.prepare_attend(most, asked, call.rows, self._attend_options, self._sink_logits)
+                self._prepared.add(call.run.queries)
             call.attend(self._pool, query, output, self._attend_options, self._sink_logits)
             self.attended += call.run.requests * call.run.queries
         if (prompts := attn_metadata.prompts) is not None:
@@ -262,7 +268,10 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
 
     def _make_pool(self, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedPool:
         require_alike(kv_cache, self._config.compilation_config.static_forward_context)
-        return PagedPool(kv_cache, *_quantizers(self.options, self.head_size), dtype, self.statistics)
+        pool = PagedPool(kv_cache, *_quantizers(self.options, self.head_size), dtype, self.statistics)
+        pool.prepare_writes()
+        self._prepared.clear()
+        return pool
 
 
 def _slots(layer: Any, slot_mapping: torch.Tensor) -> torch.Tensor:

@@ -187,6 +187,35 @@ def test_long_chunks_take_their_kernel(monkeypatch):
 
 
 @pytest.mark.parametrize("centred", [False, True])
+def test_kernels_are_compiled_ahead(centred, monkeypatch):
+    """Later calls of the sizes that were prepared lower and compile nothing."""
+    launched = record_launches(monkeypatch)
+    spec = tq.QuantizerSpec(64, 4)
+    quantizers = tq.make_quantizer(spec, seed=7), tq.make_quantizer(spec, seed=8)
+    statistics = (torch.zeros(2, 64), torch.ones(2, 64)) if centred else None
+    memory = torch.zeros(3, 2, 32, 68, dtype=torch.uint8)
+    pool = PagedPool(memory, *quantizers, torch.bfloat16, statistics)
+    monkeypatch.setattr(paged_on_gpu, "WRITES", (16, 32))
+    monkeypatch.setattr(pool, "device", torch.device("cuda"))
+    query, rows, sinks = torch.zeros(3, 1, 4, 64).bfloat16(), PagedRows(TABLE[:1], integers(0)), torch.zeros(4)
+    pool.prepare_writes()
+    pool.prepare_attend(3, query[:1], rows, AttendOptions(), sinks)
+    known = program._shared_program.cache_info().misses
+    assert not launched
+    for count in (1, 2, 3):
+        if count < 3:
+            again = PagedRows(TABLE[:count], integers(*[0] * count))
+            pool._kernels.attend(
+                query[:count], again.table, again.lengths, AttendOptions(),
+                None if statistics is None else tuple(x.expand(count, 2, 64).contiguous() for x in statistics), sinks,
+            )  # fmt: skip
+        tokens = torch.zeros(10 * count, 2, 64).bfloat16()
+        pool._kernels.write(tokens, tokens, torch.arange(10 * count), pool.statistics)
+    assert program._shared_program.cache_info().misses == known
+    assert [call[0] for call in launched].count("encode") == 3 and len(launched) == 9
+
+
+@pytest.mark.parametrize("centred", [False, True])
 def test_kernels_write_what_the_cpu_does(centred, monkeypatch):
     """Interpreted: tokens between others in memory, padding to a size of the kernels, of which nothing is read."""
     monkeypatch.setattr(program, "TorchProgram", Interpreted)
