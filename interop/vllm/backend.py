@@ -261,6 +261,11 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             self.attended += prompts.starts[-1]
         return output
 
+    @property
+    def attends_prompts_by(self) -> str:
+        """Name of the attention of prompts within their chunks."""
+        return self._attend_prompts.name
+
     @functools.cached_property
     def _sink_logits(self) -> torch.Tensor | None:
         """The sink logits as kernels take them; read once weights are loaded."""

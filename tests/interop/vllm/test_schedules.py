@@ -79,6 +79,7 @@ def test_boundary_layers_and_statistics(four_layers, statistics, prompts, said):
         assert blocks == pytest.approx(POOL / (2 * 32 * (2 * 256 + 2 * 32)), rel=0.02)
     assert (
         "tq_jax compresses 2 of 4 layers [1, 2] to K3/V4 (32 instead of 256 bytes per head and token), keys centred "
-        f"and weighted by {statistics}; the others stay in full precision. "
+        f"and weighted by {statistics}; layers [0, 3] stay in full precision (CPU_ATTN). "
+        "Prompts attend within their chunks by torch. "
         "The same memory holds 1.78 times as many tokens"
     ) in said
