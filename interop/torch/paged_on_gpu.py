@@ -18,6 +18,7 @@ from interop.launcher.function import TorchFunction
 from interop.launcher.program import BoundProgram, FirstPart
 from interop.torch.attend_on_gpu import AttendOptions
 from pallas_kernels.attention import MAX_QUERY_TOKENS, AttendPlan, PagedArrays, attend_block_table
+from pallas_kernels.attention.exact import ExactInputs
 from pallas_kernels.attention.pipeline import attend_prepared
 from pallas_kernels.attention.prepare_arguments import PrepareInputs
 from pallas_kernels.encode import launch_triton as encode
@@ -267,9 +268,7 @@ class PagedAttendBefore(_Attend):
     ) -> tuple[Any, Any]:
         """Outputs and log-sum-exp, see `PagedPool.attend_before`; `back` are the tokens from a query to the end."""
         plan = dataclasses.replace(self._plan(arrays, query.shape[-1], table.shape[1]), partial=True)
-        inputs = PrepareInputs(
-            query=query, rows=None, counts=None, length=lengths, compressed=lengths, keys=None, values=None,
-            mean=mean, weight=weight, basis=arrays.key_basis, sketch=arrays.sketch, back=back,
-        )  # fmt: skip
+        tokens = ExactInputs(query=query, length=lengths, compressed=lengths, back=back)
+        inputs = PrepareInputs(tokens, mean, weight, arrays.key_basis, arrays.sketch)
         partial = attend_prepared(inputs, arrays.pages, plan, block_table=table, value_basis=arrays.value_basis)
         return partial.acc, partial.peak

@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.numerics import FLOOR, HIDDEN, LOG2_E, power_of_two
 from pallas_kernels.pytree import pytree
 from pallas_kernels.tiles.intrinsics_triton import exp2
-from pallas_kernels.tiles.rotation_triton import Basis, Segment, apply_factors, channels_of, grid_of, load_signs
+from pallas_kernels.tiles.rotation_triton import BLOCK, Basis, Segment, apply_factors, channels_of, grid_of, load_signs
 
 LOADED, LOADED_MASKED = 2048, 1024
 """Elements of acc that a warp has in flight: fewer above 128 channels and for dims with masks, which take registers."""
@@ -148,7 +148,10 @@ def _body(x: MergeInputs, out_ref: Any, *partial_refs: Any, plan: MergePlan) -> 
         *partial_refs: float32 [b, t, h_q] each, log-sum-exp and whether a key is seen; none unless partial.
         plan: Static configuration.
     """
-    query, sums = _summed(x, plan)
+    query = _query_of_program(x, plan)
+    # Loaded before the peaks are reduced: no load moves up past a barrier.
+    ahead = _loaded_ahead(x, query, plan)
+    query, sums = _summed(x, query, plan)
     seen = sums > 0
     inverse = 1.0 / jnp.where(seen, sums, 1.0)
     padding, overflow = None, None
@@ -160,7 +163,7 @@ def _body(x: MergeInputs, out_ref: Any, *partial_refs: Any, plan: MergePlan) -> 
     def write(channel: jax.Array, valid: jax.Array, values: jax.Array) -> None:
         """Finishes and writes packed sums, values of existing channels in the original basis; all [n, k]."""
         if x.exact is not None:
-            values = values + _combined(x.exact, query, channel, valid, plan)
+            values = values + _combined(x.exact, query, channel, valid, plan, ahead.exact)
         values = values * inverse
         if padding is not None:
             values = jnp.where(padding, 0.0, values)
@@ -170,12 +173,11 @@ def _body(x: MergeInputs, out_ref: Any, *partial_refs: Any, plan: MergePlan) -> 
         plt.store(out_ref.at[(*at, channel)], values.astype(plan.dtype), mask=valid)
 
     if x.packed is None or x.basis is None:
-        i = lax.broadcasted_iota(jnp.int32, (power_of_two(plan.shape[3]), 1), 0)  # [d padded, 1]
-        valid = i < plan.shape[3]
-        packed = None if x.packed is None else _combined(x.packed, query, i, valid, plan)
+        i, valid = _channels(plan)
+        packed = None if x.packed is None else _combined(x.packed, query, i, valid, plan, ahead.packed[0])
         write(i, valid, jnp.zeros(i.shape, jnp.float32) if packed is None else packed)
     else:
-        _rotate_back(x.packed, x.basis, query, write, plan)
+        _rotate_back(x.packed, x.basis, query, write, plan, ahead.packed)
     if plan.partial:
         log_sum = (query.top + jnp.log2(jnp.where(seen, sums, 1.0))) * math.log(2)
         peak_ref, seen_ref = partial_refs
@@ -183,13 +185,19 @@ def _body(x: MergeInputs, out_ref: Any, *partial_refs: Any, plan: MergePlan) -> 
         seen_ref[query.sequence, query.token, query.head] = jnp.where(seen, 1.0, 0.0)
 
 
-def _summed(x: MergeInputs, plan: MergePlan) -> tuple[_Query, jax.Array]:
-    """The query of this program and its sum of exponentials, relative to its reference."""
+def _query_of_program(x: MergeInputs, plan: MergePlan) -> _Query:
+    """The query of this program, without its reference."""
     head, token, sequence = (pl.program_id(axis) for axis in range(3))
-    splits = [s for s in (x.packed, x.exact) if s is not None]
-    group = plan.shape[2] // splits[0].peak.shape[1]
+    splits = x.exact if x.packed is None else x.packed
+    assert splits is not None
+    group = plan.shape[2] // splits.peak.shape[1]
     kv_head, inner = lax.div(head, jnp.int32(group)), lax.rem(head, jnp.int32(group))
-    query = _Query(sequence, token, head, kv_head, token * group + inner, jnp.float32(FLOOR))
+    return _Query(sequence, token, head, kv_head, token * group + inner, jnp.float32(FLOOR))
+
+
+def _summed(x: MergeInputs, query: _Query, plan: MergePlan) -> tuple[_Query, jax.Array]:
+    """The query with its reference, and its sum of exponentials, relative to that."""
+    splits = [s for s in (x.packed, x.exact) if s is not None]
     peaks = [_of_splits(s.peak, query, _split_index(s), HIDDEN) for s in splits]  # [splits] each
     totals = [_of_splits(s.total, query, _split_index(s), 0.0) for s in splits]  # [splits] each
     top = query.top
@@ -197,7 +205,7 @@ def _summed(x: MergeInputs, plan: MergePlan) -> tuple[_Query, jax.Array]:
         top = jnp.maximum(top, jnp.max(peak))
     sums = jnp.float32(0)
     if x.sink_logits is not None:
-        sink = x.sink_logits[head].astype(jnp.float32) * LOG2_E
+        sink = x.sink_logits[query.head].astype(jnp.float32) * LOG2_E
         top = jnp.maximum(top, sink)
         sums = jnp.exp2(sink - top)
     for peak, total in zip(peaks, totals, strict=True):
@@ -205,12 +213,55 @@ def _summed(x: MergeInputs, plan: MergePlan) -> tuple[_Query, jax.Array]:
     return dataclasses.replace(query, top=top), sums
 
 
-def _rotate_back(splits: Splits, basis: Basis, query: _Query, write: Callable[..., None], plan: MergePlan) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Ahead:
+    """Sums of splits [splits padded, n, k] that are loaded before their weights are known; None for others.
+
+    Attributes:
+        packed: Of each segment of the basis, or of all channels.
+        exact: At the places at which they are written.
+    """
+
+    packed: list[jax.Array | None]
+    exact: jax.Array | None
+
+
+def _loaded_ahead(x: MergeInputs, query: _Query, plan: MergePlan) -> _Ahead:
+    whole = _channels(plan)
+    if x.packed is None or x.basis is None:
+        grids, blocks = [whole], 1
+    else:
+        grids, blocks, start = [], 0, 0
+        for segment in x.basis.segments:
+            i, j, valid = grid_of(segment)  # [n, k] each
+            grids.append((start + i * segment.inner_size + j, valid))
+            blocks, start = blocks + -(-i.shape[0] // BLOCK), start + segment.dim
+    packed = [None if x.packed is None else _load_all(x.packed, query, *grid, plan) for grid in grids]
+    # Where a rotation comes in several blocks, channels are written in other tiles than these.
+    exact = None if x.exact is None or blocks > 1 else _load_all(x.exact, query, *grids[0], plan)
+    return _Ahead(packed, exact)
+
+
+def _channels(plan: MergePlan) -> tuple[jax.Array, jax.Array]:
+    """All channels, and whether they exist, [d padded, 1] each."""
+    i = lax.broadcasted_iota(jnp.int32, (power_of_two(plan.shape[3]), 1), 0)
+    return i, i < plan.shape[3]
+
+
+def _rotate_back(
+    splits: Splits,
+    basis: Basis,
+    query: _Query,
+    write: Callable[..., None],
+    plan: MergePlan,
+    ahead: list[jax.Array | None],
+) -> None:
     """Combines splits segment by segment and passes their sums to `write`, in the original basis."""
     start = 0
     for index, segment in enumerate(basis.segments):
         i, j, valid = grid_of(segment)  # [n, k] each
-        sums = _combined(splits, query, start + i * segment.inner_size + j, valid, plan)  # [n, k]
+        place = start + i * segment.inner_size + j  # [n, k]
+        sums = _combined(splits, query, place, valid, plan, ahead[index])  # [n, k]
 
         def consume(
             place: jax.Array,
@@ -240,24 +291,42 @@ def _of_splits(ref: Any, query: _Query, split: jax.Array, other: float) -> jax.A
     return plt.load(ref.at[tuple(at)], mask=split < ref.shape[2], other=other)
 
 
-def _combined(splits: Splits, query: _Query, place: jax.Array, valid: jax.Array, plan: MergePlan) -> jax.Array:
-    """Sum over splits of 2**(peak - top) * acc at places [n, k] of the last axis, where valid: [n, k]."""
-    number = splits.acc.shape[2]
+def _splits_per_step(splits: Splits, place: jax.Array, plan: MergePlan) -> int:
+    """Splits whose sums at places [n, k] are loaded at once."""
     dim = plan.shape[3]
     loaded = LOADED if dim == power_of_two(dim) and dim <= 128 else LOADED_MASKED
-    step = max(1, min(power_of_two(number), loaded * plan.num_warps // place.size))
+    return max(1, min(power_of_two(splits.acc.shape[2]), loaded * plan.num_warps // place.size))
+
+
+def _load_acc(
+    splits: Splits, query: _Query, place: jax.Array, valid: jax.Array, index: jax.Array | int, step: int
+) -> jax.Array:
+    """Step `index` of acc at places [n, k] of the last axis, where valid: [step, n, k]."""
+    split = index * step + lax.broadcasted_iota(jnp.int32, (step,), 0)  # [step]
     shape = (step, *place.shape)
+    at = (query.sequence, query.kv_head, split[:, None, None], query.column, place[None])
+    mask = jnp.broadcast_to((split < splits.acc.shape[2])[:, None, None] & valid[None], shape)
+    return plt.load(splits.acc.at[tuple(jnp.broadcast_to(i, shape) for i in at)], mask=mask, other=0.0)
+
+
+def _load_all(splits: Splits, query: _Query, place: jax.Array, valid: jax.Array, plan: MergePlan) -> jax.Array | None:
+    """All of acc at places [n, k] of the last axis, [splits padded, n, k]; None if that takes several steps."""
+    step = _splits_per_step(splits, place, plan)
+    return None if step < splits.acc.shape[2] else _load_acc(splits, query, place, valid, 0, step)
+
+
+def _combined(
+    splits: Splits, query: _Query, place: jax.Array, valid: jax.Array, plan: MergePlan, ahead: jax.Array | None
+) -> jax.Array:
+    """Sum over splits of 2**(peak - top) * acc at places [n, k] of the last axis, where valid: [n, k]."""
+    step = _splits_per_step(splits, place, plan)
 
     def add(index: jax.Array | int, sums: jax.Array) -> jax.Array:
         split = index * step + lax.broadcasted_iota(jnp.int32, (step,), 0)  # [step]
         weight = exp2(_of_splits(splits.peak, query, split, HIDDEN) - query.top, interpret=plan.interpret)  # [step]
-        at = (query.sequence, query.kv_head, split[:, None, None], query.column, place[None])
-        mask = (split < number)[:, None, None] & valid[None]  # [step, n, k]
-        acc = plt.load(
-            splits.acc.at[tuple(jnp.broadcast_to(i, shape) for i in at)], mask=jnp.broadcast_to(mask, shape), other=0.0
-        )  # [step, n, k]
+        acc = _load_acc(splits, query, place, valid, index, step) if ahead is None else ahead  # [step, n, k]
         return sums + jnp.sum(acc * weight[:, None, None], axis=0)
 
     zero = jnp.zeros(place.shape, jnp.float32)
-    steps = -(-number // step)
+    steps = -(-splits.acc.shape[2] // step)
     return add(0, zero) if steps == 1 else lax.fori_loop(0, steps, add, zero)

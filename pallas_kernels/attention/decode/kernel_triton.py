@@ -75,6 +75,8 @@ def _attend_pages(
     column = block * plan.columns + lax.broadcasted_iota(jnp.int32, (plan.columns,), 0)  # [columns]
     token, head_column = query_index(column, head, plan)  # [columns] each
     begin, end = _tiles_of_split(x, row, split, plan)
+    # Loaded before the queries are reduced: no load moves up past a barrier.
+    first_page = page_of(x, row, begin, plan)
     queries = [quantized_query(x, part, row, token, head_column, plan) for part in plan.keys]
     bias = None
     if x.bias is not None:
@@ -110,7 +112,7 @@ def _attend_pages(
         return following, tuple(updated), total
 
     parts = tuple(_empty_part(part, plan) for part in plan.values)
-    state = page_of(x, row, begin, plan), parts, _folded_zeros(plan)
+    state = first_page, parts, _folded_zeros(plan)
     _, parts, total = lax.fori_loop(begin, end, step, state)
     _store_acc(parts, out.acc, (row, head, split), block * plan.columns, plan)
     numbers = _per_row((parts[0][1], jnp.sum(total, axis=0)), plan)
