@@ -63,7 +63,7 @@ def serve_bench(
     Exits 0 only if every cache was measured at every load.
     """
     console, started = open_console(json), time.time()
-    choices = parse_choices(caches, _table_of("--options", options))
+    choices, more = parse_choices(caches, _table_of("--options", options)), _table_of("--arguments", arguments)
     if importlib.util.find_spec("vllm") is None:
         raise typer.BadParameter('vLLM is not installed: pip install -e ".[vllm]" in a checkout of tq-jax')
     loads = [(b, c) for c in parse_numbers(context, int) for b in parse_numbers(batch, int)]
@@ -71,7 +71,7 @@ def serve_bench(
         raise typer.BadParameter(f"expected batches and contexts of at least 1, got {batch!r} and {context!r}")
     with tempfile.TemporaryDirectory(prefix="serve-bench-model-") as folder:
         given = _arguments(loads, output, requests, together, request_input + request_output, chunk, kv_gib)
-        given |= model_arguments(model, shape, Path(folder)) | _table_of("--arguments", arguments)
+        given |= model_arguments(model, shape, Path(folder)) | more
         plan = (loads, output, requests, together, request_input, request_output, started + limit)
         jobs = [(c, Job(given | c.arguments, c.attention, *plan)) for c in choices]
         payload = {"model": model or shape, "kv_gib": kv_gib, "output": output, "arguments": given}

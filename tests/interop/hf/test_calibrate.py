@@ -14,6 +14,7 @@ from tiny_hf import tiny  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 import tq_jax as tq  # noqa: E402
+from interop.hf import ATTENTION, CACHE_ARGUMENT, TurboQuantCache  # noqa: E402
 from interop.hf.calibrate import FIRST_TOKENS, calibrate  # noqa: E402
 from interop.hf.calibrate_command import calibrate as command  # noqa: E402
 from interop.hf.capture import capture  # noqa: E402
@@ -125,3 +126,26 @@ def test_misuse(model, message, arguments):
 def test_what_is_no_model_is_refused(tmp_path):
     result = run(tmp_path)
     assert result.exit_code == 2 and "Unrecognized model in" in result.output
+
+
+def test_a_cache_of_transformers_takes_the_file(model):
+    """The statistics of every layer are the file's, also after a reset; without a file the cache refuses to start."""
+    network = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
+    network.set_attn_implementation(ATTENTION)
+    with pytest.raises(FileNotFoundError, match=f"no key statistics of {model} were found .*tq-jax calibrate {model}$"):
+        TurboQuantCache(network.config, statistics=True)
+    calibrate(network, [torch.arange(5, 95)], model / FILE_NAME)
+    mean, weight = tq.load_statistics(model / FILE_NAME)
+    for statistics in (True, model / FILE_NAME):
+        cache = TurboQuantCache(network.config, statistics=statistics)
+        for _ in range(2):
+            with torch.no_grad():
+                network(torch.arange(20)[None], **{CACHE_ARGUMENT: cache})
+            for layer, found in enumerate(cache.layers):
+                held = found.cache.arrays.statistics
+                assert held.ready.all() and np.array_equal(held.mean[0], mean[layer])
+                assert np.array_equal(held.weight[0], weight[layer])
+            cache.reset()
+    network.config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match="{'layers': 3}, got {'layers': 2}"):
+        TurboQuantCache(network.config, statistics=True)
