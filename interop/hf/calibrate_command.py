@@ -13,7 +13,7 @@ import typer
 
 from tq_jax.commands.eval.texts import load_text
 from tq_jax.commands.inputs import CHARACTERS_PER_TOKEN, require_tokens
-from tq_jax.commands.options import JsonTarget, refusing
+from tq_jax.commands.options import JsonTarget, parse_object, refusing
 from tq_jax.commands.output import environment, open_console, progress_bar, write_json
 from tq_jax.statistics import MIN_TOKENS
 from tq_jax.statistics_files import ModelIdentity, find_statistics, identify, read_statistics
@@ -37,6 +37,9 @@ def calibrate(
     texts: Annotated[str, typer.Option(help="Texts of `tq-jax eval` by name, or text files, comma-separated.")] = TEXTS,
     tokens: Annotated[int, typer.Option(help="Tokens of each text.", min=MIN_TOKENS)] = 2048,
     revision: Annotated[str | None, typer.Option(help="Revision of a model of the hub.")] = None,
+    overrides: Annotated[
+        str, typer.Option(help="Fields of the configuration to change, as JSON, like --hf-overrides of vLLM.")
+    ] = "{}",
     device: Annotated[str, typer.Option(help="Device on which torch runs the model.")] = "cpu",
     json: JsonTarget = None,
 ) -> None:
@@ -53,7 +56,7 @@ def calibrate(
     with refusing("torch,hf"):
         from interop.hf.calibrate import calibrate as run
 
-        network, tokenizer, device = load(model, revision, device)
+        network, tokenizer = load(model, revision, parse_object(overrides, "--overrides"), device)
     identity = identify(model, network.config, revision=revision)
     ids = [tokenize(network, tokenizer, name, content, tokens) for name, content in contents.items()]
     with refusing("torch,hf"):
@@ -73,15 +76,16 @@ def calibrate(
     write_json(report | {"seconds": round(seconds, 1), "environment": environment()}, json)
 
 
-def load(model: str, revision: str | None, device: str) -> "tuple[Any, Any, str]":
-    """The model in its own type, its tokenizer, and the device on which it is."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load(model: str, revision: str | None, overrides: dict[str, Any], device: str) -> tuple[Any, Any]:
+    """The model in its own type on a device, and its tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from interop.hf.measure import require_device
 
     require_device(device)
-    network: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype="auto")
-    return network.to(device).eval(), AutoTokenizer.from_pretrained(model, revision=revision), device
+    config = AutoConfig.from_pretrained(model, revision=revision, **overrides)
+    network: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision, config=config, dtype="auto")
+    return network.to(device).eval(), AutoTokenizer.from_pretrained(model, revision=revision)
 
 
 def tokenize(network: Any, tokenizer: Any, name: str, content: str, count: int) -> "torch.Tensor":

@@ -4,7 +4,6 @@ Importing this module needs neither torch nor vLLM, so that `tq-jax` can list th
 """
 
 import importlib.util
-import json as json_module
 import math
 import tempfile
 import time
@@ -20,7 +19,7 @@ from interop.vllm.serve_bench.choices import DEFAULT, FULL, Choice, parse_choice
 from interop.vllm.serve_bench.engine import Job
 from interop.vllm.serve_bench.models import model_arguments
 from interop.vllm.serve_bench.processes import run_engine
-from tq_jax.commands.options import JsonTarget, parse_numbers, picture_option
+from tq_jax.commands.options import JsonTarget, parse_numbers, parse_object, picture_option
 from tq_jax.commands.output import environment, open_console, progress_bar, write_json, write_partial
 
 Row = dict[str, Any]
@@ -63,7 +62,7 @@ def serve_bench(
     Exits 0 only if every cache was measured at every load.
     """
     console, started = open_console(json), time.time()
-    choices, more = parse_choices(caches, _table_of("--options", options)), _table_of("--arguments", arguments)
+    choices, more = parse_choices(caches, parse_object(options, "--options")), parse_object(arguments, "--arguments")
     if importlib.util.find_spec("vllm") is None:
         raise typer.BadParameter('vLLM is not installed: pip install -e ".[vllm]" in a checkout of tq-jax')
     loads = [(b, c) for c in parse_numbers(context, int) for b in parse_numbers(batch, int)]
@@ -163,17 +162,6 @@ def _arguments(
         "generation_config": "vllm",
     }  # fmt: skip
     return given if kv_gib is None else given | {"kv_cache_memory_bytes": int(kv_gib * 2**30)}
-
-
-def _table_of(option: str, text: str) -> dict[str, Any]:
-    """A JSON object from an option."""
-    try:
-        found = json_module.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise typer.BadParameter(f"expected {option} to be a JSON object, got {text!r}")
-    return found
 
 
 def _measurements(job: Job) -> list[Row]:

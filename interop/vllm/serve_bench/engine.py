@@ -124,7 +124,8 @@ class Bench:
     def load(self, batch: int, context: int, output: int) -> dict[str, Any]:
         """Runs requests of one length all at once: seconds of their prompts, and milliseconds per step.
 
-        A step counts if every request decodes in it.
+        The load runs before it is measured, so that its kernels are compiled. A step counts if every request decodes in
+        it.
 
         Args:
             batch: Number of requests.
@@ -134,11 +135,22 @@ class Bench:
         Raises:
             ValueError: If the requests do not fit the cache together, or no two steps count.
         """
-        if batch * (context + output) > self.tokens:
-            raise ValueError(
-                f"expected a cache of at least {batch * (context + output)} tokens for {batch} requests, "
-                f"got {self.tokens}"
-            )
+        needed = batch * (context + output)
+        if needed > self.tokens:
+            raise ValueError(f"expected a cache of at least {needed} tokens for {batch} requests, got {self.tokens}")
+        self._run(batch, context, WARM_UP)
+        prefill_s, gaps = self._run(batch, context, output)
+        if not gaps:
+            raise ValueError(f"expected steps in which all {batch} requests decode, got none")
+        return {
+            "decode_ms": round(1e3 * statistics.median(gaps), 4),
+            "decode_ms_min": round(1e3 * min(gaps), 4),
+            "decode_steps": len(gaps),
+            "prefill_s": round(prefill_s, 4),
+        }
+
+    def _run(self, batch: int, context: int, output: int) -> tuple[float, list[float]]:
+        """Seconds of the prompts, and of every step after them in which all requests decode."""
         draw = random.Random(context * 1000 + batch)
         for _ in range(batch):
             self.add(context, output, draw)
@@ -151,15 +163,7 @@ class Bench:
             steps.append((now, sum(new.values())))
         prompts = max(first.values())
         whole = [now for now, count in steps if now >= prompts and count == batch]
-        gaps = [after - before for before, after in itertools.pairwise(whole)]
-        if not gaps:
-            raise ValueError(f"expected steps in which all {batch} requests decode, got none among {len(steps)} steps")
-        return {
-            "decode_ms": round(1e3 * statistics.median(gaps), 4),
-            "decode_ms_min": round(1e3 * min(gaps), 4),
-            "decode_steps": len(gaps),
-            "prefill_s": round(prompts - begun, 4),
-        }
+        return prompts - begun, [after - before for before, after in itertools.pairwise(whole)]
 
     def throughput(self, job: Job) -> dict[str, Any]:
         """Runs many requests, so many at a time: a request that ends makes room for the next one.
@@ -188,7 +192,7 @@ class Bench:
         waits = [first[name] - added[name] for name in first]
         return {
             "finished": finished,
-            "seconds": round(seconds, 2),
+            "seconds": round(seconds, 4),
             "tokens_s": round(sum(counts.values()) / seconds, 2),
             "all_tokens_s": round((sum(counts.values()) + prompts) / seconds, 2),
             "first_token_s": round(statistics.median(waits), 3) if waits else None,
@@ -210,7 +214,6 @@ def run(job: Job, tell: Any) -> None:
         if time.time() > job.deadline:
             return
         try:
-            bench.load(batch, context, WARM_UP)
             row |= bench.load(batch, context, job.output)
         except ValueError as error:
             row["error"] = str(error)

@@ -102,6 +102,17 @@ def test_a_folder_that_cannot_be_written(model, tmp_path, monkeypatch):
     assert find_statistics(identity) == identity.places[1] and identity.places[1].is_relative_to(tmp_path / "cache")
 
 
+def test_an_overridden_configuration(model):
+    """A server whose configuration is overridden needs statistics that were taken with it."""
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    result = run(model, "--tokens", "80", "--overrides", json.dumps({"rope_parameters": rope}))
+    assert result.exit_code == 0, result.output
+    stretched = transformers.AutoConfig.from_pretrained(model, rope_parameters=rope)
+    assert read_statistics(model / FILE_NAME, identify(model, stretched))[0].any()
+    with pytest.raises(ValueError, match="'rope': {'rope_theta': 10000.0}}, got {'rope': {'factor': 2.0, "):
+        read_statistics(model / FILE_NAME, identify(model, transformers.AutoConfig.from_pretrained(model)))
+
+
 def test_a_named_file(model, tmp_path):
     (tmp_path / "text").write_text("All happy families are alike. " * 40)
     result = run(model, "-o", tmp_path / "keys", "--texts", tmp_path / "text", "--tokens", "500")
@@ -115,6 +126,7 @@ def test_a_named_file(model, tmp_path):
     [
         ("expected a file or one of persuasion, pydoc, wiki, jargon, code, got 'nosuch'", ["--texts", "nosuch"]),
         ("expected a device that torch has, got 'nosuch'", ["--device", "nosuch"]),
+        ("expected --overrides to be a JSON object, got 'x'", ["--overrides", "x"]),
         ("no folder /nosuch", ["-o", "/nosuch/keys"]),
     ],
 )
