@@ -132,7 +132,7 @@ def _known_statistics(config: PretrainedConfig, statistics: bool | str | Path) -
     """Mean and weight of the keys of all layers, [layers, h_kv, d] each; None if they are to be the prompt's."""
     if statistics is False:
         return None
-    model = identify(config.name_or_path, config)
+    model = identify(config.name_or_path or "", config)
     path = find_statistics(model, None if statistics is True else statistics)
     if path is None:
         raise FileNotFoundError(missing_statistics(model))

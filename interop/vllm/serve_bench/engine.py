@@ -7,6 +7,7 @@ without stop tokens, and nothing is taken from the prefix cache.
 """
 
 import dataclasses
+import importlib
 import itertools
 import json
 import os
@@ -66,8 +67,8 @@ class Bench:
 
     def __init__(self, job: Job) -> None:
         import torch
-        import vllm
 
+        vllm: Any = importlib.import_module("vllm")
         begun = time.perf_counter()
         self.llm: Any = vllm.LLM(**job.arguments)
         start_s = round(time.perf_counter() - begun, 1)
@@ -105,8 +106,7 @@ class Bench:
 
     def add(self, context: int, output: int, draw: random.Random) -> str:
         """Adds a request with a random prompt; returns its name."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         self._numbers += 1
         ids = [draw.randrange(3, self.vocabulary) for _ in range(context)]
