@@ -21,8 +21,7 @@ def report(vllm_config: Any) -> None:
 def identity_of(vllm_config: Any) -> ModelIdentity:
     """The model of a configuration, as files of key statistics know it."""
     model = vllm_config.model_config
-    commit = getattr(model.hf_config, "_commit_hash", None)
-    return identify(model.model, model.hf_text_config, revision=commit or model.revision)
+    return identify(model.model, model.hf_text_config, revision=model.revision)
 
 
 def _sources(vllm_config: Any) -> set[str | None]:

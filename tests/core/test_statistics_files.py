@@ -46,20 +46,33 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def test_names_of_models(folder, cache):
-    """A folder is its path; a model of the hub is its name and commit, whether it is asked for by name or by path."""
+def test_folders_are_known_by_their_path(folder, cache):
     local = identify(folder, config())
     assert (local.name, local.revision, local.folder) == (str(folder), "", folder)
     assert local.places[0] == folder / FILE_NAME and local.places[1].parent == cache / "statistics"
-    by_name = identify("org/some-model", config(_commit_hash="12ab"), revision="main")
-    snapshot = folder / "models--org--some-model" / "snapshots" / "12ab"
-    snapshot.mkdir(parents=True)
-    assert by_name == identify(snapshot, config()) and by_name.places[0].name.startswith("org--some-model-")
-    assert len(by_name.places) == 1 and by_name.command == "tq-jax calibrate org/some-model --revision 12ab"
-    assert identify("org/some-model", config()).command == "tq-jax calibrate org/some-model"
-    others = [identify("org/x", config(_commit_hash="12ab")), identify("org/some-model", config(_commit_hash="34cd"))]
-    others.append(identify("org/some-model", config(_commit_hash="12ab", num_hidden_layers=4)))
-    assert len({one.places[-1] for one in (by_name, *others)}) == 4
+
+
+def test_models_of_the_hub_are_known_by_name_and_commit(tmp_path, monkeypatch):
+    """Whether they are asked for by name, as a user does, or by path, as vLLM does without a network."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--org--some-model"
+    for branch, commit in (("main", "12ab" * 10), ("other", "34cd" * 10)):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+    model = identify("org/some-model", config())
+    assert (model.name, model.revision, len(model.places)) == ("org/some-model", "12ab" * 10, 1)
+    assert model == identify(repository / "snapshots" / ("12ab" * 10), config())
+    assert model == identify("org/some-model", config(), revision="12ab" * 10)
+    assert model.places[0].name.startswith("org--some-model-")
+    assert model.command == f"tq-jax calibrate org/some-model --revision {'12ab' * 10}"
+    others = [identify("org/some-model", config(), revision="other"), identify("org/x", config())]
+    others.append(identify("org/some-model", config(num_hidden_layers=4)))
+    assert others[0].revision == "34cd" * 10 and len({one.places[-1] for one in (model, *others)}) == 4
+    unknown = identify("not/a/name/of/the/hub", config())
+    assert (unknown.revision, unknown.command) == ("main", "tq-jax calibrate not/a/name/of/the/hub")
 
 
 def test_both_forms_of_rotary_embedding_are_one():
