@@ -20,20 +20,33 @@ class Interpreted:
 
     def check(self, tensors):
         inputs = tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(self._shapes))
-        launcher.require_alike(tensors, inputs, tensors[0].device)
+        first = tensors[0]
+        device = (first.tensor if isinstance(first, launcher.FirstPart) else first).device
+        launcher.require_alike(tensors, inputs, device)
 
     def bind(self, fixed):
-        return lambda given: self.launch([*fixed, *given])
+        def run(given, *, out=()):
+            results = self.launch([*fixed, *given])
+            return (*(x.copy_(y) for x, y in zip(out, results, strict=False)), *results[len(out) :])
+
+        return run
 
     def launch(self, tensors):
-        arrays = jax.tree.unflatten(
-            jax.tree.structure(self._shapes), to_jax([tensor.detach().clone() for tensor in tensors])
-        )
+        whole = [_whole(x, shape.shape) for x, shape in zip(tensors, jax.tree.leaves(self._shapes), strict=True)]
+        arrays = jax.tree.unflatten(jax.tree.structure(self._shapes), to_jax(whole))
         results = self._function(*arrays)
         if jax.tree.structure(results) == jax.tree.structure(arrays[0]) and len(tensors) > 1:
             for old, new in zip(tensors, jax.tree.leaves(results), strict=False):
                 old.copy_(to_torch(new))
         return tuple(to_torch(jax.tree.leaves(results)))
+
+
+def _whole(tensor, shape):
+    """A copy; of the first part of an array, with a rest of garbage."""
+    if tuple(tensor.shape) == tuple(shape):
+        return tensor.detach().clone()
+    garbage = torch.full((shape[0] - tensor.shape[0], *shape[1:]), torch.nan, dtype=tensor.dtype)
+    return torch.cat([tensor.detach(), garbage])
 
 
 class Replayed:

@@ -93,7 +93,7 @@ def layers_of(engine):
 
 
 def own_answers(folder, prompts, *, exact_layers=(), statistics=None, **options):
-    """Greedy tokens of transformers with our torch cache, where every token is read from its codes."""
+    """Greedy tokens of transformers with our torch cache without a window; prompts attend to themselves exactly."""
     import torch
     import transformers
     from transformers.cache_utils import DynamicLayer
@@ -107,7 +107,7 @@ def own_answers(folder, prompts, *, exact_layers=(), statistics=None, **options)
     found = []
     for ids in prompts:
         cache = TurboQuantCache(
-            model.config, exact_prompt=False, window=0, sink_tokens=0, center_keys=False, smooth_keys=False,
+            model.config, window=0, sink_tokens=0, center_keys=False, smooth_keys=False,
             page_size=32, dtype="float32", max_tokens=256, **options,
         )  # fmt: skip
         for index, layer in enumerate(cache.layers if statistics else ()):

@@ -106,7 +106,7 @@ class TorchFunction:
         self._steps = list(self._read(jaxpr, names))
         self._outputs = [self._name(atom, names) for atom in jaxpr.outvars]
 
-    def check(self, tensors: list[torch.Tensor]) -> None:
+    def check(self, tensors: Sequence[torch.Tensor | launcher.FirstPart]) -> None:
         """Raises ValueError for tensors unlike the examples."""
         launcher.require_alike(tensors, self._shapes, self.device)
 
@@ -115,16 +115,18 @@ class TorchFunction:
         self.check(tensors)
         return self._run(tensors)
 
-    def bind(self, fixed: Sequence[torch.Tensor]) -> Callable[[list[torch.Tensor]], tuple[torch.Tensor, ...]]:
+    def bind(self, fixed: Sequence[torch.Tensor]) -> launcher.Bound:
         """The function with its first flat inputs bound, as a function of the others; nothing is checked."""
-        return lambda given: self._run([*fixed, *given])
+        return lambda given, *, out=(): self._run([*fixed, *given], out)
 
-    def _run(self, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def _run(self, tensors: list[torch.Tensor], out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         known: dict[Any, Any] = dict(self._literals)
         known.update(zip(self._inputs, [*self._values, *(tensors[i] for i in self._used)], strict=True))
         for run, operands, results in self._steps:
             known.update(zip(results, run([known[name] for name in operands]), strict=True))
-        return tuple(known[name].contiguous() for name in self._outputs)
+        made = [known[name] for name in self._outputs]
+        given = [tensor.copy_(x) for tensor, x in zip(out, made, strict=False)]
+        return (*given, *(x.contiguous() for x in made[len(out) :]))
 
     def _read(self, jaxpr: Any, names: dict[Any, Any]) -> Iterator[tuple[Any, list[Any], list[Any]]]:
         """Yields the steps of a function, with the steps of the functions that it calls.

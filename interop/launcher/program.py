@@ -5,8 +5,11 @@ Triton IR, and each call repeats the launches with the addresses of torch tensor
 back, so a CUDA graph can capture a call. Intermediate arrays lie in one workspace from torch's allocator.
 """
 
+import concurrent.futures
+import dataclasses
 import functools
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +18,7 @@ import jax
 import numpy as np
 import torch
 
-from interop.launcher.launches import ShapeAndType, plan_launches
+from interop.launcher.launches import Launch, ShapeAndType, plan_launches
 from pallas_kernels.compat.lowering import TritonKernel
 
 STREAM = 3
@@ -24,31 +27,69 @@ STREAM = 3
 POINTER_ALIGNMENT = 16
 """Alignment of arrays that the kernels assume, in bytes."""
 
+_DRIVER = threading.Lock()
+"""Held while `triton` finds out about the GPU, which it does at its first use."""
 
-@functools.cache
+
 def compile_kernel(kernel: TritonKernel) -> Any:
-    """A kernel compiled for the current GPU by the `triton` package; each kernel is compiled once.
+    """A kernel compiled for the current GPU by the `triton` package.
+
+    Kernels that differ only in their grids are compiled once, and `triton` keeps what it compiled on disk.
 
     Raises:
         ImportError: If `triton` is not installed.
     """
+    return _compiled(kernel.ir, kernel.num_warps, kernel.num_stages)
+
+
+@functools.cache
+def _compiled(ir: str, num_warps: int, num_stages: int) -> Any:
     import triton
     from triton.runtime import driver
 
+    with _DRIVER:
+        target = driver.active.get_current_target()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ttir"
-        source.write_text(kernel.ir)
-        options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
-        return triton.compile(str(source), target=driver.active.get_current_target(), options=options)
+        source.write_text(ir)
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        return triton.compile(str(source), target=target, options=options)
 
 
-def require_alike(tensors: list[torch.Tensor], inputs: tuple[ShapeAndType, ...], device: torch.device) -> None:
+@functools.cache
+def _threads() -> concurrent.futures.Executor:
+    """The threads that compile."""
+    return concurrent.futures.ThreadPoolExecutor(thread_name_prefix="compile")
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstPart:
+    """The first part of an array along its first axis; kernels neither read nor write the rest, which need not exist.
+
+    Attributes:
+        tensor: The part.
+        size: Length of the first axis of the whole array.
+    """
+
+    tensor: torch.Tensor
+    size: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the whole array."""
+        return torch.Size((self.size, *self.tensor.shape[1:]))
+
+
+def require_alike(
+    tensors: Sequence[torch.Tensor | FirstPart], inputs: Sequence[ShapeAndType], device: torch.device
+) -> None:
     """Raises ValueError for tensors of other shapes, types or devices, with gaps, or not aligned."""
-    for tensor, (shape, dtype) in zip(tensors, inputs, strict=True):
-        if tuple(tensor.shape) != shape or _numpy_name(tensor) != dtype or tensor.device != device:
+    for given, (shape, dtype) in zip(tensors, inputs, strict=True):
+        tensor = given.tensor if isinstance(given, FirstPart) else given
+        if tuple(given.shape) != shape or _numpy_name(tensor) != dtype or tensor.device != device:
             raise ValueError(
                 f"expected {dtype}{list(shape)} on {device}, "
-                f"got {_numpy_name(tensor)}{list(tensor.shape)} on {tensor.device}"
+                f"got {_numpy_name(tensor)}{list(given.shape)} on {tensor.device}"
             )
         if not tensor.is_contiguous() or tensor.data_ptr() % POINTER_ALIGNMENT:
             raise ValueError(
@@ -60,7 +101,8 @@ def require_alike(tensors: list[torch.Tensor], inputs: tuple[ShapeAndType, ...],
 class TorchProgram:
     """A JAX function that only launches kernels, as a function of torch tensors of fixed shapes.
 
-    Making it lowers the function and compiles its kernels; a call only launches them.
+    Making it lowers the function and starts to compile its kernels; the first use waits for them and loads them, and
+    every later call only launches them.
 
     Attributes:
         plan: The launches.
@@ -80,9 +122,20 @@ class TorchProgram:
         self.plan = plan_launches(function, *jax.tree.map(struct, examples))
         self._constants = [constant(value, self.device) for value in self.plan.constants]
         self._made = [(shape, getattr(torch, dtype)) for shape, dtype in self.plan.made]
+        # Most of compiling lets other threads run.
+        self._compiling = [_threads().submit(self._compile, launch) for launch in self.plan.launches]
+
+    @functools.cached_property
+    def _kernels(self) -> list[Any]:
+        kernels = [compiling.result() for compiling in self._compiling]
         with torch.cuda.device(self.device):
-            self._kernels = [compile_kernel(launch.kernel) for launch in self.plan.launches]
-            self._runs = [kernel.run for kernel in self._kernels]  # loads the modules, which no capture may do
+            for kernel in kernels:
+                _ = kernel.run  # loads the module, which no capture may do
+        return kernels
+
+    def _compile(self, launch: Launch) -> Any:
+        with torch.cuda.device(self.device):
+            return compile_kernel(launch.kernel)
 
     def __call__(self, *arguments: Any) -> tuple[torch.Tensor, ...]:
         """Launches the kernels on the current stream.
@@ -95,7 +148,7 @@ class TorchProgram:
         """
         return self.launch(jax.tree.leaves(arguments))
 
-    def check(self, tensors: list[torch.Tensor]) -> None:
+    def check(self, tensors: Sequence[torch.Tensor | FirstPart]) -> None:
         """Raises ValueError for flat inputs unlike the examples."""
         require_alike(tensors, self.plan.inputs, self.device)
 
@@ -104,7 +157,7 @@ class TorchProgram:
         self.check(tensors)
         return self._run(self._calls(()), (), tensors)
 
-    def bind(self, fixed: Sequence[torch.Tensor]) -> Callable[[list[torch.Tensor]], tuple[torch.Tensor, ...]]:
+    def bind(self, fixed: Sequence[torch.Tensor]) -> "Bound":
         """The program with its first flat inputs bound, as a function of the others; nothing is checked."""
         return functools.partial(self._run, self._calls(fixed), tuple(fixed))
 
@@ -122,7 +175,7 @@ class TorchProgram:
         known |= {("constant", i): tensor for i, tensor in enumerate(self._constants)}
         first = {"workspace": 0, "output": 1, "input": 1 + len(self._made) - len(fixed)}
         calls = []
-        for launch, kernel, run in zip(self.plan.launches, self._kernels, self._runs, strict=True):
+        for launch, kernel in zip(self.plan.launches, self._kernels, strict=True):
             arguments = [*launch.kernel.grid, None, kernel.function, kernel.packed_metadata, None, None, None]
             later = []
             for place in launch.arguments:
@@ -132,13 +185,18 @@ class TorchProgram:
                 elif held is None:
                     later.append((len(arguments), first[place.kind] + place.index, 0))
                 arguments.append(None if held is None else held.data_ptr())
-            calls.append((run, arguments, later))
+            calls.append((kernel.run, arguments, later))
         return calls
 
     def _run(
-        self, calls: list[Any], fixed: tuple[torch.Tensor, ...], given: list[torch.Tensor]
+        self,
+        calls: list[Any],
+        fixed: tuple[torch.Tensor, ...],
+        given: list[torch.Tensor],
+        out: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, ...]:
-        made = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self._made]
+        require_alike(out, self.plan.made[: len(out)], self.device)
+        made = [*out, *(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self._made[len(out) :])]
         workspace = torch.empty(self.plan.workspace, dtype=torch.uint8, device=self.device)
         addresses = [workspace.data_ptr(), *(x.data_ptr() for x in made), *(x.data_ptr() for x in given)]
         # triton's own launcher takes the stream of a device from the same function
@@ -153,16 +211,24 @@ class TorchProgram:
         return tuple(held[place.kind][place.index] for place in self.plan.outputs)
 
 
+class Bound(Protocol):
+    """A function of flat inputs; tensors in `out` take the place of its first results that are not updated inputs."""
+
+    def __call__(self, given: list[torch.Tensor], *, out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
+        """The results, as those of `TorchProgram`."""
+        ...
+
+
 class Program(Protocol):
     """The methods that `BoundProgram` calls on the class that runs a function: `TorchProgram` or `TorchFunction`."""
 
     def __init__(self, function: Callable, *examples: Any, device: torch.device) -> None: ...
 
-    def check(self, tensors: list[torch.Tensor]) -> None:
+    def check(self, tensors: Sequence[torch.Tensor | FirstPart]) -> None:
         """Raises ValueError for flat inputs unlike the examples."""
         ...
 
-    def bind(self, fixed: Sequence[torch.Tensor]) -> Callable[[list[torch.Tensor]], tuple[torch.Tensor, ...]]:
+    def bind(self, fixed: Sequence[torch.Tensor]) -> Bound:
         """The function with its first flat inputs bound, as a function of the others."""
         ...
 
@@ -183,28 +249,52 @@ class BoundProgram:
     def __init__(self, function: Callable, fixed: Any, *, kind: type[Program] | None = None) -> None:
         self._function, self._kind = function, kind or TorchProgram
         self._fixed, self._structure = jax.tree.flatten(fixed)
-        self._programs: dict[Any, Callable] = {}
+        self._programs: dict[Any, Bound] = {}
 
-    def __call__(self, *arguments: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def __call__(
+        self, *arguments: torch.Tensor | FirstPart | None, out: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, ...]:
         """Launches the kernels with the remaining arguments.
 
         Args:
-            *arguments: Contiguous tensors, or None for an argument that the function does not get.
+            *arguments: Contiguous tensors, first parts of them if the function only launches kernels, or None for an
+                argument that the function does not get.
+            out: Contiguous tensors that take the place of the first results that are not updated in place.
 
         Returns:
             The results, as those of `TorchProgram`.
         """
-        given = [x if x.data_ptr() % POINTER_ALIGNMENT == 0 else x.clone() for x in arguments if x is not None]
-        key = tuple(None if x is None else (x.shape, x.dtype) for x in arguments)
+        given = [_aligned(x) for x in arguments if x is not None]
+        tensors = [x.tensor if isinstance(x, FirstPart) else x for x in given]
+        held = iter(tensors)
+        key = tuple(None if x is None else (x.shape, next(held).dtype) for x in arguments)
         if key not in self._programs:
             self._programs[key] = self._make(key, given)
-        return self._programs[key](given)
+        return self._programs[key](tensors, out=out)
 
-    def _make(self, key: tuple[Any, ...], given: list[torch.Tensor]) -> Callable:
+    def prepare(self, *shapes: torch.Tensor | None) -> None:
+        """Lowers the function for arguments of such shapes and starts to compile it; their first call waits less.
+
+        Args:
+            *shapes: The remaining arguments; meta tensors will do.
+        """
+        self._program(tuple(None if x is None else (x.shape, x.dtype) for x in shapes))
+
+    def _program(self, key: tuple[Any, ...]) -> Program:
         fixed = tuple((x.shape, x.dtype) for x in self._fixed)
-        program = _shared_program(self._kind, self._function, fixed, self._structure, key, self._fixed[0].device)
+        return _shared_program(self._kind, self._function, fixed, self._structure, key, self._fixed[0].device)
+
+    def _make(self, key: tuple[Any, ...], given: list[torch.Tensor | FirstPart]) -> Bound:
+        program = self._program(key)
         program.check([*self._fixed, *given])
         return program.bind(self._fixed)
+
+
+def _aligned(x: torch.Tensor | FirstPart) -> torch.Tensor | FirstPart:
+    """The argument, or a copy at an address that kernels assume."""
+    if isinstance(x, FirstPart):
+        return x if x.tensor.data_ptr() % POINTER_ALIGNMENT == 0 else FirstPart(x.tensor.clone(), x.size)
+    return x if x.data_ptr() % POINTER_ALIGNMENT == 0 else x.clone()
 
 
 @functools.lru_cache(maxsize=256)

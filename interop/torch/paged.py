@@ -2,8 +2,8 @@
 
 The memory of a layer is cut into dense pools, one for each array of `pallas_kernels.pages.Pages`, so that the kernels
 and the reference read it as it is; block b of the engine is page b of every pool. A token is compressed when it is
-written, and attention reads everything from the codes, the newest tokens too: what is computed does not depend on how a
-sequence was cut into chunks. On the CPU JAX computes and torch writes; on a GPU torch launches the kernels.
+written. Attention of the last tokens reads everything from the codes, the newest tokens too; attention of later tokens
+reads what came before them. On the CPU JAX computes and torch writes; on a GPU torch launches the kernels.
 """
 
 import dataclasses
@@ -11,9 +11,10 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 import tq_jax as tq
 from interop.launcher.program import POINTER_ALIGNMENT
@@ -21,8 +22,10 @@ from interop.torch import jax_calls
 from interop.torch.attend_on_gpu import AttendOptions
 from interop.torch.dlpack import CPU_ALIGNMENT, to_jax, to_torch
 from interop.torch.paged_on_gpu import PagedKernels
+from pallas_kernels.attention import LogitOptions
+from pallas_kernels.numerics import HIDDEN
 from pallas_kernels.pages import Pages, empty_pages
-from tq_jax.paged import attend_paged
+from tq_jax.paged import PackedTokens, attend_packed, attend_paged
 
 
 def view_pages(memory: torch.Tensor, key: tq.QuantizerSpec, value: tq.QuantizerSpec) -> Pages:
@@ -71,22 +74,15 @@ def view_pages(memory: torch.Tensor, key: tq.QuantizerSpec, value: tq.QuantizerS
 
 @dataclasses.dataclass(frozen=True)
 class PagedRows:
-    """Sequences of one call; int32 tensors on the device of the pages, each allocated by torch.
+    """Sequences of one call; int32 tensors on the device of the pages, each at an address that kernels assume.
 
     Attributes:
         table: [b, n], page of each run of page_size tokens of each sequence.
-        lengths: [b], tokens of each sequence, those of the queries included.
-        counts: [b], queries of each sequence: its last tokens, right-padded.
+        lengths: [b], tokens of each sequence that are in pages; 0 for padding, of which nothing is read.
     """
 
     table: torch.Tensor
     lengths: torch.Tensor
-    counts: torch.Tensor
-
-    @functools.cached_property
-    def as_jax(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """JAX views; the layers of a model share them."""
-        return to_jax((self.table, self.lengths, self.counts))
 
 
 class PagedPool:
@@ -104,7 +100,7 @@ class PagedPool:
         >>> quantizer = tq.make_quantizer(tq.QuantizerSpec(dim=64, bits=4))
         >>> pool = PagedPool(torch.zeros(3, 2, 32, 68, dtype=torch.uint8), quantizer, quantizer, torch.float32)
         >>> pool.write(torch.ones(40, 2, 64), torch.ones(40, 2, 64), torch.arange(32, 72))
-        >>> rows = PagedRows(*(torch.tensor(x, dtype=torch.int32) for x in ([[1, 2]], [40], [1])))
+        >>> rows = PagedRows(*(torch.tensor(x, dtype=torch.int32) for x in ([[1, 2]], [40])))
         >>> pool.attend(torch.ones(1, 1, 8, 64), rows).shape
         torch.Size([1, 1, 8, 64])
     """
@@ -141,17 +137,18 @@ class PagedPool:
         Args:
             keys: After rotary embedding.
             values: Values.
-            slots: Integers [n], page * page_size + place; a negative one skips its token.
+            slots: Integers [n or more], page * page_size + place; a negative one skips its token, and all behind the
+                tokens are negative.
         """
         keys, values = keys.detach(), values.detach()
-        for start in range(0, len(slots), jax_calls.LARGEST_BATCH):
-            part = slice(start, start + jax_calls.LARGEST_BATCH)
-            self._write(keys[part], values[part], slots[part])
-
-    def _write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         if self.device.type == "cuda":
             self._kernels.write(keys, values, slots, self.statistics)
             return
+        for start in range(0, len(keys), jax_calls.LARGEST_BATCH):
+            part = slice(start, min(start + jax_calls.LARGEST_BATCH, len(keys)))
+            self._write(keys[part], values[part], slots[part])
+
+    def _write(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
         known = slots >= 0
         if not bool(known.all()):
             keys, values, slots = keys[known], values[known], slots[known]
@@ -173,42 +170,99 @@ class PagedPool:
         rows: PagedRows,
         options: AttendOptions = AttendOptions(),  # noqa: B008
         sink_logits: Float[torch.Tensor, "h_q"] | None = None,
+        *,
+        out: Float[torch.Tensor, "b t h_q d"] | None = None,
     ) -> Float[torch.Tensor, "b t h_q d"]:
         """Causal attention of the last tokens of sequences, which `write` has written, over their pages.
 
         Args:
-            query: After rotary embedding.
+            query: After rotary embedding; of the last t tokens of each sequence.
             rows: The sequences.
             options: Of the logits; `precise` is of the kernels for few queries, that for more always is.
             sink_logits: float32, a learned logit per head that takes part in the softmax and has no value.
+            out: Takes the outputs; by default a new tensor.
 
         Returns:
-            Outputs, zero for padding.
+            Outputs, zero for queries that see no token.
 
         Raises:
             NotImplementedError: On a GPU, for shapes or formats outside the kernels' limits.
         """
+        statistics = None if self.statistics is None else self._statistics(query.shape[0])
         if self.device.type == "cuda":
-            given = None if self.statistics is None else self._statistics(query.shape[0])
-            return self._kernels.attend(
-                query.contiguous(), rows.table, rows.lengths, rows.counts, options, given, sink_logits
+            return self._kernels.attend(query, rows.table, rows.lengths, options, statistics, sink_logits, out)
+        sinks = None if sink_logits is None else jax_calls.fresh(sink_logits)
+        counts = torch.full_like(rows.lengths, query.shape[1])
+        arrays = to_jax((jax_calls.fresh(query.detach()), rows.table, rows.lengths, counts, statistics, sinks))
+        found = to_torch(
+            attend_paged(
+                arrays[0],
+                self._jax_pages,
+                self.quantizers,
+                *arrays[1:4],
+                options=options.for_head_dim(query.shape[-1]),
+                statistics=arrays[4],
+                sink_logits=arrays[5],
             )
-        arrays = to_jax(
-            (jax_calls.fresh(query.detach()), None if sink_logits is None else jax_calls.fresh(sink_logits))
         )
-        statistics = None
-        if self.statistics is not None:
-            statistics = to_jax(self._statistics(query.shape[0]))
-        out = attend_paged(
-            arrays[0],
-            self._jax_pages,
-            self.quantizers,
-            *rows.as_jax,
-            options=options.for_head_dim(query.shape[-1]),
-            statistics=statistics,
-            sink_logits=arrays[1],
-        )
-        return to_torch(out)
+        return found if out is None else out.copy_(found)
+
+    def prepare_writes(self) -> None:
+        """On a GPU, starts to compile the kernels that `write` takes, so that the first long prompt waits less."""
+        if self.device.type == "cuda":
+            self._kernels.prepare_writes(centred=self.statistics is not None)
+
+    def prepare_attend(
+        self,
+        most: int,
+        query: Float[torch.Tensor, "b t h_q d"],
+        rows: PagedRows,
+        options: AttendOptions,
+        sink_logits: Float[torch.Tensor, "h_q"] | None = None,
+    ) -> None:
+        """On a GPU, starts to compile the kernels of `attend` for batches of all powers of two up to one.
+
+        Args:
+            most: The largest batch, not a power of two itself if need be.
+            query: As for `attend`, of any number of sequences.
+            rows: As for `attend`, of any number of sequences.
+            options: As for `attend`.
+            sink_logits: As for `attend`.
+        """
+        if self.device.type == "cuda":
+            batches = [1 << i for i in range((most - 1).bit_length() + 1)]
+            centred = self.statistics is not None
+            self._kernels.prepare_attend(batches, query, rows.table, options, sink_logits, centred=centred)
+
+    def attend_before(
+        self,
+        query: Float[torch.Tensor, "b t h_q d"],
+        rows: PagedRows,
+        ahead: Int[torch.Tensor, "b"],
+        options: AttendOptions = AttendOptions(),  # noqa: B008
+    ) -> tuple[Float[torch.Tensor, "b t h_q d"], Float[torch.Tensor, "b t h_q"]]:
+        """Attention of queries over tokens that all come before them, to be merged with that over other tokens.
+
+        Args:
+            query: After rotary embedding; query i of a sequence has position lengths + ahead + i.
+            rows: The sequences, without the tokens of the queries.
+            ahead: int32, tokens between each sequence and its first query.
+            options: Of the logits.
+
+        Returns:
+            float32 outputs, zero for queries that see no token; and the log-sum-exp of their logits, `HIDDEN` for
+            queries that see no token.
+
+        Raises:
+            NotImplementedError: On a GPU, for shapes or formats outside the kernels' limits.
+        """
+        statistics = None if self.statistics is None else self._statistics(query.shape[0])
+        if self.device.type == "cuda":
+            return self._kernels.attend_before(query, rows.table, rows.lengths, ahead, options, statistics)
+        arrays = to_jax((jax_calls.fresh(query.detach()), rows.table, rows.lengths, ahead, statistics))
+        query_array, table, lengths, distance, given = arrays
+        tokens = PackedTokens(self._jax_pages, self.quantizers, table, lengths, given)
+        return to_torch(_attend_before(query_array, tokens, distance, options=options.for_head_dim(query.shape[-1])))
 
     def _statistics(self, count: int) -> tuple[torch.Tensor, ...]:
         """Mean and weight for each of a number of sequences, which are few numbers."""
@@ -216,3 +270,15 @@ class PagedPool:
         if count not in self._expanded:
             self._expanded[count] = tuple(x.expand(count, *x.shape).contiguous() for x in self.statistics)
         return self._expanded[count]
+
+
+@functools.partial(jax.jit, static_argnames=("options",))
+def _attend_before(
+    query: jax.Array, tokens: PackedTokens, ahead: jax.Array, *, options: LogitOptions
+) -> tuple[jax.Array, jax.Array]:
+    """Outputs and log-sum-exp, by the reference; see `PagedPool.attend_before`."""
+    positions = (tokens.lengths + ahead)[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+    partial = attend_packed(query.astype(jnp.float32), tokens, positions, options)
+    seen = partial.total > 0
+    total = jnp.where(seen, partial.total, 1.0)
+    return partial.acc / total[..., None], jnp.where(seen, partial.peak + jnp.log(total), HIDDEN)

@@ -1,6 +1,11 @@
-"""Pages of a serving engine on a GPU: encoded into and attended to by kernels that torch launches."""
+"""Pages of a serving engine on a GPU: encoded into and attended to by kernels that torch launches.
+
+Everything is a launch on torch's current stream with addresses that torch knows, so that a CUDA graph can capture it
+once the same shapes have run before.
+"""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,14 +15,19 @@ from jaxtyping import Float, Int
 
 import tq_jax as tq
 from interop.launcher.function import TorchFunction
-from interop.launcher.program import BoundProgram
+from interop.launcher.program import BoundProgram, FirstPart
 from interop.torch.attend_on_gpu import AttendOptions
-from pallas_kernels.attention import MAX_QUERY_TOKENS, PagedArrays, attend_block_table
+from pallas_kernels.attention import MAX_QUERY_TOKENS, AttendPlan, PagedArrays, attend_block_table
+from pallas_kernels.attention.pipeline import attend_prepared
+from pallas_kernels.attention.prepare_arguments import PrepareInputs
 from pallas_kernels.encode import launch_triton as encode
 from pallas_kernels.encode.arguments import EncodeArguments
 from pallas_kernels.pages import Pages
 from tq_jax.attention import attend_plan, basis_of
 from tq_jax.quantizer import encoder
+
+WRITES = (16, 256, 1024, 4096)
+"""Tokens per launch that writes, padding included: a kernel takes longer to compile than any padding costs."""
 
 
 class PagedKernels:
@@ -39,7 +49,8 @@ class PagedKernels:
 
         self._arrays = jax.tree.map(tensor, PagedArrays(pages, basis_of(key), basis_of(value), key.sketch))
         self._encode = BoundProgram(PagedEncode(key, value), pages)
-        self._attend: dict[Any, BoundProgram] = {}
+        self._first_row = torch.zeros(WRITES[-1], dtype=torch.int32, device=device)
+        self._programs: dict[Any, BoundProgram] = {}
 
     def write(
         self,
@@ -49,31 +60,137 @@ class PagedKernels:
         statistics: tuple[torch.Tensor, ...] | None,
     ) -> None:
         """Writes n tokens to their slots; arguments as of `PagedPool`."""
-        # Few sizes, so that few are compiled; tokens of slot -1 are not written.
-        size = 1 << (len(slots) - 1).bit_length()
-        more = size - len(slots)
-        slots = torch.nn.functional.pad(slots.int(), (0, more), value=-1)
-        tokens = [torch.nn.functional.pad(x.to(self._dtype), (0, 0, 0, 0, 0, more)) for x in (keys, values)]
-        given = (None, None) if statistics is None else [x.expand(size, *x.shape).contiguous() for x in statistics]
-        self._encode(*(x[:, None].contiguous() for x in tokens), slots[:, None], *given)
+        for start in range(0, len(keys), WRITES[-1]):
+            part = slice(start, start + WRITES[-1])
+            self._write(keys[part], values[part], slots[start:], statistics)
+
+    def prepare_writes(self, *, centred: bool) -> None:
+        """Starts to compile the kernels that write any number of tokens.
+
+        Args:
+            centred: Whether keys have statistics.
+        """
+        heads, dim = self._arrays.pages.keys.packed.shape[1], self._specs[0].dim
+        statistics = [_meta((1, heads, dim), torch.float32)] * 2
+        for size in WRITES:
+            tokens, slots = _meta((size, 1, heads, dim), self._dtype), _meta((size, 1), torch.int32)
+            given = (*statistics, _meta((size,), torch.int32)) if centred else (None,) * 3
+            self._encode.prepare(tokens, tokens, slots, *given)
+
+    def prepare_attend(
+        self,
+        batches: Sequence[int],
+        query: torch.Tensor,
+        table: torch.Tensor,
+        options: AttendOptions,
+        sink_logits: torch.Tensor | None,
+        *,
+        centred: bool,
+    ) -> None:
+        """Starts to compile the kernels of `attend` for batches of other sizes.
+
+        Args:
+            batches: Numbers of sequences.
+            query: As for `attend`, of any number of sequences.
+            table: As for `attend`.
+            options: As for `attend`.
+            sink_logits: As for `attend`.
+            centred: Whether keys have statistics.
+        """
+        heads, dim = self._arrays.pages.keys.packed.shape[1], query.shape[3]
+        program = self._program(PagedAttend, query.shape[1], options)
+        for batch in batches:
+            statistics = [_meta((batch, heads, dim), torch.float32) if centred else None] * 2
+            rows = _meta((batch, table.shape[1]), torch.int32), _meta((batch,), torch.int32)
+            program.prepare(_meta((batch, *query.shape[1:]), query.dtype), *rows, *statistics, sink_logits)
+
+    def _write(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+        statistics: tuple[torch.Tensor, ...] | None,
+    ) -> None:
+        size = write_size(len(keys))
+        slots = slots[:size].int()
+        if len(slots) < size:
+            slots = torch.nn.functional.pad(slots, (0, size - len(slots)), value=-1)
+        # The kernel reads a token if its slot is not negative.
+        tokens = [FirstPart(x[:, None], size) for x in _dense(keys.to(self._dtype), values.to(self._dtype))]
+        given = (None,) * 3
+        if statistics is not None:
+            given = (*(x[None] for x in statistics), self._first_row[:size])
+        self._encode(*tokens, slots[:, None], *given)
 
     def attend(
         self,
         query: torch.Tensor,
         table: torch.Tensor,
         lengths: torch.Tensor,
-        counts: torch.Tensor,
         options: AttendOptions,
         statistics: tuple[torch.Tensor, ...] | None,
         sink_logits: torch.Tensor | None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Outputs of queries [b, t, h_q, d]; arguments as of `PagedPool`, the statistics' [b, h_kv, d]."""
-        chunk = query.shape[1] > MAX_QUERY_TOKENS
-        if (options, chunk) not in self._attend:
-            kind = TorchFunction if chunk else None
-            self._attend[options, chunk] = BoundProgram(PagedAttend(*self._specs, options), self._arrays, kind=kind)
+        """Outputs of queries [b, t, h_q, d]; arguments as of `PagedPool.attend`, the statistics' [b, h_kv, d]."""
+        return self._launch(
+            PagedAttend, query, options, table, lengths, statistics, sink_logits, out=() if out is None else (out,)
+        )[0]
+
+    def attend_before(
+        self,
+        query: torch.Tensor,
+        table: torch.Tensor,
+        lengths: torch.Tensor,
+        ahead: torch.Tensor,
+        options: AttendOptions,
+        statistics: tuple[torch.Tensor, ...] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs [b, t, h_q, d] and log-sum-exp [b, t, h_q]; arguments as of `PagedPool.attend_before`."""
+        out, log_sum_exp = self._launch(PagedAttendBefore, query, options, table, lengths, statistics, -ahead)
+        return out, log_sum_exp
+
+    def _launch(
+        self,
+        kind: "type[PagedAttend] | type[PagedAttendBefore]",
+        query: torch.Tensor,
+        options: AttendOptions,
+        table: torch.Tensor,
+        lengths: torch.Tensor,
+        statistics: tuple[torch.Tensor, ...] | None,
+        last: torch.Tensor | None,
+        *,
+        out: Sequence[torch.Tensor] = (),
+    ) -> tuple[torch.Tensor, ...]:
+        program = self._program(kind, query.shape[1], options)
         given = (None, None) if statistics is None else statistics
-        return self._attend[options, chunk](query.contiguous(), table, lengths, counts, *given, sink_logits)[0]
+        return program(query.contiguous(), table, lengths, *given, last, out=out)
+
+    def _program(
+        self, kind: "type[PagedAttend] | type[PagedAttendBefore]", count: int, options: AttendOptions
+    ) -> BoundProgram:
+        """The program of a number of queries per sequence."""
+        key = kind, options, count > MAX_QUERY_TOKENS
+        if key not in self._programs:
+            runner = TorchFunction if count > MAX_QUERY_TOKENS else None
+            self._programs[key] = BoundProgram(kind(*self._specs, options), self._arrays, kind=runner)
+        return self._programs[key]
+
+
+def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def write_size(count: int) -> int:
+    """Tokens of the launch that writes a number of tokens, of which there are at most `WRITES[-1]`."""
+    return next(size for size in WRITES if size >= count)
+
+
+def _dense(keys: torch.Tensor, values: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Both without gaps, by at most one launch."""
+    if keys.is_contiguous() or values.is_contiguous():
+        return keys.contiguous(), values.contiguous()
+    return torch.stack((keys, values)).unbind()
 
 
 class PagedEncode:
@@ -90,15 +207,15 @@ class PagedEncode:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PagedEncode) and other._identity == self._identity
 
-    def __call__(self, pages: Pages, keys: Any, values: Any, slots: Any, mean: Any, weight: Any) -> Pages:
-        """The pages with tokens [n, 1, h_kv, d] in them."""
+    def __call__(self, pages: Pages, keys: Any, values: Any, slots: Any, mean: Any, weight: Any, rows: Any) -> Pages:
+        """The pages with tokens [n, 1, h_kv, d] in them, centred and weighted by the statistics of their rows."""
         key, value = self._encoders
-        tokens = EncodeArguments(keys, values, slots, key=key, value=value, mean=mean, weight=weight)
+        tokens = EncodeArguments(keys, values, slots, key=key, value=value, mean=mean, weight=weight, rows=rows)
         return encode.encode_pages(tokens, pages, interpret=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class PagedAttend:
+class _Attend:
     """Attention over the pages of a block table, as a function of arrays with its static options bound."""
 
     key: tq.QuantizerSpec
@@ -106,26 +223,53 @@ class PagedAttend:
     options: AttendOptions
     interpret: bool = False
 
+    def _plan(self, arrays: PagedArrays, dim: int, pages: int) -> AttendPlan:
+        """The plan of a cache whose tokens are all in pages, for a number of pages per sequence."""
+        heads, size = arrays.pages.keys.packed.shape[1:3]
+        spec = tq.CacheSpec(heads, dim, pages * size, self.key, self.value, window=0, sink_tokens=0, page_size=size)
+        options = self.options
+        return attend_plan(spec, options.for_head_dim(dim), precise=options.precise, interpret=self.interpret)
+
+
+class PagedAttend(_Attend):
+    """Attention of the last tokens of sequences."""
+
     def __call__(
         self,
         arrays: PagedArrays,
         query: Float[Any, "b t h_q d"],
         table: Int[Any, "b n"],
         lengths: Int[Any, "b"],
-        counts: Int[Any, "b"],
         mean: Float[Any, "b h_kv d"] | None,
         weight: Float[Any, "b h_kv d"] | None,
         sink_logits: Any,
     ) -> tuple[Any]:
         """The outputs, see `PagedPool.attend`."""
-        options, dim = self.options, query.shape[-1]
-        heads, size = arrays.pages.keys.packed.shape[1:3]
-        most = table.shape[1] * size
-        # That of a cache whose tokens are all in pages.
-        spec = tq.CacheSpec(heads, dim, most, self.key, self.value, window=0, sink_tokens=0, page_size=size)
-        plan = attend_plan(spec, options.for_head_dim(dim), precise=options.precise, interpret=self.interpret)
+        plan = self._plan(arrays, query.shape[-1], table.shape[1])
         statistics = None if mean is None or weight is None else (mean, weight)
-        out = attend_block_table(
-            query, arrays, table, lengths, plan, counts=counts, statistics=statistics, sink_logits=sink_logits
+        return (
+            attend_block_table(query, arrays, table, lengths, plan, statistics=statistics, sink_logits=sink_logits),
         )
-        return (out,)
+
+
+class PagedAttendBefore(_Attend):
+    """Partial attention of queries that come behind all tokens of the pages."""
+
+    def __call__(
+        self,
+        arrays: PagedArrays,
+        query: Float[Any, "b t h_q d"],
+        table: Int[Any, "b n"],
+        lengths: Int[Any, "b"],
+        mean: Float[Any, "b h_kv d"] | None,
+        weight: Float[Any, "b h_kv d"] | None,
+        back: Int[Any, "b"],
+    ) -> tuple[Any, Any]:
+        """Outputs and log-sum-exp, see `PagedPool.attend_before`; `back` are the tokens from a query to the end."""
+        plan = dataclasses.replace(self._plan(arrays, query.shape[-1], table.shape[1]), partial=True)
+        inputs = PrepareInputs(
+            query=query, rows=None, counts=None, length=lengths, compressed=lengths, keys=None, values=None,
+            mean=mean, weight=weight, basis=arrays.key_basis, sketch=arrays.sketch, back=back,
+        )  # fmt: skip
+        partial = attend_prepared(inputs, arrays.pages, plan, block_table=table, value_basis=arrays.value_basis)
+        return partial.acc, partial.peak

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import torch
 from vllm.config import get_current_vllm_config, set_current_vllm_config
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -22,6 +23,7 @@ from interop.torch.paged import PagedPool
 from interop.vllm.bias_statistics import Owner, bias_statistics
 from interop.vllm.metadata import TurboQuantBuilder, TurboQuantMetadata
 from interop.vllm.options import Options
+from interop.vllm.prompts import PromptAttention
 from interop.vllm.report import identity_of
 from tq_jax.quantizer import MAX_DIM, MIN_DIM
 from tq_jax.statistics_files import find_statistics, read_statistics
@@ -89,7 +91,7 @@ class TurboQuantBackend(AttentionBackend):
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        """Calls are planned from the query lengths on the host, so these must be right."""
+        """Requests are split into runs and prompts by the query lengths on the host, so these must be right."""
         return False
 
     @classmethod
@@ -168,6 +170,8 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self._attend_options = AttendOptions(
             sliding_window, logits_soft_cap or None, self.scale, precise=self.options.precise
         )
+        dtype = self._config.model_config.dtype if self._config.model_config is not None else torch.float32
+        self._attend_prompts = PromptAttention(head_size, dtype, self._attend_options)
         # Kept to make another implementation of the same layer.
         self._arguments = (
             num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap,
@@ -180,6 +184,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self._owner = Owner(self)
         self._pool: PagedPool | None = None
         self._memory: tuple[int, torch.Size] | None = None
+        self._prepared: set[int] = set()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Finds out which layer this is; a boundary layer is given to vLLM's own attention."""
@@ -230,7 +235,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             self._pool, self._memory = self._make_pool(kv_cache, key.dtype), (kv_cache.data_ptr(), kv_cache.shape)
         assert self._pool is not None
         count = slot_mapping.shape[0]
-        self._pool.write(key[:count], value[:count], slot_mapping)
+        self._pool.write(key[:count], value[:count], _slots(layer, slot_mapping))
         self.written += count
 
     def forward(
@@ -250,17 +255,47 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             raise NotImplementedError("outputs are not quantized, got output_scale")
         if attn_metadata is None:  # while vLLM measures memory
             return output.zero_()
-        assert self._pool is not None
-        for call in attn_metadata.calls:
-            sinks = None if self.sinks is None else self.sinks.float()
-            out = self._pool.attend(call.take(query), call.rows, self._attend_options, sinks)
-            call.put(out, output)
-            self.attended += call.tokens.shape[0] if call.real is None else call.real.shape[0]
+        for call in attn_metadata.uniform:
+            assert self._pool is not None
+            if call.run.queries not in self._prepared:  # the first layer compiles for all
+                asked = query[: call.run.queries].unsqueeze(0)
+                most = self._config.scheduler_config.max_num_seqs
+                self._pool.prepare_attend(most, asked, call.rows, self._attend_options, self._sink_logits)
+                self._prepared.add(call.run.queries)
+            call.attend(self._pool, query, output, self._attend_options, self._sink_logits)
+            self.attended += call.run.requests * call.run.queries
+        if (prompts := attn_metadata.prompts) is not None:
+            self._attend_prompts(self._pool, prompts, query, key, value, output, self._sink_logits)
+            self.attended += prompts.starts[-1]
         return output
+
+    @property
+    def attends_prompts_by(self) -> str:
+        """Name of the attention of prompts within their chunks."""
+        return self._attend_prompts.name
+
+    @functools.cached_property
+    def _sink_logits(self) -> torch.Tensor | None:
+        """The sink logits as kernels take them; read once weights are loaded."""
+        return None if self.sinks is None else self.sinks.float()
 
     def _make_pool(self, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedPool:
         require_alike(kv_cache, self._config.compilation_config.static_forward_context)
-        return PagedPool(kv_cache, *_quantizers(self.options, self.head_size), dtype, self.statistics)
+        pool = PagedPool(kv_cache, *_quantizers(self.options, self.head_size), dtype, self.statistics)
+        pool.prepare_writes()
+        self._prepared.clear()
+        return pool
+
+
+def _slots(layer: Any, slot_mapping: torch.Tensor) -> torch.Tensor:
+    """The slots of a step as kernels take them, from its metadata; without metadata, as vLLM gives them."""
+    if layer is None or not is_forward_context_available():
+        return slot_mapping
+    metadata = get_forward_context().attn_metadata
+    found = metadata.get(layer.layer_name) if isinstance(metadata, dict) else None
+    if isinstance(found, TurboQuantMetadata) and found.count == slot_mapping.shape[0]:
+        return found.slots
+    return slot_mapping
 
 
 def require_alike(memory: torch.Tensor, layers: dict[str, Any]) -> None:

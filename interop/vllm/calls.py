@@ -1,4 +1,9 @@
-"""The queries of one step as calls of few shapes: decodes together, chunks of prompts in pieces."""
+"""The queries of one step as calls: uniform ones for a few queries per request, pieces for prompts over earlier tokens.
+
+vLLM puts requests of few queries first. Successive requests with equally many queries are one call on views of vLLM's
+own tensors: no index is made and nothing is gathered, so that a CUDA graph can hold the call. What is left are prompts.
+They attend to their own tokens in one call (`interop.vllm.prompts`), and to earlier tokens in pieces of few sizes.
+"""
 
 import dataclasses
 import itertools
@@ -6,113 +11,234 @@ from collections.abc import Sequence
 
 import torch
 
-from interop.torch.paged import PagedRows
-from pallas_kernels.attention.decode.launch_triton import MAX_QUERY_TOKENS
+from interop.torch.attend_on_gpu import AttendOptions
+from interop.torch.paged import PagedPool, PagedRows
+from pallas_kernels.numerics import HIDDEN, power_of_two
 
-SIZES = {
-    "cpu": (1, 8, 64, 256),
-    "cuda": (1, 2, 4, MAX_QUERY_TOKENS, 16, 32, 64, 128, 256, 384, 512, 768, 1024),
-}
-"""Sizes of calls: queries per sequence, padding included. A longer chunk is cut into pieces of the last size."""
+SIZES = {"cpu": (8, 64, 256), "cuda": (16, 32, 64, 128, 256, 384, 512, 768, 1024)}
+"""Queries per sequence of a call over earlier tokens, padding included; longer prompts are cut."""
 
 QUERIES = {"cpu": 256, "cuda": 1024}
-"""Most queries per call, padding included; on a GPU a launch costs more than padding."""
+"""Most queries per call over earlier tokens, padding included; on a GPU a launch costs more than padding."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """Queries that attend in one call, of b sequences with t queries each, padding included.
+class Run:
+    """Successive requests with equally many queries.
 
     Attributes:
-        tokens: int64 [b * t], index of each query among the tokens of the step; arbitrary for padding.
+        first: Index of the first request.
+        requests: Number of requests; those of a padded batch that have no queries count as well.
+        start: Index of the first query among the tokens of the step.
+        queries: Queries per request.
+    """
+
+    first: int
+    requests: int
+    start: int
+    queries: int
+
+
+def split_runs(starts: Sequence[int], threshold: int) -> tuple[list[Run], int]:
+    """The runs of requests with few queries at the start of a step, and the index of the first request behind them.
+
+    Args:
+        starts: Index of the first token of each request among the tokens of the step, padding included, and the end.
+            A padded step is uniform: all requests have equally many queries, but the last may have none.
+        threshold: Most queries of a request with few.
+
+    Example:
+        >>> split_runs([0, 1, 2, 40, 70], 1)
+        ([Run(first=0, requests=2, start=0, queries=1)], 2)
+        >>> split_runs([0, 2, 4, 4, 4], 2)
+        ([Run(first=0, requests=4, start=0, queries=2)], 4)
+    """
+    counts = [end - start for start, end in itertools.pairwise(starts)]
+    few = list(itertools.takewhile(lambda count: count <= threshold, counts))
+    padding = len(list(itertools.takewhile(lambda count: not count, reversed(few))))
+    runs, first = [], 0
+    for queries, group in itertools.groupby(few[: len(few) - padding]):
+        requests = len(list(group))
+        runs.append(Run(first, requests, starts[first], queries))
+        first += requests
+    if runs and padding:
+        runs[-1] = dataclasses.replace(runs[-1], requests=runs[-1].requests + padding)
+    return runs, len(few)
+
+
+@dataclasses.dataclass(frozen=True)
+class UniformCall:
+    """A run of requests, whose queries are the last of their tokens.
+
+    Attributes:
+        run: The run.
+        rows: Its sequences, padded to a power of two, so that few functions are compiled.
+    """
+
+    run: Run
+    rows: PagedRows
+
+    def attend(
+        self,
+        pool: PagedPool,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        options: AttendOptions,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        """Writes the outputs of the run's queries [tokens, h_q, d] of the step to the outputs of the step."""
+        run = self.run
+        tokens, shape = slice(run.start, run.start + run.requests * run.queries), (run.requests, run.queries)
+        asked, out = query[tokens].unflatten(0, shape), output[tokens].unflatten(0, shape)
+        padding = self.rows.lengths.shape[0] - run.requests
+        if not padding:
+            pool.attend(asked, self.rows, options, sinks, out=out)
+            return
+        padded = torch.nn.functional.pad(asked, (0, 0, 0, 0, 0, 0, 0, padding))
+        out.copy_(pool.attend(padded, self.rows, options, sinks)[: run.requests])
+
+
+class RowBuffers:
+    """Rows of a batch at addresses that stay, for CUDA graphs; padded to a power of two.
+
+    Args:
+        most: Most requests of a batch.
+        device: Their device.
+    """
+
+    def __init__(self, most: int, device: torch.device) -> None:
+        self._lengths = torch.zeros(power_of_two(most), dtype=torch.int32, device=device)
+        self._table: torch.Tensor | None = None
+
+    def rows(self, run: Run, table: torch.Tensor, lengths: torch.Tensor) -> PagedRows:
+        """Rows of a run, of a batch's table int32 [requests, pages] and lengths int32 [requests].
+
+        The first run's rows are views of the batch's tensors if they need no padding, else of the buffers. A CUDA graph
+        holds a batch that is one run.
+        """
+        part, size = slice(run.first, run.first + run.requests), power_of_two(run.requests)
+        table, lengths, padding = table[part], lengths[part], size - run.requests
+        if run.first:
+            pad = torch.nn.functional.pad
+            return PagedRows(pad(table, (0, 0, 0, padding)).contiguous(), pad(lengths, (0, padding)).contiguous())
+        if not padding:
+            return PagedRows(table, lengths)
+        if self._table is None:
+            self._table = table.new_zeros(self._lengths.shape[0], table.shape[1])
+        self._table[: run.requests].copy_(table)
+        self._lengths[: run.requests].copy_(lengths)
+        self._lengths[run.requests :].zero_()
+        return PagedRows(self._table[:size], self._lengths[:size])
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlierCall:
+    """Queries of prompts that attend in one call to the tokens before their chunks.
+
+    Attributes:
+        tokens: int64 [b * t], index of each query among the tokens of the prompts; arbitrary for padding.
         real: int64, indices into `tokens` of the queries that are no padding; None if there is no padding.
-        rows: The b sequences. A piece of a chunk is a sequence that ends with the piece.
+        rows: The b sequences, without their chunks.
+        ahead: int32 [b], tokens between each sequence and its first query.
     """
 
     tokens: torch.Tensor
     real: torch.Tensor | None
     rows: PagedRows
+    ahead: torch.Tensor
 
-    def take(self, query: torch.Tensor) -> torch.Tensor:
-        """The queries of the call, [b, t, ...], from the queries of the step, [tokens, ...]."""
-        return query[self.tokens].unflatten(0, (self.rows.counts.shape[0], -1))
-
-    def put(self, out: torch.Tensor, output: torch.Tensor) -> None:
-        """Writes the outputs of the call, [b, t, ...], to the outputs of the step, [tokens, ...]."""
-        flat = out.flatten(0, 1)
-        if self.real is None:
-            output[self.tokens] = flat
-        else:
-            output[self.tokens[self.real]] = flat[self.real]
+    def attend(
+        self,
+        pool: PagedPool,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        log_sum_exp: torch.Tensor,
+        options: AttendOptions,
+    ) -> None:
+        """Writes outputs and log-sum-exp [tokens, h_q] of its queries, of the prompts' queries [tokens, h_q, d]."""
+        asked = query[self.tokens].unflatten(0, (self.ahead.shape[0], -1))
+        found = [x.flatten(0, 1) for x in pool.attend_before(asked, self.rows, self.ahead, options)]
+        tokens = self.tokens
+        if self.real is not None:
+            tokens, found = tokens[self.real], [x[self.real] for x in found]
+        output[tokens] = found[0].to(output.dtype)
+        log_sum_exp[tokens] = found[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Successive queries of a request.
+    """Successive queries of a prompt.
 
     Attributes:
-        request: Index of the request in the step.
-        first: Index of the first query among the tokens of the step.
+        request: Index of the request among the prompts.
+        first: Index of the first query among the tokens of the prompts.
         count: Number of queries.
-        behind: Number of tokens of the request after the last query.
+        ahead: Number of tokens of the same chunk before the first query.
     """
 
     request: int
     first: int
     count: int
-    behind: int
+    ahead: int
 
 
-def plan_calls(
-    starts: Sequence[int], seq_lens: torch.Tensor, block_table: torch.Tensor, sizes: Sequence[int]
-) -> list[Call]:
-    """Plans the calls of a step. Nothing is read back from the device.
+def plan_earlier(
+    starts: Sequence[int], continued: Sequence[bool], lengths: torch.Tensor, table: torch.Tensor
+) -> list[EarlierCall]:
+    """Plans the calls over the tokens before the chunks of a step. Nothing is read back from the device.
 
     Args:
-        starts: Index of the first token of each request among the tokens of the step, and the end of the last request.
-        seq_lens: Integers [requests] on the device: tokens of each request, the tokens of the step included.
-        block_table: int32 [requests, blocks] on the device: block of each run of tokens of each request.
-        sizes: Sizes of calls, ascending; see `SIZES`.
+        starts: Index of the first token of each prompt among the tokens of the prompts, and the end of the last one.
+        continued: Whether each prompt has earlier tokens.
+        lengths: int32 [prompts] on the device: earlier tokens of each prompt.
+        table: int32 [prompts, pages] on the device: page of each run of tokens of each prompt.
 
     Returns:
-        Calls that have every query of the step once.
+        Calls that have every query of the continued prompts once.
 
     Example:
-        >>> lengths, table = torch.tensor([5, 300], dtype=torch.int32), torch.zeros(2, 8, dtype=torch.int32)
-        >>> calls = plan_calls([0, 1, 301], lengths, table, SIZES["cpu"])
-        >>> [(call.rows.counts.tolist(), call.rows.lengths.tolist()) for call in calls]
-        [([1], [5]), ([44], [300]), ([256], [256])]
+        >>> lengths, table = torch.tensor([0, 40], dtype=torch.int32), torch.zeros(2, 8, dtype=torch.int32)
+        >>> calls = plan_earlier([0, 50, 350], [False, True], lengths, table)
+        >>> [(call.rows.lengths.tolist(), call.ahead.tolist(), call.tokens.shape[0]) for call in calls]
+        [([40], [256], 64), ([40], [0], 256)]
     """
-    pieces: dict[int, list[Piece]] = {size: [] for size in sizes}
+    kind = lengths.device.type
+    pieces: dict[int, list[Piece]] = {size: [] for size in SIZES[kind]}
     for request, (start, end) in enumerate(itertools.pairwise(starts)):
-        for first in range(start, end, sizes[-1]):
-            count = min(end - first, sizes[-1])
-            size = next(size for size in sizes if size >= count)
-            pieces[size].append(Piece(request, first, count, end - first - count))
+        if not continued[request]:
+            continue
+        for first in range(start, end, SIZES[kind][-1]):
+            count = min(end - first, SIZES[kind][-1])
+            size = next(size for size in SIZES[kind] if size >= count)
+            pieces[size].append(Piece(request, first, count, first - start))
     calls = []
     for size, found in pieces.items():
-        together = max(QUERIES[seq_lens.device.type] // size, 1)
+        together = max(QUERIES[kind] // size, 1)
         parts = (found[i : i + together] for i in range(0, len(found), together))
-        calls += [_call(part, size, seq_lens, block_table) for part in parts]
+        calls += [_earlier_call(part, size, lengths, table) for part in parts]
     return calls
 
 
-def _call(pieces: list[Piece], size: int, seq_lens: torch.Tensor, block_table: torch.Tensor) -> Call:
-    padding = (1 << (len(pieces) - 1).bit_length()) - len(pieces)  # few sizes, so that few functions are compiled
-    device = seq_lens.device
-    request, count, behind = torch.tensor(
-        [[p.request, p.count, p.behind] for p in pieces] + [[0, 0, 0]] * padding, dtype=torch.int64
-    ).T.to(device)
+def _earlier_call(pieces: list[Piece], size: int, lengths: torch.Tensor, table: torch.Tensor) -> EarlierCall:
+    padding = power_of_two(len(pieces)) - len(pieces)  # few sizes, so that few functions are compiled
+    device = lengths.device
+    request, ahead, exists = _on_device([[p.request, p.ahead, 1] for p in pieces] + [[0, 0, 0]] * padding, device).T
     places = [p.first + min(i, p.count - 1) for p in pieces for i in range(size)] + [0] * (padding * size)
     real = [n * size + i for n, p in enumerate(pieces) for i in range(p.count)]
-    exists = count > 0
-    rows = PagedRows(
-        table=block_table[request].int().contiguous(),
-        lengths=torch.where(exists, seq_lens[request] - behind, 0).int(),
-        counts=count.int(),
+    return EarlierCall(
+        tokens=_on_device(places, device),
+        real=None if len(real) == len(places) else _on_device(real, device),
+        rows=PagedRows(table[request].contiguous(), torch.where(exists > 0, lengths[request], 0).int()),
+        ahead=ahead.int().contiguous(),
     )
-    return Call(
-        tokens=torch.tensor(places, device=device),
-        real=None if len(real) == len(places) else torch.tensor(real, device=device),
-        rows=rows,
-    )
+
+
+def _on_device(numbers: list, device: torch.device) -> torch.Tensor:
+    """An int64 tensor of numbers; the copy does not wait for the device."""
+    tensor = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
+
+
+def empty_earlier(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs and log-sum-exp [tokens, h_q] of queries [tokens, h_q, d] that see no earlier token."""
+    return torch.zeros_like(query), query.new_full(query.shape[:2], HIDDEN, dtype=torch.float32)

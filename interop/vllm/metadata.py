@@ -1,13 +1,22 @@
 """The metadata of a step: the calls by which its queries attend, made once and shared by the layers."""
 
 import dataclasses
+import itertools
 from typing import Any, ClassVar
 
 import torch
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    max_decode_query_len,
+)
 
-from interop.vllm.calls import SIZES, Call, plan_calls
+from interop.torch.paged_on_gpu import WRITES, write_size
+from interop.vllm.calls import RowBuffers, UniformCall, plan_earlier, split_runs
+from interop.vllm.prompts import Prompts
 from interop.vllm.report import report
+from pallas_kernels.attention import MAX_QUERY_TOKENS
 
 
 @dataclasses.dataclass
@@ -15,16 +24,27 @@ class TurboQuantMetadata(AttentionMetadata):
     """The metadata of a step.
 
     Attributes:
-        calls: The calls by which its queries attend.
+        uniform: The calls of requests with few queries, over all of their tokens.
+        prompts: The other requests; None if there are none.
+        slots: int32, page slot of each token, padding included; negative for padding and behind it.
+        count: Number of tokens, padding included.
     """
 
-    calls: list[Call]
+    uniform: tuple[UniformCall, ...]
+    prompts: Prompts | None
+    slots: torch.Tensor
+    count: int
 
 
 class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
-    """Makes the metadata of every step; when made itself, checks the configuration and logs the summary."""
+    """Makes the metadata of every step; when made itself, checks the configuration and logs the summary.
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    A uniform step takes vLLM's own tensors of lengths and pages, at addresses that stay. The builder's own tensors stay
+    where they are as well, and are filled by copies on the device: a CUDA graph of the layers replays with what the
+    latest `build` has put there.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -33,18 +53,65 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
                 f"this vLLM does not say how many bytes a token takes in {layer_names}: got {kv_cache_spec}"
             )
         _require_whole_blocks(vllm_config, kv_cache_spec)
-        self._sizes = SIZES[device.type]
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        assert self.reorder_batch_threshold is not None
+        self.reorder_batch_threshold = min(self.reorder_batch_threshold, MAX_QUERY_TOKENS)
+        scheduler = vllm_config.scheduler_config
+        self._rows = RowBuffers(scheduler.max_num_seqs, device)
+        most = scheduler.max_num_batched_tokens + WRITES[-1]
+        self._slots = torch.full((most,), -1, dtype=torch.int32, device=device)
         report(vllm_config)
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Graphs of uniform batches; only of single tokens if drafts have more tokens than the kernels take."""
+        if max_decode_query_len(vllm_config) > MAX_QUERY_TOKENS:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return cls._cudagraph_support
+
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> TurboQuantMetadata:
-        """Plans the calls of a step."""
+        """Plans the calls of a step. Nothing is read back from the device."""
         common = common_attn_metadata
         if not isinstance(common.causal, bool) or not common.causal:
             raise NotImplementedError(f"attention over compressed pages is causal, got causal={common.causal}")
-        count = common.num_reqs
-        starts = common.query_start_loc_cpu[: count + 1].tolist()
-        table = common.block_table_tensor[:count]
-        return TurboQuantMetadata(plan_calls(starts, common.seq_lens[:count], table, self._sizes))
+        requests = common.num_reqs
+        starts = common.query_start_loc_cpu[: requests + 1].tolist()
+        table, lengths = common.block_table_tensor[:requests], common.seq_lens[:requests]
+        assert self.reorder_batch_threshold is not None
+        runs, first = split_runs(starts, self.reorder_batch_threshold)
+        return TurboQuantMetadata(
+            uniform=tuple(UniformCall(run, self._rows.rows(run, table, lengths)) for run in runs),
+            prompts=_prompts(common, starts, first) if first < requests else None,
+            slots=self._filled_slots(common.slot_mapping),
+            count=common.slot_mapping.shape[0],
+        )
+
+    def _filled_slots(self, slots: torch.Tensor) -> torch.Tensor:
+        """The slots of a step as int32 in the builder's tensor, with negative ones behind them as writes need them."""
+        count = slots.shape[0]
+        last = count - 1 - (count - 1) % WRITES[-1] if count else 0  # first token of the last write
+        end = last + write_size(count - last)
+        self._slots[:count].copy_(slots)
+        self._slots[count:end].fill_(-1)
+        return self._slots[:end]
+
+
+def _prompts(common: Any, starts: list[int], first: int) -> Prompts:
+    """The requests from one on, which are prompts."""
+    base, whole = starts[first], common.query_start_loc
+    own = [start - base for start in starts[first:]]
+    on_device = whole[first : len(starts)] - base if first else whole[: len(starts)]
+    bound = common.seq_lens_cpu_upper_bound
+    counts = [end - start for start, end in itertools.pairwise(own)]
+    continued = [True] * len(counts)
+    if bound is not None:
+        continued = [most > count for most, count in zip(bound[first : len(starts) - 1].tolist(), counts, strict=True)]
+    earlier = ()
+    if any(continued):
+        part = slice(first, len(starts) - 1)
+        lengths = common.seq_lens[part] - (on_device[1:] - on_device[:-1])
+        earlier = tuple(plan_earlier(own, continued, lengths, common.block_table_tensor[part]))
+    return Prompts(base, own, on_device, earlier)
 
 
 def _require_whole_blocks(vllm_config: Any, spec: Any) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
 
 from interop.vllm.options import Options
 from tq_jax.statistics_files import ModelIdentity, identify, missing_statistics
@@ -31,14 +32,14 @@ def _sources(vllm_config: Any) -> set[str | None]:
 
 
 def summary(vllm_config: Any) -> str:
-    """Says which layers are compressed, how, and how many times as many tokens the same memory holds."""
+    """Says which layers are compressed, how, which are not, what attends to prompts, and how many more tokens fit."""
     layers = {
         name: layer
         for name, layer in vllm_config.compilation_config.static_forward_context.items()
         if hasattr(layer, "attn_backend") and hasattr(layer, "get_kv_cache_spec")
     }
-    compressed, full, dense = [], 0, 0
-    content = ""
+    compressed, others, full, dense = [], {}, 0, 0
+    content = prompts = ""
     for name, layer in layers.items():
         plain = layer.get_kv_cache_spec(vllm_config)
         if plain is None:
@@ -47,14 +48,18 @@ def summary(vllm_config: Any) -> str:
         spec = layer.attn_backend.customize_spec(plain)
         dense += plain.page_size_bytes
         full += spec.page_size_bytes
-        if spec != plain:
-            compressed.append(getattr(layer.impl, "layer_index", name))
+        if spec == plain:
+            others.setdefault(layer.attn_backend.get_name(), []).append(extract_layer_index(name))
+        else:
+            compressed.append(extract_layer_index(name))
+            prompts = layer.impl.attends_prompts_by
             content = f"{spec.state_content_size_bytes} instead of {plain.state_content_size_bytes} bytes"
     options = Options.from_config(vllm_config.additional_config)
-    others = "" if len(compressed) == len(layers) else "; the others stay in full precision"
+    kept = "".join(f"; layers {indices} stay in full precision ({name})" for name, indices in others.items())
     sources = sorted(source for source in _sources(vllm_config) if source is not None)
     how = f", keys centred and weighted by {' and '.join(sources)}" if sources else ""
     return (
         f"tq_jax compresses {len(compressed)} of {len(layers)} layers {compressed} to {options.label} ({content} per "
-        f"head and token){how}{others}. The same memory holds {dense / full:.2f} times as many tokens"
+        f"head and token){how}{kept}. Prompts attend within their chunks by {prompts}. "
+        f"The same memory holds {dense / full:.2f} times as many tokens"
     )

@@ -10,9 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import tq_jax as tq  # noqa: E402
+from interop.launcher.cuda_graph import GraphPool  # noqa: E402
 from interop.torch.attend_on_gpu import AttendOptions  # noqa: E402
 from interop.torch.paged import PagedPool  # noqa: E402
-from interop.vllm.calls import SIZES, plan_calls  # noqa: E402
+from interop.vllm.calls import RowBuffers, UniformCall, empty_earlier, plan_earlier, split_runs  # noqa: E402
+from pallas_kernels.numerics import HIDDEN  # noqa: E402
 
 pytestmark = [
     pytest.mark.device,
@@ -20,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),  # what torch warns of depends on its release and the GPU
 ]
 
-LENGTHS, COUNTS = [700, 33, 1, 257, 5], [300, 1, 1, 8, 3]
+LENGTHS, COUNTS = [33, 1, 5, 257, 700], [1, 1, 3, 8, 300]
 BLOCKS = 64
 DEVICE = "cuda"
 
@@ -119,15 +121,28 @@ class Step:
                 with jax_on(device):
                     pool.write(k[part].to(device), v[part].to(device), slots[part].to(device))
 
-    def attend(self, device: str, query: torch.Tensor) -> torch.Tensor:
-        """Outputs of the last tokens of the sequences."""
+    def attend(self, device: str, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the last tokens of the sequences: outputs of the decoding ones, and of prompts over earlier tokens.
+
+        Returns:
+            Outputs of all queries, and the log-sum-exp of the prompts' logits.
+        """
         output, query = torch.zeros_like(query, device=device), query.to(device)
         sinks = None if self.sinks is None else self.sinks.to(device)
         starts, lengths = [0, *accumulate(COUNTS)], torch.tensor(LENGTHS, dtype=torch.int32, device=device)
+        table, pool, options = self.table.to(device), self.pools[device], self.case.options
+        runs, first = split_runs(starts, 3)
+        base, counts = starts[first], torch.tensor(COUNTS[first:], dtype=torch.int32, device=device)
+        buffers = RowBuffers(len(LENGTHS), table.device)
+        earlier, sums = empty_earlier(query[base:])
         with jax_on(device):
-            for call in plan_calls(starts, lengths, self.table.to(device), SIZES[device]):
-                call.put(self.pools[device].attend(call.take(query), call.rows, self.case.options, sinks), output)
-        return output.cpu()
+            for run in runs:
+                UniformCall(run, buffers.rows(run, table, lengths)).attend(pool, query, output, options, sinks)
+            own = [start - base for start in starts[first:]]
+            for call in plan_earlier(own, [True] * len(counts), lengths[first:] - counts, table[first:]):
+                call.attend(pool, query[base:], earlier, sums, options)
+        output[base:] = earlier
+        return output.cpu(), sums.cpu()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -142,6 +157,42 @@ def test_parity_with_the_cpu(name):
             assert float((mine == theirs.cpu()).float().mean()) > 0.98
         mine.copy_(theirs)
     query = step.normal(sum(COUNTS), case.kv_heads * case.group, case.key.dim).to(case.dtype)
-    want, found, again = step.attend("cpu", query).float(), step.attend(DEVICE, query), step.attend(DEVICE, query)
+    (want, want_sums), (found, sums), (again, _) = (step.attend(device, query) for device in ("cpu", DEVICE, DEVICE))
     assert torch.equal(found, again)
-    assert float((found.float() - want).norm() / want.norm()) < case.tolerance
+    assert float((found.float() - want.float()).norm() / want.float().norm()) < case.tolerance
+    seen = want_sums > HIDDEN
+    assert torch.equal(sums > HIDDEN, seen)
+    assert float((sums - want_sums)[seen].abs().max()) < 10 * case.tolerance
+
+
+def test_steps_in_a_graph():
+    """A captured step of a padded batch replays with what was written since, at lengths and pages of another step."""
+    case = CASES["K4V4"]
+    step = Step(case)
+    step.write()
+    pool, device = step.pools[DEVICE], torch.device(DEVICE)
+    table, lengths = step.table[[0, 3, 4]].to(device), torch.tensor([20, 200, 500], dtype=torch.int32, device=device)
+    heads, dim = case.kv_heads, case.key.dim
+    query = step.normal(3, heads * case.group, dim).to(device, case.dtype)
+    k, v = step.normal(3, 2 * heads, dim).to(device, case.dtype).split(heads, dim=1)  # with gaps, as vLLM's are
+    slots = torch.full((16,), -1, dtype=torch.int32, device=device)
+    buffers, output = RowBuffers(3, device), torch.zeros_like(query)
+    [run], _ = split_runs([0, 1, 2, 3], 1)
+
+    def launch() -> None:
+        pool.write(k, v, slots)
+        UniformCall(run, rows).attend(pool, query, output, case.options, None)
+
+    rows = buffers.rows(run, table, lengths)
+    launch()
+    with GraphPool().capture(device) as graph:
+        launch()
+    lengths = torch.tensor([33, 257, 700], dtype=torch.int32, device=device)
+    place = (lengths - 1).long()
+    slots[:3] = table[torch.arange(3, device=device), place // case.page_size] * case.page_size + place % case.page_size
+    buffers.rows(run, table, lengths)
+    before = output.clone()
+    graph.replay()
+    replayed = output.clone()
+    launch()
+    assert torch.equal(replayed, output) and not torch.equal(replayed, before)

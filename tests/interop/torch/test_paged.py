@@ -17,8 +17,9 @@ from interop.torch import paged_on_gpu  # noqa: E402
 from interop.torch.attend_on_gpu import AttendOptions  # noqa: E402
 from interop.torch.cache import TorchCache  # noqa: E402
 from interop.torch.paged import PagedPool, PagedRows, view_pages  # noqa: E402
-from interop.torch.paged_on_gpu import PagedAttend, PagedEncode  # noqa: E402
-from interop.vllm.calls import SIZES, plan_calls  # noqa: E402
+from interop.torch.paged_on_gpu import PagedAttend, PagedAttendBefore, PagedEncode  # noqa: E402
+from interop.vllm.calls import RowBuffers, UniformCall, empty_earlier, plan_earlier, split_runs  # noqa: E402
+from pallas_kernels.numerics import HIDDEN  # noqa: E402
 
 D, PAGE = 32, 32
 MSE, PROD = tq.QuantizerSpec(D, 4, scale="unbiased", search=True), tq.QuantizerSpec(D, 3, kind="prod")
@@ -64,18 +65,42 @@ def test_equal_to_a_cache(form, centred):
         for row in range(2):
             pool.write(k[row, part], v[row, part], slots[row, part])
     query, sinks = torch.randn(2, 5, 8, D, generator=random), torch.randn(8, generator=random)
-    rows, counts = PagedRows(TABLE, integers(*LENGTHS), integers(5, 3)), [5, 3]
-    torch.testing.assert_close(pool.attend(query, rows), cache.attend(query, lengths=counts), rtol=0, atol=1e-6)
+    rows = PagedRows(TABLE, integers(*LENGTHS))
+    torch.testing.assert_close(pool.attend(query, rows), cache.attend(query), rtol=0, atol=1e-6)
     options = dict(sliding_window=20, softcap=3.0, scale=0.3)
-    found = pool.attend(query, rows, AttendOptions(**options), sinks)
-    torch.testing.assert_close(
-        found, cache.attend(query, lengths=counts, sink_logits=sinks, **options), rtol=0, atol=1e-6
-    )
-    earlier = PagedRows(TABLE, integers(50, 37), integers(1, 0))  # what comes behind is not seen
+    out = torch.full_like(query, torch.nan)
+    assert pool.attend(query, rows, AttendOptions(**options), sinks, out=out) is out
+    torch.testing.assert_close(out, cache.attend(query, sink_logits=sinks, **options), rtol=0, atol=1e-6)
+    shorter = PagedRows(TABLE, integers(50, 0))  # neither what comes behind nor padding is seen
     cache.crop(50)
-    torch.testing.assert_close(
-        pool.attend(query[:, :1], earlier), cache.attend(query[:, :1], lengths=[1, 0]), rtol=0, atol=1e-6
-    )
+    want = cache.attend(query[:, :1], lengths=[1, 0])
+    torch.testing.assert_close(pool.attend(query[:, :1], shorter, sink_logits=sinks) != 0, want != 0)
+    torch.testing.assert_close(pool.attend(query[:, :1], shorter), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (60, 3.0)])
+def test_tokens_before_the_queries(window, softcap):
+    """A query behind all tokens sees them as one of their last, of a window as much smaller as it is further behind."""
+    random = torch.Generator().manual_seed(1)
+    statistics = torch.randn(2, D, generator=random), 0.5 + torch.rand(2, D, generator=random)
+    pool = make_pool(*FORMATS["mse"], statistics)
+    for table, length in zip(TABLE, LENGTHS, strict=True):
+        k, v = torch.randn(2, length, 2, D, generator=random)
+        position = torch.arange(length)
+        pool.write(k, v, table[position // PAGE].long() * PAGE + position % PAGE)
+    query, sinks = torch.randn(2, 4, 8, D, generator=random), torch.randn(8, generator=random)
+    ahead = (0, 30)
+    given = AttendOptions(window, softcap)
+    out, log_sum_exp = pool.attend_before(query, PagedRows(TABLE, integers(*LENGTHS)), integers(*ahead), given)
+    with_sink = out * torch.sigmoid(log_sum_exp - sinks)[..., None]
+    for row, length in enumerate(LENGTHS):
+        rows = PagedRows(TABLE[row : row + 1].clone(), integers(length))
+        for i in range(4):
+            smaller = None if window is None else window - 1 - ahead[row] - i
+            want = pool.attend(query[row, i][None, None], rows, AttendOptions(smaller, softcap), sinks)
+            torch.testing.assert_close(with_sink[row, i], want[0, 0], rtol=0, atol=1e-6)
+    none = pool.attend_before(query, PagedRows(TABLE, integers(0, 37)), integers(*ahead), AttendOptions(31))
+    assert not none[0].any() and bool((none[1] == HIDDEN).all())
 
 
 def test_nothing_to_write():
@@ -120,7 +145,7 @@ def test_launches_on_a_gpu(centred):
     pool = PagedPool(torch.zeros(9, 2, PAGE, 68, dtype=torch.uint8), *quantizers, torch.bfloat16)
     query, table = torch.zeros(4, 2, 8, 64, dtype=torch.bfloat16), torch.zeros(4, 6, dtype=torch.int32)
     given = [torch.ones(4, 2, 64) if centred else None] * 2
-    inputs = (pool._kernels._arrays, query, table, integers(0, 0, 0, 0), integers(0, 0, 0, 0), *given, torch.zeros(8))
+    inputs = (pool._kernels._arrays, query, table, integers(0, 0, 0, 0), *given, torch.zeros(8))
     plan = plan_launches(PagedAttend(spec, spec, AttendOptions()), *jax.tree.map(struct, inputs))
     assert [launch.kernel.name for launch in plan.launches] == ["prepare", "decode", "merge"]
     assert plan.outputs == (ArrayPlace("output", 0),) and plan.made == (((4, 2, 8, 64), "bfloat16"),)
@@ -128,9 +153,13 @@ def test_launches_on_a_gpu(centred):
     assert set().union(*read) == set(range(len(plan.inputs)))
     own_table = 1 + len(jax.tree.leaves(pool._kernels._arrays))
     assert own_table in read[1] and own_table not in read[0]
+    inputs = (*inputs[:-1], integers(0, 0, 0, 0))
+    plan = plan_launches(PagedAttendBefore(spec, spec, AttendOptions()), *jax.tree.map(struct, inputs))
+    assert [launch.kernel.name for launch in plan.launches] == ["prepare", "decode", "merge"]
+    assert plan.made == (((4, 2, 8, 64), "float32"), ((4, 2, 8), "float32"))
 
-    tokens, slots = torch.zeros(8, 1, 2, 64, dtype=torch.bfloat16), torch.zeros(8, 1, dtype=torch.int32)
-    given = [torch.ones(8, 2, 64) if centred else None] * 2
+    tokens, slots = torch.zeros(16, 1, 2, 64, dtype=torch.bfloat16), torch.zeros(16, 1, dtype=torch.int32)
+    given = [torch.ones(1, 2, 64)] * 2 + [integers(*[0] * 16)] if centred else [None] * 3
     encode = PagedEncode(*quantizers)
     plan = plan_launches(encode, *jax.tree.map(struct, (pool.pages, tokens, tokens, slots, *given)))
     assert [launch.kernel.name for launch in plan.launches] == ["encode"] and plan.made == ()
@@ -140,41 +169,119 @@ def test_launches_on_a_gpu(centred):
 
 
 def test_long_chunks_take_their_kernel(monkeypatch):
-    """Lowered for a GPU, and launched by torch without one."""
+    """Lowered for a GPU, and launched by torch without one; few queries write where they are told to."""
     launched = record_launches(monkeypatch)
     spec = tq.QuantizerSpec(64, 4)
     quantizers = tq.make_quantizer(spec), tq.make_quantizer(spec, seed=1)
-    pool = PagedPool(torch.zeros(3, 2, 64, 68, dtype=torch.uint8), *quantizers, torch.bfloat16)
-    query, lengths = torch.zeros(1, 16, 4, 64, dtype=torch.bfloat16), integers(0)
-    out = pool._kernels.attend(query, TABLE[:1], lengths, lengths, AttendOptions(), None, None)
+    kernels = PagedPool(torch.zeros(3, 2, 64, 68, dtype=torch.uint8), *quantizers, torch.bfloat16)._kernels
+    query, zero = torch.zeros(1, 16, 4, 64, dtype=torch.bfloat16), integers(0)
+    out, sums = kernels.attend_before(query, TABLE[:1], zero, zero, AttendOptions(), None)
     assert [call[0] for call in launched] == ["prepare", "prefill", "merge"]
-    assert out.shape == query.shape and out.dtype == query.dtype
+    assert (out.shape, sums.shape) == (query.shape, query.shape[:3]) and out.dtype == sums.dtype == torch.float32
+    launched.clear()
+    out = torch.zeros_like(query[:, :1])
+    assert kernels.attend(query[:, :1], TABLE[:1], zero, AttendOptions(), None, None, out) is out
+    assert [call[0] for call in launched] == ["prepare", "decode", "merge"] and out.data_ptr() in launched[2]
+    with pytest.raises(ValueError, match=r"expected bfloat16\[1, 1, 4, 64\] on cpu, got bfloat16\[1, 2, 4, 64\]"):
+        kernels.attend(query[:, :1], TABLE[:1], zero, AttendOptions(), None, None, query[:, :2])
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_kernels_are_compiled_ahead(centred, monkeypatch):
+    """Later calls of the sizes that were prepared lower and compile nothing."""
+    launched = record_launches(monkeypatch)
+    spec = tq.QuantizerSpec(64, 4)
+    quantizers = tq.make_quantizer(spec, seed=7), tq.make_quantizer(spec, seed=8)
+    statistics = (torch.zeros(2, 64), torch.ones(2, 64)) if centred else None
+    memory = torch.zeros(3, 2, 32, 68, dtype=torch.uint8)
+    pool = PagedPool(memory, *quantizers, torch.bfloat16, statistics)
+    monkeypatch.setattr(paged_on_gpu, "WRITES", (16, 32))
+    monkeypatch.setattr(pool, "device", torch.device("cuda"))
+    query, rows, sinks = torch.zeros(3, 1, 4, 64).bfloat16(), PagedRows(TABLE[:1], integers(0)), torch.zeros(4)
+    pool.prepare_writes()
+    pool.prepare_attend(3, query[:1], rows, AttendOptions(), sinks)
+    known = program._shared_program.cache_info().misses
+    assert not launched
+    for count in (1, 2, 3):
+        if count < 3:
+            again = PagedRows(TABLE[:count], integers(*[0] * count))
+            pool._kernels.attend(
+                query[:count], again.table, again.lengths, AttendOptions(),
+                None if statistics is None else tuple(x.expand(count, 2, 64).contiguous() for x in statistics), sinks,
+            )  # fmt: skip
+        tokens = torch.zeros(10 * count, 2, 64).bfloat16()
+        pool._kernels.write(tokens, tokens, torch.arange(10 * count), pool.statistics)
+    assert program._shared_program.cache_info().misses == known
+    assert [call[0] for call in launched].count("encode") == 3 and len(launched) == 9
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_kernels_write_what_the_cpu_does(centred, monkeypatch):
+    """Interpreted: tokens between others in memory, padding to a size of the kernels, of which nothing is read."""
+    monkeypatch.setattr(program, "TorchProgram", Interpreted)
+    real = paged_on_gpu.encode.encode_pages
+    monkeypatch.setattr(
+        paged_on_gpu.encode, "encode_pages", lambda tokens, pages, interpret: real(tokens, pages, interpret=True)
+    )
+    monkeypatch.setattr(paged_on_gpu, "WRITES", (16, 32))
+    spec, random = tq.QuantizerSpec(64, 4), torch.Generator().manual_seed(0)
+    quantizers = tq.make_quantizer(spec), tq.make_quantizer(spec, seed=1)
+    statistics = (torch.randn(2, 64, generator=random), 0.5 + torch.rand(2, 64, generator=random)) if centred else None
+    want, found = (
+        PagedPool(torch.full((4, 2, 32, 68), 255, dtype=torch.uint8), *quantizers, torch.float32, statistics)
+        for _ in range(2)
+    )
+    projected = torch.randn(43, 8, 64, generator=random)
+    tokens = projected[:, 4:6], projected[:, 6:]
+    slots = torch.randperm(128, generator=random)[:43]
+    slots[7] = -1
+    want.write(*tokens, slots)
+    padded = torch.full((48,), -1, dtype=torch.int32)
+    padded[:43] = slots
+    for given in (slots, padded):
+        found._kernels.write(*tokens, given, found.statistics)
+        for mine, theirs in zip(jax.tree.leaves(found.pages), jax.tree.leaves(want.pages), strict=True):
+            assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
+            mine.view(torch.uint8).fill_(255)
 
 
 def test_kernels_compute_what_the_cpu_does(monkeypatch):
-    """Interpreted: a decode and two ragged chunks in one step, centred, with sinks, over pages that hold NaN."""
+    """Interpreted: a decode, and two ragged chunks over earlier tokens, centred, over pages that hold NaN."""
     monkeypatch.setattr(program, "TorchProgram", Interpreted)
-    monkeypatch.setattr(paged_on_gpu, "PagedAttend", functools.partial(PagedAttend, interpret=True))
+    for name, kind in (("PagedAttend", PagedAttend), ("PagedAttendBefore", PagedAttendBefore)):
+        monkeypatch.setattr(paged_on_gpu, name, functools.partial(kind, interpret=True))
     key, value = tq.QuantizerSpec(64, 4, scale="unbiased"), tq.QuantizerSpec(64, 4)
     quantizers, random = (tq.make_quantizer(key), tq.make_quantizer(value, seed=1)), torch.Generator().manual_seed(0)
     statistics = torch.randn(2, 64, generator=random), 0.5 + torch.rand(2, 64, generator=random)
     memory = torch.full((7, 2, 64, 68), 255, dtype=torch.uint8)
     pool = PagedPool(memory, *quantizers, torch.float32, statistics)
-    table, lengths, counts = torch.tensor([[3, 1, 6], [2, 5, 0], [4, 0, 0]]), [150, 70, 40], [24, 1, 30]
+    table, lengths = torch.tensor([[2, 5, 0], [3, 1, 6], [4, 0, 0]], dtype=torch.int32), [70, 150, 40]
     for row, length in zip(table, lengths, strict=True):
         k, v = torch.randn(2, length, 2, 64, generator=random)
         pool.write(k, v, row[torch.arange(length) // 64] * 64 + torch.arange(length) % 64)
-    query, sinks = torch.randn(sum(counts), 4, 64, generator=random), torch.randn(4, generator=random)
+    query, sinks = torch.randn(55, 4, 64, generator=random), torch.randn(4, generator=random)
     options = AttendOptions(sliding_window=90, softcap=5.0, precise=True)
-    sizes = SIZES["cuda"]
-    calls = plan_calls([0, 24, 25, 55], integers(*lengths), table.int(), sizes)
-    assert [tuple(call.rows.counts.tolist()) for call in calls] == [(1,), (24, 30)]
-    want, found = torch.zeros_like(query), torch.zeros_like(query)
-    for call in calls:
-        asked, rows = call.take(query), call.rows
-        call.put(pool.attend(asked, rows, options, sinks), want)
-        given = pool._statistics(len(asked))
-        arguments = rows.table, rows.lengths, rows.counts, options, given, sinks
-        call.put(pool._kernels.attend(asked, *arguments), found)
-    assert float((found - want).norm() / want.norm()) < 1e-3
-    assert float((found - want).abs().amax((1, 2)).max()) < 5e-3
+
+    class OnKernels:
+        def attend(self, query, rows, options, sinks, *, out):
+            given = rows.table, rows.lengths, options, pool._statistics(len(query)), sinks
+            return pool._kernels.attend(query, *given, out)
+
+        def attend_before(self, query, rows, ahead, options):
+            given = rows.table, rows.lengths, ahead, options, pool._statistics(len(query))
+            return pool._kernels.attend_before(query, *given)
+
+    [run], first = split_runs([0, 1, 25, 55], 1)
+    earlier = plan_earlier([0, 24, 54], [True, True], integers(*lengths[1:]), table[1:].clone())
+    assert first == 1 and [call.ahead.tolist() for call in earlier] == [[0, 0]]
+    rows = RowBuffers(4, torch.device("cpu")).rows(run, table, integers(*lengths))
+    results = []
+    for layer in (pool, OnKernels()):
+        output, (outputs, sums) = torch.zeros_like(query), empty_earlier(query[1:])
+        UniformCall(run, rows).attend(layer, query, output, options, sinks)
+        for call in earlier:
+            call.attend(layer, query[1:], outputs, sums, options)
+        results.append((output, outputs, sums))
+    for want, found in zip(*results, strict=True):
+        assert bool(want.any()) and float((found - want).norm() / want.norm()) < 1e-3
+        assert float((found - want).abs().max()) < 5e-3

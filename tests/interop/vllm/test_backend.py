@@ -11,7 +11,7 @@ import torch
 
 import tq_jax as tq
 from interop.torch.cache import TorchCache
-from interop.vllm.calls import SIZES, plan_calls
+from interop.vllm.calls import RowBuffers, UniformCall, split_runs
 
 D, PAGE = 32, 32
 OURS = {"tq_jax": {"search": False}}
@@ -54,7 +54,7 @@ def test_arguments_that_mean_something_are_refused(make_impl, given):
 
 
 def test_windows_caps_and_sinks_are_honoured(make_impl):
-    """One sequence of 70 tokens in three blocks: as our own cache attends."""
+    """One sequence of 70 tokens in three blocks, the last 8 of which are queries: as our own cache attends."""
     from interop.vllm.metadata import TurboQuantMetadata
 
     random = torch.Generator().manual_seed(0)
@@ -67,9 +67,11 @@ def test_windows_caps_and_sinks_are_honoured(make_impl):
     position = torch.arange(70)
     impl.do_kv_cache_update(None, k, v, torch.zeros(0), position)  # while memory is measured
     impl.do_kv_cache_update(None, k, v, memory, table[0, position // PAGE].long() * PAGE + position % PAGE)
-    query, output = torch.randn(20, 4, D, generator=random), torch.full((20, 4, D), torch.nan)
+    query, output = torch.randn(8, 4, D, generator=random), torch.full((8, 4, D), torch.nan)
     assert not impl.forward(None, query, k, v, memory, None, output.clone()).any()
-    metadata = TurboQuantMetadata(plan_calls([0, 20], torch.tensor([70], dtype=torch.int32), table, SIZES["cpu"]))
+    [run], _ = split_runs([0, 8], 8)
+    rows = RowBuffers(1, memory.device).rows(run, table, torch.tensor([70], dtype=torch.int32))
+    metadata = TurboQuantMetadata((UniformCall(run, rows),), None, position, 70)
     impl.forward(None, query, k, v, memory, metadata, output)
     quantizers = tq.QuantizerSpec(D, 4, scale="unbiased"), tq.QuantizerSpec(D, 4)
     spec = tq.CacheSpec(
@@ -159,7 +161,11 @@ def test_what_the_builder_refuses(monkeypatch):
     def build(spec_bytes=36, **changes):
         model = types.SimpleNamespace(is_hybrid=changes.pop("is_hybrid", False))
         cache = types.SimpleNamespace(**changes)
-        config = types.SimpleNamespace(model_config=model, cache_config=cache, additional_config={})
+        config = types.SimpleNamespace(
+            model_config=model, cache_config=cache, additional_config={}, speculative_config=None,
+            parallel_config=types.SimpleNamespace(decode_context_parallel_size=1),
+            scheduler_config=types.SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=64),
+        )  # fmt: skip
         spec = types.SimpleNamespace(state_content_bytes=spec_bytes, block_size=32, head_size=D, num_kv_heads=2)
         return metadata.TurboQuantBuilder(spec, ["layer"], config, torch.device("cpu"))
 

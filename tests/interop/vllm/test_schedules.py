@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import numpy as np
-from vllm_engines import NEW, PROMPTS, greedy, layers_of, own_answers, running
+from vllm_engines import NEW, PROMPTS, answers, greedy, layers_of, own_answers, running
 
 import tq_jax as tq
 
@@ -14,15 +14,39 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is
 POOL = 1 << 22
 
 
-def test_chunks_and_preemption_change_nothing(two_layers, prompts, expected):
+PRECISE, SAME = {"key_bits": 8, "value_bits": 8}, 16
+"""Options with which tokens read from their codes give the same text as tokens read as they were, and for how long: one
+of the texts goes on with two tokens that are equally likely."""
+
+
+@pytest.fixture(scope="module")
+def precise(two_layers, prompts):
+    """Greedy tokens of our own cache of 8 bits."""
+    from interop.vllm.options import Options
+
+    key, value = Options(**PRECISE).quantizers(32)
+    return [tokens[:SAME] for tokens in own_answers(two_layers, prompts, key=key, value=value)]
+
+
+def test_chunks_and_preemption(two_layers, prompts, precise):
     """Prompts in chunks of 16 tokens between the tokens of others; and memory for hardly more than two requests."""
     arguments = dict(max_model_len=96, max_num_batched_tokens=16, max_num_seqs=4, num_gpu_blocks_override=6)
-    with running(two_layers, {}, enable_prefix_caching=False, disable_log_stats=False, **arguments) as engine:
-        assert greedy(engine, prompts) == expected
+    with running(two_layers, PRECISE, enable_prefix_caching=False, disable_log_stats=False, **arguments) as engine:
+        assert [tokens[:SAME] for tokens in greedy(engine, prompts)] == precise
         preempted = [x.value for x in engine.get_metrics() if x.name == "vllm:num_preemptions"]
         assert preempted[0] > 0
         tokens = sum(PROMPTS) + len(PROMPTS) * (NEW - 1)
         assert all(written > tokens for _, written, _, _ in layers_of(engine))  # those of the preempted, twice
+
+
+def test_prefix_hits_and_samples(two_layers, prompts, precise):
+    """Three of the prompts have a whole block each, which the cache knows the second time."""
+    with running(two_layers, PRECISE) as engine:
+        assert [one[0] for one in answers(engine, prompts, max_tokens=SAME)[0]] == precise
+        found, cached = answers(engine, prompts, max_tokens=SAME)
+        assert [one[0] for one in found] == precise and cached == [32, 32, 0, 32]
+        found, _ = answers(engine, prompts[:2], n=3, temperature=1e-3, seed=1, max_tokens=SAME)
+        assert found == [[one] * 3 for one in precise[:2]]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +79,7 @@ def test_boundary_layers_and_statistics(four_layers, statistics, prompts, said):
         assert blocks == pytest.approx(POOL / (2 * 32 * (2 * 256 + 2 * 32)), rel=0.02)
     assert (
         "tq_jax compresses 2 of 4 layers [1, 2] to K3/V4 (32 instead of 256 bytes per head and token), keys centred "
-        f"and weighted by {statistics}; the others stay in full precision. "
+        f"and weighted by {statistics}; layers [0, 3] stay in full precision (CPU_ATTN). "
+        "Prompts attend within their chunks by torch. "
         "The same memory holds 1.78 times as many tokens"
     ) in said

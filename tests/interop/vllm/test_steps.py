@@ -1,0 +1,232 @@
+"""Steps of any mix of requests: what a layer writes and attends to, against plain attention."""
+
+import itertools
+import types
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import jax
+import torch
+
+import tq_jax as tq
+from interop.torch import jax_calls
+from interop.torch.dlpack import to_jax, to_torch
+
+dequantize = jax.jit(tq.dequantize)
+
+D, PAGE, HEADS, KV_HEADS, BLOCKS, WIDTH = 32, 32, 4, 2, 60, 12
+OPTIONS = {
+    "plain": {},
+    "window, cap, sinks": {
+        "sliding_window": 40,
+        "logits_soft_cap": 2.0,
+        "sinks": torch.linspace(-1, 2, HEADS).bfloat16(),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def config():
+    from vllm.config import AttentionConfig, VllmConfig
+
+    return VllmConfig(
+        attention_config=AttentionConfig(backend="CUSTOM"), additional_config={"tq_jax": {"search": False}}
+    )
+
+
+def make_builder(drafts):
+    """A builder of an engine whose requests have so many draft tokens."""
+    from interop.vllm import metadata
+
+    settings = types.SimpleNamespace(
+        model_config=None,
+        cache_config=None,
+        speculative_config=types.SimpleNamespace(num_speculative_tokens=drafts, parallel_drafting=False),
+        use_v2_model_runner=True,
+        parallel_config=types.SimpleNamespace(decode_context_parallel_size=1),
+        scheduler_config=types.SimpleNamespace(max_num_seqs=6, max_num_batched_tokens=400),
+    )
+    spec = types.SimpleNamespace(state_content_bytes=36, block_size=PAGE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metadata, "report", lambda config: None)
+        return metadata.TurboQuantBuilder(spec, ["layer"], settings, torch.device("cpu"))
+
+
+class Layer:
+    """One layer of an engine, and what the codes of its requests stand for."""
+
+    def __init__(self, config, *, drafts=0, seed=0, **options):
+        from vllm.config import set_current_vllm_config
+
+        from interop.vllm.backend import TurboQuantImpl
+
+        with set_current_vllm_config(config):
+            self.impl = TurboQuantImpl(HEADS, D, D**-0.5, KV_HEADS, **options)
+        self.builder, self.options = make_builder(drafts), options
+        self.memory = torch.full((BLOCKS, KV_HEADS, PAGE, 36), 255, dtype=torch.uint8)  # scales are NaN
+        self.quantizers = (
+            tq.make_quantizer(tq.QuantizerSpec(D, 4, scale="unbiased"), seed=0),
+            tq.make_quantizer(tq.QuantizerSpec(D, 4), seed=1),
+        )
+        self.random = torch.Generator().manual_seed(seed)
+        self.tokens = {}
+        self.blocks = list(range(1, BLOCKS))
+
+    def step(self, requests, *, padded=None):
+        """Outputs of a step of (name, new tokens), and those of plain attention.
+
+        `padded` is the number of requests of a uniform step that a CUDA graph was captured for.
+        """
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        counts = [count for _, count in requests]
+        more = 0 if padded is None else padded - len(counts)
+        starts = [0, *itertools.accumulate(counts)]
+        starts += [starts[-1]] * more
+        total = starts[-1] + more * counts[0]
+        query = torch.randn(total, HEADS, D, generator=self.random)
+        key, value = torch.randn(2, total, KV_HEADS, D, generator=self.random)
+        decoded = self.decoded(key, value)
+        slots, lengths = torch.full((total,), -1), [0] * (len(counts) + more)
+        table = torch.zeros(len(counts) + more, WIDTH, dtype=torch.int32)
+        want = torch.full((total, HEADS, D), torch.nan)
+        for row, (name, count) in enumerate(requests):
+            part = slice(starts[row], starts[row + 1])
+            blocks, *earlier = self.tokens.get(name, ([], key[:0], value[:0]))
+            own, codes = (key[part], value[part]), [x[part] for x in decoded]
+            few = count <= self.builder.reorder_batch_threshold
+            want[part] = self.reference(query[part], earlier, codes if few else own)
+            before, lengths[row] = len(earlier[0]), len(earlier[0]) + count
+            while len(blocks) * PAGE < lengths[row]:
+                blocks = [*blocks, self.blocks.pop()]
+            self.tokens[name] = blocks, *(torch.cat(x) for x in zip(earlier, codes, strict=True))
+            position = torch.arange(before, lengths[row])
+            table[row, : len(blocks)] = torch.tensor(blocks)
+            slots[part] = table[row, position // PAGE].long() * PAGE + position % PAGE
+        begin, end = torch.tensor(starts, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
+        common = CommonAttentionMetadata(
+            query_start_loc=begin, query_start_loc_cpu=begin.clone(), seq_lens=end, num_reqs=len(lengths),
+            num_actual_tokens=total, max_query_len=max(counts), max_seq_len=max(lengths),
+            block_table_tensor=table, slot_mapping=slots, seq_lens_cpu_upper_bound=end.clone(),
+        )  # fmt: skip
+        metadata = self.builder.build(0, common)
+        self.impl.do_kv_cache_update(None, key, value, self.memory, metadata.slots[:total])
+        output = torch.full((total, HEADS, D), torch.nan)
+        self.impl.forward(None, query, key, value, self.memory, metadata, output)
+        return output[: starts[-1]], want[: starts[-1]], metadata
+
+    def decoded(self, *tokens):
+        """What the codes of keys and values stand for."""
+        codes = jax_calls.encode_tokens(*self.quantizers, *tokens)
+        # Padded, so that few functions are compiled.
+        padded = [jax.tree.map(lambda x: torch.cat([x, x[:1].expand(512 - len(x), *x.shape[1:])]), c) for c in codes]
+        return [
+            to_torch(dequantize(q, to_jax(c)))[: len(tokens[0])] for q, c in zip(self.quantizers, padded, strict=True)
+        ]
+
+    def reference(self, query, earlier, own):
+        keys, values = (torch.cat(x).repeat_interleave(HEADS // KV_HEADS, 1) for x in zip(earlier, own, strict=True))
+        logits = torch.einsum("nhd,mhd->hnm", query, keys) * D**-0.5
+        cap, window, sinks = (self.options.get(x) for x in ("logits_soft_cap", "sliding_window", "sinks"))
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        age = len(earlier[0]) + torch.arange(len(query))[:, None] - torch.arange(len(keys))
+        logits = logits.masked_fill((age < 0) | (age >= (window or 10**6)), -torch.inf)
+        extra = torch.full((HEADS, len(query), 1), -torch.inf) if sinks is None else sinks.float()[:, None, None]
+        weights = torch.cat([logits, extra.expand(-1, len(query), 1)], -1).softmax(-1)[..., :-1]
+        return torch.einsum("hnm,mhd->nhd", weights, values)
+
+
+def assert_close(found, want):
+    torch.testing.assert_close(found, want, rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_any_mix_of_requests(config, name, drafts):
+    """Decoding requests first, with and without drafts, then first and later chunks of prompts."""
+    layer = Layer(config, drafts=drafts, **OPTIONS[name])
+    few = 1 + drafts
+    for step in (
+        [("a", 60), ("b", 33), ("c", 9)],
+        [("a", few), ("c", few), ("b", 40), ("d", 290)],
+        [("a", 1), ("b", 1), ("c", 1), ("d", 6), ("e", 7)],
+        [("a", few), ("b", few), ("c", 1), ("e", 1), ("d", 5)],
+        [("d", 21), ("e", 5)],
+        [("a", few), ("b", few), ("c", few), ("d", few), ("e", few)],
+    ):
+        found, want, metadata = layer.step(step)
+        assert_close(found, want)
+        calls = [(call.run.requests, call.run.queries) for call in metadata.uniform]
+        uniform = [count for _, count in step if count <= few]
+        assert calls == [(len(list(same)), count) for count, same in itertools.groupby(uniform)]
+        assert (metadata.prompts is None) == (len(uniform) == len(step))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_mixes(config, seed):
+    layer = Layer(config, seed=seed)
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(6):
+        counts = torch.randint(1, 30, (5,), generator=draw).tolist()
+        decoding = torch.randint(0, 2, (5,), generator=draw).bool().tolist()
+        known = [name for name in "abcde" if name in layer.tokens]
+        names = [name for name, few in zip("abcde", decoding, strict=True) if few and name in known]
+        others = [name for name in "abcde" if name not in names]
+        step = [(name, 1) for name in names]
+        step += sorted(((name, count) for name, count in zip(others, counts, strict=False)), key=lambda x: x[1])
+        found, want, _ = layer.step(step)
+        assert_close(found, want)
+
+
+def test_first_chunks_read_no_codes(config, monkeypatch):
+    from interop.torch.paged import PagedPool
+
+    def refuse(*_, **__):
+        raise AssertionError("read codes")
+
+    layer = Layer(config)
+    for name in ("attend", "attend_before"):
+        monkeypatch.setattr(PagedPool, name, refuse)
+    found, want, metadata = layer.step([("a", 40), ("b", 50)])
+    assert_close(found, want)
+    assert metadata.prompts.earlier == () and metadata.uniform == ()
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_padded_steps(config, drafts):
+    """A batch that a graph was captured for: padding writes and reads nothing; addresses stay."""
+    layer, few = Layer(config, drafts=drafts), 1 + drafts
+    layer.step([("a", 60), ("b", 33), ("c", 9)])
+    seen = []
+    for names in ("abc", "ab", "bca", "a"):
+        found, want, metadata = layer.step([(name, few) for name in names], padded=6)
+        assert_close(found, want)
+        [call] = metadata.uniform
+        assert call.run.requests == 6 and call.rows.lengths.tolist()[len(names) :] == [0] * (8 - len(names))
+        seen.append((call.rows.table.data_ptr(), call.rows.lengths.data_ptr(), metadata.slots.data_ptr()))
+    assert len(set(seen)) == 1
+    free = list(set(range(BLOCKS)) - {block for blocks, *_ in layer.tokens.values() for block in blocks})
+    for leaf in jax.tree.leaves(layer.impl._pool.pages):
+        assert bool((leaf[free].view(torch.uint8) == 255).all())
+
+
+def test_whole_batches_are_views_of_the_tensors_of_vllm():
+    from interop.vllm.calls import RowBuffers, split_runs
+
+    table, lengths = torch.zeros(4, 3, dtype=torch.int32), torch.ones(4, dtype=torch.int32)
+    [run], _ = split_runs([0, 2, 4, 6, 8], 2)
+    rows = RowBuffers(8, table.device).rows(run, table, lengths)
+    assert (rows.table.data_ptr(), rows.lengths.data_ptr()) == (table.data_ptr(), lengths.data_ptr())
+
+
+def test_graphs_of_drafts():
+    """More drafts than kernels take: graphs of single tokens only, and longer verifications are prompts."""
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    for drafts, support in ((0, "UNIFORM_BATCH"), (7, "UNIFORM_BATCH"), (8, "UNIFORM_SINGLE_TOKEN_DECODE")):
+        builder = make_builder(drafts)
+        assert builder.get_cudagraph_support(builder.vllm_config, None) == AttentionCGSupport[support]
+        assert builder.reorder_batch_threshold == min(1 + drafts, 8)
