@@ -1,4 +1,4 @@
-"""Files of arrays: safetensors with a JSON header, written and checked as a whole."""
+"""Files of arrays: safetensors with a JSON header, written and checked as a whole; and the directory of a cache."""
 
 import hashlib
 import json
@@ -15,6 +15,18 @@ Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 
 HEADER, DIGEST = "tq_jax", "sha256"
 """Name of the JSON header in the metadata of a file, and name of the digest in that header."""
+
+
+def cache_dir() -> Path:
+    """Directory of downloads and conversions.
+
+    Returns:
+        `$TQ_JAX_CACHE`, else `$XDG_CACHE_HOME/tq-jax`, else `~/.cache/tq-jax`. The directory may not exist yet.
+    """
+    if own := os.environ.get("TQ_JAX_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "tq-jax"
 
 
 def write_arrays(path: str | os.PathLike, header: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -36,7 +48,10 @@ def write_arrays(path: str | os.PathLike, header: dict[str, Any], arrays: Mappin
     dense = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=target.parent) as folder:
         written = Path(folder) / target.name
+        written.touch()
+        mode = written.stat().st_mode  # as for any new file; safetensors lets the owner read its files only
         save_file(dense, written, {HEADER: json.dumps({**header, DIGEST: _digest(header, dense)})})
+        written.chmod(mode)
         written.replace(target)
 
 

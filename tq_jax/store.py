@@ -8,6 +8,7 @@ written without that field, as it was before there was one.
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -98,6 +99,8 @@ def save_statistics(
     mean: Float[Array | np.ndarray, "layers h_kv d"],
     weight: Float[Array | np.ndarray, "layers h_kv d"],
     path: str | os.PathLike,
+    *,
+    model: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes key statistics of a model, see `tq_jax.statistics`; needs the `safetensors` package.
 
@@ -105,6 +108,7 @@ def save_statistics(
         mean: Mean of the keys of each layer and KV head.
         weight: Weights of their channels, positive.
         path: The file to write; an existing one is replaced only when the new one is complete.
+        model: Plain data that says of which model the keys are, see `tq_jax.statistics_files`.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -116,7 +120,8 @@ def save_statistics(
     if len(shape) != 3 or arrays["weight"].shape != shape:
         raise ValueError(f"expected mean and weight [layers, h_kv, d], got {shape} and {arrays['weight'].shape}")
     require_statistics(**arrays)
-    write_arrays(path, {"format": STATISTICS_FORMAT, "shape": shape}, arrays)
+    header = {"format": STATISTICS_FORMAT, "shape": shape} | ({} if model is None else {"model": dict(model)})
+    write_arrays(path, header, arrays)
 
 
 def load_statistics(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:

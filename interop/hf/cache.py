@@ -10,16 +10,19 @@ is not stored. Cropping (assisted decoding) drops tokens; a token that is compre
 
 import dataclasses
 import warnings
+from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 import interop.hf.attention  # noqa: F401  (registers the attention function)
 import tq_jax as tq
 from interop.hf.layer import CompressedLayer, Compression, layer_bytes
+from tq_jax.statistics_files import find_statistics, identify, missing_statistics, read_statistics
 
-OWN_OPTIONS = ("key_bits", "value_bits", "max_tokens", "seed", "exact_prompt")
+OWN_OPTIONS = ("key_bits", "value_bits", "max_tokens", "seed", "exact_prompt", "statistics")
 """Options of `TurboQuantCache` besides the fields of `tq_jax.CacheSpec`."""
 
 OF_THE_MODEL = ("num_kv_heads", "head_dim", "max_tokens", "sliding_window")
@@ -39,11 +42,15 @@ class TurboQuantCache(Cache):
         exact_prompt: Whether a prompt attends to its own keys and values before compression. If not, it attends to what
             the cache holds of it, as later tokens do. Without a window and centring it then does not matter how a
             prompt is cut into chunks.
+        statistics: Key statistics that are known before the first token: a file of `tq-jax calibrate`, or True for the
+            file that it wrote for this model (see `tq_jax.statistics_files`). By default they are those of the prompt.
         options: Further fields of `tq_jax.CacheSpec`: window, sink_tokens, dtype ..., or whole key and value specs in
             place of the bits.
 
     Raises:
-        ValueError: If `config` is no configuration, or if the model has no full-attention layer.
+        ValueError: If `config` is no configuration, if the model has no full-attention layer, or for a file of key
+            statistics that is damaged or of another model.
+        FileNotFoundError: If there is no file of key statistics, and `statistics` asks for it.
         TypeError: For an option that is no field of `tq_jax.CacheSpec`.
         NotImplementedError: For models whose layers share keys and values.
 
@@ -60,6 +67,7 @@ class TurboQuantCache(Cache):
         max_tokens: int | None = None,
         seed: int = 0,
         exact_prompt: bool = True,
+        statistics: bool | str | Path = False,
         **options: Any,
     ) -> None:
         _require_config(config)
@@ -78,8 +86,9 @@ class TurboQuantCache(Cache):
             raise ValueError(
                 f"expected a model with full-attention layers, got {sorted({type(layer).__name__ for layer in layers})}"
             )
+        given = _known_statistics(config, statistics)
         for i in full:
-            layers[i] = CompressedLayer(compression)
+            layers[i] = CompressedLayer(compression, None if given is None else (given[0][i], given[1][i]))
         super().__init__(layers=layers)
         if len(full) < len(layers):
             warnings.warn(self.summary(), stacklevel=2)
@@ -117,6 +126,17 @@ class TurboQuantCache(Cache):
         return (
             f"TurboQuantCache compresses {len(chosen)} of {len(self.layers)} layers {chosen} to {how.describe()}{rest}"
         )
+
+
+def _known_statistics(config: PretrainedConfig, statistics: bool | str | Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Mean and weight of the keys of all layers, [layers, h_kv, d] each; None if they are to be the prompt's."""
+    if statistics is False:
+        return None
+    model = identify(config.name_or_path or "", config)
+    path = find_statistics(model, None if statistics is True else statistics)
+    if path is None:
+        raise FileNotFoundError(missing_statistics(model))
+    return read_statistics(path, model)
 
 
 def _require_config(config: Any) -> None:

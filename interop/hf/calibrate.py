@@ -1,13 +1,16 @@
 """Key statistics of a Hugging Face model, taken once and kept in a file, for caches that cannot use those of a prompt.
 
 A serving engine shares the pages of a prefix among requests, so all requests must centre and weight their keys by the
-same statistics; see `tq_jax.statistics` and the option `statistics` of `interop.vllm`.
+same statistics; see `tq_jax.statistics` and the option `statistics` of `interop.vllm`. `tq-jax calibrate MODEL` makes
+the file where it is found (`interop.hf.calibrate_command`); this module also runs with a file to write:
 
     python -m interop.hf.calibrate MODEL keys.safetensors [--text FILE] [--tokens 2048]
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import tq_jax as tq
 from interop.hf.capture import capture
-from interop.torch.key_statistics import key_statistics
+from interop.torch.key_statistics import ObservedKeys
 from tq_jax.data import persuasion
 from tq_jax.statistics import MIN_TOKENS
+from tq_jax.statistics_files import key_traits
 
 FIRST_TOKENS = 4
 """Tokens that are left out at the start of a text: their keys are unlike all others."""
@@ -26,13 +30,23 @@ ABOUT = "Runs a Hugging Face model over some text and saves mean and channel wei
 """Description of the command."""
 
 
-def calibrate(model: PreTrainedModel, ids: torch.Tensor, path: str | Path) -> None:
-    """Runs a model over some text and saves mean and channel weights of the keys of each layer.
+def calibrate(
+    model: PreTrainedModel,
+    ids: torch.Tensor | Sequence[torch.Tensor],
+    path: str | Path,
+    *,
+    advance: Callable[[], object] = lambda: None,
+) -> None:
+    """Runs a model over some texts and saves mean and channel weights of the keys of each layer.
+
+    Layers without keys, such as those of linear attention, get a mean of 0 and weights of 1.
 
     Args:
         model: Any model that `interop.hf.capture` can record and whose layers have keys of one shape.
-        ids: Token ids [texts, tokens] without padding; a few thousand tokens like those that the model will see.
+        ids: Token ids [texts, tokens] without padding, or texts of different lengths; a few thousand tokens like those
+            that the model will see.
         path: File to write, see `tq_jax.save_statistics`.
+        advance: Called after every text.
 
     Raises:
         ValueError: For too few tokens, or for layers with keys of different shapes.
@@ -47,22 +61,31 @@ def calibrate(model: PreTrainedModel, ids: torch.Tensor, path: str | Path) -> No
         ...     tq.load_statistics(Path(folder) / "keys.safetensors")[0].shape
         (2, 2, 8)
     """
-    texts, tokens = ids.shape
-    if texts * (tokens - FIRST_TOKENS) < MIN_TOKENS:
+    sizes = [len(text) for text in ids]
+    if sum(max(0, size - FIRST_TOKENS) for size in sizes) < MIN_TOKENS:
         raise ValueError(
-            f"expected at least {MIN_TOKENS} tokens after the first {FIRST_TOKENS}, got {texts} x {tokens}"
+            f"expected at least {MIN_TOKENS} tokens after the first {FIRST_TOKENS} of each text, got texts of {sizes}"
         )
-    with capture(model) as captured, torch.inference_mode():
-        model(ids)
-    shapes = sorted({tuple(x.shape[2:]) for x in captured.keys.values()})
-    if len(shapes) != 1 or sorted(captured.keys) != list(range(len(captured.keys))):
-        raise ValueError(f"expected layers with keys of one shape, got {shapes} in layers {sorted(captured.keys)}")
-    found = [
-        key_statistics(*(x[layer][:, FIRST_TOKENS:].flatten(0, 1) for x in (captured.queries, captured.keys)))
-        for layer in range(len(captured.keys))
-    ]
-    mean, weight = (np.stack(arrays) for arrays in zip(*found, strict=True))
-    tq.save_statistics(mean, weight, path)
+    seen: dict[int, ObservedKeys] = {}
+    shapes: set[tuple[int, ...]] = set()
+    body: Any = model.base_model  # without the head: nobody needs logits over the vocabulary
+    for text in ids:
+        with capture(model) as captured, torch.inference_mode():
+            body(text[None].to(model.device), use_cache=False)
+        for layer, keys in captured.keys.items():
+            seen.setdefault(layer, ObservedKeys()).add(
+                captured.queries[layer][0, FIRST_TOKENS:], keys[0, FIRST_TOKENS:]
+            )
+            shapes.add(tuple(keys.shape[2:]))
+        advance()
+    traits = key_traits(model.config)
+    expected = (traits["kv_heads"], traits["head_dim"])
+    if shapes != {expected}:
+        raise ValueError(f"expected layers with keys [h_kv, d] of one shape, {expected}, got {sorted(shapes)}")
+    mean, weight = (np.full((traits["layers"], *expected), value, np.float32) for value in (0, 1))
+    for layer, keys in seen.items():
+        mean[layer], weight[layer] = keys.statistics()
+    tq.save_statistics(mean, weight, path, model=traits)
 
 
 def main(prog: str = "python -m interop.hf.calibrate") -> None:

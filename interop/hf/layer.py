@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import torch
 import transformers
 from transformers.cache_utils import CacheLayerMixin
@@ -133,6 +135,7 @@ class CompressedLayer(CacheLayerMixin):
 
     Attributes:
         compression: How the layer is compressed.
+        statistics: Mean and weight of the keys, [h_kv, d] each; None to take those of the prompt.
         cache: The tokens without padding, a cache row per row of the batch. None before the first chunk.
         real: bool [b, seen] on the CPU, which tokens so far are no padding; None if there is no padding.
         seen: Number of tokens so far, padding included.
@@ -145,9 +148,9 @@ class CompressedLayer(CacheLayerMixin):
     is_croppable = True
     is_captured = False
 
-    def __init__(self, compression: Compression) -> None:
+    def __init__(self, compression: Compression, statistics: tuple[np.ndarray, np.ndarray] | None = None) -> None:
         super().__init__()
-        self.compression = compression
+        self.compression, self.statistics = compression, statistics
         self.cache: TorchCache | None = None
         self.real: torch.Tensor | None = None
         self.seen = 0
@@ -239,7 +242,10 @@ class CompressedLayer(CacheLayerMixin):
         count, how = k.shape[2], self.compression
         if self.cache is None:
             spec = how.spec(k.shape[1], k.shape[3], count)
-            self.cache = TorchCache(spec, k.shape[0], seed=how.seed, device=k.device, graph_pool=how.graph_pool)
+            given = {} if self.statistics is None else {"statistics": tuple(map(jnp.asarray, self.statistics))}
+            self.cache = TorchCache(
+                spec, k.shape[0], seed=how.seed, device=k.device, graph_pool=how.graph_pool, **given
+            )
         spec, needed = self.cache.spec, max(self.cache.lengths) + count
         if needed > spec.max_tokens:
             more = max(needed, spec.max_tokens + spec.max_tokens // 4) - spec.max_tokens
@@ -283,7 +289,9 @@ class CompressedLayer(CacheLayerMixin):
         self.seen = length
 
     def reset(self) -> None:
-        """Empties the layer and keeps its memory."""
+        """Empties the layer. Memory is kept, unless statistics are known: a cache forgets them when it is emptied."""
+        if self.statistics is not None:
+            self.cache = None
         if self.cache is not None:
             self.cache.reset()
         self.real, self.seen = None, 0

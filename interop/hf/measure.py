@@ -107,7 +107,7 @@ def load_task(
         typer.BadParameter: For a directory without a model, a device that torch does not have, a text without tokens
             to compare, an empty prompt, or a model whose context is too short for the text or the prompt.
     """
-    _require_device(device)
+    require_device(device)
     with refusing("torch,hf"):
         network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -124,7 +124,8 @@ def load_task(
     return Task(network.to(device).eval(), tokenizer, ids, asked, context, new_tokens, attention, graphs)
 
 
-def _require_device(name: str) -> None:
+def require_device(name: str) -> None:
+    """Raises typer.BadParameter for a device that torch does not have."""
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # depends on the kind of device

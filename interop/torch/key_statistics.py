@@ -5,7 +5,46 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from tq_jax.statistics import empty_statistics, fix_statistics, observe_queries
+from tq_jax.statistics import KeyStatistics, empty_statistics, fix_statistics, observe_queries
+
+
+class ObservedKeys:
+    """The keys of a layer seen so far, and the sums over its queries.
+
+    Example:
+        >>> seen = ObservedKeys()
+        >>> for _ in range(2):
+        ...     seen.add(torch.randn(64, 4, 8), torch.randn(64, 2, 8) + 9)
+        >>> mean, weight = seen.statistics()
+        >>> mean.shape, bool((abs(mean - 9) < 2).all())
+        ((2, 8), True)
+    """
+
+    def __init__(self) -> None:
+        self._keys: list[torch.Tensor] = []
+        self._sums: KeyStatistics | None = None
+
+    def add(self, query: Float[torch.Tensor, "n h_q d"], key: Float[torch.Tensor, "n h_kv d"]) -> None:
+        """Adds tokens.
+
+        Args:
+            query: Queries of n tokens, after rotary embedding.
+            key: Keys of the same tokens, after rotary embedding.
+        """
+        sums = self._sums or empty_statistics(1, *key.shape[1:])
+        self._sums = observe_queries(sums, _row(query), jnp.ones((1, len(query)), bool))
+        self._keys.append(key.detach().cpu())
+
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and weight by the rules of `tq_jax.statistics`, float32 [h_kv, d].
+
+        Needs at least `tq_jax.statistics.MIN_TOKENS` tokens.
+        """
+        assert self._sums is not None
+        keys = _row(torch.cat(self._keys))
+        every, one = jnp.ones(keys.shape[:2], bool), jnp.ones(1, bool)
+        found = fix_statistics(self._sums, [(keys, every)], one, center=True, smooth=True)
+        return np.array(found.mean[0]), np.array(found.weight[0])
 
 
 def key_statistics(
@@ -25,8 +64,11 @@ def key_statistics(
         >>> mean.shape, bool((abs(mean - 9) < 2).all())
         ((2, 8), True)
     """
-    queries, keys = (jnp.asarray(x[None].detach().float().cpu().numpy()) for x in (query, key))
-    every, one = jnp.ones(keys.shape[:2], bool), jnp.ones(1, bool)
-    found = observe_queries(empty_statistics(1, *keys.shape[2:]), queries, every)
-    found = fix_statistics(found, [(keys, every)], one, center=True, smooth=True)
-    return np.array(found.mean[0]), np.array(found.weight[0])
+    seen = ObservedKeys()
+    seen.add(query, key)
+    return seen.statistics()
+
+
+def _row(tokens: torch.Tensor) -> jnp.ndarray:
+    """Tokens [n, h, d] as a row of a cache, float32 [1, n, h, d]."""
+    return jnp.asarray(tokens[None].detach().float().cpu().numpy())

@@ -15,11 +15,11 @@ move blocks as bytes (KV connectors and offloading, models with state-space laye
 Arithmetic. A token is compressed when it is written. Decoding requests read every token from its codes, the newest
 too. Prompts attend exactly within their chunk and to earlier tokens by codes, so that the first chunk costs and gives
 what it does without compression; how a prompt is cut into chunks has a small influence on the answer. No window of
-latest tokens is kept in full precision, and keys are not centred by the statistics of their prompt. Two options make up
-for it: `boundary_layers` keeps the first and last layers in full precision, in vLLM's own attention, and `statistics`
-names a file of key means and channel weights (see `interop.hf.calibrate`). Without such a file, keys that have a bias
-(Qwen2) are centred by statistics from the model's weights (see `interop.vllm.bias_statistics`), and keys without a bias
-are stored as they are.
+latest tokens is kept in full precision, and keys are not centred by the statistics of their prompt. Two things make up
+for it: the option `boundary_layers` keeps the first and last layers in full precision, in vLLM's own attention, and
+`tq-jax calibrate MODEL` writes a file of key means and channel weights, which the backend finds (see
+`tq_jax.statistics_files`). Without such a file, keys that have a bias (Qwen2) are centred by statistics from the
+model's weights (see `interop.vllm.bias_statistics`), and keys without a bias are stored as they are; a warning says so.
 
 Devices. On a CPU JAX computes and torch writes; the stock CPU platform of vLLM ignores `--attention-backend CUSTOM`, so
 the plugin replaces it by a platform that honours it. On an NVIDIA GPU torch launches the Pallas kernels: the decode

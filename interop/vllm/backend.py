@@ -5,6 +5,7 @@ import functools
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 import torch
 from vllm.config import get_current_vllm_config, set_current_vllm_config
 from vllm.forward_context import get_forward_context, is_forward_context_available
@@ -23,7 +24,9 @@ from interop.vllm.bias_statistics import Owner, bias_statistics
 from interop.vllm.metadata import TurboQuantBuilder, TurboQuantMetadata
 from interop.vllm.options import Options
 from interop.vllm.prompts import PromptAttention
+from interop.vllm.report import identity_of
 from tq_jax.quantizer import MAX_DIM, MIN_DIM
+from tq_jax.statistics_files import find_statistics, read_statistics
 
 if current_platform.is_cuda() and jax.config.jax_platforms is None:  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_platforms", "cpu")  # torch launches the kernels; JAX must not take GPU memory
@@ -127,6 +130,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         attended: Queries attended with so far.
         statistics: Mean and weight of the keys, [h_kv, d] each; None if keys are stored as they are, and until weights
             are loaded.
+        statistics_from: File of the statistics, or "their bias"; None without statistics.
 
     Raises:
         NotImplementedError: For an argument that has a meaning here but is not supported.
@@ -176,6 +180,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.layer_index: int | None = None
         self.written = self.attended = 0
         self.statistics: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.statistics_from: str | None = None
         self._owner = Owner(self)
         self._pool: PagedPool | None = None
         self._memory: tuple[int, torch.Size] | None = None
@@ -189,17 +194,20 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.layer_index, self._memory = index, None
         if self.options.compressed(index, self._config.model_config.hf_text_config.num_hidden_layers):
             layer.attn_backend = for_options(self.options)
-            self.statistics = self._key_statistics(index)
+            self.statistics, self.statistics_from = self._key_statistics(index)
             return
         layer.attn_backend, layer.impl = self._full_precision()
         layer.backend = AttentionBackendEnum[layer.attn_backend.get_name()]
         layer.impl.process_weights_after_loading(act_dtype)
 
-    def _key_statistics(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        if self.options.statistics is not None:
-            return layer_statistics(self.options.statistics, layer, self.num_kv_heads, self.head_size)
-        model = self._config.model_config
-        return bias_statistics(self._owner(), model.hf_text_config, positions=model.max_model_len)
+    def _key_statistics(self, layer: int) -> tuple[tuple[torch.Tensor, torch.Tensor] | None, str | None]:
+        model, config = identity_of(self._config), self._config.model_config
+        path = find_statistics(model, self.options.statistics)
+        if path is not None:
+            arrays = read_statistics(path, model)
+            return layer_statistics(arrays, layer, self.num_kv_heads, self.head_size), str(path)
+        found = bias_statistics(self._owner(), config.hf_text_config, positions=config.max_model_len)
+        return found, None if found is None else "their bias"
 
     def _full_precision(self) -> tuple[Any, Any]:
         """The backend that vLLM would choose for this layer, and its implementation of the layer."""
@@ -320,11 +328,13 @@ def _quantizers(options: Options, head_size: int) -> tuple[tq.Quantizer, tq.Quan
     return tq.make_quantizer(key, seed=options.seed), tq.make_quantizer(value, seed=options.seed + 1)
 
 
-def layer_statistics(path: str, layer: int, heads: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def layer_statistics(
+    arrays: tuple[np.ndarray, np.ndarray], layer: int, heads: int, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and weight of a layer's keys, for the KV heads of this process.
 
     Args:
-        path: File of statistics, see `tq_jax.save_statistics`.
+        arrays: Mean and weight of all layers and KV heads of the model, [layers, h_kv, d] each.
         layer: Index of the layer in the model.
         heads: KV heads of this process.
         dim: Dimension of a head.
@@ -333,17 +343,16 @@ def layer_statistics(path: str, layer: int, heads: int, dim: int) -> tuple[torch
         Mean and weight, float32 [heads, dim] each.
 
     Raises:
-        ValueError: For a file that does not fit the model.
+        ValueError: For statistics that do not fit the layer.
     """
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
-    arrays = [torch.from_numpy(array) for array in tq.load_statistics(path)]
     layers, total, found = arrays[0].shape
     if layer >= layers or found != dim or total < heads:
         raise ValueError(
-            f"expected statistics of more than {layer} layers, at least {heads} heads and {dim} channels in {path}, "
-            f"got {tuple(arrays[0].shape)}"
+            f"expected statistics of more than {layer} layers, at least {heads} heads and {dim} channels, "
+            f"got {arrays[0].shape}"
         )
     start = get_tensor_model_parallel_rank() * total // get_tensor_model_parallel_world_size()
-    mean, weight = (x[layer, start : start + heads] for x in arrays)
+    mean, weight = (torch.from_numpy(x[layer, start : start + heads]) for x in arrays)
     return mean, weight

@@ -16,15 +16,13 @@ from vllm.model_executor.layers.linear import QKVParallelLinear
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from interop.torch.key_statistics import key_statistics
+from tq_jax.statistics_files import COMMAND
 
 PROBES = 1024
 """Number of random hidden states."""
 
 BIASED = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl")
 """Model types whose keys have a bias although their configuration does not say so."""
-
-HOW = "python -m interop.hf.calibrate MODEL keys.safetensors"
-"""Command that makes a file of statistics."""
 
 
 class Owner:
@@ -102,5 +100,5 @@ def _rotates(config: Any) -> bool:
 def _message(expected: str, owner: Any) -> str:
     return (
         f"expected {expected} beside the attention of a model whose keys have a bias, to centre them by it, got "
-        f"{type(owner).__name__}: make a file of statistics with `{HOW}` and name it in the option statistics"
+        f"{type(owner).__name__}: make a file of statistics with `{COMMAND} MODEL`"
     )

@@ -24,8 +24,9 @@ class Options:
         value_kind: Kind of the value quantizer.
         search: Whether the quantization step of each vector is searched; kinds without a search ignore it.
         boundary_layers: How many layers at each end of the model stay in full precision.
-        statistics: File of key statistics, see `interop.hf.calibrate`. If None, keys that have a bias are centred by
-            statistics from the model's weights.
+        statistics: File of key statistics. If None, the file that `tq-jax calibrate` wrote for this model, see
+            `tq_jax.statistics_files`; without one, keys that have a bias are centred by statistics from the model's
+            weights.
         seed: Seed of the key quantizers; values use seed + 1.
         precise: Two-byte arithmetic in the GPU kernels, see `tq_jax.attend`.
 

@@ -7,13 +7,28 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
 from interop.vllm.options import Options
+from tq_jax.statistics_files import ModelIdentity, identify, missing_statistics
 
 logger = init_logger("vllm.tq_jax")  # a child of vLLM's logger, whose handlers show its messages
 
 
 def report(vllm_config: Any) -> None:
-    """Logs the summary, once per process."""
+    """Logs the summary, once per process, and a warning if there are no key statistics."""
     logger.info_once(summary(vllm_config))
+    if None in _sources(vllm_config):
+        logger.warning_once("tq_jax: %s", missing_statistics(identity_of(vllm_config)))
+
+
+def identity_of(vllm_config: Any) -> ModelIdentity:
+    """The model of a configuration, as files of key statistics know it."""
+    model = vllm_config.model_config
+    return identify(model.model, model.hf_text_config, revision=model.revision)
+
+
+def _sources(vllm_config: Any) -> set[str | None]:
+    """Where the statistics of the compressed layers come from; None for layers without statistics."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return {layer.impl.statistics_from for layer in layers if hasattr(getattr(layer, "impl", None), "statistics_from")}
 
 
 def summary(vllm_config: Any) -> str:
@@ -41,8 +56,8 @@ def summary(vllm_config: Any) -> str:
             content = f"{spec.state_content_size_bytes} instead of {plain.state_content_size_bytes} bytes"
     options = Options.from_config(vllm_config.additional_config)
     kept = "".join(f"; layers {indices} stay in full precision ({name})" for name, indices in others.items())
-    centred = any(getattr(layer.impl, "statistics", None) is not None for layer in layers.values())
-    how = f", keys centred and weighted by {options.statistics or 'their bias'}" if centred else ""
+    sources = sorted(source for source in _sources(vllm_config) if source is not None)
+    how = f", keys centred and weighted by {' and '.join(sources)}" if sources else ""
     return (
         f"tq_jax compresses {len(compressed)} of {len(layers)} layers {compressed} to {options.label} ({content} per "
         f"head and token){how}{kept}. Prompts attend within their chunks by {prompts}. "

@@ -54,7 +54,14 @@ def test_names_of_the_transformers_cache():
 
 
 @pytest.mark.parametrize(
-    "path", ["interop.hf.command:hf", "interop.vllm.plugin:register", "interop.vllm.plugin:platform"]
+    "path",
+    [
+        "interop.hf.command:hf",
+        "interop.hf.calibrate_command:calibrate",
+        "interop.vllm.serve_bench.command:serve_bench",
+        "interop.vllm.plugin:register",
+        "interop.vllm.plugin:platform",
+    ],
 )
 def test_entry_points_resolve(path):
     assert callable(metadata.EntryPoint("name", path, "group").load())
@@ -65,6 +72,8 @@ def test_entry_points_import_no_framework():
     code = "import sys, {}; assert not {{{}}} & set(sys.modules)"
     for module, absent in {
         "interop.hf.command": "'torch', 'transformers'",
+        "interop.hf.calibrate_command": "'torch', 'transformers'",
+        "interop.vllm.serve_bench.command": "'torch', 'vllm'",
         "interop.vllm.plugin": "'jax', 'torch', 'vllm'",
         "interop.vllm.options": "'jax', 'torch', 'vllm'",
     }.items():

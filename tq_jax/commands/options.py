@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -183,6 +184,29 @@ def parse_numbers(text: str, kind: Callable[[str], Number]) -> list[Number]:
         found = []
     if not found or not all(0 <= number < math.inf for number in found):
         raise typer.BadParameter(f"expected comma-separated numbers of at least 0, got {text!r}")
+    return found
+
+
+def parse_object(text: str, option: str) -> dict[str, Any]:
+    """Parses an option whose value is a JSON object.
+
+    Args:
+        text: Value of the option.
+        option: Name of the option.
+
+    Raises:
+        typer.BadParameter: If the text is no JSON object.
+
+    Example:
+        >>> parse_object('{"seed": 1}', "--options")
+        {'seed': 1}
+    """
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f"expected {option} to be a JSON object, got {text!r}")
     return found
 
 

@@ -124,15 +124,20 @@ def _read_report(path: Path) -> dict[str, Any]:
     return found
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str | None = None) -> dict[str, Any]:
     """Where figures come from: the device, the versions of installed packages, and the commit of the code.
 
     The environment variable TQ_JAX_COMMIT names the commit of a copy whose repository is not there or is another one.
-    """
-    import jax  # commands that only print help need not wait for it
 
+    Args:
+        device: Kind of the device; by default that of JAX, which takes memory of a GPU as soon as it is asked.
+    """
+    if device is None:
+        import jax  # commands that only print help need not wait for it
+
+        device = jax.devices()[0].device_kind
     return {
-        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} CPU cores",
+        "device": f"{device}, {platform.machine()}, {os.cpu_count()} CPU cores",
         "versions": {"python": platform.python_version()} | versions(PACKAGES),
         "commit": os.environ.get("TQ_JAX_COMMIT") or _commit(),
     }

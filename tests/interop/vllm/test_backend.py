@@ -179,22 +179,20 @@ def test_what_the_builder_refuses(monkeypatch):
         build().build(0, types.SimpleNamespace(causal=False))
 
 
-def test_statistics_that_do_not_fit(tmp_path, monkeypatch):
+def test_statistics_that_do_not_fit(monkeypatch):
     import numpy as np
     from vllm import distributed
 
     from interop.vllm.backend import layer_statistics
 
-    path = str(tmp_path / "keys.safetensors")
     arrays = np.arange(2 * 4 * 8, dtype=np.float32).reshape(2, 4, 8)
-    tq.save_statistics(arrays, arrays + 1, path)
     monkeypatch.setattr(distributed, "get_tensor_model_parallel_rank", lambda: 1)
     monkeypatch.setattr(distributed, "get_tensor_model_parallel_world_size", lambda: 2)
-    mean, weight = layer_statistics(path, 1, 2, 8)
+    mean, weight = layer_statistics((arrays, arrays + 1), 1, 2, 8)
     assert mean.tolist() == arrays[1, 2:].tolist() and torch.equal(weight, mean + 1)
     for wrong in ((2, 2, 8), (0, 5, 8), (0, 2, 16)):
         with pytest.raises(ValueError, match="expected statistics of more than .* got \\(2, 4, 8\\)"):
-            layer_statistics(path, *wrong)
+            layer_statistics((arrays, arrays + 1), *wrong)
 
 
 def test_plugins(monkeypatch, said):

@@ -81,9 +81,7 @@ def test_keys_without_a_bias_are_left_alone(find):
     ],
 )
 def test_a_bias_that_cannot_be_found_out_is_refused(find, given, expected):
-    with pytest.raises(
-        ValueError, match=f"expected {expected} .*got Module: .*`python -m interop.hf.calibrate MODEL keys"
-    ):
+    with pytest.raises(ValueError, match=f"expected {expected} .*got Module: .*`tq-jax calibrate MODEL`"):
         find(**given)
 
 

