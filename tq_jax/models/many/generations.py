@@ -260,7 +260,7 @@ def generate_many(
         >>> spec = tq.CacheSpec.full_precision(num_kv_heads=2, head_dim=8, max_tokens=32, dtype="float32")
         >>> many = generate_many(decoder, [[1, 2, 3], [4], [5, 6]], rows=2, cache_spec=spec, max_new_tokens=[9, 2, 4])
         >>> [(done.index, len(done.tokens), done.reason) for done in many]
-        [(2, 4, 'length'), (1, 2, 'length'), (0, 9, 'length')]
+        [(2, 4, 'length'), (0, 9, 'length'), (1, 2, 'length')]
         >>> [len(done.tokens) for done in many.collect()]
         [9, 2, 4]
     """
