@@ -246,14 +246,16 @@ def test_goes_on_after_errors_of_the_device(tiny, exact_spec, prompts, limits, a
 
 
 def test_goes_on_after_errors_of_reading(tiny, exact_spec, prompts, limits, alone, monkeypatch):
-    """A call fails while another is in flight, which has first tokens of prompts that took rows foreseen to be free."""
+    """A call fails, before or after its tokens are known, while another is in flight with prompts in rows of others."""
     read, behind = device.Flight.read, []
 
     def failing(flight):
         behind.append(len(many._flights))
-        if len(behind) in (2, 4):
+        if len(behind) == 2:
             raise RuntimeError("out of memory")
-        return read(flight)
+        yield from read(flight)
+        if len(behind) == 4:
+            raise RuntimeError("interrupted")
 
     monkeypatch.setattr(device.Flight, "read", failing)
     many, found, errors = start(tiny, prompts, spec=exact_spec, new=limits), [], 0

@@ -45,6 +45,8 @@ def test_the_cache_is_updated_in_place(tiny, exact_spec, packed_spec, kind, prog
 
     compiled = jax.jit(run, donate_argnums=3).lower(decoder, batch, rows, leaves).compile()
     check_in_place(compiled, cache)
+    # A GPU then runs all steps without asking the host.
+    assert ('known_trip_count":{"n":"4"}' in compiled.as_text()) == (program == "advance")
 
 
 def test_filling_leaves_other_rows_alone(tiny, packed_spec):

@@ -217,19 +217,18 @@ def test_shardings_by_name(decoder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fields", "unroll"),
+    ("fields", "unroll", "chunk"),
     [
-        ({"architecture": "qwen2", "vocab_size": 301}, False),  # biases; a vocabulary that is on every device
-        ({"architecture": "qwen3", "tied_head": True}, True),  # head norms; a run of its own for every layer
-        ({"architecture": "gemma3", "sliding_window": 12, "local_layers": (True, False)}, False),
+        ({"architecture": "qwen2", "vocab_size": 301}, False, 64),  # biases; a vocabulary that is on every device
+        ({"architecture": "qwen3", "tied_head": True}, True, 32),  # head norms; a run of its own for every layer
+        ({"architecture": "gemma3", "sliding_window": 12, "local_layers": (True, False)}, False, 64),
     ],
     ids=["qwen2", "qwen3", "gemma3"],
 )
-def test_families(ragged, fields, unroll):
+def test_families(ragged, fields, unroll, chunk):
     decoder = Decoder(dataclasses.replace(CONFIG, **fields), rngs=nnx.Rngs(0), unroll=unroll)
-    alone, found = (
-        generate(decoder, *ragged, cache_spec=EXACT, max_new_tokens=6, mesh=mesh) for mesh in (None, mesh_of("2 heads"))
-    )
+    options = {"cache_spec": EXACT, "max_new_tokens": 6, "prompt_chunk": chunk}
+    alone, found = (generate(decoder, *ragged, mesh=mesh, **options) for mesh in (None, mesh_of("2 heads")))
     assert found.sequences() == alone.sequences()
 
 

@@ -27,9 +27,8 @@ class ManyGenerations:
     Each `next` runs the device until a prompt is done; the device goes on while the caller looks at it. The host hands
     over a call before it reads the one before: that a prompt ends by its number of tokens is known beforehand, so the
     next one takes its row at once; a stop token is seen one call late. Every prompt is yielded once, cancelled ones
-    too. If the caller, its progress function or the device raises, iteration can go on:
-    results are kept, and after an error of the device the prompts that ran start again, with the same tokens.
-    `with` closes at the end of the block.
+    too. If the caller, its progress function or the device raises, iteration can go on: results are kept, and after an
+    error of the device the prompts that ran start again, with the same tokens. `with` closes at the end of the block.
 
     Attributes:
         results: What has been done so far, by the index of the prompt, whether it has been yielded or not.
@@ -160,8 +159,7 @@ class ManyGenerations:
     def _restart(self) -> None:
         """Put the prompts that ran in front of the queue: an error may have taken the donated cache."""
         for request in self._running:
-            request.tokens.clear()
-            request.foreseen = 0
+            request.restart()
         self._waiting.extendleft(sorted(self._running, key=_precedence, reverse=True))
         self._forget()
 
@@ -260,7 +258,7 @@ def generate_many(
         >>> spec = tq.CacheSpec.full_precision(num_kv_heads=2, head_dim=8, max_tokens=32, dtype="float32")
         >>> many = generate_many(decoder, [[1, 2, 3], [4], [5, 6]], rows=2, cache_spec=spec, max_new_tokens=[9, 2, 4])
         >>> [(done.index, len(done.tokens), done.reason) for done in many]
-        [(2, 4, 'length'), (1, 2, 'length'), (0, 9, 'length')]
+        [(2, 4, 'length'), (0, 9, 'length'), (1, 2, 'length')]
         >>> [len(done.tokens) for done in many.collect()]
         [9, 2, 4]
     """

@@ -73,6 +73,11 @@ class Request:
             return self.finish("stop")
         return self.finish("length") if len(self.tokens) >= self.limit else None
 
+    def restart(self) -> None:
+        """Forget what has been drawn; the result of a prompt that was done has been lost."""
+        self.tokens.clear()
+        self.foreseen, self.over = 0, False
+
     def finish(self, reason: Reason) -> Finished:
         """End the prompt with the tokens at hand."""
         self.over = True
