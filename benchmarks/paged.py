@@ -20,8 +20,9 @@ import torch
 
 import tq_jax as tq
 from benchmarks import jobs
+from interop.torch.attend_on_gpu import AttendOptions
 from interop.torch.paged import PagedPool
-from interop.vllm.calls import SIZES, Call, plan_calls
+from interop.vllm.calls import EarlierCall, RowBuffers, UniformCall, empty_earlier, plan_earlier, split_runs
 from pallas_kernels.attention.decode.launch_triton import MAX_QUERY_TOKENS
 
 DEVICE = "cuda"
@@ -49,7 +50,10 @@ def milliseconds(function: Callable[[], object]) -> float:
 
 
 def time_calls(context: int, batch: int, chunk: int) -> dict[str, Any]:
-    """Times of attending, of writing the new tokens and of planning a step, with K4/V4."""
+    """Times of attending, of writing the new tokens and of planning a step, with K4/V4.
+
+    Chunks attend to the tokens before them; a few queries attend to their own tokens, too.
+    """
     key, value = tq.QuantizerSpec(DIM, 4, search=True, scale="unbiased"), tq.QuantizerSpec(DIM, 4, search=True)
     quantizers = tq.make_quantizer(key), tq.make_quantizer(value, seed=1)
     width = context // PAGE_SIZE
@@ -62,13 +66,21 @@ def time_calls(context: int, batch: int, chunk: int) -> dict[str, Any]:
     query = torch.randn(batch * chunk, KV_HEADS * GROUP, DIM, device=DEVICE, dtype=torch.bfloat16)
     starts, output = list(range(0, batch * chunk + 1, chunk)), torch.empty_like(query)
     new, slots = tokens[: batch * chunk], torch.arange(batch * chunk, device=DEVICE)
+    options, buffers = AttendOptions(), RowBuffers(batch, torch.device(DEVICE))
+    _, sums = empty_earlier(query)
 
-    def plan(sizes: tuple[int, ...] = SIZES[DEVICE]) -> list[Call]:
-        return plan_calls(starts, lengths, table, sizes)
+    def plan() -> list[UniformCall | EarlierCall]:
+        runs, first = split_runs(starts, MAX_QUERY_TOKENS)
+        if first:
+            return [UniformCall(run, buffers.rows(run, table, lengths)) for run in runs]
+        return [*plan_earlier(starts, [True] * batch, lengths - chunk, table)]
 
-    def attend(calls: list[Call]) -> None:
+    def attend(calls: list[UniformCall | EarlierCall]) -> None:
         for call in calls:
-            call.put(pool.attend(call.take(query), call.rows), output)
+            if isinstance(call, UniformCall):
+                call.attend(pool, query, output, options, None)
+            else:
+                call.attend(pool, query, output, sums, options)
 
     calls = plan()
     measured = {
@@ -76,9 +88,6 @@ def time_calls(context: int, batch: int, chunk: int) -> dict[str, Any]:
         "write": milliseconds(lambda: pool.write(new, new, slots)),
         "plan a step": milliseconds(plan),
     }
-    if chunk > MAX_QUERY_TOKENS:
-        blocks = plan(tuple(size for size in SIZES[DEVICE] if size <= MAX_QUERY_TOKENS))
-        measured["attend in blocks of few"] = milliseconds(lambda: attend(blocks))
     return {"context": context, "batch": batch, "chunk": chunk, "ms": measured}
 
 

@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from interop.vllm.calls import SIZES, plan_calls  # noqa: E402
+from interop.vllm import calls  # noqa: E402
 from interop.vllm.options import Options  # noqa: E402
 
 
@@ -53,29 +53,38 @@ def test_wrong_options_are_refused(given, message):
         Options.from_config({"tq_jax": given})
 
 
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_calls_cover_every_query_once(sizes):
-    """Decodes, short and long chunks mixed: each query is asked once, at its position, with its request's blocks."""
-    counts, lengths = [1, 300, 1, 8, 70, 1, 3], [50, 300, 1, 9, 600, 7, 3]
+@pytest.mark.parametrize("device", calls.SIZES)
+def test_calls_cover_every_query_once(device, monkeypatch):
+    """Short and long chunks, with and without earlier tokens: each query is asked once, at its place in its request."""
+    for name in ("SIZES", "QUERIES"):
+        monkeypatch.setitem(getattr(calls, name), "cpu", getattr(calls, name)[device])
+    counts, earlier = [9, 300, 1, 8, 2070, 70, 3], [50, 0, 1, 9, 600, 70, 7]
     starts = [0, *itertools.accumulate(counts)]
     table = torch.arange(7 * 20, dtype=torch.int32).view(7, 20)
-    positions = torch.cat([torch.arange(n - c, n) for c, n in zip(counts, lengths, strict=True)])
+    own = torch.cat([torch.arange(count) for count in counts])
     request = torch.repeat_interleave(torch.arange(7), torch.tensor(counts))
-    asked, output = torch.zeros(starts[-1], dtype=torch.int64), torch.full((starts[-1], 2), -1)
-    for call in plan_calls(starts, torch.tensor(lengths, dtype=torch.int32), table, sizes):
-        query = call.take(torch.stack([positions, request], 1))
-        batch, size = query.shape[:2]
-        assert size in sizes and batch & (batch - 1) == 0
-        rows = call.rows
-        step = torch.arange(size)
-        real = step < rows.counts[:, None]
-        assert torch.equal((rows.lengths - rows.counts)[:, None] + step, query[..., 0].where(real, step + 0)) or bool(
-            ((rows.lengths - rows.counts)[:, None] + step == query[..., 0])[real].all()
-        )
-        assert torch.equal(rows.table[:, None].expand(-1, size, -1)[real], table[query[..., 1][real]])
-        assert not rows.counts[rows.lengths == 0].any()
-        tokens = call.tokens if call.real is None else call.tokens[call.real]
+    asked = torch.zeros(starts[-1], dtype=torch.int64)
+    lengths = torch.tensor(earlier, dtype=torch.int32)
+    for call in calls.plan_earlier(starts, [x > 0 for x in earlier], lengths, table):
+        batch = call.ahead.shape[0]
+        size = call.tokens.shape[0] // batch
+        assert size in calls.SIZES[device] and batch & (batch - 1) == 0 and batch * size <= 1024
+        real = torch.arange(batch * size) if call.real is None else call.real
+        row, tokens = real // size, call.tokens[real]
         asked[tokens] += 1
-        call.put(query, output)
-    assert bool((asked == 1).all())
-    assert torch.equal(output, torch.stack([positions, request], 1))
+        assert torch.equal(call.ahead[row] + real % size, own[tokens])
+        assert torch.equal(call.rows.lengths[row], lengths[request[tokens]])
+        assert torch.equal(call.rows.table[row], table[request[tokens]])
+        padding = torch.ones(batch, dtype=torch.bool)
+        padding[row] = False
+        assert not call.rows.lengths[padding].any()
+    assert torch.equal(asked, (lengths > 0).long()[request])
+
+
+def test_runs():
+    """Few queries first, equally many in a row; padding belongs to the last run of a uniform step."""
+    runs, first = calls.split_runs([0, 4, 8, 9, 10, 30, 31], 4)
+    assert [(x.first, x.requests, x.start, x.queries) for x in runs] == [(0, 2, 0, 4), (2, 2, 8, 1)] and first == 4
+    runs, first = calls.split_runs([0, 1, 1, 1], 1)
+    assert [(x.first, x.requests, x.start, x.queries) for x in runs] == [(0, 3, 0, 1)] and first == 3
+    assert calls.split_runs([0, 5], 4) == ([], 0)

@@ -49,6 +49,16 @@ def test_prefix_hits_and_samples(two_layers, prompts, precise):
         assert found == [[one] * 3 for one in precise[:2]]
 
 
+@pytest.mark.filterwarnings("ignore:\\nEncountered the use of a type that is scheduled for deprecation")  # by vLLM
+def test_drafts(two_layers, prompts, precise):
+    """Requests with up to three drafts each, found in their own text, which are verified over codes."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    with running(two_layers, PRECISE, speculative_config=drafts, disable_log_stats=False) as engine:
+        assert [tokens[:SAME] for tokens in greedy(engine, prompts)] == precise
+        counts = {x.name: getattr(x, "value", None) for x in engine.get_metrics()}
+        assert 0 < counts["vllm:spec_decode_num_accepted_tokens"] < counts["vllm:spec_decode_num_draft_tokens"]
+
+
 @pytest.fixture(scope="module")
 def statistics(four_layers, tmp_path_factory):
     """A file by the command, of a text of random words."""
