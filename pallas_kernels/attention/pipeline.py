@@ -1,9 +1,9 @@
 """Attention in at most three launches: prepare, decode (or prefill for many queries), merge.
 
 `prepare` rotates queries, `decode` attends to packed pages and to tokens in full precision, `merge` combines both and
-leaves the rotated basis. Where decode is not launched or has no room for tokens in full precision (see
-`exact.fits_decode`), prepare attends to them. Nothing is computed between the launches for up to MAX_QUERY_TOKENS query
-tokens, so that another framework can launch the same kernels on the same arrays.
+leaves the rotated basis. Where decode is not launched or has no room for tokens in full precision, see `exact`, prepare
+attends to them. Nothing is computed between the launches for up to MAX_QUERY_TOKENS query tokens, so that another
+framework can launch the same kernels on the same arrays.
 """
 
 import dataclasses
@@ -14,9 +14,15 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention.arguments import PagedArguments
 from pallas_kernels.attention.decode.config import TileConfig
-from pallas_kernels.attention.decode.launch_triton import DIMS, MAX_QUERY_TOKENS, attend_splits
+from pallas_kernels.attention.decode.launch_triton import (
+    DIMS,
+    MAX_QUERY_TOKENS,
+    attend_splits,
+    config_for,
+    free_programs,
+)
 from pallas_kernels.attention.decode.launch_triton import check_supported as check_few
-from pallas_kernels.attention.exact import exact_plan, fits_decode
+from pallas_kernels.attention.exact import ExactInputs, exact_plan, is_light
 from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
@@ -178,7 +184,9 @@ def _attend(
     """The three launches: the outcome, and what the first one wrote."""
     tokens = x.tokens
     shape, dtype = tokens.query_shape, tokens.query_dtype
-    late = _decode_takes_tokens(shape, dtype, stored_dtype, pages, plan)
+    late = _decode_takes_tokens(
+        tokens, stored_dtype, pages, plan, pages_per_row=_pages_per_row(tokens, pages, block_table)
+    )
     prepared = prepare_queries(
         x, pages, plan, stored_dtype=stored_dtype, block_table=block_table, attend_tokens=not late
     )
@@ -210,15 +218,35 @@ def _attend(
 
 
 def _decode_takes_tokens(
-    query_shape: tuple[int, ...], dtype: Any, stored_dtype: Any, pages: Pages | None, plan: AttendPlan
+    tokens: ExactInputs, stored_dtype: Any, pages: Pages | None, plan: AttendPlan, *, pages_per_row: int
 ) -> bool:
-    """Whether decode attends over tokens in full precision."""
-    if pages is None or query_shape[1] > MAX_QUERY_TOKENS:
+    """Whether decode attends over tokens in full precision, see `exact`."""
+    shape, dtype = tokens.query_shape, tokens.query_dtype
+    if pages is None or shape[1] > MAX_QUERY_TOKENS:
         return False
     assert plan.key_format is not None and plan.value_format is not None
+    formats = plan.key_format, plan.value_format
+    if not is_light(dtype, stored_dtype, shape[3], *formats):
+        return False
+    config = plan.config or config_for(shape, pages, *formats, precise=plan.precise)
     kv_heads = pages.keys.packed.shape[1]
-    formats = {"key": plan.key_format, "value": plan.value_format}
-    return fits_decode(query_shape, dtype, stored_dtype, kv_heads=kv_heads, **formats)
+    how = exact_plan(
+        tokens,
+        stored_dtype,
+        kv_heads=kv_heads,
+        options=plan.options,
+        sink_slots=plan.sink_slots,
+        num_warps=config.num_warps,
+        interpret=plan.interpret,
+    )
+    free = free_programs(shape, pages, *formats, config, pages_per_row=pages_per_row)
+    return how is not None and how.programs <= free
+
+
+def _pages_per_row(tokens: ExactInputs, pages: Pages | None, block_table: Any) -> int:
+    if pages is None:
+        return 0
+    return pages.keys.packed.shape[0] // tokens.length.shape[0] if block_table is None else block_table.shape[1]
 
 
 def prepare_queries(
@@ -233,11 +261,9 @@ def prepare_queries(
     """Launches the first kernel: queries for the pages and, if asked for, attention over tokens in full precision."""
     tokens = x.tokens
     if pages is None:
-        kv_heads, pages_per_row, page_size = tokens.keys.shape[1], 0, 1
+        kv_heads, page_size = tokens.keys.shape[1], 1
     else:
         kv_heads, page_size = pages.keys.packed.shape[1:3]
-        cache_rows = tokens.length.shape[0]
-        pages_per_row = pages.keys.packed.shape[0] // cache_rows if block_table is None else block_table.shape[1]
     num_warps = num_warps_for(tokens.query_shape[3], stored_dtype)
     common: dict[str, Any] = {
         "options": plan.options,
@@ -251,7 +277,7 @@ def prepare_queries(
         prepare_plan(
             tokens.query_shape,
             exact_plan(tokens, stored_dtype, **common) if attend_tokens else None,
-            pages_per_row=pages_per_row,
+            pages_per_row=_pages_per_row(tokens, pages, block_table),
             page_size=page_size,
             sketch_gain=plan.sketch_gain,
             **common,

@@ -139,6 +139,25 @@ def decode_plan(
     return plan, config.num_warps, stages_for(x.key_format, config)
 
 
+def free_programs(
+    query_shape: tuple[int, ...],
+    pages: Pages,
+    key_format: VectorFormat,
+    value_format: VectorFormat,
+    config: TileConfig,
+    *,
+    pages_per_row: int,
+) -> int:
+    """Programs per sequence and KV head that the device could run beside those for the pages, all at once."""
+    batch, count, heads, dim = query_shape
+    kv_heads, page_size = pages.keys.packed.shape[1:3]
+    dim = max(dim, value_format.dim)
+    columns = padded_columns(count * heads // kv_heads, dim=dim)
+    blocks = columns // column_block(columns, dim=dim)
+    splits = num_splits(config, batch=batch, kv_heads=kv_heads, capacity=pages_per_row * page_size)
+    return config.programs // (batch * kv_heads) - splits * blocks
+
+
 def stages_for(key_format: VectorFormat, config: TileConfig) -> int:
     """Steps whose loads are in flight at once."""
     # Pipelined loads of 4-bit keys of 192 channels came out wrong on an H100; those of other widths and dims did not.

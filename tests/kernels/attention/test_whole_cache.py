@@ -139,7 +139,7 @@ def test_nothing_is_computed_between_the_kernels(kind):
     integers, sinks = shape((2,), jnp.int32), shape((32,), jnp.float32)
 
     def run(query, cache, lengths, rows, sinks):
-        return attention._attend(query, cache, lengths, rows, sinks, None, plan=plan, chosen="triton")
+        return attention._attend(query, cache, lengths, rows, None, sinks, None, plan=plan, chosen="triton")
 
     lowered = lower_for_cuda(run, shape((2, 1, 32, 128), jnp.bfloat16), cache, integers, integers, sinks)
     names = [kernel.name for kernel in triton_kernels(lowered)]

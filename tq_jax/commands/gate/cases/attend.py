@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import LogitOptions, whole_cache
-from pallas_kernels.attention.exact import fits_decode
+from pallas_kernels.attention.exact import is_light
 from pallas_kernels.layer import JointHeads, NormWeights
 from tq_jax.attention import arrays_of, attend_plan
 from tq_jax.cache import init_cache
@@ -103,12 +103,9 @@ def case(
         (token, token) if new else None,
     )
     # Decode kernels for pages alone have their own cases.
-    slots = cache_shape.exact_keys
-    formats = {"key": key.format, "value": value.format}
-    late = fits_decode(arguments[0].shape, query, slots.dtype, kv_heads=KV_HEADS, **formats)
-    return Case(
-        name, run, arguments, only=("prepare", *["decode"] * (late and (new or slots.size > 0)), "merge"), quick=quick
-    )
+    light = is_light(query, cache_shape.exact_keys.dtype, key.dim, key.format, value.format)
+    decode = ["decode"] * (light and (new or cache_shape.exact_keys.size > 0))
+    return Case(name, run, arguments, only=("prepare", *decode, "merge"), quick=quick)
 
 
 def joint_case(
