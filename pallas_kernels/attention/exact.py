@@ -130,9 +130,14 @@ class ExactPlan:
         return self.splits + self.new
 
     @property
+    def blocks(self) -> int:
+        """Blocks of query rows per KV head."""
+        return -(-self.query_rows // self.queries)
+
+    @property
     def programs(self) -> int:
         """Programs per sequence and KV head."""
-        return self.parts * -(-self.query_rows // self.queries)
+        return self.parts * self.blocks
 
     def outputs(self) -> Splits:
         """Shapes of what the task writes: the splits of the slots, then one of new tokens."""
@@ -240,18 +245,13 @@ def attend_exact(
         plan: The plan.
     """
     part, block = divided(program, plan.parts)
-
-    def attend(task: Any, part: jax.Array) -> None:
-        this = _query_rows(x, block, sequence, head, plan)
-        _store_split(out, this, part, task(x, this, part, plan))
-
     if not plan.new:
-        attend(_over_slots, part)
+        attend_slots_part(x, out, part, block, sequence, head, plan)
     elif not plan.splits:
-        attend(_over_new, part)
+        attend_new_part(x, out, block, sequence, head, plan)
     else:
-        pl.when(part < plan.splits)(lambda: attend(_over_slots, part))
-        pl.when(part == plan.splits)(lambda: attend(_over_new, part))
+        pl.when(part < plan.splits)(lambda: attend_slots_part(x, out, part, block, sequence, head, plan))
+        pl.when(part == plan.splits)(lambda: attend_new_part(x, out, block, sequence, head, plan))
 
 
 def _query_rows(x: ExactInputs, block: jax.Array, sequence: jax.Array, head: jax.Array, plan: ExactPlan) -> _QueryRows:
@@ -267,8 +267,17 @@ def _query_rows(x: ExactInputs, block: jax.Array, sequence: jax.Array, head: jax
     return _QueryRows(query, token, column, channel, mask, sequence, head)
 
 
-def _over_slots(x: ExactInputs, this: _QueryRows, part: jax.Array, plan: ExactPlan) -> tuple[jax.Array, ...]:
-    """Attends with a block of query rows over a share of the slots of a sequence and KV head."""
+def attend_slots_part(
+    x: ExactInputs,
+    out: Splits,
+    part: jax.Array,
+    block: jax.Array,
+    sequence: jax.Array,
+    head: jax.Array,
+    plan: ExactPlan,
+) -> None:
+    """Attends with a block of query rows over a part of the slots of a sequence and KV head, and writes that split."""
+    this = _query_rows(x, block, sequence, head, plan)
     slots = x.keys.shape[2]
     row = x.row(this.sequence)
     length, compressed = x.length[row], x.compressed[row]
@@ -276,7 +285,7 @@ def _over_slots(x: ExactInputs, this: _QueryRows, part: jax.Array, plan: ExactPl
     used = lax.div(jnp.minimum(length, slots) + (plan.tile - 1), jnp.int32(plan.tile))
     share = lax.div(used + (plan.splits - 1), jnp.int32(plan.splits))
     begin = part if single else part * share
-    return attend_slots(
+    state = attend_slots(
         this.query,
         first_position(x, plan.shape[1], this.sequence, row) + this.token,
         x.keys,
@@ -291,11 +300,14 @@ def _over_slots(x: ExactInputs, this: _QueryRows, part: jax.Array, plan: ExactPl
         single=single,
         interpret=plan.interpret,
     )
+    _store_split(out, this, part, state)
 
 
-def _over_new(x: ExactInputs, this: _QueryRows, part: jax.Array, plan: ExactPlan) -> tuple[jax.Array, ...]:
-    """Attends with a block of query rows over the new tokens of a sequence and KV head."""
-    del part
+def attend_new_part(
+    x: ExactInputs, out: Splits, block: jax.Array, sequence: jax.Array, head: jax.Array, plan: ExactPlan
+) -> None:
+    """Attends with a block of query rows over the new tokens of a sequence and KV head, and writes the last split."""
+    this = _query_rows(x, block, sequence, head, plan)
     count, dim = plan.shape[1], plan.shape[3]
     shape = (max(LEAST_SLOTS, power_of_two(count)), power_of_two(dim))
     token = lax.broadcasted_iota(jnp.int32, shape[:1], 0)  # [tile]
@@ -311,7 +323,7 @@ def _over_new(x: ExactInputs, this: _QueryRows, part: jax.Array, plan: ExactPlan
         new = tuple(
             plt.load(ref.at[at], mask=mask, other=jnp.zeros((), ref.dtype)) for ref in (x.new_keys, x.new_values)
         )
-    return attend_tile(
+    state = attend_tile(
         no_keys(this.query),
         this.query,
         (new[0], new[1]),
@@ -321,6 +333,7 @@ def _over_new(x: ExactInputs, this: _QueryRows, part: jax.Array, plan: ExactPlan
         query_terms=terms_of(x.query_dtype),
         interpret=plan.interpret,
     )
+    _store_split(out, this, jnp.int32(plan.splits), state)
 
 
 def load_queries(

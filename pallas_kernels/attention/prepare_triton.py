@@ -18,7 +18,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.append.slots import first_page, page_at
-from pallas_kernels.attention.exact import ExactPlan, attend_exact, divided, first_position, load_queries
+from pallas_kernels.attention.exact import (
+    ExactPlan,
+    attend_new_part,
+    attend_slots_part,
+    divided,
+    first_position,
+    load_queries,
+)
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.prepare_arguments import Prepared, PrepareInputs, PreparePlan
 from pallas_kernels.layer.heads import Heads, move_heads
@@ -88,15 +95,17 @@ def prepare(x: PrepareInputs, plan: PreparePlan) -> Prepared:
     return out
 
 
-def _programs(x: PrepareInputs, plan: PreparePlan) -> tuple[int, int, int, int]:
-    """Programs for rotation, for tokens in full precision, for heads and for block tables."""
+def _programs(x: PrepareInputs, plan: PreparePlan) -> tuple[int, int, int, int, int]:
+    """Programs for rotation, for full-precision slots, for new tokens, for heads and for block tables."""
     batch, count, heads, dim = plan.shape
-    exact = 0 if plan.exact is None else batch * plan.kv_heads * plan.exact.programs
+    slots = new = 0
+    if (exact := plan.exact) is not None:
+        slots, new = (batch * plan.kv_heads * exact.blocks * parts for parts in (exact.splits, exact.new))
     if not plan.pages_per_row:
-        return 0, exact, 0, 0
+        return 0, slots, new, 0, 0
     rotate = -(-batch * count * heads // plan.rotated) * (1 if x.sketch is None else -(-dim // SKETCHED))
     split = 0 if x.tokens.joint is None else batch * count * plan.kv_heads
-    return rotate, exact, split, batch * -(-plan.pages_per_row // TABLE_BLOCK)
+    return rotate, slots, new, split, batch * -(-plan.pages_per_row // TABLE_BLOCK)
 
 
 def _outputs(x: PrepareInputs, plan: PreparePlan) -> Prepared:
@@ -124,8 +133,9 @@ def _outputs(x: PrepareInputs, plan: PreparePlan) -> Prepared:
 def _body(x: PrepareInputs, out: Prepared, *, plan: PreparePlan) -> None:
     """The kernel body; the number of a program says which of the tasks it has. All arguments are references."""
     program = pl.program_id(0)
-    # Rotations come first: their arithmetic hides behind the loads of the other tasks.
-    tasks = _rotate, _attend, _split, _write_table
+    # Rotations come first: their arithmetic hides behind the loads of the other tasks. Programs for slots, the longest
+    # where all tokens have slots, come in a row: they then spread evenly over multiprocessors.
+    tasks = _rotate, _attend_slots, _attend_new, _split, _write_table
     end = 0
     for task, programs in zip(tasks, _programs(x, plan), strict=True):
         begin, end = end, end + programs
@@ -137,12 +147,21 @@ def _body(x: PrepareInputs, out: Prepared, *, plan: PreparePlan) -> None:
                 task(x, out, program - begin, plan)
 
 
-def _attend(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
-    """Attends over tokens in full precision."""
+def _attend_slots(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
+    """Attends over a part of the full-precision slots."""
     assert plan.exact is not None and out.exact is not None
-    inner, rest = divided(program, plan.exact.programs)
+    part, rest = divided(program, plan.exact.splits)
+    block, rest = divided(rest, plan.exact.blocks)
     head, sequence = divided(rest, plan.kv_heads)
-    attend_exact(x.tokens, out.exact, inner, sequence, head, plan.exact)
+    attend_slots_part(x.tokens, out.exact, part, block, sequence, head, plan.exact)
+
+
+def _attend_new(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
+    """Attends over new tokens."""
+    assert plan.exact is not None and out.exact is not None
+    block, rest = divided(program, plan.exact.blocks)
+    head, sequence = divided(rest, plan.kv_heads)
+    attend_new_part(x.tokens, out.exact, block, sequence, head, plan.exact)
 
 
 def _split(x: PrepareInputs, out: Prepared, program: jax.Array, plan: PreparePlan) -> None:
