@@ -19,9 +19,9 @@ BATCH, CONTEXT, STEPS = 8, 4096, 32
 LAYERS = (2, 4)
 """Numbers of layers that are compiled: the difference is what a layer adds."""
 
-LAUNCHES = 13
-"""Launches per layer: four products and two sums of split ones, two norms, one of heads, one of the activation, and
-three of attention. The cache is written once per step for all layers."""
+LAUNCHES = 12
+"""Launches per layer: four products and two sums of split ones, two norms, one of the activation, and three of
+attention, the first of which splits the heads. The cache is written once per step for all layers."""
 
 LARGE = 2**15
 """Bytes from which on an array counts as a weight or a part of the cache."""
