@@ -89,10 +89,8 @@ def attend_cache(
         prepare_inputs(query, cache, rows, counts, back, new),
         cache.pages,
         plan,
-        stored_dtype=cache.exact_keys.dtype,
-        value_basis=cache.value_basis,
         sink_logits=sink_logits,
-        overflow=cache.overflow,
+        **_rest(cache),
     )
 
 
@@ -164,11 +162,18 @@ def attend_cache_joint(
         dataclasses.replace(inputs, tokens=dataclasses.replace(inputs.tokens, joint=joint)),
         cache.pages,
         plan,
-        stored_dtype=cache.exact_keys.dtype,
-        value_basis=cache.value_basis,
         sink_logits=sink_logits,
-        overflow=cache.overflow,
+        **_rest(cache),
     )
+
+
+def _rest(cache: CacheArrays) -> dict[str, Any]:
+    """What the launches read of a cache besides pages and slots."""
+    return {
+        "stored_dtype": cache.exact_keys.dtype,
+        "value_basis": cache.value_basis,
+        "overflow": cache.overflow,
+    }
 
 
 def prepare_inputs(
