@@ -3,7 +3,8 @@
 import importlib.util
 from pathlib import Path
 
-NEVER = tuple(f"interop/vllm/{name}.py" for name in ("backend", "bias_statistics", "metadata", "platform", "report"))
+USERS_OF_VLLM = "backend", "bias_statistics", "metadata", "platform", "prompts", "report"
+NEVER = tuple(f"interop/vllm/{name}.py" for name in USERS_OF_VLLM)
 """Modules without doctests that import vLLM, which warns of what it deprecates itself."""
 
 BY_A_TEST = "interop/tunix/"

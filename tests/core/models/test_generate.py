@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tq_jax as tq
-from tq_jax.models import Sampling, generate, pad_prompts
+from tq_jax.models import Sampling, decoder, generate, pad_prompts
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.generate import decode_loop, prefill_step
 
@@ -99,8 +99,13 @@ def test_compressed_cache(tiny, packed_spec, prompts):
 
 
 def test_precise_reaches_attend(tiny, exact_spec, prompts, monkeypatch):
-    seen, attend = [], tq.attend
-    monkeypatch.setattr(tq, "attend", lambda *a, **options: seen.append(options["precise"]) or attend(*a, **options))
+    seen, attend = [], decoder.attend_joint
+
+    def spy(*arguments, **options):
+        seen.append(options["precise"])
+        return attend(*arguments, **options)
+
+    monkeypatch.setattr(decoder, "attend_joint", spy)
     generate(tiny, *prompts, cache_spec=exact_spec, max_new_tokens=2, precise=True)
     assert seen
     assert all(seen)
