@@ -11,6 +11,10 @@ VOCABULARY, NEW = 199, 24
 PROMPTS = (60, 33, 1, 40)
 """Tokens of each prompt: several blocks of 32 and a part, just over one block, one token, just over one block."""
 
+PRECISE, SAME = {"key_bits": 8, "value_bits": 8}, 16
+"""Options with which tokens read from their codes give the same text as tokens read as they were, and for how long: one
+of the texts goes on with two tokens that are equally likely."""
+
 
 def make_model(folder, layers, kind="Llama", bias=0.0):
     """Saves a random model whose next tokens depend on the whole context, and a tokenizer of words w0, w1, ...

@@ -3,7 +3,7 @@ import logging
 import warnings
 
 import pytest
-from vllm_engines import PROMPTS, VOCABULARY, make_model, own_answers
+from vllm_engines import PRECISE, PROMPTS, SAME, VOCABULARY, make_model, own_answers
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -69,3 +69,12 @@ def said():
     logger.addFilter(note)
     yield messages
     logger.removeFilter(note)
+
+
+@pytest.fixture(scope="session")
+def precise(two_layers, prompts):
+    """Greedy tokens of our own cache of 8 bits."""
+    from interop.vllm.options import Options
+
+    key, value = Options(**PRECISE).quantizers(32)
+    return [tokens[:SAME] for tokens in own_answers(two_layers, prompts, key=key, value=value)]

@@ -5,27 +5,13 @@ import pytest
 pytest.importorskip("vllm")
 
 import numpy as np
-from vllm_engines import NEW, PROMPTS, answers, greedy, layers_of, own_answers, running
+from vllm_engines import NEW, PRECISE, PROMPTS, SAME, answers, greedy, layers_of, own_answers, running
 
 import tq_jax as tq
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning")  # by vLLM
 
 POOL = 1 << 22
-
-
-PRECISE, SAME = {"key_bits": 8, "value_bits": 8}, 16
-"""Options with which tokens read from their codes give the same text as tokens read as they were, and for how long: one
-of the texts goes on with two tokens that are equally likely."""
-
-
-@pytest.fixture(scope="module")
-def precise(two_layers, prompts):
-    """Greedy tokens of our own cache of 8 bits."""
-    from interop.vllm.options import Options
-
-    key, value = Options(**PRECISE).quantizers(32)
-    return [tokens[:SAME] for tokens in own_answers(two_layers, prompts, key=key, value=value)]
 
 
 def test_chunks_and_preemption(two_layers, prompts, precise):
@@ -47,16 +33,6 @@ def test_prefix_hits_and_samples(two_layers, prompts, precise):
         assert [one[0] for one in found] == precise and cached == [32, 32, 0, 32]
         found, _ = answers(engine, prompts[:2], n=3, temperature=1e-3, seed=1, max_tokens=SAME)
         assert found == [[one] * 3 for one in precise[:2]]
-
-
-@pytest.mark.filterwarnings("ignore:\\nEncountered the use of a type that is scheduled for deprecation")  # by vLLM
-def test_drafts(two_layers, prompts, precise):
-    """Requests with up to three drafts each, found in their own text, which are verified over codes."""
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    with running(two_layers, PRECISE, speculative_config=drafts, disable_log_stats=False) as engine:
-        assert [tokens[:SAME] for tokens in greedy(engine, prompts)] == precise
-        counts = {x.name: getattr(x, "value", None) for x in engine.get_metrics()}
-        assert 0 < counts["vllm:spec_decode_num_accepted_tokens"] < counts["vllm:spec_decode_num_draft_tokens"]
 
 
 @pytest.fixture(scope="module")
