@@ -36,8 +36,8 @@ MOST_SLOTS, LEAST_SLOTS = 64, 16
 TILE_CHANNELS, TILE_CHANNELS_PER_WARP = 64 * 128, 16 * 128
 """Channels of the largest tile of bfloat16 slots or queries: as many as registers and shared memory hold."""
 
-NARROW = 128
-"""Channels up to which programs of decode have the registers for slots."""
+NARROW = (64, 128)
+"""Head dims for which programs of decode have the registers for slots: narrow, and without masks of channels."""
 
 
 @pytree
@@ -204,7 +204,7 @@ def is_light(query_dtype: Any, stored_dtype: Any, dim: int, key: VectorFormat, v
         key: Format of compressed keys; a sketch takes registers of its own.
         value: Format of compressed values; several scales per token do, too.
     """
-    narrow = terms_of(query_dtype) == 1 and jnp.dtype(stored_dtype) == jnp.uint16 and dim <= NARROW
+    narrow = terms_of(query_dtype) == 1 and jnp.dtype(stored_dtype) == jnp.uint16 and dim in NARROW
     return narrow and isinstance(key, CodebookFormat) and not key.residual and isinstance(value, CodebookFormat)
 
 
