@@ -20,9 +20,10 @@ from tq_jax.attention import Implementation
 from tq_jax.models.checks import check_request, require_key
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.layer_caches import Caches
+from tq_jax.models.mesh_step import run_step
 from tq_jax.models.prompt import draw_first, keys_at, run_in_chunks
 from tq_jax.models.sampling import Sampling, sample
-from tq_jax.models.sharding import AXES, Layout, MeshAxes, cache_shardings, init_cache, place, run_step, shard
+from tq_jax.models.sharding import AXES, Layout, MeshAxes, cache_shardings, init_cache, place, shard
 
 PROMPT_CHUNK = 32768
 """Most tokens of a prompt that run at once: 5 GB of activations of a decoder of the size of Llama 3.1 8B."""

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from tq_jax.attention import Implementation
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.layer_caches import Caches
+from tq_jax.models.mesh_step import run_step
 from tq_jax.models.sampling import Sampling, sample
-from tq_jax.models.sharding import Layout, run_step
+from tq_jax.models.sharding import Layout
 
 
 def run_in_chunks(

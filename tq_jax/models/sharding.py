@@ -3,17 +3,15 @@
 A whole step - a prompt, a chunk or the loop of decoding - runs inside one `jax.shard_map`, in which every device is a
 smaller decoder (`Share`) over a smaller cache: it has its own KV heads with their query heads, its own channels of the
 feed-forward block and its own rows of the vocabulary. So Pallas kernels, which the compiler cannot partition, run as
-they do on one device, and devices talk only where this file or `tq_jax.shares` says so: two sums per layer, one for the
-embedding, one gathering of the logits, and with shared tokens what attention needs.
+they do on one device, and devices talk only where `mesh_step`, `share` or `tq_jax.shares` say so: two sums per layer,
+one for the embedding, one gathering of the logits, and with shared tokens what attention needs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -25,7 +23,6 @@ import tq_jax as tq
 from tq_jax.models.config import DecoderConfig
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.layer_caches import Caches, map_caches
-from tq_jax.models.share import Share, StripedShare
 from tq_jax.shares import share_spec
 
 P = PartitionSpec
@@ -248,140 +245,6 @@ def init_cache(decoder: Decoder, spec: tq.CacheSpec, *, batch: int, mesh: Mesh, 
     given = jax.tree.map(lambda x: place(x, layout.named()), given)
     shardings = cache_shardings(jax.eval_shape(make, given), mesh, axes=axes)
     return jax.jit(make, out_shardings=shardings)(given)
-
-
-def run_step(
-    step: Callable[..., tuple[Any, ...]],
-    decoder: Decoder,
-    layout: Layout | None,
-    *,
-    cache: Caches,
-    arrays: Mapping[str, jax.Array],
-    options: Mapping[str, Any],
-    donate: bool = True,
-) -> tuple[Any, ...]:
-    """Run a step of `generate` on one device or on a mesh.
-
-    Args:
-        step: A function of a decoder, a cache, arrays and options whose last result is the cache afterwards; what it
-            returns besides is the same on all devices.
-        decoder: The decoder, from `shard` if there is a mesh.
-        layout: The mesh; None for one device.
-        cache: The cache, from `init_cache` if there is a mesh.
-        arrays: Further arrays by name; all devices get all of them.
-        options: Static options by name.
-        donate: Whether the cache is donated, on a mesh. On one device the step decides.
-
-    Returns:
-        The results of the step.
-    """
-    if layout is None:
-        return step(decoder, cache=cache, **arrays, **options)
-    run = _donating if donate else _keeping
-    arrays = {name: place(array, layout.named()) for name, array in arrays.items()}
-    found, after = run(decoder, cache, arrays, step=step, layout=layout, options=tuple(options.items()))
-    return (*found, after)
-
-
-def run_on_mesh(
-    decoder: Decoder,
-    cache: Caches,
-    arrays: Mapping[str, jax.Array],
-    *,
-    step: Callable[..., tuple[Any, ...]],
-    layout: Layout,
-    options: tuple[tuple[str, Any], ...] = (),
-) -> tuple[tuple[Any, ...], Caches]:
-    """Run a step on a mesh, under a `jax.jit` of the caller; for loops other than those of `generate`.
-
-    Args:
-        decoder: The decoder, from `shard`.
-        cache: The cache, from `init_cache`.
-        arrays: Further arrays by name; all devices get all of them.
-        step: See `run_step`; every device calls it with its `Share` of the decoder and of the cache.
-        layout: The mesh.
-        options: Names and values of static options.
-
-    Returns:
-        The results of the step but the last, and the cache.
-    """
-    axes = layout.axes
-
-    def with_heads(cache: Caches, heads: int) -> Caches:
-        def changed(one: tq.Cache) -> tq.Cache:
-            return dataclasses.replace(one, spec=dataclasses.replace(one.spec, num_kv_heads=heads))
-
-        return map_caches(changed, cache)
-
-    shardings = cache_shardings(cache, layout.mesh, axes=axes), jax.tree.map(lambda _: layout.named(), dict(arrays))
-    leaves, tree = jax.tree.flatten((cache, dict(arrays)))
-    held = _Held(tree, tuple(zip(leaves, jax.tree.leaves(shardings), strict=True)))
-
-    def run(decoder: Decoder, kept: list[jax.Array]) -> tuple[tuple[Any, ...], list[jax.Array]]:
-        share = _share(decoder, layout)
-        cache, arrays = held.whole(kept, local=True)
-        heads = cache.spec.num_kv_heads
-        own = with_heads(cache, heads // layout.heads)
-        *found, after = inspect.unwrap(step)(share, cache=own, **arrays, **dict(options))
-        return tuple(found), _with_elements(with_heads(after, heads))
-
-    parameters = jax.tree.map(lambda sharding: sharding.spec, decoder_shardings(decoder, layout.mesh, axes=axes))
-    kept, specs = held.with_elements
-    count = len(_with_elements(cache))
-    # Pallas calls do not say over which axes their results vary, so nothing is checked.
-    spread = jax.shard_map(
-        run, mesh=layout.mesh, in_specs=(parameters, specs), out_specs=(P(), specs[:count]), check_vma=False
-    )
-    found, after = spread(decoder, kept)
-    return found, held.whole([*after, *kept[count:]], local=False)[0]
-
-
-def _share(part: Decoder, layout: Layout) -> Share:
-    """The decoder that one device is, made of its part of every parameter."""
-    heads = layout.axes.heads if layout.heads > 1 else None
-    if layout.shares == 1:
-        return Share(part, heads_axis=heads)
-    return StripedShare(part, heads_axis=heads, sequence_axis=layout.axes.sequence)
-
-
-def _with_elements(tree: Any) -> list[jax.Array]:
-    """The leaves of a pytree that have elements."""
-    return [leaf for leaf in jax.tree.leaves(tree) if leaf.size]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Held:
-    """A pytree of arrays, of which those without elements stay outside of `jax.shard_map`.
-
-    XLA takes operands without elements for constants, on which the partitioner of JAX 0.11 crashes.
-
-    Attributes:
-        tree: Structure of the pytree.
-        leaves: Its leaves, each with its sharding.
-    """
-
-    tree: Any
-    leaves: tuple[tuple[jax.Array, NamedSharding], ...]
-
-    @property
-    def with_elements(self) -> tuple[list[jax.Array], list[P]]:
-        """The leaves that have elements, and how each is spread."""
-        found = [(leaf, sharding.spec) for leaf, sharding in self.leaves if leaf.size]
-        return [leaf for leaf, _ in found], [spec for _, spec in found]
-
-    def whole(self, kept: Sequence[jax.Array], *, local: bool) -> Any:
-        """The pytree of leaves that have elements, of one device or of all, and of leaves without elements."""
-        rest = iter(kept)
-        shapes = [sharding.shard_shape(leaf.shape) if local else leaf.shape for leaf, sharding in self.leaves]
-        return self.tree.unflatten(
-            next(rest) if leaf.size else jnp.zeros(shape, leaf.dtype)
-            for (leaf, _), shape in zip(self.leaves, shapes, strict=True)
-        )
-
-
-_STATIC = ("step", "layout", "options")
-_keeping = partial(jax.jit, static_argnames=_STATIC)(run_on_mesh)
-_donating = partial(jax.jit, static_argnames=_STATIC, donate_argnames=("cache",))(run_on_mesh)
 
 
 def _names(path: Any) -> list[str]:

@@ -11,7 +11,20 @@ from typer.testing import CliRunner
 from tq_jax.commands import cli, inputs
 from tq_jax.commands.bench import command, timing
 from tq_jax.commands.bench.job import Setting
-from tq_jax.commands.bench.model import caches, claims, fit, floors, lab, line, many, picture, plan, report, shapes
+from tq_jax.commands.bench.model import (
+    caches,
+    claims,
+    fit,
+    floors,
+    lab,
+    line,
+    many,
+    picture,
+    placement,
+    plan,
+    report,
+    shapes,
+)
 from tq_jax.commands.bench.model.caches import Kind
 from tq_jax.models import Decoder, DecoderConfig
 
@@ -39,7 +52,7 @@ def tiny():
 @pytest.fixture
 def made_once(monkeypatch, tiny):
     """Lets commands take the tiny decoder that there is."""
-    monkeypatch.setattr(lab, "random_decoder", lambda config, dtype: tiny)
+    monkeypatch.setattr(lab, "random_decoder", lambda config, dtype, *, layout: tiny)
 
 
 def run(*arguments):
@@ -99,6 +112,56 @@ def test_compressed_caches_of_any_capacity_are_filled_by_a_prompt(tmp_path, made
     assert row["read_cache_bytes"] == K4V4.read_bytes(TINY, 255.5, 2)
 
 
+@pytest.mark.parametrize("mesh", ["heads=2", "sequence=2", "heads=2,sequence=2"])
+def test_devices_share_a_decoder(tmp_path, monkeypatch, tiny, mesh):
+    """The loop, a prompt and a long prompt run on a mesh; the bytes of a row are those of one device."""
+    monkeypatch.setattr(lab, "PROMPT_CHUNK", 256)
+    path = tmp_path / "model.json"
+    result = run(
+        *("model", "--shape", "tiny", "--batch", "2", "--context", "320", "--cache", "K4V4", "--prompt", "256,300"),
+        *("--steps", "4", "--mesh", mesh, "--json", str(path)),
+    )
+    assert result.exit_code == 0, result.output
+    sizes = {name: int(size) for name, _, size in (part.partition("=") for part in mesh.split(","))}
+    *prompts, row = json.loads(path.read_text())["rows"]
+    heads, devices = sizes.get("heads", 1), sizes.get("heads", 1) * sizes.get("sequence", 1)
+    assert [one["mesh"] for one in (*prompts, row)] == [sizes] * 3
+    norms = 4 * (2 * 2 + 1) * 64
+    table = 4 * 97 * 64  # 97 rows of the vocabulary are on every device
+    assert row["weights_bytes"] - norms - 2 * table == 4 * floors.layer_weights(TINY) // heads
+    assert row["read_cache_bytes"] == round(K4V4.read_bytes(TINY, 318.5, 2) / devices)
+    assert [one["op"] for one in prompts] == ["prompt"] * 2
+    assert prompts[0]["floor_s"] == pytest.approx(
+        prompts[0]["operations"] / devices / json.loads(path.read_text())["matmul_tflops"] / 1e12, rel=1e-2
+    )
+
+
+def test_meshes_that_do_not_fit_are_refused():
+    for mesh, words in {
+        "heads": "like heads=2",
+        "rows=2": "like heads=2",
+        "heads=2,heads=2": "like heads=2",
+        "heads=0": "like heads=2",
+        "heads=64": f"at most {jax.device_count()} devices",
+    }.items():
+        with pytest.raises(typer.BadParameter, match=words):
+            plan.make_plan(plan.Asked(shape="tiny", mesh=mesh), gpu=False)
+    with pytest.raises(typer.BadParameter, match="--many on one device"):
+        plan.make_plan(plan.Asked(shape="tiny", mesh="heads=2", many=4), gpu=False)
+
+
+def test_claims_are_of_one_device():
+    rows = [row_of("llama3-8b", 1, 1024, us=4000.0, mesh={"heads": 2})]
+    assert claims.measure(rows, "NVIDIA H200")[0] == []
+
+
+def test_what_fits_on_several_devices():
+    row = row_of(weights_bytes=100, overhead_bytes=0, cache_bytes=1)
+    limit = 100 + K4V4.nbytes(TINY, 1024, 3)
+    one, two = (fit.compute([row], {"tiny": TINY}, [K4V4], limit, devices=n)[0] for n in (1, 2))
+    assert (one["batch"], two["batch"]) == (3, 6)
+
+
 def test_many_prompts_are_compared_with_a_full_batch(tmp_path, monkeypatch, made_once):
     for name, value in (("PROMPTS", 5), ("PROMPT_TOKENS", (4, 16)), ("NEW_TOKENS", (8, 16))):
         monkeypatch.setattr(many, name, value)
@@ -136,20 +199,20 @@ def test_what_is_computed_to_fit_is_tried(tmp_path, monkeypatch, made_once):
 
 def test_a_failing_measurement_is_a_row_and_stops_nothing(tmp_path, monkeypatch, made_once):
     path = tmp_path / "model.json"
-    real = lab.decode_loop
+    real = placement.decode_loop
 
     class Full:
         """A loop that has no room for two sequences."""
 
         @staticmethod
-        def lower(decoder, first, *arguments, **options):
+        def lower(decoder, *, first, **options):
             if first.shape == (2,):
                 raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 34359738368 bytes.")
             if first.shape == (3,):
                 raise NotImplementedError("no kernel")
-            return real.lower(decoder, first, *arguments, **options)
+            return real.lower(decoder, first=first, **options)
 
-    monkeypatch.setattr(lab, "decode_loop", Full)
+    monkeypatch.setattr(placement, "decode_loop", Full)
     asked = ("model", "--shape", "tiny", "--context", "256", "--cache", "bf16", "--steps", "2", "--json", str(path))
     result = run(*asked, "--batch", "2,1")
     assert result.exit_code == 0, result.output
@@ -176,11 +239,11 @@ def test_a_time_limit_says_what_was_left_out(tmp_path):
 MISTAKES = {
     "expected shapes among llama3-8b": ("--shape", "llama9"),
     "expected --shape or --model, got both": ("--shape", "tiny", "--model", "x"),
-    "expected --context of 256 to 131072 tokens, got '100'": ("--context", "100"),
-    "expected --context of 256 to 131072 tokens, got '256,131073'": ("--context", "256,131073"),
+    "expected --context of 256 to 1048576 tokens, got '100'": ("--context", "100"),
+    "expected --context of 256 to 1048576 tokens, got '256,1048577'": ("--context", "256,1048577"),
     "expected comma-separated numbers of at least 0, got 'long'": ("--context", "long"),
     "expected --batch of at least 1, got '8,0'": ("--batch", "8,0"),
-    "expected --prompt of 256 to 131072 tokens, got '1'": ("--prompt", "1"),
+    "expected --prompt of 256 to 1048576 tokens, got '1'": ("--prompt", "1"),
     "expected caches like bf16,K4V4 with bits of 1, 2, 2.5": ("--cache", "bf16,K4"),
     "with bits of 1, 2, 2.5, 3, 3.5, 4, 5, 8, got 'K6V4'": ("--cache", "K6V4"),
     "got 'K4.4.4V4'": ("--cache", "K4.4.4V4"),

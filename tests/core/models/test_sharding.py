@@ -14,6 +14,7 @@ from flax import nnx
 import tq_jax as tq
 from tq_jax.models import Decoder, DecoderConfig, Sampling, generate
 from tq_jax.models.generate import decode_loop
+from tq_jax.models.mesh_step import run_on_mesh
 from tq_jax.models.sharding import (
     Layout,
     MeshAxes,
@@ -21,7 +22,6 @@ from tq_jax.models.sharding import (
     decoder_shardings,
     init_cache,
     place,
-    run_on_mesh,
     shard,
 )
 

@@ -60,6 +60,7 @@ def bench(
     capacity: planning.Capacity = None,
     fill: planning.Fill = planning.FILLS[0],
     check_fit: planning.CheckFit = False,
+    mesh: planning.Mesh = None,
 ) -> None:
     """Time the kernels, and compare them with the floor that memory sets and with peers in the same process.
 
@@ -74,7 +75,7 @@ def bench(
     set_memory(chosen)
     wanted = require_known(against.split(",") if against else [], [peer.name for peer in peers.PEERS], "peers")
     gpu = jax.default_backend() == "gpu"
-    asked = planning.Asked(shape, model, context, batch, cache, prompt, many, steps, capacity, fill, check_fit)
+    asked = planning.Asked(shape, model, context, batch, cache, prompt, many, steps, capacity, fill, check_fit, mesh)
     plan = make_plan(chosen, asked, gpu=gpu)
     setting = make_setting(gpu, wanted if set(chosen) != {"model"} else [], console)
     speeds = {"copy_gbps": setting.copy_gbps, "matmul_tflops": setting.matmul_tflops}

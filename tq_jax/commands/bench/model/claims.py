@@ -99,11 +99,13 @@ CLAIMS: dict[str, tuple[Limit | Ratio, ...]] = {
 def measure(rows: Sequence[Row], device: str) -> tuple[list[Claim], list[str]]:
     """The claims for a device whose rows were measured, and the names of its other claims.
 
+    All claims are of one device: rows of a mesh of several count for none.
+
     Args:
         rows: Rows of the command.
         device: Kind of the device.
     """
-    measured = [row for row in rows if "error" not in row]
+    measured = [row for row in rows if "error" not in row and "mesh" not in row]
     claims = [claim for name, found in CLAIMS.items() if name in device for claim in found]
     figures = {claim.name: claim.measure(measured) for claim in claims}
     return [claim for claim in figures.values() if claim], [name for name, claim in figures.items() if not claim]

@@ -38,7 +38,9 @@ def largest(fits: Callable[[int], bool], ceiling: int = CEILING) -> int:
     return low
 
 
-def compute(rows: Sequence[Row], configs: dict[str, DecoderConfig], kinds: Sequence[Kind], limit: int) -> list[Row]:
+def compute(
+    rows: Sequence[Row], configs: dict[str, DecoderConfig], kinds: Sequence[Kind], limit: int, *, devices: int = 1
+) -> list[Row]:
     """What fits for every decoder and cache that was measured.
 
     The room for a cache is what the device allows, less the weights, less what the largest measured load of that cache
@@ -48,7 +50,8 @@ def compute(rows: Sequence[Row], configs: dict[str, DecoderConfig], kinds: Seque
         rows: Rows of the command.
         configs: Sizes of each decoder.
         kinds: The caches.
-        limit: Bytes that the device allows.
+        limit: Bytes that a device allows.
+        devices: Devices that share a cache; the rows give the bytes on one of them.
     """
     found = []
     for shape, config in configs.items():
@@ -58,7 +61,7 @@ def compute(rows: Sequence[Row], configs: dict[str, DecoderConfig], kinds: Seque
             if measured:
                 most = max(measured, key=lambda row: row["cache_bytes"])
                 tokens = min(REFERENCE_TOKENS, max(row["seq"] for row in measured))
-                found.append(fields | _fit(most, config, kind, tokens, limit))
+                found.append(fields | _fit(most, _bytes_per_device(kind, config, devices), tokens, limit))
     return found
 
 
@@ -66,13 +69,16 @@ def _is_decode(row: Row) -> bool:
     return row["op"] == "model" and "us" in row
 
 
-def _fit(row: Row, config: DecoderConfig, kind: Kind, tokens: int, limit: int) -> dict[str, Any]:
+def _bytes_per_device(kind: Kind, config: DecoderConfig, devices: int) -> Callable[[int, int], float]:
+    """Bytes of a cache on one device, as a function of the tokens and the number of sequences."""
+    return lambda tokens, batch: kind.nbytes(config, tokens, batch) / devices
+
+
+def _fit(row: Row, nbytes: Callable[[int, int], float], tokens: int, limit: int) -> dict[str, Any]:
     """What fits beside the weights and the overhead of a row."""
     room = limit - row["weights_bytes"] - row["overhead_bytes"]
-    batch = largest(lambda count: kind.nbytes(config, tokens, count) <= room)
-    context = STEP_TOKENS * largest(
-        lambda count: kind.nbytes(config, STEP_TOKENS * count, 1) <= room, CEILING // STEP_TOKENS
-    )
+    batch = largest(lambda count: nbytes(tokens, count) <= room)
+    context = STEP_TOKENS * largest(lambda count: nbytes(STEP_TOKENS * count, 1) <= room, CEILING // STEP_TOKENS)
     names = ("weights_bytes", "overhead_bytes")
     sizes = {"limit_bytes": limit} | {name: row[name] for name in names} | {"room_bytes": room}
     return sizes | {"batch": batch, "batch_seq": tokens, "context": context, "computed": True}

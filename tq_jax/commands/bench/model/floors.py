@@ -5,16 +5,17 @@ import math
 import jax
 import jax.numpy as jnp
 
+from tq_jax.commands.bench.model.placement import device_bytes
 from tq_jax.models import Decoder, DecoderConfig
 
 
 def all_weights(decoder: Decoder) -> int:
-    """Bytes of all parameters.
+    """Bytes of all parameters on one device.
 
     Args:
         decoder: The decoder.
     """
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(decoder))
+    return device_bytes(decoder)
 
 
 def weight_dtype(decoder: Decoder) -> jnp.dtype:
@@ -27,16 +28,14 @@ def weight_dtype(decoder: Decoder) -> jnp.dtype:
 
 
 def read_weights(decoder: Decoder) -> int:
-    """Bytes of the parameters that a decoding step reads: all of them but an embedding that is not also the head.
+    """Bytes of the parameters that a decoding step reads on one device: all but an embedding that is not also the head.
 
     From such an embedding a step gathers one vector per sequence, which does not count.
 
     Args:
         decoder: The decoder.
     """
-    config = decoder.config
-    table = config.vocab_size * config.dim * weight_dtype(decoder).itemsize
-    return all_weights(decoder) - (0 if config.tied_head else table)
+    return all_weights(decoder) - (0 if decoder.config.tied_head else device_bytes(decoder.embedding))
 
 
 def layer_weights(config: DecoderConfig) -> int:

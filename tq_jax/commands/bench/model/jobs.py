@@ -16,12 +16,12 @@ def jobs(setting: Setting, plan: Plan) -> Iterator[Job]:
         setting: The device, and its speeds in this run.
         plan: What to measure.
     """
-    bench = lab.Lab(setting, plan)
+    bench, where = lab.Lab(setting, plan), plan.placement.label
     for shape, tasks in by_shape(plan):
         for task in tasks:
-            yield Job(task.label, functools.partial(_run, bench, task))
+            yield Job(task.label + where, functools.partial(_run, bench, task))
         for kind in plan.kinds if plan.check_fit else ():
-            yield Job(f"fit {shape}, {kind.label}", functools.partial(_check_fit, bench, shape, kind))
+            yield Job(f"fit {shape}, {kind.label}{where}", functools.partial(_check_fit, bench, shape, kind))
 
 
 def _run(bench: lab.Lab, task: Task) -> Iterator[Row]:
@@ -32,7 +32,8 @@ def _check_fit(bench: lab.Lab, shape: str, kind: Kind) -> Iterator[Row]:
     """Decodes with the largest batch and with the longest context that are computed to fit."""
     limit = lab.memory_stats().get("bytes_limit")
     config = bench.plan.configs[shape]
-    for found in fit.compute(bench.rows, {shape: config}, (kind,), limit) if limit else ():
+    devices = bench.plan.placement.devices
+    for found in fit.compute(bench.rows, {shape: config}, (kind,), limit, devices=devices) if limit else ():
         for batch, seq in ((found["batch"], found["batch_seq"]), (1, found["context"])):
             if batch and seq > bench.plan.steps:
                 row = bench.attempt(Task("fit", shape, batch, seq, kind))

@@ -80,7 +80,8 @@ def _full_step(decoder: Decoder, task: Task, tokens: int) -> float:
     before, times = max(tokens - steps // 2, 1), []
     for _ in range(1 + REPEATS):  # the first warms up
         empty = decoder.init_cache(spec, batch=task.batch)
-        cache = append_random(empty, jax.random.key(0), jnp.int32(before), chunk=before)
+        arrays = jax.random.key(0), jnp.int32(0), jnp.int32(before)
+        [cache] = append_random(decoder, empty, *arrays, chunk=before)
         one = jnp.ones(task.batch, jnp.int32)
         rows = Rows(prompt=one, token=one, count=one, limit=one * (steps + 2), done=one == 0)
         jax.block_until_ready((cache, rows))

@@ -6,16 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import typer
 
 from tq_jax.commands.bench.model.caches import Kind, parse_kinds
+from tq_jax.commands.bench.model.placement import ONE_DEVICE, Placement, parse_mesh
 from tq_jax.commands.bench.model.shapes import SHAPES
 from tq_jax.commands.inputs import open_model
 from tq_jax.commands.options import parse_numbers, require_known
 from tq_jax.models import Decoder, DecoderConfig
 
 PANEL = "Options of the operation model"
-LEAST, MOST = 256, 131072
+LEAST, MOST = 256, 2**20
 """Fewest and most tokens of a context."""
 
 FILLS = ("random", "prompt")
@@ -54,6 +56,9 @@ Capacity = Annotated[
 Fill = Annotated[
     str, _option("How a cache is filled: with random keys and values, or by a prompt.", metavar="|".join(FILLS))
 ]
+Mesh = Annotated[
+    str | None, _option("Mesh of several devices, like heads=2 or heads=2,sequence=2; else one device.", metavar="AXES")
+]
 CheckFit = Annotated[
     bool, _option("Also decode with the largest batch and the longest context that are computed to fit.", "--check-fit")
 ]
@@ -74,6 +79,7 @@ class Asked:
     capacity: int | None = None
     fill: str = FILLS[0]
     check_fit: bool = False
+    mesh: str | None = None
 
     def given(self) -> list[str]:
         """Names of the options that differ from their defaults."""
@@ -123,6 +129,7 @@ class Plan:
         check_fit: Whether the computed largest loads are tried.
         dtype: Type of random weights.
         loaded: The decoder of a file; None if weights are random.
+        placement: The devices that compute together.
     """
 
     configs: dict[str, DecoderConfig]
@@ -134,6 +141,7 @@ class Plan:
     check_fit: bool = False
     dtype: str = "bfloat16"
     loaded: Decoder | None = None
+    placement: Placement = ONE_DEVICE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +206,9 @@ def make_plan(asked: Asked, *, gpu: bool) -> Plan:
     if asked.shape is not None and asked.model is not None:
         raise typer.BadParameter(f"expected --shape or --model, got both, {asked.shape!r} and {asked.model!r}")
     require_known([asked.fill], FILLS, "--fill")
+    placement = parse_mesh(asked.mesh, available=jax.device_count())
+    if placement.axes and asked.many:
+        raise typer.BadParameter(f"expected --many on one device, got --mesh {asked.mesh}")
     kinds = tuple(parse_kinds(asked.cache or usual.kinds))
     steps = asked.steps or usual.steps
     contexts = None if asked.context is None else _tokens("--context", asked.context)
@@ -219,11 +230,12 @@ def make_plan(asked: Asked, *, gpu: bool) -> Plan:
         rows = usual.many.get(name, usual.many[""]) if asked.many is None else asked.many
         if contexts or batches:
             timed, rows = () if prompts is None else timed, asked.many or 0
+        rows = 0 if placement.axes else rows
         tasks += [Task("prompt", name, b, tokens, _one(kinds)) for b in batches or [1] for tokens in timed]
         tasks += [Task("model", name, *load, kind) for load in loads for kind in kinds]
         tasks += [Task("many", name, rows, MANY_CAPACITY, _one(kinds))] if rows else []
     fields = {"capacity": asked.capacity, "fill": asked.fill, "check_fit": asked.check_fit, "dtype": usual.dtype}
-    return Plan(configs, tuple(dict.fromkeys(tasks)), kinds, steps, loaded=loaded, **fields)
+    return Plan(configs, tuple(dict.fromkeys(tasks)), kinds, steps, loaded=loaded, placement=placement, **fields)
 
 
 def _tokens(option: str, text: str) -> list[int]:

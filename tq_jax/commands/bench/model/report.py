@@ -56,7 +56,7 @@ def add_summary(data: dict[str, Any], plan: Plan) -> None:
     data["lines"] = lines_of.fit_lines(rows)
     shown = lines_of.VLLM_SHAPE in plan.configs
     data["published_lines"] = lines_of.published_lines(jax.devices()[0].device_kind) if shown else []
-    data["fit"] = fit.compute(rows, plan.configs, plan.kinds, limit) if limit else []
+    data["fit"] = fit.compute(rows, plan.configs, plan.kinds, limit, devices=plan.placement.devices) if limit else []
 
 
 def show(data: dict[str, Any], console: Console) -> None:
@@ -67,7 +67,9 @@ def show(data: dict[str, Any], console: Console) -> None:
         console: Where to print.
     """
     rows = [row for row in data["rows"] if row["op"] in OPS]
-    title = f"Whole models on {jax.devices()[0].device_kind}: tokens of the compiled decode loop"
+    meshes = {str(row["mesh"]) for row in rows if "mesh" in row}
+    where = f", mesh {' and '.join(sorted(meshes))}" if meshes else ""
+    title = f"Whole models on {jax.devices()[0].device_kind}{where}: tokens of the compiled decode loop"
     for table in (
         tokens_table(rows, title),
         prompts_table(rows),
