@@ -22,6 +22,7 @@ import tq_jax as tq
 from benchmarks import jobs
 from interop.torch.attend_on_gpu import AttendOptions
 from interop.torch.paged import PagedPool
+from interop.torch.paged_rows import PagedRows
 from interop.vllm.calls import EarlierCall, RowBuffers, UniformCall, empty_earlier, plan_earlier, split_runs
 from pallas_kernels.attention.decode.launch_triton import MAX_QUERY_TOKENS
 
@@ -66,14 +67,14 @@ def time_calls(context: int, batch: int, chunk: int) -> dict[str, Any]:
     query = torch.randn(batch * chunk, KV_HEADS * GROUP, DIM, device=DEVICE, dtype=torch.bfloat16)
     starts, output = list(range(0, batch * chunk + 1, chunk)), torch.empty_like(query)
     new, slots = tokens[: batch * chunk], torch.arange(batch * chunk, device=DEVICE)
-    options, buffers = AttendOptions(), RowBuffers(batch, torch.device(DEVICE))
+    options, buffers = AttendOptions(), RowBuffers(batch)
     _, sums = empty_earlier(query)
 
     def plan() -> list[UniformCall | EarlierCall]:
         runs, first = split_runs(starts, MAX_QUERY_TOKENS)
         if first:
-            return [UniformCall(run, buffers.rows(run, table, lengths)) for run in runs]
-        return [*plan_earlier(starts, [True] * batch, lengths - chunk, table)]
+            return [UniformCall(run, buffers.rows(run, PagedRows(table, lengths))) for run in runs]
+        return [*plan_earlier(starts, [True] * batch, PagedRows(table, lengths - chunk))]
 
     def attend(calls: list[UniformCall | EarlierCall]) -> None:
         for call in calls:

@@ -49,12 +49,13 @@ def make_model(folder, layers, kind="Llama", bias=0.0):
 
 @contextlib.contextmanager
 def running(folder, options, **arguments):
-    """An engine in this process with our backend."""
+    """An engine in this process with our backend; without a window unless options say so."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     engine = LLM(
-        model=folder, attention_backend="CUSTOM", additional_config={"tq_jax": options}, seed=0,
+        model=folder, attention_backend="CUSTOM", seed=0,
+        additional_config={"tq_jax": {"window": 0, "sinks": 0} | options},
         **(dict(dtype="float32", max_model_len=256, block_size=32, enforce_eager=True, kv_cache_memory_bytes=1 << 22)
            | arguments),
     )  # fmt: skip
@@ -92,6 +93,16 @@ def layers_of(engine):
             )
             for x in layers.values()
         ]
+
+    return engine.collective_rpc(look)[0]
+
+
+def cold_reads(engine):
+    """Tokens of windows that were read from codes, as the builders of metadata say."""
+
+    def look(worker):
+        groups = [group for groups in worker.model_runner.attn_groups for group in groups]
+        return sum(group.get_metadata_builder().cold_reads() for group in groups)
 
     return engine.collective_rpc(look)[0]
 

@@ -1,5 +1,6 @@
 """Attention over packed pages that a block table puts together, as serving engines keep them."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -7,8 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.append.slots import token_in_window
 from pallas_kernels.attention import LogitOptions, PagedArguments, Partial, decode_attention, merge
+from pallas_kernels.attention.reference import attend_tokens
+from pallas_kernels.numerics import HIDDEN
 from pallas_kernels.pages import Pages
+from pallas_kernels.pytree import pytree
 from tq_jax.quantizer import Quantizer, from_rotated, sketch_gain, sketch_query, to_rotated
 
 Statistics = tuple[Float[Array, "b h_kv d"], Float[Array, "b h_kv d"]]
@@ -59,6 +64,61 @@ def attend_packed(
     return Partial(from_rotated(value_quantizer, partial.acc), partial.peak, partial.total)
 
 
+@pytree
+class HotTokens:
+    """Tokens of some sequences that are read in full precision, in blocks of a page's size; a pytree.
+
+    Attributes:
+        keys: [tokens, h_kv, d], of any float type; block s has the tokens from s * page_size on.
+        values: Values, laid out like the keys.
+        blocks: int32 [b, n], block of each run of tokens: of the first page of the sequence, if `first`, then of those
+            from token begin + packed on.
+        begin: int32 [b], first tokens that are read here: those of a page, or 0.
+        packed: int32 [b], tokens behind these that are read from pages; the rest is read here.
+        first: Whether there are blocks for first pages (static).
+    """
+
+    keys: Array
+    values: Array
+    blocks: Array
+    begin: Array
+    packed: Array
+    first: bool = dataclasses.field(metadata={"static": True})
+
+
+def _attend_hot(
+    query: Array, hot: HotTokens, lengths: Array, positions: Array, options: LogitOptions, page_size: int
+) -> Partial:
+    """Partial attention of queries [b, t, h_q, d] at positions [b, t] over tokens in full precision."""
+    slot = jnp.arange(hot.blocks.shape[1] * page_size, dtype=jnp.int32)[None]
+    place = jnp.repeat(hot.blocks, page_size, axis=1) * page_size + slot % page_size  # [b, s]
+    ends = (x[:, None] for x in (lengths, hot.begin, hot.begin + hot.packed))
+    token, stored = token_in_window(slot, *ends, first=page_size if hot.first else 0)  # [b, s] each
+    keys, values = (x[place].swapaxes(1, 2) for x in (hot.keys, hot.values))
+    return attend_tokens(query, keys, values, positions=positions, key_positions=token, stored=stored, options=options)
+
+
+def _attend_all(
+    query: Array,
+    pages: Pages,
+    quantizers: tuple[Quantizer, Quantizer],
+    table: Array,
+    lengths: Array,
+    positions: Array,
+    options: LogitOptions,
+    statistics: Statistics | None,
+    hot: HotTokens | None,
+) -> Partial:
+    """Partial attention of float32 queries at positions over packed tokens and those in full precision."""
+    if hot is None:
+        tokens = PackedTokens(pages, quantizers, table, lengths, statistics)
+        return attend_packed(query, tokens, positions, options)
+    tokens = PackedTokens(pages, quantizers, table, hot.packed, statistics)
+    packed = attend_packed(query, tokens, positions - hot.begin[:, None], options)
+    page_size = pages.values.packed.shape[-1]
+    return merge(packed, _attend_hot(query, hot, lengths, positions, options, page_size))
+
+
 def finish(
     partial: Partial, sink_logits: Float[Array, "h_q"] | None, exists: Bool[Array, "b t"]
 ) -> Float[Array, "b t h_q d"]:
@@ -82,6 +142,7 @@ def attend_paged(
     options: LogitOptions,
     statistics: Statistics | None = None,
     sink_logits: Float[Array, "h_q"] | None = None,
+    hot: HotTokens | None = None,
 ) -> Float[Array, "b t h_q d"]:
     """Causal attention of the last queries of each sequence over its packed pages, by the reference.
 
@@ -89,17 +150,56 @@ def attend_paged(
         query: Queries after rotary embedding, of any float type.
         pages: The pools.
         quantizers: Quantizers of keys and of values.
-        table: Page of each run of page_size tokens of each sequence.
+        table: Page of each run of page_size tokens of each sequence, from its first token in pages on.
         lengths: Tokens of each sequence, those of the queries included.
         counts: Queries of each sequence, the last of its tokens; right-padded.
         options: Logit options.
         statistics: Statistics of the keys; None for keys that are stored as they are.
         sink_logits: A learned logit per head that takes part in the softmax and has no value.
+        hot: Tokens in full precision; None for sequences whose tokens are all read from pages.
 
     Returns:
         Outputs in the type of the queries; zero for padding.
     """
     step = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    tokens = PackedTokens(pages, quantizers, table, lengths, statistics)
-    partial = attend_packed(query.astype(jnp.float32), tokens, (lengths - counts)[:, None] + step, options)
+    positions = (lengths - counts)[:, None] + step
+    given = pages, quantizers, table, lengths, positions, options, statistics, hot
+    partial = _attend_all(query.astype(jnp.float32), *given)
     return finish(partial, sink_logits, step < counts[:, None]).astype(query.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("options",))
+def attend_earlier(
+    query: Float[Array, "b t h_q d"],
+    pages: Pages,
+    quantizers: tuple[Quantizer, Quantizer],
+    table: Int[Array, "b n"],
+    lengths: Int[Array, "b"],
+    ahead: Int[Array, "b"],
+    *,
+    options: LogitOptions,
+    statistics: Statistics | None = None,
+    hot: HotTokens | None = None,
+) -> tuple[Float[Array, "b t h_q d"], Float[Array, "b t h_q"]]:
+    """Attention of queries over tokens that all come before them, by the reference.
+
+    Args:
+        query: Queries after rotary embedding, of any float type; query i has position lengths + ahead + i.
+        pages: As for `attend_paged`, as are the others.
+        quantizers: Quantizers of keys and of values.
+        table: Page of each run of page_size tokens of each sequence, from its first token in pages on.
+        lengths: Tokens of each sequence, without those of the queries.
+        ahead: Tokens between each sequence and its first query.
+        options: Logit options.
+        statistics: Statistics of the keys.
+        hot: Tokens in full precision.
+
+    Returns:
+        float32 outputs, zero for queries that see no token; and the log-sum-exp of their logits, `HIDDEN` there.
+    """
+    positions = (lengths + ahead)[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+    given = pages, quantizers, table, lengths, positions, options, statistics, hot
+    partial = _attend_all(query.astype(jnp.float32), *given)
+    seen = partial.total > 0
+    total = jnp.where(seen, partial.total, 1.0)
+    return partial.acc / total[..., None], jnp.where(seen, partial.peak + jnp.log(total), HIDDEN)

@@ -6,12 +6,10 @@ written. Attention of the last tokens reads everything from the codes, the newes
 reads what came before them. On the CPU JAX computes and torch writes; on a GPU torch launches the kernels.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -22,10 +20,9 @@ from interop.torch import jax_calls
 from interop.torch.attend_on_gpu import AttendOptions
 from interop.torch.dlpack import CPU_ALIGNMENT, to_jax, to_torch
 from interop.torch.paged_on_gpu import PagedKernels
-from pallas_kernels.attention import LogitOptions
-from pallas_kernels.numerics import HIDDEN
+from interop.torch.paged_rows import HotPool, PagedRows
 from pallas_kernels.pages import Pages, empty_pages
-from tq_jax.paged import PackedTokens, attend_packed, attend_paged
+from tq_jax.paged import HotTokens, attend_earlier, attend_paged
 
 
 def view_pages(memory: torch.Tensor, key: tq.QuantizerSpec, value: tq.QuantizerSpec) -> Pages:
@@ -72,19 +69,6 @@ def view_pages(memory: torch.Tensor, key: tq.QuantizerSpec, value: tq.QuantizerS
     return jax.tree.map(take, shapes)
 
 
-@dataclasses.dataclass(frozen=True)
-class PagedRows:
-    """Sequences of one call; int32 tensors on the device of the pages, each at an address that kernels assume.
-
-    Attributes:
-        table: [b, n], page of each run of page_size tokens of each sequence.
-        lengths: [b], tokens of each sequence that are in pages; 0 for padding, of which nothing is read.
-    """
-
-    table: torch.Tensor
-    lengths: torch.Tensor
-
-
 class PagedPool:
     """The compressed keys and values of one layer, for any number of sequences.
 
@@ -95,6 +79,7 @@ class PagedPool:
         dtype: Type of the model's keys and values.
         statistics: float32 mean and weight of the keys, [h_kv, d] each, see `tq_jax.statistics`; None for keys that are
             stored as they are.
+        hot: Tokens in full precision; None for a pool that all tokens are read from.
 
     Example:
         >>> quantizer = tq.make_quantizer(tq.QuantizerSpec(dim=64, bits=4))
@@ -112,7 +97,9 @@ class PagedPool:
         value: tq.Quantizer,
         dtype: torch.dtype,
         statistics: tuple[torch.Tensor, torch.Tensor] | None = None,
+        hot: HotPool | None = None,
     ) -> None:
+        self.hot = hot
         self.pages: Any = view_pages(memory, key.spec, value.spec)
         self.device, self.dtype = memory.device, dtype
         self.quantizers = key, value
@@ -125,9 +112,37 @@ class PagedPool:
         """The pages as JAX sees them on the CPU, current after every write of torch."""
         return to_jax(self.pages)
 
+    def _jax_hot(self, rows: PagedRows) -> HotTokens | None:
+        """The tokens in full precision of sequences, as JAX sees them on the CPU."""
+        if rows.exact is None:
+            return None
+        assert self.hot is not None
+        slots, begin, packed = to_jax(rows.exact.tensors)
+        return HotTokens(*self._hot_arrays, slots, begin, packed, self.hot.first)
+
+    @functools.cached_property
+    def _hot_arrays(self) -> tuple[jax.Array, jax.Array]:
+        assert self.hot is not None
+        return to_jax((self.hot.keys, self.hot.values))
+
     @functools.cached_property
     def _kernels(self) -> PagedKernels:
-        return PagedKernels(self.pages, *self.quantizers, self.dtype)
+        return PagedKernels(self.pages, *self.quantizers, self.dtype, self.hot)
+
+    def write_hot(
+        self, keys: Float[torch.Tensor, "n h_kv d"], values: Float[torch.Tensor, "n h_kv d"], places: torch.Tensor
+    ) -> None:
+        """Copies tokens to their places in the hot pool.
+
+        Args:
+            keys: After rotary embedding.
+            values: Values.
+            places: int64 [n], slot * page_size + place; a negative one skips its token.
+        """
+        assert self.hot is not None
+        known = places >= 0
+        for pool, tokens in ((self.hot.keys, keys), (self.hot.values, values)):
+            pool[places[known]] = tokens.detach()[known].to(pool.dtype)
 
     def write(
         self, keys: Float[torch.Tensor, "n h_kv d"], values: Float[torch.Tensor, "n h_kv d"], slots: torch.Tensor
@@ -190,7 +205,7 @@ class PagedPool:
         """
         statistics = None if self.statistics is None else self._statistics(query.shape[0])
         if self.device.type == "cuda":
-            return self._kernels.attend(query, rows.table, rows.lengths, options, statistics, sink_logits, out)
+            return self._kernels.attend(query, rows, options, statistics, sink_logits, out)
         sinks = None if sink_logits is None else jax_calls.fresh(sink_logits)
         counts = torch.full_like(rows.lengths, query.shape[1])
         arrays = to_jax((jax_calls.fresh(query.detach()), rows.table, rows.lengths, counts, statistics, sinks))
@@ -203,6 +218,7 @@ class PagedPool:
                 options=options.for_head_dim(query.shape[-1]),
                 statistics=arrays[4],
                 sink_logits=arrays[5],
+                hot=self._jax_hot(rows),
             )
         )
         return found if out is None else out.copy_(found)
@@ -232,7 +248,7 @@ class PagedPool:
         if self.device.type == "cuda":
             batches = [1 << i for i in range((most - 1).bit_length() + 1)]
             centred = self.statistics is not None
-            self._kernels.prepare_attend(batches, query, rows.table, options, sink_logits, centred=centred)
+            self._kernels.prepare_attend(batches, query, rows, options, sink_logits, centred=centred)
 
     def attend_before(
         self,
@@ -258,11 +274,21 @@ class PagedPool:
         """
         statistics = None if self.statistics is None else self._statistics(query.shape[0])
         if self.device.type == "cuda":
-            return self._kernels.attend_before(query, rows.table, rows.lengths, ahead, options, statistics)
+            return self._kernels.attend_before(query, rows, ahead, options, statistics)
         arrays = to_jax((jax_calls.fresh(query.detach()), rows.table, rows.lengths, ahead, statistics))
         query_array, table, lengths, distance, given = arrays
-        tokens = PackedTokens(self._jax_pages, self.quantizers, table, lengths, given)
-        return to_torch(_attend_before(query_array, tokens, distance, options=options.for_head_dim(query.shape[-1])))
+        pages = self._jax_pages, self.quantizers
+        found = attend_earlier(
+            query_array,
+            *pages,
+            table,
+            lengths,
+            distance,
+            options=options.for_head_dim(query.shape[-1]),
+            statistics=given,
+            hot=self._jax_hot(rows),
+        )
+        return to_torch(found)
 
     def _statistics(self, count: int) -> tuple[torch.Tensor, ...]:
         """Mean and weight for each of a number of sequences, which are few numbers."""
@@ -270,15 +296,3 @@ class PagedPool:
         if count not in self._expanded:
             self._expanded[count] = tuple(x.expand(count, *x.shape).contiguous() for x in self.statistics)
         return self._expanded[count]
-
-
-@functools.partial(jax.jit, static_argnames=("options",))
-def _attend_before(
-    query: jax.Array, tokens: PackedTokens, ahead: jax.Array, *, options: LogitOptions
-) -> tuple[jax.Array, jax.Array]:
-    """Outputs and log-sum-exp, by the reference; see `PagedPool.attend_before`."""
-    positions = (tokens.lengths + ahead)[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    partial = attend_packed(query.astype(jnp.float32), tokens, positions, options)
-    seen = partial.total > 0
-    total = jnp.where(seen, partial.total, 1.0)
-    return partial.acc / total[..., None], jnp.where(seen, partial.peak + jnp.log(total), HIDDEN)

@@ -17,10 +17,14 @@ import tq_jax as tq
 from interop.launcher.function import TorchFunction
 from interop.launcher.program import BoundProgram, FirstPart
 from interop.torch.attend_on_gpu import AttendOptions
-from pallas_kernels.attention import MAX_QUERY_TOKENS, AttendPlan, PagedArrays, attend_block_table
-from pallas_kernels.attention.exact import ExactInputs
-from pallas_kernels.attention.pipeline import attend_prepared
-from pallas_kernels.attention.prepare_arguments import PrepareInputs
+from interop.torch.paged_rows import HotPool, PagedRows
+from pallas_kernels.attention import (
+    MAX_QUERY_TOKENS,
+    AttendPlan,
+    FullPrecisionBlocks,
+    PagedArrays,
+    attend_block_table,
+)
 from pallas_kernels.encode import launch_triton as encode
 from pallas_kernels.encode.arguments import EncodeArguments
 from pallas_kernels.pages import Pages
@@ -39,16 +43,23 @@ class PagedKernels:
         key: Quantizer of keys, of JAX arrays.
         value: Quantizer of values.
         dtype: Type of the model's keys and values.
+        hot: Tokens in full precision; None if there are none.
     """
 
-    def __init__(self, pages: Pages, key: tq.Quantizer, value: tq.Quantizer, dtype: torch.dtype) -> None:
+    def __init__(
+        self, pages: Pages, key: tq.Quantizer, value: tq.Quantizer, dtype: torch.dtype, hot: HotPool | None = None
+    ) -> None:
         self._specs, self._dtype = (key.spec, value.spec), dtype
         device: Any = jax.tree.leaves(pages)[0].device
 
         def tensor(leaf: Any) -> torch.Tensor:
             return leaf if isinstance(leaf, torch.Tensor) else torch.from_numpy(np.array(leaf)).to(device)
 
-        self._arrays = jax.tree.map(tensor, PagedArrays(pages, basis_of(key), basis_of(value), key.sketch))
+        exact, self._first = (None, None), hot is not None and hot.first
+        if hot is not None:
+            exact = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x for x in (hot.keys, hot.values))
+        arrays = PagedArrays(pages, basis_of(key), basis_of(value), key.sketch, *exact)
+        self._arrays = jax.tree.map(tensor, arrays)
         self._encode = BoundProgram(PagedEncode(key, value), pages)
         self._first_row = torch.zeros(WRITES[-1], dtype=torch.int32, device=device)
         self._programs: dict[Any, BoundProgram] = {}
@@ -82,7 +93,7 @@ class PagedKernels:
         self,
         batches: Sequence[int],
         query: torch.Tensor,
-        table: torch.Tensor,
+        rows: PagedRows,
         options: AttendOptions,
         sink_logits: torch.Tensor | None,
         *,
@@ -93,7 +104,7 @@ class PagedKernels:
         Args:
             batches: Numbers of sequences.
             query: As for `attend`, of any number of sequences.
-            table: As for `attend`.
+            rows: As for `attend`, of any number of sequences.
             options: As for `attend`.
             sink_logits: As for `attend`.
             centred: Whether keys have statistics.
@@ -102,8 +113,9 @@ class PagedKernels:
         program = self._program(PagedAttend, query.shape[1], options)
         for batch in batches:
             statistics = [_meta((batch, heads, dim), torch.float32) if centred else None] * 2
-            rows = _meta((batch, table.shape[1]), torch.int32), _meta((batch,), torch.int32)
-            program.prepare(_meta((batch, *query.shape[1:]), query.dtype), *rows, *statistics, sink_logits)
+            table, lengths, *exact = (_meta((batch, *x.shape[1:]), torch.int32) for x in rows.tensors)
+            asked = _meta((batch, *query.shape[1:]), query.dtype)
+            program.prepare(asked, table, lengths, *statistics, sink_logits, *exact)
 
     def _write(
         self,
@@ -126,46 +138,43 @@ class PagedKernels:
     def attend(
         self,
         query: torch.Tensor,
-        table: torch.Tensor,
-        lengths: torch.Tensor,
+        rows: PagedRows,
         options: AttendOptions,
         statistics: tuple[torch.Tensor, ...] | None,
         sink_logits: torch.Tensor | None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Outputs of queries [b, t, h_q, d]; arguments as of `PagedPool.attend`, the statistics' [b, h_kv, d]."""
-        return self._launch(
-            PagedAttend, query, options, table, lengths, statistics, sink_logits, out=() if out is None else (out,)
-        )[0]
+        given = () if out is None else (out,)
+        return self._launch(PagedAttend, query, rows, options, statistics, sink_logits, out=given)[0]
 
     def attend_before(
         self,
         query: torch.Tensor,
-        table: torch.Tensor,
-        lengths: torch.Tensor,
+        rows: PagedRows,
         ahead: torch.Tensor,
         options: AttendOptions,
         statistics: tuple[torch.Tensor, ...] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Outputs [b, t, h_q, d] and log-sum-exp [b, t, h_q]; arguments as of `PagedPool.attend_before`."""
-        out, log_sum_exp = self._launch(PagedAttendBefore, query, options, table, lengths, statistics, -ahead)
+        out, log_sum_exp = self._launch(PagedAttendBefore, query, rows, options, statistics, -ahead)
         return out, log_sum_exp
 
     def _launch(
         self,
         kind: "type[PagedAttend] | type[PagedAttendBefore]",
         query: torch.Tensor,
+        rows: PagedRows,
         options: AttendOptions,
-        table: torch.Tensor,
-        lengths: torch.Tensor,
         statistics: tuple[torch.Tensor, ...] | None,
         last: torch.Tensor | None,
         *,
         out: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, ...]:
         program = self._program(kind, query.shape[1], options)
+        table, lengths, *exact = rows.tensors
         given = (None, None) if statistics is None else statistics
-        return program(query.contiguous(), table, lengths, *given, last, out=out)
+        return program(query.contiguous(), table, lengths, *given, last, *exact, out=out)
 
     def _program(
         self, kind: "type[PagedAttend] | type[PagedAttendBefore]", count: int, options: AttendOptions
@@ -174,7 +183,8 @@ class PagedKernels:
         key = kind, options, count > MAX_QUERY_TOKENS
         if key not in self._programs:
             runner = TorchFunction if count > MAX_QUERY_TOKENS else None
-            self._programs[key] = BoundProgram(kind(*self._specs, options), self._arrays, kind=runner)
+            function = kind(*self._specs, options, first=self._first)
+            self._programs[key] = BoundProgram(function, self._arrays, kind=runner)
         return self._programs[key]
 
 
@@ -217,11 +227,20 @@ class PagedEncode:
 
 @dataclasses.dataclass(frozen=True)
 class _Attend:
-    """Attention over the pages of a block table, as a function of arrays with its static options bound."""
+    """Attention over the pages of a block table, as a function of arrays with its static options bound.
+
+    Attributes:
+        key: Quantizer of keys.
+        value: Quantizer of values.
+        options: Of the attention.
+        first: Whether first blocks of sequences may be read in full precision.
+        interpret: Whether the kernels run as jnp.
+    """
 
     key: tq.QuantizerSpec
     value: tq.QuantizerSpec
     options: AttendOptions
+    first: bool = False
     interpret: bool = False
 
     def _plan(self, arrays: PagedArrays, dim: int, pages: int) -> AttendPlan:
@@ -229,7 +248,8 @@ class _Attend:
         heads, size = arrays.pages.keys.packed.shape[1:3]
         spec = tq.CacheSpec(heads, dim, pages * size, self.key, self.value, window=0, sink_tokens=0, page_size=size)
         options = self.options
-        return attend_plan(spec, options.for_head_dim(dim), precise=options.precise, interpret=self.interpret)
+        plan = attend_plan(spec, options.for_head_dim(dim), precise=options.precise, interpret=self.interpret)
+        return dataclasses.replace(plan, sink_slots=size if self.first else 0)
 
 
 class PagedAttend(_Attend):
@@ -244,12 +264,21 @@ class PagedAttend(_Attend):
         mean: Float[Any, "b h_kv d"] | None,
         weight: Float[Any, "b h_kv d"] | None,
         sink_logits: Any,
+        *exact: Any,
     ) -> tuple[Any]:
-        """The outputs, see `PagedPool.attend`."""
+        """The outputs, see `PagedPool.attend`; `exact` are the tensors of `ExactRows`, if there are any."""
         plan = self._plan(arrays, query.shape[-1], table.shape[1])
-        statistics = None if mean is None or weight is None else (mean, weight)
         return (
-            attend_block_table(query, arrays, table, lengths, plan, statistics=statistics, sink_logits=sink_logits),
+            attend_block_table(
+                query,
+                arrays,
+                table,
+                lengths,
+                plan,
+                statistics=None if mean is None or weight is None else (mean, weight),
+                segment=FullPrecisionBlocks(*exact) if exact else None,
+                sink_logits=sink_logits,
+            ),
         )
 
 
@@ -265,10 +294,18 @@ class PagedAttendBefore(_Attend):
         mean: Float[Any, "b h_kv d"] | None,
         weight: Float[Any, "b h_kv d"] | None,
         back: Int[Any, "b"],
+        *exact: Any,
     ) -> tuple[Any, Any]:
         """Outputs and log-sum-exp, see `PagedPool.attend_before`; `back` are the tokens from a query to the end."""
         plan = dataclasses.replace(self._plan(arrays, query.shape[-1], table.shape[1]), partial=True)
-        tokens = ExactInputs(query=query, length=lengths, compressed=lengths, back=back)
-        inputs = PrepareInputs(tokens, mean, weight, arrays.key_basis, arrays.sketch)
-        partial = attend_prepared(inputs, arrays.pages, plan, block_table=table, value_basis=arrays.value_basis)
+        partial: Any = attend_block_table(
+            query,
+            arrays,
+            table,
+            lengths,
+            plan,
+            back=back,
+            statistics=None if mean is None or weight is None else (mean, weight),
+            segment=FullPrecisionBlocks(*exact) if exact else None,
+        )
         return partial.acc, partial.peak

@@ -20,11 +20,13 @@ from vllm.v1.kv_cache_interface import KVCacheLayout  # pyright: ignore[reportPr
 import tq_jax as tq
 from interop.torch.attend_on_gpu import AttendOptions
 from interop.torch.paged import PagedPool
+from interop.torch.paged_rows import HotPool
 from interop.vllm.bias_statistics import Owner, bias_statistics
 from interop.vllm.metadata import TurboQuantBuilder, TurboQuantMetadata
 from interop.vllm.options import Options
 from interop.vllm.prompts import PromptAttention
 from interop.vllm.report import identity_of
+from interop.vllm.window import reserve, window_of
 from tq_jax.quantizer import MAX_DIM, MIN_DIM
 from tq_jax.statistics_files import find_statistics, read_statistics
 
@@ -183,6 +185,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self.statistics_from: str | None = None
         self._owner = Owner(self)
         self._pool: PagedPool | None = None
+        self._hot: HotPool | None = None
         self._memory: tuple[int, torch.Size] | None = None
         self._prepared: set[int] = set()
 
@@ -228,15 +231,32 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        """Compresses the tokens of a step into their page slots."""
+        """Compresses the tokens of a step into their page slots, and copies those of the window to the hot pool."""
         if kv_cache.numel() == 0:  # while vLLM measures memory
             return
         if self._memory != (kv_cache.data_ptr(), kv_cache.shape):
-            self._pool, self._memory = self._make_pool(kv_cache, key.dtype), (kv_cache.data_ptr(), kv_cache.shape)
+            self._pool, self._memory = self._make_pool(kv_cache, key), (kv_cache.data_ptr(), kv_cache.shape)
         assert self._pool is not None
-        count = slot_mapping.shape[0]
-        self._pool.write(key[:count], value[:count], _slots(layer, slot_mapping))
+        count, metadata, slots = slot_mapping.shape[0], _metadata_of(layer), slot_mapping
+        if metadata is not None and metadata.count == count:
+            slots = metadata.slots
+        self._pool.write(key[:count], value[:count], slots)
+        if metadata is not None and metadata.places is not None:
+            places = metadata.places[:count]  # all behind them are padding
+            self._write_hot(layer, key[: len(places)], value[: len(places)], places)
         self.written += count
+
+    def _write_hot(self, layer: Any, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor) -> None:
+        assert self._pool is not None and self._pool.hot is not None
+        if not key.is_cuda:
+            self._pool.write_hot(key, value, places)
+            return
+        from vllm._custom_ops import reshape_and_cache_flash
+
+        # One launch for both.
+        size = self._pool.pages.values.packed.shape[-1]
+        pools = (x.unflatten(0, (-1, size)) for x in (self._pool.hot.keys, self._pool.hot.values))
+        reshape_and_cache_flash(key, value, *pools, places, "auto", layer._k_scale, layer._v_scale)
 
     def forward(
         self,
@@ -254,6 +274,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("outputs are not quantized, got output_scale")
         if attn_metadata is None:  # while vLLM measures memory
+            self._reserve(self._config.cache_config.block_size, query)
             return output.zero_()
         for call in attn_metadata.uniform:
             assert self._pool is not None
@@ -279,23 +300,29 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         """The sink logits as kernels take them; read once weights are loaded."""
         return None if self.sinks is None else self.sinks.float()
 
-    def _make_pool(self, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedPool:
+    def _reserve(self, block: int | None, like: torch.Tensor) -> None:
+        """Takes the memory of the hot pool, for blocks of so many tokens, if there is a window."""
+        window = window_of(self._config, block) if block else None
+        if window is not None:
+            most, shape = self._config.scheduler_config.max_num_seqs, (self.num_kv_heads, self.head_size)
+            self._hot = reserve(self._hot, window, requests=most, shape=shape, like=like)
+
+    def _make_pool(self, kv_cache: torch.Tensor, key: torch.Tensor) -> PagedPool:
         require_alike(kv_cache, self._config.compilation_config.static_forward_context)
-        pool = PagedPool(kv_cache, *_quantizers(self.options, self.head_size), dtype, self.statistics)
+        self._reserve(kv_cache.shape[2], key)
+        pool = PagedPool(kv_cache, *_quantizers(self.options, self.head_size), key.dtype, self.statistics, self._hot)
         pool.prepare_writes()
         self._prepared.clear()
         return pool
 
 
-def _slots(layer: Any, slot_mapping: torch.Tensor) -> torch.Tensor:
-    """The slots of a step as kernels take them, from its metadata; without metadata, as vLLM gives them."""
+def _metadata_of(layer: Any) -> TurboQuantMetadata | None:
+    """The metadata of the step for a layer; None without any."""
     if layer is None or not is_forward_context_available():
-        return slot_mapping
+        return None
     metadata = get_forward_context().attn_metadata
     found = metadata.get(layer.layer_name) if isinstance(metadata, dict) else None
-    if isinstance(found, TurboQuantMetadata) and found.count == slot_mapping.shape[0]:
-        return found.slots
-    return slot_mapping
+    return found if isinstance(found, TurboQuantMetadata) else None
 
 
 def require_alike(memory: torch.Tensor, layers: dict[str, Any]) -> None:

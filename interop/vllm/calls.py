@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from interop.torch.attend_on_gpu import AttendOptions
-from interop.torch.paged import PagedPool, PagedRows
+from interop.torch.paged import PagedPool
+from interop.torch.paged_rows import PagedRows
 from pallas_kernels.numerics import HIDDEN, power_of_two
 
 SIZES = {"cpu": (8, 64, 256), "cuda": (16, 32, 64, 128, 256, 384, 512, 768, 1024)}
@@ -99,36 +100,35 @@ class UniformCall:
 
 
 class RowBuffers:
-    """Rows of a batch at addresses that stay, for CUDA graphs; padded to a power of two.
+    """Rows of batches at addresses that stay, for CUDA graphs; padded to a power of two.
 
     Args:
         most: Most requests of a batch.
-        device: Their device.
     """
 
-    def __init__(self, most: int, device: torch.device) -> None:
-        self._lengths = torch.zeros(power_of_two(most), dtype=torch.int32, device=device)
-        self._table: torch.Tensor | None = None
+    def __init__(self, most: int) -> None:
+        self._most = power_of_two(most)
+        self._buffers: PagedRows | None = None
 
-    def rows(self, run: Run, table: torch.Tensor, lengths: torch.Tensor) -> PagedRows:
-        """Rows of a run, of a batch's table int32 [requests, pages] and lengths int32 [requests].
+    def rows(self, run: Run, batch: PagedRows) -> PagedRows:
+        """Rows of a run of a batch.
 
         The first run's rows are views of the batch's tensors if they need no padding, else of the buffers. A CUDA graph
         holds a batch that is one run.
         """
         part, size = slice(run.first, run.first + run.requests), power_of_two(run.requests)
-        table, lengths, padding = table[part], lengths[part], size - run.requests
+        padding = size - run.requests
         if run.first:
-            pad = torch.nn.functional.pad
-            return PagedRows(pad(table, (0, 0, 0, padding)).contiguous(), pad(lengths, (0, padding)).contiguous())
+            return batch.map(lambda x: torch.cat([x[part], x.new_zeros(padding, *x.shape[1:])]))
         if not padding:
-            return PagedRows(table, lengths)
-        if self._table is None:
-            self._table = table.new_zeros(self._lengths.shape[0], table.shape[1])
-        self._table[: run.requests].copy_(table)
-        self._lengths[: run.requests].copy_(lengths)
-        self._lengths[run.requests :].zero_()
-        return PagedRows(self._table[:size], self._lengths[:size])
+            return batch.map(lambda x: x[part])
+        if self._buffers is None:
+            self._buffers = batch.map(lambda x: x.new_zeros(self._most, *x.shape[1:]))
+        for buffer, x in zip(self._buffers.tensors, batch.tensors, strict=True):
+            buffer[: run.requests].copy_(x[part])
+            if x.dim() == 1:
+                buffer[run.requests :].zero_()
+        return self._buffers.map(lambda x: x[:size])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,27 +182,24 @@ class Piece:
     ahead: int
 
 
-def plan_earlier(
-    starts: Sequence[int], continued: Sequence[bool], lengths: torch.Tensor, table: torch.Tensor
-) -> list[EarlierCall]:
+def plan_earlier(starts: Sequence[int], continued: Sequence[bool], earlier: PagedRows) -> list[EarlierCall]:
     """Plans the calls over the tokens before the chunks of a step. Nothing is read back from the device.
 
     Args:
         starts: Index of the first token of each prompt among the tokens of the prompts, and the end of the last one.
         continued: Whether each prompt has earlier tokens.
-        lengths: int32 [prompts] on the device: earlier tokens of each prompt.
-        table: int32 [prompts, pages] on the device: page of each run of tokens of each prompt.
+        earlier: The prompts without their chunks, on the device.
 
     Returns:
         Calls that have every query of the continued prompts once.
 
     Example:
-        >>> lengths, table = torch.tensor([0, 40], dtype=torch.int32), torch.zeros(2, 8, dtype=torch.int32)
-        >>> calls = plan_earlier([0, 50, 350], [False, True], lengths, table)
+        >>> earlier = PagedRows(torch.zeros(2, 8, dtype=torch.int32), torch.tensor([0, 40], dtype=torch.int32))
+        >>> calls = plan_earlier([0, 50, 350], [False, True], earlier)
         >>> [(call.rows.lengths.tolist(), call.ahead.tolist(), call.tokens.shape[0]) for call in calls]
         [([40], [256], 64), ([40], [0], 256)]
     """
-    kind = lengths.device.type
+    kind = earlier.lengths.device.type
     pieces: dict[int, list[Piece]] = {size: [] for size in SIZES[kind]}
     for request, (start, end) in enumerate(itertools.pairwise(starts)):
         if not continued[request]:
@@ -215,20 +212,20 @@ def plan_earlier(
     for size, found in pieces.items():
         together = max(QUERIES[kind] // size, 1)
         parts = (found[i : i + together] for i in range(0, len(found), together))
-        calls += [_earlier_call(part, size, lengths, table) for part in parts]
+        calls += [_earlier_call(part, size, earlier) for part in parts]
     return calls
 
 
-def _earlier_call(pieces: list[Piece], size: int, lengths: torch.Tensor, table: torch.Tensor) -> EarlierCall:
+def _earlier_call(pieces: list[Piece], size: int, earlier: PagedRows) -> EarlierCall:
     padding = power_of_two(len(pieces)) - len(pieces)  # few sizes, so that few functions are compiled
-    device = lengths.device
+    device = earlier.lengths.device
     request, ahead, exists = _on_device([[p.request, p.ahead, 1] for p in pieces] + [[0, 0, 0]] * padding, device).T
     places = [p.first + min(i, p.count - 1) for p in pieces for i in range(size)] + [0] * (padding * size)
     real = [n * size + i for n, p in enumerate(pieces) for i in range(p.count)]
     return EarlierCall(
         tokens=_on_device(places, device),
         real=None if len(real) == len(places) else _on_device(real, device),
-        rows=PagedRows(table[request].contiguous(), torch.where(exists > 0, lengths[request], 0).int()),
+        rows=earlier.map(lambda x: (x[request] * exists if x.dim() == 1 else x[request]).int()),
         ahead=ahead.int().contiguous(),
     )
 

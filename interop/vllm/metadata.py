@@ -13,9 +13,11 @@ from vllm.v1.attention.backend import (
 )
 
 from interop.torch.paged_on_gpu import WRITES, write_size
+from interop.torch.paged_rows import PagedRows
 from interop.vllm.calls import RowBuffers, UniformCall, plan_earlier, split_runs
 from interop.vllm.prompts import Prompts
 from interop.vllm.report import report
+from interop.vllm.window import HotTables, WindowSpec, window_of
 from pallas_kernels.attention import MAX_QUERY_TOKENS
 
 
@@ -28,12 +30,15 @@ class TurboQuantMetadata(AttentionMetadata):
         prompts: The other requests; None if there are none.
         slots: int32, page slot of each token, padding included; negative for padding and behind it.
         count: Number of tokens, padding included.
+        places: int64, place of each of the tokens of `slots` in the hot pools, negative for those that have none; None
+            if there are no hot pools.
     """
 
     uniform: tuple[UniformCall, ...]
     prompts: Prompts | None
     slots: torch.Tensor
     count: int
+    places: torch.Tensor | None = None
 
 
 class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
@@ -57,7 +62,9 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         assert self.reorder_batch_threshold is not None
         self.reorder_batch_threshold = min(self.reorder_batch_threshold, MAX_QUERY_TOKENS)
         scheduler = vllm_config.scheduler_config
-        self._rows = RowBuffers(scheduler.max_num_seqs, device)
+        self._rows = RowBuffers(scheduler.max_num_seqs)
+        self._window = window_of(vllm_config, kv_cache_spec.block_size)
+        self._hot: HotTables | None = None
         most = scheduler.max_num_batched_tokens + WRITES[-1]
         self._slots = torch.full((most,), -1, dtype=torch.int32, device=device)
         report(vllm_config)
@@ -76,15 +83,60 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             raise NotImplementedError(f"attention over compressed pages is causal, got causal={common.causal}")
         requests = common.num_reqs
         starts = common.query_start_loc_cpu[: requests + 1].tolist()
-        table, lengths = common.block_table_tensor[:requests], common.seq_lens[:requests]
+        rows = PagedRows(common.block_table_tensor[:requests], common.seq_lens[:requests])
+        slots, places = self._filled_slots(common.slot_mapping), None
+        if self._window is not None:
+            self._hot = self._hot or self._tables(self._window, rows)
+            places = self._hot.update(rows.table, rows.lengths, slots)
         assert self.reorder_batch_threshold is not None
         runs, first = split_runs(starts, self.reorder_batch_threshold)
+        # Prompts first: rows with few queries stay in the tables, until the next step.
+        prompts = self._prompts(common, rows, starts, first) if first < requests else None
+        few = self._read(rows.map(lambda x: x[:first])) if runs else rows
         return TurboQuantMetadata(
-            uniform=tuple(UniformCall(run, self._rows.rows(run, table, lengths)) for run in runs),
-            prompts=_prompts(common, starts, first) if first < requests else None,
-            slots=self._filled_slots(common.slot_mapping),
+            uniform=tuple(UniformCall(run, self._rows.rows(run, few)) for run in runs),
+            prompts=prompts,
+            slots=slots,
             count=common.slot_mapping.shape[0],
+            places=places,
         )
+
+    def cold_reads(self) -> int:
+        """Tokens of windows and first tokens that had to be read from codes so far, per layer; waits for the device."""
+        return 0 if self._hot is None else int(self._hot.cold_reads)
+
+    def _tables(self, window: WindowSpec, rows: PagedRows) -> HotTables:
+        """The tables; made by the first step, when the number of blocks is known."""
+        cache, scheduler = self.vllm_config.cache_config, self.vllm_config.scheduler_config
+        return HotTables(
+            window,
+            blocks=cache.num_gpu_blocks * (cache.block_size // window.block or 1),
+            requests=scheduler.max_num_seqs,
+            tokens=len(self._slots),
+            width=rows.table.shape[1],
+            device=rows.table.device,
+        )
+
+    def _read(self, rows: PagedRows) -> PagedRows:
+        """Rows of all tokens as those of which some are read in full precision, if there is a window."""
+        return rows if self._hot is None else self._hot.read(rows.table, rows.lengths)
+
+    def _prompts(self, common: Any, rows: PagedRows, starts: list[int], first: int) -> Prompts:
+        """The requests from one on, which are prompts."""
+        base, whole = starts[first], common.query_start_loc
+        own = [start - base for start in starts[first:]]
+        on_device = whole[first : len(starts)] - base if first else whole[: len(starts)]
+        bound = common.seq_lens_cpu_upper_bound
+        counts = [end - start for start, end in itertools.pairwise(own)]
+        continued = [True] * len(counts)
+        if bound is not None:
+            bounds = bound[first : len(starts) - 1].tolist()
+            continued = [most > count for most, count in zip(bounds, counts, strict=True)]
+        earlier = ()
+        if any(continued):
+            lengths = rows.lengths[first:] - (on_device[1:] - on_device[:-1])
+            earlier = tuple(plan_earlier(own, continued, self._read(PagedRows(rows.table[first:], lengths))))
+        return Prompts(base, own, on_device, earlier)
 
     def _filled_slots(self, slots: torch.Tensor) -> torch.Tensor:
         """The slots of a step as int32 in the builder's tensor, with negative ones behind them as writes need them."""
@@ -94,24 +146,6 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         self._slots[:count].copy_(slots)
         self._slots[count:end].fill_(-1)
         return self._slots[:end]
-
-
-def _prompts(common: Any, starts: list[int], first: int) -> Prompts:
-    """The requests from one on, which are prompts."""
-    base, whole = starts[first], common.query_start_loc
-    own = [start - base for start in starts[first:]]
-    on_device = whole[first : len(starts)] - base if first else whole[: len(starts)]
-    bound = common.seq_lens_cpu_upper_bound
-    counts = [end - start for start, end in itertools.pairwise(own)]
-    continued = [True] * len(counts)
-    if bound is not None:
-        continued = [most > count for most, count in zip(bound[first : len(starts) - 1].tolist(), counts, strict=True)]
-    earlier = ()
-    if any(continued):
-        part = slice(first, len(starts) - 1)
-        lengths = common.seq_lens[part] - (on_device[1:] - on_device[:-1])
-        earlier = tuple(plan_earlier(own, continued, lengths, common.block_table_tensor[part]))
-    return Prompts(base, own, on_device, earlier)
 
 
 def _require_whole_blocks(vllm_config: Any, spec: Any) -> None:

@@ -24,6 +24,8 @@ class Options:
         value_kind: Kind of the value quantizer.
         search: Whether the quantization step of each vector is searched; kinds without a search ignore it.
         boundary_layers: How many layers at each end of the model stay in full precision.
+        window: How many of the latest tokens of a request are read in full precision, in whole blocks; 0 for none.
+        sinks: First tokens of a request that are read in full precision, with the rest of their block; 0 for none.
         statistics: File of key statistics. If None, the file that `tq-jax calibrate` wrote for this model, see
             `tq_jax.statistics_files`; without one, keys that have a bias are centred by statistics from the model's
             weights.
@@ -41,6 +43,8 @@ class Options:
     value_kind: ValueKind = "mse"
     search: bool = True
     boundary_layers: int = 0
+    window: int = 128
+    sinks: int = 4
     statistics: str | None = None
     seed: int = 0
     precise: bool = False
@@ -116,7 +120,7 @@ def _check(name: str, value: Any) -> None:
     elif name in ("search", "precise"):
         if not isinstance(value, bool):
             raise ValueError(f"expected {name} to be true or false, got {value!r}")
-    elif name in ("boundary_layers", "seed"):
+    elif name in ("boundary_layers", "window", "sinks", "seed"):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ValueError(f"expected {name} to be an integer of at least 0, got {value!r}")
     elif not isinstance(value, int | float) or isinstance(value, bool):

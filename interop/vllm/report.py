@@ -7,6 +7,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 
 from interop.vllm.options import Options
+from interop.vllm.window import why_off, window_of
 from tq_jax.statistics_files import ModelIdentity, identify, missing_statistics
 
 logger = init_logger("vllm.tq_jax")  # a child of vLLM's logger, whose handlers show its messages
@@ -32,14 +33,15 @@ def _sources(vllm_config: Any) -> set[str | None]:
 
 
 def summary(vllm_config: Any) -> str:
-    """Says which layers are compressed, how, which are not, what attends to prompts, and how many more tokens fit."""
+    """Says which layers are compressed and how, what stays exact, what attends to prompts, and how many tokens fit."""
     layers = {
         name: layer
         for name, layer in vllm_config.compilation_config.static_forward_context.items()
         if hasattr(layer, "attn_backend") and hasattr(layer, "get_kv_cache_spec")
     }
-    compressed, others, full, dense = [], {}, 0, 0
+    compressed, others, full, dense, hot = [], {}, 0, 0, 0
     content = prompts = ""
+    requests = vllm_config.scheduler_config.max_num_seqs
     for name, layer in layers.items():
         plain = layer.get_kv_cache_spec(vllm_config)
         if plain is None:
@@ -53,6 +55,8 @@ def summary(vllm_config: Any) -> str:
         else:
             compressed.append(extract_layer_index(name))
             prompts = layer.impl.attends_prompts_by
+            if (window := window_of(vllm_config, plain.block_size)) is not None:
+                hot += window.tokens(requests) * plain.page_size_bytes // plain.block_size
             content = f"{spec.state_content_size_bytes} instead of {plain.state_content_size_bytes} bytes"
     options = Options.from_config(vllm_config.additional_config)
     kept = "".join(f"; layers {indices} stay in full precision ({name})" for name, indices in others.items())
@@ -60,6 +64,20 @@ def summary(vllm_config: Any) -> str:
     how = f", keys centred and weighted by {' and '.join(sources)}" if sources else ""
     return (
         f"tq_jax compresses {len(compressed)} of {len(layers)} layers {compressed} to {options.label} ({content} per "
-        f"head and token){how}{kept}. Prompts attend within their chunks by {prompts}. "
+        f"head and token){how}{kept}. {_kept_tokens(vllm_config, options, hot)}"
+        f"Prompts attend within their chunks by {prompts}. "
         f"The same memory holds {dense / full:.2f} times as many tokens"
+    )
+
+
+def _kept_tokens(vllm_config: Any, options: Options, size: int) -> str:
+    """The sentence about the latest and the first tokens, whose hot pools have so many bytes."""
+    if not options.window and not options.sinks:
+        return ""
+    if (reason := why_off(vllm_config)) is not None:
+        return f"No tokens stay in full precision as well: {reason}. "
+    requests = vllm_config.scheduler_config.max_num_seqs
+    return (
+        f"Of up to {requests} requests, the latest {options.window} tokens and the first {options.sinks} stay in full "
+        f"precision as well, in {size / 2**20:.1f} MiB. "
     )

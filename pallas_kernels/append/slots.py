@@ -117,6 +117,29 @@ def token_in_slot(slot: Any, length: Any, compressed: Any, *, sink_slots: int, s
     return where(in_sinks, slot, sink_slots + address), where(in_sinks, slot < length, in_ring)
 
 
+def token_in_window(slot: Any, length: Any, begin: Any, stop: Any, *, first: int) -> tuple[Any, Any]:
+    """The position of the token in a slot of a sequence's window, and whether there is one.
+
+    A serving engine keeps blocks of a sequence in full precision: its first block in slots before the others, and all
+    blocks from a token on.
+
+    Args:
+        slot: int32, from 0.
+        length: int32, tokens of the sequence.
+        begin: int32, tokens in the slots of the first block: all of them or none.
+        stop: int32, position of the first token in the other slots.
+        first: Slots of the first block; 0 if there are none.
+
+    Example:
+        >>> position, stored = token_in_window(np.arange(7), 10, 2, 6, first=2)
+        >>> position.tolist(), stored.tolist()
+        ([0, 1, 6, 7, 8, 9, 10], [True, True, True, True, True, True, False])
+    """
+    where, in_first = _numpy(slot).where, slot < first
+    position = where(in_first, slot, slot - first + stop)
+    return position, where(in_first, slot < begin, position < length)
+
+
 def _numpy(x: Any) -> Any:
     return jnp if isinstance(x, jax.Array) else np
 

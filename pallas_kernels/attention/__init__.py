@@ -2,7 +2,12 @@
 
 from pallas_kernels.attention.api import decode_attention, prefill_attention
 from pallas_kernels.attention.arguments import PagedArguments
-from pallas_kernels.attention.block_table import FullPrecisionSegment, PagedArrays, attend_block_table
+from pallas_kernels.attention.block_table import (
+    FullPrecisionBlocks,
+    FullPrecisionSegment,
+    PagedArrays,
+    attend_block_table,
+)
 from pallas_kernels.attention.decode.config import TileConfig
 from pallas_kernels.attention.decode.launch_triton import MAX_QUERY_TOKENS
 from pallas_kernels.attention.options import LogitOptions
@@ -15,6 +20,7 @@ __all__ = [
     "MAX_QUERY_TOKENS",
     "AttendPlan",
     "CacheArrays",
+    "FullPrecisionBlocks",
     "FullPrecisionSegment",
     "LogitOptions",
     "PagedArguments",

@@ -15,7 +15,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.attention.full_precision_triton import attend_slots, attend_tile, no_keys, query_block, terms_of
+from pallas_kernels.attention.full_precision_triton import (
+    Slots,
+    attend_slots,
+    attend_tile,
+    no_keys,
+    query_block,
+    terms_of,
+)
 from pallas_kernels.attention.merge_triton import Splits
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.compat.device import H100_MULTIPROCESSORS
@@ -52,12 +59,17 @@ class ExactInputs:
             tokens; None for `counts`, if they belong to its last tokens.
         length: int32 [rows], tokens of each cache row.
         compressed: int32 [rows], tokens that left the ring for the pages.
-        keys: [rows, h_kv, slots, d], full-precision keys; uint16 are the bits of bfloat16.
+        keys: [rows, h_kv, slots, d] or, with a table, [tokens, h_kv, d], full-precision keys; uint16 are the bits of
+            bfloat16.
         values: [rows, h_kv, slots, d], full-precision values, of the type of the keys.
         new_keys: [b, t, h_kv, d], keys of the queries' own tokens, of any float type, if the cache does not hold them
             yet.
         new_values: [b, t, h_kv, d], their values.
         joint: What queries, new keys and new values are made of, in place of these three.
+        table: int32 [b, n], block of the full-precision tokens that each run of block_size slots of a sequence is: its
+            first block, if there are slots for it, then those behind its tokens in pages. None for cache rows.
+        begin: int32 [b], with a table, tokens before those in pages: those of the first block, or 0.
+        block_size: Tokens per block of the table (static).
     """
 
     query: Any = None
@@ -71,6 +83,16 @@ class ExactInputs:
     new_keys: Any = None
     new_values: Any = None
     joint: JointHeads | None = None
+    table: Any = None
+    begin: Any = None
+    block_size: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def slots(self) -> int:
+        """Full-precision slots of a sequence."""
+        if self.keys is None:
+            return 0
+        return self.keys.shape[2] if self.table is None else self.table.shape[1] * self.block_size
 
     @property
     def query_shape(self) -> tuple[int, int, int, int]:
@@ -169,7 +191,7 @@ def exact_plan(
         interpret: Whether the kernel runs as jnp.
     """
     batch, count, heads, dim = x.query_shape
-    slots, new = 0 if x.keys is None else x.keys.shape[2], x.new_keys is not None or x.joint is not None
+    slots, new = x.slots, x.new_keys is not None or x.joint is not None
     if not slots and not new:
         return None
     itemsize, bfloat16 = jnp.dtype(stored_dtype).itemsize, jnp.dtype(stored_dtype) == jnp.uint16
@@ -278,23 +300,19 @@ def attend_slots_part(
 ) -> None:
     """Attends with a block of query rows over a part of the slots of a sequence and KV head, and writes that split."""
     this = _query_rows(x, block, sequence, head, plan)
-    slots = x.keys.shape[2]
     row = x.row(this.sequence)
-    length, compressed = x.length[row], x.compressed[row]
-    single = plan.splits * plan.tile >= slots
-    used = lax.div(jnp.minimum(length, slots) + (plan.tile - 1), jnp.int32(plan.tile))
+    counters = x.length[row], x.compressed[row], None if x.begin is None else x.begin[row]
+    slots = Slots(x, row, this.head, plan.sink_slots, *counters)
+    single = plan.splits * plan.tile >= x.slots
+    used = lax.div(slots.used + (plan.tile - 1), jnp.int32(plan.tile))
     share = lax.div(used + (plan.splits - 1), jnp.int32(plan.splits))
     begin = part if single else part * share
     state = attend_slots(
         this.query,
         first_position(x, plan.shape[1], this.sequence, row) + this.token,
-        x.keys,
-        x.values,
-        (row, this.head),
+        slots,
         (begin, jnp.minimum(begin + share, used)),
-        (length, compressed),
         tile=plan.tile,
-        sink_slots=plan.sink_slots,
         options=plan.options,
         query_terms=terms_of(x.query_dtype),
         single=single,

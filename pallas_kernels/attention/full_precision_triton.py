@@ -1,9 +1,11 @@
 """Attention over full-precision tokens, as programs of the prepare kernel.
 
-The slots of a cache row are one per sink token, then a ring of the latest tokens; new tokens are not in the cache yet.
+The slots of a cache row are one per sink token, then a ring of the latest tokens; those of a serving engine's sequence
+are blocks of a pool: its first block, then the latest ones. New tokens are not in the cache yet.
 Their keys and values stay in the original basis; docs/decode_step.md shows where they join the packed tokens.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.append.slots import token_in_slot
+from pallas_kernels.append.slots import token_in_slot, token_in_window
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.numerics import FLOOR, HIDDEN, INSTRUCTION_ROWS, LOG2_E, power_of_two
 from pallas_kernels.tiles.intrinsics_triton import exp2, tanh
@@ -24,17 +26,66 @@ UPPER_HALF = -65536
 """Mask of the upper half of an int32: the bits of a float32 that bfloat16 keeps."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The full-precision slots of a sequence and KV head, in a kernel: a cache row's, or blocks of a pool.
+
+    Attributes:
+        x: The references of `exact.ExactInputs`, whose table says which of both they are.
+        row: Cache row; of a table, the sequence.
+        head: KV head.
+        first: Slots before those of the latest tokens, static.
+        length: Tokens of the sequence.
+        compressed: How many of them are in pages.
+        begin: With a table, how many of them are before those in pages.
+    """
+
+    x: Any
+    row: jax.Array
+    head: jax.Array
+    first: int
+    length: jax.Array
+    compressed: jax.Array
+    begin: Any
+
+    @property
+    def used(self) -> jax.Array:
+        """Slots up to the last one that holds a token."""
+        if self.x.table is None:
+            return jnp.minimum(self.length, self.x.slots)
+        latest = jnp.maximum(self.length - self.begin - self.compressed, 0)
+        return jnp.where(self.length > 0, self.first + latest, 0)
+
+    def tokens(self, slot: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Position of the token in each slot [tile], and whether there is one."""
+        if self.x.table is None:
+            return token_in_slot(slot, self.length, self.compressed, sink_slots=self.first, slots=self.x.slots)
+        return token_in_window(slot, self.length, self.begin, self.begin + self.compressed, first=self.first)
+
+    def load(self, slot: jax.Array, wanted: jax.Array, channel: jax.Array) -> tuple[jax.Array, ...]:
+        """Keys and values [tile, d padded] in the wanted slots [tile], zero elsewhere."""
+        x, shape, dim = self.x, channel.shape, self.x.keys.shape[-1]
+        mask = jnp.broadcast_to(wanted[:, None], shape)  # [tile, d padded]
+        if dim < shape[1]:
+            mask = mask & (channel < dim)
+        if x.table is None:
+            lead = self.row, self.head, slot[:, None]
+        else:
+            size = jnp.full_like(slot, x.block_size)
+            where = jnp.full_like(slot, self.row), lax.div(slot, size)
+            block = plt.load(x.table.at[where], mask=wanted, other=0)  # [tile]
+            lead = (block * x.block_size + lax.rem(slot, size))[:, None], self.head
+        at = (*(jnp.broadcast_to(i, shape) for i in lead), channel)
+        return tuple(plt.load(pool.at[at], mask=mask, other=_zero(pool)) for pool in (x.keys, x.values))
+
+
 def attend_slots(
     query: jax.Array,
     position: jax.Array,
-    keys: Any,
-    values: Any,
-    where: tuple[jax.Array, jax.Array],
+    slots: Slots,
     tiles: tuple[jax.Array, jax.Array],
-    lengths: tuple[jax.Array, jax.Array],
     *,
     tile: int,
-    sink_slots: int,
     options: LogitOptions,
     query_terms: int,
     single: bool,
@@ -45,13 +96,9 @@ def attend_slots(
     Args:
         query: float32 [queries, d padded], one query row each, d padded to a power of two.
         position: int32 [queries], positions in the sequence.
-        keys: Reference [rows, h_kv, slots, d]; uint16 are the bits of bfloat16.
-        values: Reference [rows, h_kv, slots, d], of the type of the keys.
-        where: Cache row and KV head.
+        slots: The slots.
         tiles: First tile and the one behind the last.
-        lengths: Tokens of the cache row, and how many of them are in pages.
         tile: Slots per tile.
-        sink_slots: Slots before the ring.
         options: Logit options.
         query_terms: bfloat16 numbers that sum to a query.
         single: Whether the run is the first tile alone, whatever the tile behind the last.
@@ -61,19 +108,18 @@ def attend_slots(
         Sum of 2**(w - peak) * value [queries, d padded], peak [queries] and sum of 2**(w - peak) [queries], with w =
         logit * log2(e).
     """
-    slots = keys.shape[2]
     channel = lax.broadcasted_iota(jnp.int32, (tile, query.shape[1]), 1)  # [tile, d padded]
     queries = _terms(query, query_terms)  # [queries, d padded] each
 
     def step(index: jax.Array, state: tuple) -> tuple:
         slot = index * tile + lax.broadcasted_iota(jnp.int32, (tile,), 0)  # [tile]
-        token, stored = token_in_slot(slot, *lengths, sink_slots=sink_slots, slots=slots)  # [tile] each
+        token, stored = slots.tokens(slot)  # [tile] each
         # A single tile is loaded before the lengths are known: one trip to memory less.
-        wanted = slot < slots if single else stored  # [tile]
-        k, v = _load_slots((keys, values), where, slot, wanted, channel)  # [tile, d padded]
+        wanted = slot < slots.x.slots if single else stored  # [tile]
+        k, v = slots.load(slot, wanted, channel)  # [tile, d padded]
         if single:
             # Slots that were never written may hold NaN.
-            v = jnp.where(stored[:, None], v, _zero(values))
+            v = jnp.where(stored[:, None], v, _zero(slots.x.values))
         visible = _visible(token, stored, position, options)
         return _fold(state, queries, k, v, visible, options, interpret=interpret)
 
@@ -139,22 +185,6 @@ def _fold(
     parts = _terms(p, max(len(queries), 2))
     acc = acc * alpha[:, None] + _product(parts, _widened(v), transpose=False, interpret=interpret)
     return acc, new, total * alpha + jnp.sum(p, axis=1)
-
-
-def _load_slots(
-    pools: tuple[Any, Any],
-    where: tuple[jax.Array, jax.Array],
-    slot: jax.Array,
-    wanted: jax.Array,
-    channel: jax.Array,
-) -> tuple[jax.Array, ...]:
-    """Keys and values [tile, d padded] in the wanted slots [tile] of a row and KV head, zero elsewhere."""
-    shape, dim = channel.shape, pools[0].shape[3]
-    mask = jnp.broadcast_to(wanted[:, None], shape)  # [tile, d padded]
-    if dim < shape[1]:
-        mask = mask & (channel < dim)
-    at = (*(jnp.broadcast_to(i, shape) for i in (*where, slot[:, None])), channel)
-    return tuple(plt.load(pool.at[at], mask=mask, other=_zero(pool)) for pool in pools)
 
 
 def _logits(queries: list[jax.Array], keys: jax.Array, options: LogitOptions, *, interpret: bool) -> jax.Array:

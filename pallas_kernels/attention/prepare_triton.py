@@ -258,5 +258,6 @@ def _write_table(x: PrepareInputs, out: Prepared, program: jax.Array, plan: Prep
         overwritten = first * plan.page_size
         out.lengths[sequence] = compressed - overwritten
         token = lax.broadcasted_iota(jnp.int32, (power_of_two(count),), 0)  # [t padded]
-        position = first_position(x.tokens, count, sequence, row) - plan.sink_slots - overwritten + token
+        before = plan.sink_slots if x.tokens.begin is None else x.tokens.begin[sequence]
+        position = first_position(x.tokens, count, sequence, row) - before - overwritten + token
         plt.store(out.positions.at[jnp.full_like(token, sequence), token], position, mask=token < count)

@@ -13,6 +13,7 @@ import tq_jax as tq  # noqa: E402
 from interop.launcher.cuda_graph import GraphPool  # noqa: E402
 from interop.torch.attend_on_gpu import AttendOptions  # noqa: E402
 from interop.torch.paged import PagedPool  # noqa: E402
+from interop.torch.paged_rows import PagedRows  # noqa: E402
 from interop.vllm.calls import RowBuffers, UniformCall, empty_earlier, plan_earlier, split_runs  # noqa: E402
 from pallas_kernels.numerics import HIDDEN  # noqa: E402
 
@@ -133,13 +134,13 @@ class Step:
         table, pool, options = self.table.to(device), self.pools[device], self.case.options
         runs, first = split_runs(starts, 3)
         base, counts = starts[first], torch.tensor(COUNTS[first:], dtype=torch.int32, device=device)
-        buffers = RowBuffers(len(LENGTHS), table.device)
+        buffers, rows = RowBuffers(len(LENGTHS)), PagedRows(table, lengths)
         earlier, sums = empty_earlier(query[base:])
         with jax_on(device):
             for run in runs:
-                UniformCall(run, buffers.rows(run, table, lengths)).attend(pool, query, output, options, sinks)
+                UniformCall(run, buffers.rows(run, rows)).attend(pool, query, output, options, sinks)
             own = [start - base for start in starts[first:]]
-            for call in plan_earlier(own, [True] * len(counts), lengths[first:] - counts, table[first:]):
+            for call in plan_earlier(own, [True] * len(counts), PagedRows(table[first:], lengths[first:] - counts)):
                 call.attend(pool, query[base:], earlier, sums, options)
         output[base:] = earlier
         return output.cpu(), sums.cpu()
@@ -176,21 +177,21 @@ def test_steps_in_a_graph():
     query = step.normal(3, heads * case.group, dim).to(device, case.dtype)
     k, v = step.normal(3, 2 * heads, dim).to(device, case.dtype).split(heads, dim=1)  # with gaps, as vLLM's are
     slots = torch.full((16,), -1, dtype=torch.int32, device=device)
-    buffers, output = RowBuffers(3, device), torch.zeros_like(query)
+    buffers, output = RowBuffers(3), torch.zeros_like(query)
     [run], _ = split_runs([0, 1, 2, 3], 1)
 
     def launch() -> None:
         pool.write(k, v, slots)
         UniformCall(run, rows).attend(pool, query, output, case.options, None)
 
-    rows = buffers.rows(run, table, lengths)
+    rows = buffers.rows(run, PagedRows(table, lengths))
     launch()
     with GraphPool().capture(device) as graph:
         launch()
     lengths = torch.tensor([33, 257, 700], dtype=torch.int32, device=device)
     place = (lengths - 1).long()
     slots[:3] = table[torch.arange(3, device=device), place // case.page_size] * case.page_size + place % case.page_size
-    buffers.rows(run, table, lengths)
+    buffers.rows(run, PagedRows(table, lengths))
     before = output.clone()
     graph.replay()
     replayed = output.clone()

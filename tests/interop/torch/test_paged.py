@@ -16,8 +16,9 @@ from interop.launcher.program import struct  # noqa: E402
 from interop.torch import paged_on_gpu  # noqa: E402
 from interop.torch.attend_on_gpu import AttendOptions  # noqa: E402
 from interop.torch.cache import TorchCache  # noqa: E402
-from interop.torch.paged import PagedPool, PagedRows, view_pages  # noqa: E402
+from interop.torch.paged import PagedPool, view_pages  # noqa: E402
 from interop.torch.paged_on_gpu import PagedAttend, PagedAttendBefore, PagedEncode  # noqa: E402
+from interop.torch.paged_rows import PagedRows  # noqa: E402
 from interop.vllm.calls import RowBuffers, UniformCall, empty_earlier, plan_earlier, split_runs  # noqa: E402
 from pallas_kernels.numerics import HIDDEN  # noqa: E402
 
@@ -175,15 +176,16 @@ def test_long_chunks_take_their_kernel(monkeypatch):
     quantizers = tq.make_quantizer(spec), tq.make_quantizer(spec, seed=1)
     kernels = PagedPool(torch.zeros(3, 2, 64, 68, dtype=torch.uint8), *quantizers, torch.bfloat16)._kernels
     query, zero = torch.zeros(1, 16, 4, 64, dtype=torch.bfloat16), integers(0)
-    out, sums = kernels.attend_before(query, TABLE[:1], zero, zero, AttendOptions(), None)
+    out, sums = kernels.attend_before(query, PagedRows(TABLE[:1], zero), zero, AttendOptions(), None)
     assert [call[0] for call in launched] == ["prepare", "prefill", "merge"]
     assert (out.shape, sums.shape) == (query.shape, query.shape[:3]) and out.dtype == sums.dtype == torch.float32
     launched.clear()
     out = torch.zeros_like(query[:, :1])
-    assert kernels.attend(query[:, :1], TABLE[:1], zero, AttendOptions(), None, None, out) is out
+    rows = PagedRows(TABLE[:1], zero)
+    assert kernels.attend(query[:, :1], rows, AttendOptions(), None, None, out) is out
     assert [call[0] for call in launched] == ["prepare", "decode", "merge"] and out.data_ptr() in launched[2]
     with pytest.raises(ValueError, match=r"expected bfloat16\[1, 1, 4, 64\] on cpu, got bfloat16\[1, 2, 4, 64\]"):
-        kernels.attend(query[:, :1], TABLE[:1], zero, AttendOptions(), None, None, query[:, :2])
+        kernels.attend(query[:, :1], rows, AttendOptions(), None, None, query[:, :2])
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -206,7 +208,7 @@ def test_kernels_are_compiled_ahead(centred, monkeypatch):
         if count < 3:
             again = PagedRows(TABLE[:count], integers(*[0] * count))
             pool._kernels.attend(
-                query[:count], again.table, again.lengths, AttendOptions(),
+                query[:count], again, AttendOptions(),
                 None if statistics is None else tuple(x.expand(count, 2, 64).contiguous() for x in statistics), sinks,
             )  # fmt: skip
         tokens = torch.zeros(10 * count, 2, 64).bfloat16()
@@ -264,17 +266,15 @@ def test_kernels_compute_what_the_cpu_does(monkeypatch):
 
     class OnKernels:
         def attend(self, query, rows, options, sinks, *, out):
-            given = rows.table, rows.lengths, options, pool._statistics(len(query)), sinks
-            return pool._kernels.attend(query, *given, out)
+            return pool._kernels.attend(query, rows, options, pool._statistics(len(query)), sinks, out)
 
         def attend_before(self, query, rows, ahead, options):
-            given = rows.table, rows.lengths, ahead, options, pool._statistics(len(query))
-            return pool._kernels.attend_before(query, *given)
+            return pool._kernels.attend_before(query, rows, ahead, options, pool._statistics(len(query)))
 
     [run], first = split_runs([0, 1, 25, 55], 1)
-    earlier = plan_earlier([0, 24, 54], [True, True], integers(*lengths[1:]), table[1:].clone())
+    earlier = plan_earlier([0, 24, 54], [True, True], PagedRows(table[1:].clone(), integers(*lengths[1:])))
     assert first == 1 and [call.ahead.tolist() for call in earlier] == [[0, 0]]
-    rows = RowBuffers(4, torch.device("cpu")).rows(run, table, integers(*lengths))
+    rows = RowBuffers(4).rows(run, PagedRows(table, integers(*lengths)))
     results = []
     for layer in (pool, OnKernels()):
         output, (outputs, sums) = torch.zeros_like(query), empty_earlier(query[1:])

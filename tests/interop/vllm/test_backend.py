@@ -11,10 +11,11 @@ import torch
 
 import tq_jax as tq
 from interop.torch.cache import TorchCache
+from interop.torch.paged_rows import PagedRows
 from interop.vllm.calls import RowBuffers, UniformCall, split_runs
 
 D, PAGE = 32, 32
-OURS = {"tq_jax": {"search": False}}
+OURS = {"tq_jax": {"search": False, "window": 0, "sinks": 0}}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_windows_caps_and_sinks_are_honoured(make_impl):
     query, output = torch.randn(8, 4, D, generator=random), torch.full((8, 4, D), torch.nan)
     assert not impl.forward(None, query, k, v, memory, None, output.clone()).any()
     [run], _ = split_runs([0, 8], 8)
-    rows = RowBuffers(1, memory.device).rows(run, table, torch.tensor([70], dtype=torch.int32))
+    rows = RowBuffers(1).rows(run, PagedRows(table, torch.tensor([70], dtype=torch.int32)))
     metadata = TurboQuantMetadata((UniformCall(run, rows),), None, position, 70)
     impl.forward(None, query, k, v, memory, metadata, output)
     quantizers = tq.QuantizerSpec(D, 4, scale="unbiased"), tq.QuantizerSpec(D, 4)

@@ -6,6 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from interop.torch.paged_rows import PagedRows  # noqa: E402
 from interop.vllm import calls  # noqa: E402
 from interop.vllm.options import Options  # noqa: E402
 
@@ -43,6 +44,8 @@ def test_boundary_layers():
         ({"key_bits": "4"}, "expected key_bits to be a number of bits, got '4'"),
         ({"search": 1}, "expected search to be true or false, got 1"),
         ({"boundary_layers": -1}, "expected boundary_layers to be an integer of at least 0, got -1"),
+        ({"window": True}, "expected window to be an integer of at least 0, got True"),
+        ({"sinks": 4.0}, "expected sinks to be an integer of at least 0, got 4.0"),
         ({"seed": 1.5}, "expected seed to be an integer of at least 0, got 1.5"),
         ({"statistics": 3}, "expected statistics to be a path, got 3"),
         ("k4v4", "expected 'tq_jax' in the additional config to be a table of options, got 'k4v4'"),
@@ -65,7 +68,7 @@ def test_calls_cover_every_query_once(device, monkeypatch):
     request = torch.repeat_interleave(torch.arange(7), torch.tensor(counts))
     asked = torch.zeros(starts[-1], dtype=torch.int64)
     lengths = torch.tensor(earlier, dtype=torch.int32)
-    for call in calls.plan_earlier(starts, [x > 0 for x in earlier], lengths, table):
+    for call in calls.plan_earlier(starts, [x > 0 for x in earlier], PagedRows(table, lengths)):
         batch = call.ahead.shape[0]
         size = call.tokens.shape[0] // batch
         assert size in calls.SIZES[device] and batch & (batch - 1) == 0 and batch * size <= 1024

@@ -29,7 +29,7 @@ def server(two_layers, tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    options = {"tq_jax": {"key_bits": 2, "value_bits": 2, "search": False}}
+    options = {"tq_jax": {"key_bits": 2, "value_bits": 2, "search": False, "window": 0, "sinks": 0}}
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", two_layers),
         *("--attention-backend", "CUSTOM", "--additional-config", json.dumps(options)),

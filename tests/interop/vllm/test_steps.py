@@ -1,5 +1,6 @@
 """Steps of any mix of requests: what a layer writes and attends to, against plain attention."""
 
+import dataclasses
 import itertools
 import types
 
@@ -9,10 +10,12 @@ pytest.importorskip("vllm")
 
 import jax
 import torch
+from window_model import Model
 
 import tq_jax as tq
 from interop.torch import jax_calls
 from interop.torch.dlpack import to_jax, to_torch
+from interop.vllm.window import WindowSpec
 
 dequantize = jax.jit(tq.dequantize)
 
@@ -27,22 +30,34 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def config():
+WINDOW = {"window": 70, "sinks": 3}
+
+
+def make_config(**window):
     from vllm.config import AttentionConfig, VllmConfig
 
-    return VllmConfig(
-        attention_config=AttentionConfig(backend="CUSTOM"), additional_config={"tq_jax": {"search": False}}
-    )
+    options = {"search": False, "window": 0, "sinks": 0} | window
+    return VllmConfig(attention_config=AttentionConfig(backend="CUSTOM"), additional_config={"tq_jax": options})
 
 
-def make_builder(drafts):
+@pytest.fixture(scope="module")
+def config():
+    return make_config()
+
+
+@pytest.fixture(scope="module")
+def windowed():
+    return make_config(**WINDOW)
+
+
+def make_builder(drafts, options=None):
     """A builder of an engine whose requests have so many draft tokens."""
     from interop.vllm import metadata
 
     settings = types.SimpleNamespace(
         model_config=None,
-        cache_config=None,
+        cache_config=types.SimpleNamespace(num_gpu_blocks=BLOCKS, block_size=PAGE),
+        additional_config=options or {"tq_jax": {"window": 0, "sinks": 0}},
         speculative_config=types.SimpleNamespace(num_speculative_tokens=drafts, parallel_drafting=False),
         use_v2_model_runner=True,
         parallel_config=types.SimpleNamespace(decode_context_parallel_size=1),
@@ -52,6 +67,22 @@ def make_builder(drafts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metadata, "report", lambda config: None)
         return metadata.TurboQuantBuilder(spec, ["layer"], settings, torch.device("cpu"))
+
+
+@dataclasses.dataclass
+class Request:
+    """Blocks of a request, its keys and values, and what their codes stand for."""
+
+    blocks: list
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_codes: torch.Tensor
+    value_codes: torch.Tensor
+
+    def add(self, *new):
+        names = ("keys", "values", "key_codes", "value_codes")
+        for name, tokens in zip(names, new, strict=True):
+            setattr(self, name, torch.cat([getattr(self, name), tokens]))
 
 
 class Layer:
@@ -64,7 +95,9 @@ class Layer:
 
         with set_current_vllm_config(config):
             self.impl = TurboQuantImpl(HEADS, D, D**-0.5, KV_HEADS, **options)
-        self.builder, self.options = make_builder(drafts), options
+        self.builder, self.options = make_builder(drafts, config.additional_config), options
+        spec = WindowSpec.of(self.impl.options, PAGE)
+        self.model = None if spec is None else Model(spec, 6)
         self.memory = torch.full((BLOCKS, KV_HEADS, PAGE, 36), 255, dtype=torch.uint8)  # scales are NaN
         self.quantizers = (
             tq.make_quantizer(tq.QuantizerSpec(D, 4, scale="unbiased"), seed=0),
@@ -94,17 +127,19 @@ class Layer:
         want = torch.full((total, HEADS, D), torch.nan)
         for row, (name, count) in enumerate(requests):
             part = slice(starts[row], starts[row + 1])
-            blocks, *earlier = self.tokens.get(name, ([], key[:0], value[:0]))
-            own, codes = (key[part], value[part]), [x[part] for x in decoded]
-            few = count <= self.builder.reorder_batch_threshold
-            want[part] = self.reference(query[part], earlier, codes if few else own)
-            before, lengths[row] = len(earlier[0]), len(earlier[0]) + count
-            while len(blocks) * PAGE < lengths[row]:
-                blocks = [*blocks, self.blocks.pop()]
-            self.tokens[name] = blocks, *(torch.cat(x) for x in zip(earlier, codes, strict=True))
+            request = self.tokens.setdefault(name, Request([], key[:0], value[:0], key[:0], value[:0]))
+            before, lengths[row] = len(request.keys), len(request.keys) + count
+            while len(request.blocks) * PAGE < lengths[row]:
+                request.blocks.append(self.blocks.pop())
+            request.add(key[part], value[part], *(x[part] for x in decoded))
+            blocks = request.blocks
             position = torch.arange(before, lengths[row])
             table[row, : len(blocks)] = torch.tensor(blocks)
             slots[part] = table[row, position // PAGE].long() * PAGE + position % PAGE
+        if self.model is not None:
+            begun = set((slots[(slots >= 0) & (slots % PAGE == 0)] // PAGE).tolist())
+            rows = [(self.tokens[name].blocks, len(self.tokens[name].keys)) for name, _ in requests]
+            self.model.update(rows, begun)
         begin, end = torch.tensor(starts, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
         common = CommonAttentionMetadata(
             query_start_loc=begin, query_start_loc_cpu=begin.clone(), seq_lens=end, num_reqs=len(lengths),
@@ -112,7 +147,10 @@ class Layer:
             block_table_tensor=table, slot_mapping=slots, seq_lens_cpu_upper_bound=end.clone(),
         )  # fmt: skip
         metadata = self.builder.build(0, common)
-        self.impl.do_kv_cache_update(None, key, value, self.memory, metadata.slots[:total])
+        self.write(key, value, metadata, slots)
+        for row, (name, count) in enumerate(requests):
+            part = slice(starts[row], starts[row + 1])
+            want[part] = self.reference(query[part], *self.read(self.tokens[name], count))
         output = torch.full((total, HEADS, D), torch.nan)
         self.impl.forward(None, query, key, value, self.memory, metadata, output)
         return output[: starts[-1]], want[: starts[-1]], metadata
@@ -126,13 +164,37 @@ class Layer:
             to_torch(dequantize(q, to_jax(c)))[: len(tokens[0])] for q, c in zip(self.quantizers, padded, strict=True)
         ]
 
-    def reference(self, query, earlier, own):
-        keys, values = (torch.cat(x).repeat_interleave(HEADS // KV_HEADS, 1) for x in zip(earlier, own, strict=True))
+    def write(self, key, value, metadata, slots):
+        """Writes as vLLM does, with the metadata of the layer in its context."""
+        from vllm.forward_context import override_forward_context
+
+        if self.impl._pool is None and self.model is not None:
+            self.impl._reserve(PAGE, key)
+            for pool in (self.impl._hot.keys, self.impl._hot.values):
+                pool.fill_(torch.nan)
+        with override_forward_context(types.SimpleNamespace(attn_metadata={"layer": metadata})):
+            self.impl.do_kv_cache_update(types.SimpleNamespace(layer_name="layer"), key, value, self.memory, slots)
+
+    def read(self, request, count):
+        """Keys and values that the latest `count` tokens of a request attend to."""
+        length = len(request.keys)
+        few = count <= self.builder.reorder_batch_threshold
+        length -= 0 if few else count
+        begin, stop = (0, length) if self.model is None else self.model.read(request.blocks, length)
+        exact = ((0, begin), (stop, len(request.keys)))
+        keys, values = request.key_codes.clone(), request.value_codes.clone()
+        for part in (slice(*pair) for pair in exact):
+            keys[part], values[part] = request.keys[part], request.values[part]
+        return keys, values
+
+    def reference(self, query, keys, values):
+        before = len(keys) - len(query)
+        keys, values = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (keys, values))
         logits = torch.einsum("nhd,mhd->hnm", query, keys) * D**-0.5
         cap, window, sinks = (self.options.get(x) for x in ("logits_soft_cap", "sliding_window", "sinks"))
         if cap:
             logits = cap * torch.tanh(logits / cap)
-        age = len(earlier[0]) + torch.arange(len(query))[:, None] - torch.arange(len(keys))
+        age = before + torch.arange(len(query))[:, None] - torch.arange(len(keys))
         logits = logits.masked_fill((age < 0) | (age >= (window or 10**6)), -torch.inf)
         extra = torch.full((HEADS, len(query), 1), -torch.inf) if sinks is None else sinks.float()[:, None, None]
         weights = torch.cat([logits, extra.expand(-1, len(query), 1)], -1).softmax(-1)[..., :-1]
@@ -145,9 +207,10 @@ def assert_close(found, want):
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("drafts", [0, 3])
-def test_any_mix_of_requests(config, name, drafts):
+@pytest.mark.parametrize("given", ["config", "windowed"])
+def test_any_mix_of_requests(given, name, drafts, request):
     """Decoding requests first, with and without drafts, then first and later chunks of prompts."""
-    layer = Layer(config, drafts=drafts, **OPTIONS[name])
+    layer = Layer(request.getfixturevalue(given), drafts=drafts, **OPTIONS[name])
     few = 1 + drafts
     for step in (
         [("a", 60), ("b", 33), ("c", 9)],
@@ -165,9 +228,10 @@ def test_any_mix_of_requests(config, name, drafts):
         assert (metadata.prompts is None) == (len(uniform) == len(step))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(8))
 def test_random_mixes(config, seed):
-    layer = Layer(config, seed=seed)
+    window = {0: config, 1: make_config(window=33, sinks=32), 2: make_config(window=0), 3: make_config(window=5)}
+    layer = Layer(window[seed % 4], seed=seed)
     draw = torch.Generator().manual_seed(seed)
     for _ in range(6):
         counts = torch.randint(1, 30, (5,), generator=draw).tolist()
@@ -196,9 +260,10 @@ def test_first_chunks_read_no_codes(config, monkeypatch):
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
-def test_padded_steps(config, drafts):
+@pytest.mark.parametrize("given", ["config", "windowed"])
+def test_padded_steps(given, drafts, request):
     """A batch that a graph was captured for: padding writes and reads nothing; addresses stay."""
-    layer, few = Layer(config, drafts=drafts), 1 + drafts
+    layer, few = Layer(request.getfixturevalue(given), drafts=drafts), 1 + drafts
     layer.step([("a", 60), ("b", 33), ("c", 9)])
     seen = []
     for names in ("abc", "ab", "bca", "a"):
@@ -206,19 +271,21 @@ def test_padded_steps(config, drafts):
         assert_close(found, want)
         [call] = metadata.uniform
         assert call.run.requests == 6 and call.rows.lengths.tolist()[len(names) :] == [0] * (8 - len(names))
-        seen.append((call.rows.table.data_ptr(), call.rows.lengths.data_ptr(), metadata.slots.data_ptr()))
+        places = [] if metadata.places is None else [metadata.places]
+        seen.append(tuple(x.data_ptr() for x in (*call.rows.tensors, metadata.slots, *places)))
     assert len(set(seen)) == 1
-    free = list(set(range(BLOCKS)) - {block for blocks, *_ in layer.tokens.values() for block in blocks})
+    free = list(set(range(BLOCKS)) - {block for request in layer.tokens.values() for block in request.blocks})
     for leaf in jax.tree.leaves(layer.impl._pool.pages):
         assert bool((leaf[free].view(torch.uint8) == 255).all())
 
 
 def test_whole_batches_are_views_of_the_tensors_of_vllm():
+    from interop.torch.paged_rows import PagedRows
     from interop.vllm.calls import RowBuffers, split_runs
 
     table, lengths = torch.zeros(4, 3, dtype=torch.int32), torch.ones(4, dtype=torch.int32)
     [run], _ = split_runs([0, 2, 4, 6, 8], 2)
-    rows = RowBuffers(8, table.device).rows(run, table, lengths)
+    rows = RowBuffers(8).rows(run, PagedRows(table, lengths))
     assert (rows.table.data_ptr(), rows.lengths.data_ptr()) == (table.data_ptr(), lengths.data_ptr())
 
 

@@ -1,0 +1,204 @@
+"""Which blocks have slots of a hot pool: any schedule of an engine against an obvious model; no vLLM is needed."""
+
+import dataclasses
+import random
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import hypothesis.strategies as st  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from window_model import Model  # noqa: E402
+
+from interop.vllm.options import Options  # noqa: E402
+from interop.vllm.window import HotTables, WindowSpec  # noqa: E402
+
+BLOCKS, WIDTH, REQUESTS, CHUNK = 24, 10, 3, 22
+"""Blocks of the cache, columns of block tables, most requests of a step, most tokens of a request in a step."""
+
+
+@dataclasses.dataclass
+class Request:
+    """A request: its text, its blocks, and how many of its tokens are computed."""
+
+    text: list
+    blocks: list = dataclasses.field(default_factory=list)
+    computed: int = 0
+
+
+class Engine:
+    """Schedules requests at random, as vLLM might; tokens stand for the text up to them."""
+
+    def __init__(self, spec, draw):
+        self.spec, self.draw, self.model = spec, draw, Model(spec, REQUESTS)
+        self.tables = HotTables(
+            spec, blocks=BLOCKS, requests=REQUESTS, tokens=REQUESTS * CHUNK + 4, width=WIDTH,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        self.pages, self.hot = {}, {}
+        self.free, self.users, self.known = list(range(1, BLOCKS)), {}, {}
+        self.running, self.waiting = [], []
+        self.cold = 0
+
+    def take(self, request, block):
+        if block in self.free:
+            self.free.remove(block)
+        self.users[block] = self.users.get(block, 0) + 1
+        request.blocks.append(block)
+
+    def give_up(self, request):
+        for block in request.blocks:
+            self.users[block] -= 1
+            if not self.users[block]:
+                self.free.append(block)
+        request.blocks, request.computed = [], 0
+        self.running.remove(request)
+
+    def start(self):
+        """A new request, a copy of another one's beginning, or one that was preempted; its prefix may be cached."""
+        if self.waiting and self.draw.random() < 0.5:
+            request = self.waiting.pop()
+        else:
+            texts = [r.text for r in self.running] + [[]]
+            text = self.draw.choice(texts)
+            text = text[: self.draw.randint(0, len(text))]
+            more = self.draw.randint(1, WIDTH * self.spec.block // 2)
+            most = WIDTH * self.spec.block - CHUNK - 1
+            request = Request([*text, *(self.draw.random() for _ in range(more))][:most])
+        self.running.append(request)
+        size = self.spec.block
+        for i in range((len(request.text) - 1) // size):
+            block = self.known.get(tuple(request.text[: (i + 1) * size]))
+            if block is None:
+                break
+            self.take(request, block)
+            request.computed += size
+
+    def tokens(self, request, count):
+        """Makes room for tokens; None if there is too little."""
+        needed = -(-(request.computed + count) // self.spec.block) - len(request.blocks)
+        if needed > len(self.free) or len(request.blocks) + needed > WIDTH:
+            return False
+        for _ in range(needed):
+            block = self.free[0]
+            self.known = {text: b for text, b in self.known.items() if b != block}
+            self.take(request, block)
+        return True
+
+    def step(self):
+        draw, size = self.draw, self.spec.block
+        while len(self.running) < REQUESTS and draw.random() < 0.7:
+            self.start()
+        for request in list(self.running):
+            if draw.random() < 0.1:
+                self.give_up(request)
+                self.waiting += [request] if draw.random() < 0.5 else []
+        scheduled = []
+        for request in draw.sample(self.running, draw.randint(0, len(self.running))):
+            left = len(request.text) - request.computed
+            count = draw.randint(1, min(left, CHUNK)) if left > 0 else draw.randint(1, 4)
+            if self.tokens(request, count):
+                drafts = max(count - left, 0)
+                request.text += [draw.random() for _ in range(drafts)]
+                scheduled.append((request, count))
+        self.run(scheduled)
+        for request, count in scheduled:
+            request.computed += count
+            if request.computed == len(request.text) and count > 1 and draw.random() < 0.5:
+                back = draw.randint(1, min(count - 1, 3))  # drafts that were refused
+                request.computed -= back
+                del request.text[-back:]
+            for i in range(request.computed // size):
+                self.known.setdefault(tuple(request.text[: (i + 1) * size]), request.blocks[i])
+            if len(request.text) > WIDTH * size - CHUNK:
+                self.give_up(request)
+
+    def run(self, scheduled):
+        """Writes and reads as a layer does; every token that is read is the right one."""
+        size = self.spec.block
+        table = torch.zeros(len(scheduled) + 1, WIDTH, dtype=torch.int32)  # and a request of padding
+        lengths = torch.zeros(len(scheduled) + 1, dtype=torch.int32)
+        slots, written, begun = [], [], set()
+        for row, (request, count) in enumerate(scheduled):
+            table[row, : len(request.blocks)] = torch.tensor(request.blocks, dtype=torch.int32)
+            lengths[row] = request.computed + count
+            for position in range(request.computed, request.computed + count):
+                block, place = request.blocks[position // size], position % size
+                slots.append(block * size + place)
+                written.append(tuple(request.text[: position + 1]))
+                begun |= {block} if not place else set()
+        table[-1] = self.draw.randint(0, BLOCKS - 1)
+        places = self.tables.update(table, lengths, torch.tensor([*slots, -1, -1], dtype=torch.int32)).tolist()
+        rows = [(request.blocks, request.computed + count) for request, count in scheduled]
+        self.model.update(rows, begun)
+        assert {b: s for b, s in enumerate(self.tables._hot.tolist()) if s >= 0} == self.model.slot
+        assert places[len(slots) :] == [-1, -1]
+        for slot, place, token in zip(slots, places, written, strict=False):
+            self.pages[slot] = token
+            hot = self.model.slot.get(slot // size)
+            assert place == (-1 if hot is None else hot * size + slot % size)
+            self.hot[place] = token
+        earlier = [length - count for (_, length), (_, count) in zip(rows, scheduled, strict=True)]
+        self.check(scheduled, table, lengths)
+        self.check(scheduled, table, torch.tensor([*earlier, 0], dtype=torch.int32))
+
+    def check(self, scheduled, table, lengths):
+        size, spec = self.spec.block, self.spec
+        found = self.tables.read(table, lengths)
+        assert found.lengths is lengths
+        assert not found.exact.begin[-1] and not found.exact.packed[-1]
+        for row, (request, _) in enumerate(scheduled):
+            length = int(lengths[row])
+            begin, packed = int(found.exact.begin[row]), int(found.exact.packed[row])
+            assert (begin, begin + packed) == self.model.read(request.blocks, length)
+            codes, *exact = found.table[row].tolist(), *found.exact.slots[row].tolist()
+            latest = exact[spec.first :]
+            for position in range(length):
+                code, late = divmod(position - begin, size), divmod(position - begin - packed, size)
+                if position < begin:
+                    token = self.hot[exact[0] * size + position]
+                elif position < begin + packed:
+                    token = self.pages[codes[code[0]] * size + code[1]]
+                    self.cold += position >= length - spec.window or position < spec.sinks
+                else:
+                    token = self.hot[latest[late[0]] * size + late[1]]
+                assert token == tuple(request.text[: position + 1])
+        assert int(self.tables.cold_reads) == self.cold
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    window=st.sampled_from((0, 1, 5, 8, 11)),
+    sinks=st.sampled_from((0, 1, 4)),
+)
+def test_any_schedule(seed, window, sinks):
+    """Allocation, prefix hits, preemption, drafts that are refused: no slot is leaked, and no stale token is read."""
+    if not window and not sinks:
+        return
+    engine = Engine(WindowSpec(window, sinks, 4), random.Random(seed))
+    for _ in range(40):
+        engine.step()
+
+
+def test_decoding_reads_no_window_from_codes():
+    """As many requests as there may be, from their first token on."""
+    spec = WindowSpec(window=10, sinks=2, block=4)
+    tables = HotTables(spec, blocks=64, requests=3, tokens=64, width=20, device=torch.device("cpu"))
+    table = (torch.arange(60, dtype=torch.int32) + 1).view(3, 20)
+    for length in range(1, 70):
+        lengths = torch.full((3,), length, dtype=torch.int32)
+        last = length - 1
+        tables.update(table, lengths, table[:, last // 4] * 4 + last % 4)
+        found = tables.read(table, lengths)
+        assert (found.exact.begin + found.exact.packed).tolist() == [max(length - 10, 0) // 4 * 4] * 3
+    assert int(tables.cold_reads) == 0
+
+
+def test_specs():
+    assert WindowSpec.of(Options(window=0, sinks=0), 32) is None
+    assert WindowSpec.of(Options(), 64) == WindowSpec(128, 4, 64)
+    assert [WindowSpec(w, s, 32).entries for w, s in ((128, 4), (128, 0), (0, 4), (1, 0), (33, 1))] == [6, 5, 1, 2, 4]
+    with pytest.raises(ValueError, match="expected sinks of at most a block, 32 tokens, got sinks=33"):
+        WindowSpec(128, 33, 32)
