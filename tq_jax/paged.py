@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention import LogitOptions, PagedArguments, Partial, decode_attention, merge
+from pallas_kernels.blocks import Blocks
 from pallas_kernels.pages import Pages
 from tq_jax.quantizer import Quantizer, from_rotated, sketch_gain, sketch_query, to_rotated
 
@@ -19,14 +20,14 @@ class PackedTokens(NamedTuple):
     """The packed tokens of some sequences.
 
     Attributes:
-        pages: The pools.
+        pages: The pools, or the blocks that hold the pages.
         quantizers: Quantizers of keys and of values.
         table: int32 [b, n], page of each run of page_size tokens of each sequence.
         lengths: int32 [b], tokens of each sequence in pages; slots behind them may hold garbage.
         statistics: Statistics of the keys; None for keys that are stored as they are.
     """
 
-    pages: Pages
+    pages: Pages | Blocks
     quantizers: tuple[Quantizer, Quantizer]
     table: Array
     lengths: Array
@@ -73,7 +74,7 @@ def finish(
 @functools.partial(jax.jit, static_argnames=("options",))
 def attend_paged(
     query: Float[Array, "b t h_q d"],
-    pages: Pages,
+    pages: Pages | Blocks,
     quantizers: tuple[Quantizer, Quantizer],
     table: Int[Array, "b n"],
     lengths: Int[Array, "b"],
@@ -87,7 +88,7 @@ def attend_paged(
 
     Args:
         query: Queries after rotary embedding, of any float type.
-        pages: The pools.
+        pages: The pools, or the blocks that hold the pages.
         quantizers: Quantizers of keys and of values.
         table: Page of each run of page_size tokens of each sequence.
         lengths: Tokens of each sequence, those of the queries included.

@@ -15,12 +15,13 @@ from jaxtyping import Float, Int
 
 import tq_jax as tq
 from interop.launcher.function import TorchFunction
-from interop.launcher.program import BoundProgram, FirstPart
+from interop.launcher.program import BoundProgram, FirstPart, StridedRows
 from interop.torch.attend_on_gpu import AttendOptions
 from pallas_kernels.attention import MAX_QUERY_TOKENS, AttendPlan, PagedArrays, attend_block_table
 from pallas_kernels.attention.exact import ExactInputs
 from pallas_kernels.attention.pipeline import attend_prepared
 from pallas_kernels.attention.prepare_arguments import PrepareInputs
+from pallas_kernels.blocks import PageRows
 from pallas_kernels.encode import launch_triton as encode
 from pallas_kernels.encode.arguments import EncodeArguments
 from pallas_kernels.pages import Pages
@@ -35,18 +36,18 @@ class PagedKernels:
     """The kernels of one layer.
 
     Args:
-        pages: The pools, of tensors.
+        pages: The pages, of rows that kernels take.
         key: Quantizer of keys, of JAX arrays.
         value: Quantizer of values.
         dtype: Type of the model's keys and values.
     """
 
-    def __init__(self, pages: Pages, key: tq.Quantizer, value: tq.Quantizer, dtype: torch.dtype) -> None:
+    def __init__(self, pages: PageRows, key: tq.Quantizer, value: tq.Quantizer, dtype: torch.dtype) -> None:
         self._specs, self._dtype = (key.spec, value.spec), dtype
         device: Any = jax.tree.leaves(pages)[0].device
 
-        def tensor(leaf: Any) -> torch.Tensor:
-            return leaf if isinstance(leaf, torch.Tensor) else torch.from_numpy(np.array(leaf)).to(device)
+        def tensor(leaf: Any) -> torch.Tensor | StridedRows:
+            return leaf if isinstance(leaf, torch.Tensor | StridedRows) else torch.from_numpy(np.array(leaf)).to(device)
 
         self._arrays = jax.tree.map(tensor, PagedArrays(pages, basis_of(key), basis_of(value), key.sketch))
         self._encode = BoundProgram(PagedEncode(key, value), pages)
@@ -71,7 +72,7 @@ class PagedKernels:
         Args:
             centred: Whether keys have statistics.
         """
-        heads, dim = self._arrays.pages.keys.packed.shape[1], self._specs[0].dim
+        heads, dim = self._arrays.pages.kv_heads, self._specs[0].dim
         statistics = [_meta((1, heads, dim), torch.float32)] * 2
         for size in WRITES:
             tokens, slots = _meta((size, 1, heads, dim), self._dtype), _meta((size, 1), torch.int32)
@@ -98,7 +99,7 @@ class PagedKernels:
             sink_logits: As for `attend`.
             centred: Whether keys have statistics.
         """
-        heads, dim = self._arrays.pages.keys.packed.shape[1], query.shape[3]
+        heads, dim = self._arrays.pages.kv_heads, query.shape[3]
         program = self._program(PagedAttend, query.shape[1], options)
         for batch in batches:
             statistics = [_meta((batch, heads, dim), torch.float32) if centred else None] * 2
@@ -226,7 +227,7 @@ class _Attend:
 
     def _plan(self, arrays: PagedArrays, dim: int, pages: int) -> AttendPlan:
         """The plan of a cache whose tokens are all in pages, for a number of pages per sequence."""
-        heads, size = arrays.pages.keys.packed.shape[1:3]
+        heads, size = arrays.pages.kv_heads, arrays.pages.page_size
         spec = tq.CacheSpec(heads, dim, pages * size, self.key, self.value, window=0, sink_tokens=0, page_size=size)
         options = self.options
         return attend_plan(spec, options.for_head_dim(dim), precise=options.precise, interpret=self.interpret)
