@@ -12,6 +12,7 @@ If a format has several scales per vector, they lie before the token axis: [page
 """
 
 import dataclasses
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,30 @@ class Pages:
 
     keys: Code
     values: Code
+
+    @property
+    def count(self) -> int:
+        """Number of pages."""
+        return self.values.scale.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads."""
+        return self.values.scale.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self.values.scale.shape[-1]
+
+    @property
+    def page_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each array in one page, in the order of the leaves."""
+        return tuple(pool.shape[1:] for pool in jax.tree.leaves(self))
+
+    def gather(self, ids: Int[Array, "b n"]) -> tuple[Code, Code]:
+        """Keys and values of n pages of every sequence, arrays [b, n, ...] of what lies in the pages."""
+        return jax.tree.map(lambda pool: pool[ids], (self.keys, self.values))
 
 
 def empty_pages(num_pages: int, kv_heads: int, page_size: int, keys: VectorFormat, values: VectorFormat) -> Pages:
@@ -102,18 +127,27 @@ def write_tokens(pages: Pages, page: Int[Array, "b t"], slot: Int[Array, "b t"],
     return Pages(write(pages.keys, keys, channel_major=False), write(pages.values, values, channel_major=True))
 
 
-def read_pages(pages: Pages, ids: Int[Array, "b n"]) -> tuple[Code, Code]:
+@runtime_checkable
+class Gathered(Protocol):
+    """Pages that can be gathered: `Pages` and `pallas_kernels.blocks.Blocks`."""
+
+    def gather(self, ids: Int[Array, "b n"]) -> tuple[Code, Code]:
+        """Keys and values of n pages of every sequence, arrays [b, n, ...] of what lies in the pages."""
+        ...
+
+
+def read_pages(pages: Gathered, ids: Int[Array, "b n"]) -> tuple[Code, Code]:
     """Gathers n pages of every sequence.
 
     Args:
-        pages: The pools.
+        pages: The pools, or the blocks that hold the pages.
         ids: Pages of each sequence.
 
     Returns:
         Keys with batch axes [b, n, h_kv, page_size] and channels last; values with batch axes [b, n, h_kv], then
         channels, then tokens.
     """
-    keys, values = jax.tree.map(lambda pool: pool[ids], (pages.keys, pages.values))
+    keys, values = pages.gather(ids)
     if keys.scale.ndim == 5:
         keys = dataclasses.replace(keys, scale=jnp.swapaxes(keys.scale, -1, -2))
     return keys, values

@@ -8,6 +8,9 @@ import torch
 from interop.launcher import program as launcher
 from interop.torch.dlpack import to_jax, to_torch
 
+GARBAGE = 0xFF
+"""Byte of memory that no kernel may touch; NaN as a scale."""
+
 
 class Interpreted:
     """Replaces `TorchProgram`: JAX runs the function, and its results are written to its first argument if alike."""
@@ -37,12 +40,27 @@ class Interpreted:
         results = self._function(*arrays)
         if jax.tree.structure(results) == jax.tree.structure(arrays[0]) and len(tensors) > 1:
             for old, new in zip(tensors, jax.tree.leaves(results), strict=False):
-                old.copy_(to_torch(new))
+                _write(old, to_torch(new))
         return tuple(to_torch(jax.tree.leaves(results)))
 
 
+def _write(old, new):
+    """Copies results to an argument; of rows, what is the caller's, and what lies between it has to be as it was."""
+    if not isinstance(old, launcher.StridedRows):
+        old.copy_(new)
+        return
+    size, new = old.tensor[0].numel(), new.reshape(old.tensor.shape[0], -1)
+    assert bool((new[:, size:].reshape(-1).view(torch.uint8) == GARBAGE).all())
+    old.tensor.copy_(new[:, :size].reshape(old.tensor.shape))
+
+
 def _whole(tensor, shape):
-    """A copy; of the first part of an array, with a rest of garbage."""
+    """A copy; of the first part of an array, with a rest of garbage; of rows, with garbage between them."""
+    if isinstance(tensor, launcher.StridedRows):
+        flat = torch.full((tensor.shape.numel() * tensor.tensor.itemsize,), GARBAGE, dtype=torch.uint8)
+        rows = flat.view(tensor.dtype).view(tensor.tensor.shape[0], -1)
+        rows[:, : tensor.tensor[0].numel()] = tensor.tensor.flatten(1)
+        return rows.reshape(shape)
     if tuple(tensor.shape) == tuple(shape):
         return tensor.detach().clone()
     garbage = torch.full((shape[0] - tensor.shape[0], *shape[1:]), torch.nan, dtype=tensor.dtype)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.append.slots import token_in_window
 from pallas_kernels.attention import LogitOptions, PagedArguments, Partial, decode_attention, merge
 from pallas_kernels.attention.reference import attend_tokens
+from pallas_kernels.blocks import Blocks
 from pallas_kernels.numerics import HIDDEN
 from pallas_kernels.pages import Pages
 from pallas_kernels.pytree import pytree
@@ -24,14 +25,14 @@ class PackedTokens(NamedTuple):
     """The packed tokens of some sequences.
 
     Attributes:
-        pages: The pools.
+        pages: The pools, or the blocks that hold the pages.
         quantizers: Quantizers of keys and of values.
         table: int32 [b, n], page of each run of page_size tokens of each sequence.
         lengths: int32 [b], tokens of each sequence in pages; slots behind them may hold garbage.
         statistics: Statistics of the keys; None for keys that are stored as they are.
     """
 
-    pages: Pages
+    pages: Pages | Blocks
     quantizers: tuple[Quantizer, Quantizer]
     table: Array
     lengths: Array
@@ -100,7 +101,7 @@ def _attend_hot(
 
 def _attend_all(
     query: Array,
-    pages: Pages,
+    pages: Pages | Blocks,
     quantizers: tuple[Quantizer, Quantizer],
     table: Array,
     lengths: Array,
@@ -115,7 +116,7 @@ def _attend_all(
         return attend_packed(query, tokens, positions, options)
     tokens = PackedTokens(pages, quantizers, table, hot.packed, statistics)
     packed = attend_packed(query, tokens, positions - hot.begin[:, None], options)
-    page_size = pages.values.packed.shape[-1]
+    page_size = pages.page_size
     return merge(packed, _attend_hot(query, hot, lengths, positions, options, page_size))
 
 
@@ -133,7 +134,7 @@ def finish(
 @functools.partial(jax.jit, static_argnames=("options",))
 def attend_paged(
     query: Float[Array, "b t h_q d"],
-    pages: Pages,
+    pages: Pages | Blocks,
     quantizers: tuple[Quantizer, Quantizer],
     table: Int[Array, "b n"],
     lengths: Int[Array, "b"],
@@ -148,7 +149,7 @@ def attend_paged(
 
     Args:
         query: Queries after rotary embedding, of any float type.
-        pages: The pools.
+        pages: The pools, or the blocks that hold the pages.
         quantizers: Quantizers of keys and of values.
         table: Page of each run of page_size tokens of each sequence, from its first token in pages on.
         lengths: Tokens of each sequence, those of the queries included.
@@ -171,7 +172,7 @@ def attend_paged(
 @functools.partial(jax.jit, static_argnames=("options",))
 def attend_earlier(
     query: Float[Array, "b t h_q d"],
-    pages: Pages,
+    pages: Pages | Blocks,
     quantizers: tuple[Quantizer, Quantizer],
     table: Int[Array, "b n"],
     lengths: Int[Array, "b"],

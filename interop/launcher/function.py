@@ -106,7 +106,7 @@ class TorchFunction:
         self._steps = list(self._read(jaxpr, names))
         self._outputs = [self._name(atom, names) for atom in jaxpr.outvars]
 
-    def check(self, tensors: Sequence[torch.Tensor | launcher.FirstPart]) -> None:
+    def check(self, tensors: Sequence[launcher.Argument]) -> None:
         """Raises ValueError for tensors unlike the examples."""
         launcher.require_alike(tensors, self._shapes, self.device)
 
@@ -115,11 +115,11 @@ class TorchFunction:
         self.check(tensors)
         return self._run(tensors)
 
-    def bind(self, fixed: Sequence[torch.Tensor]) -> launcher.Bound:
+    def bind(self, fixed: Sequence[launcher.Argument]) -> launcher.Bound:
         """The function with its first flat inputs bound, as a function of the others; nothing is checked."""
         return lambda given, *, out=(): self._run([*fixed, *given], out)
 
-    def _run(self, tensors: list[torch.Tensor], out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
+    def _run(self, tensors: Sequence[launcher.Argument], out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         known: dict[Any, Any] = dict(self._literals)
         known.update(zip(self._inputs, [*self._values, *(tensors[i] for i in self._used)], strict=True))
         for run, operands, results in self._steps:

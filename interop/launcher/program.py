@@ -80,12 +80,58 @@ class FirstPart:
         return torch.Size((self.size, *self.tensor.shape[1:]))
 
 
-def require_alike(
-    tensors: Sequence[torch.Tensor | FirstPart], inputs: Sequence[ShapeAndType], device: torch.device
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class StridedRows:
+    """An array of rows of which only the beginnings count, as pages in the blocks of a serving engine.
+
+    To a kernel it is an array [rows, stride] without gaps. The kernel touches the beginning of each row alone: the rest
+    is memory of others, and behind the last row there need be none.
+
+    Attributes:
+        tensor: [rows, ...], the beginnings, each without gaps.
+        sizes: Shape that the whole array is taken for; by default [rows, stride].
+    """
+
+    tensor: torch.Tensor
+    sizes: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the whole array."""
+        return torch.Size(self.sizes or (self.tensor.shape[0], self.tensor.stride(0)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the elements."""
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the memory is."""
+        return self.tensor.device
+
+    def data_ptr(self) -> int:
+        """Address of the first row."""
+        return self.tensor.data_ptr()
+
+    def reshape(self, sizes: Sequence[int]) -> "StridedRows":
+        """The same memory in another shape."""
+        return StridedRows(self.tensor, tuple(sizes))
+
+    def contiguous(self) -> "StridedRows":
+        """The array itself."""
+        return self
+
+
+Argument = torch.Tensor | FirstPart | StridedRows
+"""What kernels take as an array."""
+
+
+def require_alike(tensors: Sequence[Argument], inputs: Sequence[ShapeAndType], device: torch.device) -> None:
     """Raises ValueError for tensors of other shapes, types or devices, with gaps, or not aligned."""
     for given, (shape, dtype) in zip(tensors, inputs, strict=True):
-        tensor = given.tensor if isinstance(given, FirstPart) else given
+        tensor = given if isinstance(given, torch.Tensor) else given.tensor
+        tensor = tensor[:1] if isinstance(given, StridedRows) else tensor
         if tuple(given.shape) != shape or _numpy_name(tensor) != dtype or tensor.device != device:
             raise ValueError(
                 f"expected {dtype}{list(shape)} on {device}, "
@@ -148,7 +194,7 @@ class TorchProgram:
         """
         return self.launch(jax.tree.leaves(arguments))
 
-    def check(self, tensors: Sequence[torch.Tensor | FirstPart]) -> None:
+    def check(self, tensors: Sequence[Argument]) -> None:
         """Raises ValueError for flat inputs unlike the examples."""
         require_alike(tensors, self.plan.inputs, self.device)
 
@@ -157,11 +203,11 @@ class TorchProgram:
         self.check(tensors)
         return self._run(self._calls(()), (), tensors)
 
-    def bind(self, fixed: Sequence[torch.Tensor]) -> "Bound":
+    def bind(self, fixed: Sequence[Argument]) -> "Bound":
         """The program with its first flat inputs bound, as a function of the others; nothing is checked."""
         return functools.partial(self._run, self._calls(fixed), tuple(fixed))
 
-    def _calls(self, fixed: Sequence[torch.Tensor]) -> list[tuple[Callable, list[Any], list[tuple[int, int, int]]]]:
+    def _calls(self, fixed: Sequence[Argument]) -> list[tuple[Callable, list[Any], list[tuple[int, int, int]]]]:
         """Prepares the launches, with the addresses that are known before a run filled in.
 
         Args:
@@ -171,7 +217,7 @@ class TorchProgram:
             Per launch: the function to call; its arguments, None where unknown; and for each unknown address its index
             among the arguments, its index among the addresses that `_run` lists, and an offset in bytes.
         """
-        known = {("input", i): tensor for i, tensor in enumerate(fixed)}
+        known: dict[Any, Any] = {("input", i): tensor for i, tensor in enumerate(fixed)}
         known |= {("constant", i): tensor for i, tensor in enumerate(self._constants)}
         first = {"workspace": 0, "output": 1, "input": 1 + len(self._made) - len(fixed)}
         calls = []
@@ -191,7 +237,7 @@ class TorchProgram:
     def _run(
         self,
         calls: list[Any],
-        fixed: tuple[torch.Tensor, ...],
+        fixed: tuple[Argument, ...],
         given: list[torch.Tensor],
         out: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, ...]:
@@ -224,11 +270,11 @@ class Program(Protocol):
 
     def __init__(self, function: Callable, *examples: Any, device: torch.device) -> None: ...
 
-    def check(self, tensors: Sequence[torch.Tensor | FirstPart]) -> None:
+    def check(self, tensors: Sequence[Argument]) -> None:
         """Raises ValueError for flat inputs unlike the examples."""
         ...
 
-    def bind(self, fixed: Sequence[torch.Tensor]) -> Bound:
+    def bind(self, fixed: Sequence[Argument]) -> Bound:
         """The function with its first flat inputs bound, as a function of the others."""
         ...
 

@@ -1,79 +1,33 @@
 """Compressed pages in memory that someone else allocated, as a serving engine does: written and attended to in place.
 
-The memory of a layer is cut into dense pools, one for each array of `pallas_kernels.pages.Pages`, so that the kernels
-and the reference read it as it is; block b of the engine is page b of every pool. A token is compressed when it is
-written. Attention of the last tokens reads everything from the codes, the newest tokens too; attention of later tokens
-reads what came before them. On the CPU JAX computes and torch writes; on a GPU torch launches the kernels.
+A block of the engine is a page: one run of bytes that holds all arrays of the page, see `pallas_kernels.blocks`. The
+engine can zero, copy and send it; kernels and reference read it as it is. A token is compressed when it is written.
+Attention of the last tokens reads everything from the codes, the newest tokens too; attention of later tokens reads
+what came before them. On the CPU JAX computes and torch writes; on a GPU torch launches the kernels.
 """
 
 import functools
-from typing import Any
 
 import jax
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 
 import tq_jax as tq
-from interop.launcher.program import POINTER_ALIGNMENT
 from interop.torch import jax_calls
 from interop.torch.attend_on_gpu import AttendOptions
-from interop.torch.dlpack import CPU_ALIGNMENT, to_jax, to_torch
+from interop.torch.blocks import TorchBlocks
+from interop.torch.dlpack import to_jax, to_torch
 from interop.torch.paged_on_gpu import PagedKernels
 from interop.torch.paged_rows import HotPool, PagedRows
-from pallas_kernels.pages import Pages, empty_pages
+from pallas_kernels.blocks import Blocks
 from tq_jax.paged import HotTokens, attend_earlier, attend_paged
-
-
-def view_pages(memory: torch.Tensor, key: tq.QuantizerSpec, value: tq.QuantizerSpec) -> Pages:
-    """Pools over the memory of a layer, their leaves tensors.
-
-    Args:
-        memory: [blocks, h_kv, page_size, n] dense, of any type; n are at least the bytes of a token's key and value.
-        key: What keys are stored as.
-        value: What values are stored as.
-
-    Raises:
-        ValueError: For memory with gaps, too few bytes, or pools that would start off alignment.
-
-    Example:
-        >>> four = tq.QuantizerSpec(dim=64, bits=4)
-        >>> pages = view_pages(torch.zeros(3, 2, 32, 68, dtype=torch.uint8), four, four)
-        >>> pages.keys.packed.shape, pages.values.packed.shape
-        (torch.Size([3, 2, 32, 32]), torch.Size([3, 2, 32, 32]))
-    """
-    blocks, heads, page_size = memory.shape[:3]
-    shapes = jax.eval_shape(functools.partial(empty_pages, blocks, heads, page_size, key.format, value.format))
-    needed = key.bytes_per_vector + value.bytes_per_vector
-    if not memory.is_contiguous() or memory.shape[3] * memory.itemsize < needed:
-        raise ValueError(
-            f"expected dense memory of {needed} bytes per head and token, got {memory.shape[3] * memory.itemsize} with "
-            f"strides {memory.stride()}"
-        )
-    flat = memory.view(torch.uint8).reshape(-1)
-    alignment = CPU_ALIGNMENT if memory.device.type == "cpu" else POINTER_ALIGNMENT
-    start = 0
-
-    def take(leaf: jax.ShapeDtypeStruct) -> torch.Tensor:
-        nonlocal start
-        size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
-        part = flat[start : start + size]
-        if part.data_ptr() % alignment:
-            raise ValueError(
-                f"expected pools that start at multiples of {alignment} bytes, got {part.data_ptr() % alignment} more; "
-                f"a page_size that {alignment} divides does it (it is {page_size})"
-            )
-        start += size
-        return part.view(getattr(torch, str(leaf.dtype))).view(leaf.shape)
-
-    return jax.tree.map(take, shapes)
 
 
 class PagedPool:
     """The compressed keys and values of one layer, for any number of sequences.
 
     Args:
-        memory: As for `view_pages`.
+        memory: As for `TorchBlocks`.
         key: Quantizer of keys, of JAX arrays.
         value: Quantizer of values.
         dtype: Type of the model's keys and values.
@@ -100,7 +54,8 @@ class PagedPool:
         hot: HotPool | None = None,
     ) -> None:
         self.hot = hot
-        self.pages: Any = view_pages(memory, key.spec, value.spec)
+        self._blocks = TorchBlocks(memory, key.spec, value.spec)
+        self.pages = self._blocks.pages
         self.device, self.dtype = memory.device, dtype
         self.quantizers = key, value
         # Copies, because slices of a file's arrays start anywhere.
@@ -108,9 +63,9 @@ class PagedPool:
         self._expanded: dict[int, tuple[torch.Tensor, ...]] = {}
 
     @functools.cached_property
-    def _jax_pages(self) -> Pages:
+    def _jax_pages(self) -> Blocks:
         """The pages as JAX sees them on the CPU, current after every write of torch."""
-        return to_jax(self.pages)
+        return self._blocks.as_jax()
 
     def _jax_hot(self, rows: PagedRows) -> HotTokens | None:
         """The tokens in full precision of sequences, as JAX sees them on the CPU."""
@@ -127,7 +82,7 @@ class PagedPool:
 
     @functools.cached_property
     def _kernels(self) -> PagedKernels:
-        return PagedKernels(self.pages, *self.quantizers, self.dtype, self.hot)
+        return PagedKernels(self._blocks.rows(), *self.quantizers, self.dtype, self.hot)
 
     def write_hot(
         self, keys: Float[torch.Tensor, "n h_kv d"], values: Float[torch.Tensor, "n h_kv d"], places: torch.Tensor
@@ -173,7 +128,7 @@ class PagedPool:
         if self.statistics is not None:
             keys = (keys - self.statistics[0]) * self.statistics[1]
         codes = jax_calls.encode_tokens(*self.quantizers, keys, values)
-        page_size = self.pages.values.packed.shape[-1]
+        page_size = self.pages.page_size
         slots = slots.long()
         page, place = slots // page_size, slots % page_size
         jax_calls.write_codes(self.pages.keys, codes[0], page, place, channel_major=False)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 import tq_jax as tq
 from interop.launcher.function import TorchFunction
-from interop.launcher.program import BoundProgram, FirstPart
+from interop.launcher.program import BoundProgram, FirstPart, StridedRows
 from interop.torch.attend_on_gpu import AttendOptions
 from interop.torch.paged_rows import HotPool, PagedRows
 from pallas_kernels.attention import (
@@ -25,6 +25,7 @@ from pallas_kernels.attention import (
     PagedArrays,
     attend_block_table,
 )
+from pallas_kernels.blocks import PageRows
 from pallas_kernels.encode import launch_triton as encode
 from pallas_kernels.encode.arguments import EncodeArguments
 from pallas_kernels.pages import Pages
@@ -39,7 +40,7 @@ class PagedKernels:
     """The kernels of one layer.
 
     Args:
-        pages: The pools, of tensors.
+        pages: The pages, of rows that kernels take.
         key: Quantizer of keys, of JAX arrays.
         value: Quantizer of values.
         dtype: Type of the model's keys and values.
@@ -47,13 +48,13 @@ class PagedKernels:
     """
 
     def __init__(
-        self, pages: Pages, key: tq.Quantizer, value: tq.Quantizer, dtype: torch.dtype, hot: HotPool | None = None
+        self, pages: PageRows, key: tq.Quantizer, value: tq.Quantizer, dtype: torch.dtype, hot: HotPool | None = None
     ) -> None:
         self._specs, self._dtype = (key.spec, value.spec), dtype
         device: Any = jax.tree.leaves(pages)[0].device
 
-        def tensor(leaf: Any) -> torch.Tensor:
-            return leaf if isinstance(leaf, torch.Tensor) else torch.from_numpy(np.array(leaf)).to(device)
+        def tensor(leaf: Any) -> torch.Tensor | StridedRows:
+            return leaf if isinstance(leaf, torch.Tensor | StridedRows) else torch.from_numpy(np.array(leaf)).to(device)
 
         exact, self._first = (None, None), hot is not None and hot.first
         if hot is not None:
@@ -82,7 +83,7 @@ class PagedKernels:
         Args:
             centred: Whether keys have statistics.
         """
-        heads, dim = self._arrays.pages.keys.packed.shape[1], self._specs[0].dim
+        heads, dim = self._arrays.pages.kv_heads, self._specs[0].dim
         statistics = [_meta((1, heads, dim), torch.float32)] * 2
         for size in WRITES:
             tokens, slots = _meta((size, 1, heads, dim), self._dtype), _meta((size, 1), torch.int32)
@@ -109,7 +110,7 @@ class PagedKernels:
             sink_logits: As for `attend`.
             centred: Whether keys have statistics.
         """
-        heads, dim = self._arrays.pages.keys.packed.shape[1], query.shape[3]
+        heads, dim = self._arrays.pages.kv_heads, query.shape[3]
         program = self._program(PagedAttend, query.shape[1], options)
         for batch in batches:
             statistics = [_meta((batch, heads, dim), torch.float32) if centred else None] * 2
@@ -245,7 +246,7 @@ class _Attend:
 
     def _plan(self, arrays: PagedArrays, dim: int, pages: int) -> AttendPlan:
         """The plan of a cache whose tokens are all in pages, for a number of pages per sequence."""
-        heads, size = arrays.pages.keys.packed.shape[1:3]
+        heads, size = arrays.pages.kv_heads, arrays.pages.page_size
         spec = tq.CacheSpec(heads, dim, pages * size, self.key, self.value, window=0, sink_tokens=0, page_size=size)
         options = self.options
         plan = attend_plan(spec, options.for_head_dim(dim), precise=options.precise, interpret=self.interpret)

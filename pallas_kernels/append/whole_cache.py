@@ -116,8 +116,8 @@ def _window_plan(cache: CacheArrays, plan: AppendPlan) -> WindowPlan:
     return WindowPlan(
         sink_slots=plan.sink_slots,
         max_tokens=plan.max_tokens,
-        pages_per_row=0 if pages is None else pages.keys.packed.shape[0] // cache.length.shape[0],
-        page_size=1 if pages is None else pages.keys.packed.shape[2],
+        pages_per_row=0 if pages is None else pages.count // cache.length.shape[0],
+        page_size=1 if pages is None else pages.page_size,
         leaves=pages is not None,
         interpret=plan.interpret,
     )

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.format import VectorFormat
-from pallas_kernels.pages import Pages
 from pallas_kernels.pytree import pytree
 
 
@@ -19,7 +18,7 @@ class PagedArguments:
 
     Attributes:
         query: Rotated queries, float32; h_q is a multiple of the pages' KV heads.
-        pages: Pools of packed keys and values.
+        pages: `Pages` of packed keys and values, or `pallas_kernels.blocks.Blocks` of them for the reference alone.
         block_table: Page of each run of page_size tokens of each sequence.
         lengths: Tokens of each sequence in the pages; slots behind them may hold garbage, NaN included.
         positions: Position of each query, counted like the tokens of the pages.
@@ -32,7 +31,7 @@ class PagedArguments:
     """
 
     query: Float[Array, "b t h_q d"]
-    pages: Pages
+    pages: Any
     block_table: Int[Array, "b n"]
     lengths: Int[Array, "b"]
     positions: Int[Array, "b t"]
@@ -45,12 +44,12 @@ class PagedArguments:
     @property
     def kv_heads(self) -> int:
         """KV heads of the pages."""
-        return self.pages.keys.packed.shape[1]
+        return self.pages.kv_heads
 
     @property
     def page_size(self) -> int:
         """Tokens per page."""
-        return self.pages.keys.packed.shape[2]
+        return self.pages.page_size
 
     @property
     def group(self) -> int:

@@ -101,7 +101,7 @@ def prepare_inputs(
             values=x.exact_values,
             table=segment.table,
             begin=segment.begin,
-            block_size=x.pages.keys.packed.shape[2],
+            block_size=x.pages.page_size,
             **queries,
         )
     mean, weight = (None, None) if statistics is None else statistics
@@ -147,7 +147,7 @@ def attend_block_table(
     """
     if segment is None and plan.sink_slots:
         raise ValueError(f"expected sink_slots=0 without a full-precision segment, got {plan.sink_slots}")
-    page_size = x.pages.keys.packed.shape[2]
+    page_size = x.pages.page_size
     if isinstance(segment, FullPrecisionBlocks) and plan.sink_slots not in (0, page_size):
         raise ValueError(f"expected sink_slots of 0 or a block, {page_size}, got {plan.sink_slots}")
     inputs = prepare_inputs(x, lengths, segment, statistics, query=query, counts=counts, back=back)

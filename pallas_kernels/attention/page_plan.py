@@ -4,6 +4,7 @@ import dataclasses
 
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.tiles.layout import Part
+from pallas_kernels.tiles.pool_ref import PoolShape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class PagePlan:
         page_size: Tokens per page.
         splits: Programs that share the tokens of a sequence.
         interpret: Whether the kernel runs as jnp.
+        pools: Where the pages of each array with elements lie.
     """
 
     keys: tuple[Part, ...]
@@ -31,3 +33,4 @@ class PagePlan:
     page_size: int
     splits: int
     interpret: bool
+    pools: tuple[PoolShape, ...] = ()

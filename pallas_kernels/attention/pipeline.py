@@ -229,7 +229,7 @@ def _decode_takes_tokens(
     if not is_light(dtype, stored_dtype, shape[3], *formats):
         return False
     config = plan.config or config_for(shape, pages, *formats, precise=plan.precise)
-    kv_heads = pages.keys.packed.shape[1]
+    kv_heads = pages.kv_heads
     how = exact_plan(
         tokens,
         stored_dtype,
@@ -246,7 +246,7 @@ def _decode_takes_tokens(
 def _pages_per_row(tokens: ExactInputs, pages: Pages | None, block_table: Any) -> int:
     if pages is None:
         return 0
-    return pages.keys.packed.shape[0] // tokens.length.shape[0] if block_table is None else block_table.shape[1]
+    return pages.count // tokens.length.shape[0] if block_table is None else block_table.shape[1]
 
 
 def prepare_queries(
@@ -263,7 +263,7 @@ def prepare_queries(
     if pages is None:
         kv_heads, page_size = tokens.keys.shape[1], 1
     else:
-        kv_heads, page_size = pages.keys.packed.shape[1:3]
+        kv_heads, page_size = pages.kv_heads, pages.page_size
     num_warps = num_warps_for(tokens.query_shape[3], stored_dtype)
     common: dict[str, Any] = {
         "options": plan.options,

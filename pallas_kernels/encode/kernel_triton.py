@@ -46,6 +46,7 @@ from pallas_kernels.format import Codebook, CodebookFormat, GroupFormat
 from pallas_kernels.numerics import HALF_ANCHOR_BITS, UNSIGNED_ANCHOR, UNSIGNED_ANCHOR_BITS
 from pallas_kernels.packing import packed_bytes, plane_widths
 from pallas_kernels.tiles.intrinsics_triton import above, floor, perform
+from pallas_kernels.tiles.pool_ref import pool_refs
 
 
 def encode_tiles(x: Sequence[EncodeInputs], _: Any, pools: Sequence[Any], *, plans: Sequence[EncodePlan]) -> None:
@@ -68,6 +69,7 @@ def encode_tiles(x: Sequence[EncodeInputs], _: Any, pools: Sequence[Any], *, pla
 def _encode_tile(
     x: EncodeInputs, pool: Any, plan: EncodePlan, head: jax.Array, block: jax.Array, row: jax.Array
 ) -> None:
+    pool = pool_refs(pool, plan.pools, interpret=plan.interpret)
     at = find_place(x, pool, plan, head, block, row)
     if isinstance(plan.fmt, GroupFormat):
         _encode_groups(x, pool, at, plan.fmt, plan)
@@ -337,10 +339,10 @@ def _encode_groups(x: EncodeInputs, pool: Any, at: Place, fmt: GroupFormat, plan
     low, high = jnp.min(groups, axis=2) + poison, jnp.max(groups, axis=2) + poison
     scale, zero = ((high - low) * (1 / top)).astype(fmt.scale_dtype), low.astype(fmt.scale_dtype)
     number = lax.broadcasted_iota(jnp.int32, (1, low.shape[1]), 1)  # [1, groups]
-    index = [jnp.broadcast_to(i, low.shape) for i in (at.page[:, None], at.head, number, at.slot[:, None])]
+    index = at.page[:, None], at.head, number, at.slot[:, None]
     mask = jnp.broadcast_to(at.valid[:, None], low.shape) & (number < fmt.num_scales)
-    plt.store(pool.scale.at[tuple(index)], scale, mask=mask)
-    plt.store(pool.zero.at[tuple(index)], zero, mask=mask)
+    for ref, scalars in ((pool.scale, scale), (pool.zero, zero)):
+        ref.store(scalars, mask, *index)
     wide = scale.astype(jnp.float32)
     one = jnp.ones_like(wide)
     inverse = perform("div.rn.f32", one, jnp.where(wide > LEAST_GROUP_SCALE, wide, one), interpret=plan.interpret)

@@ -24,6 +24,7 @@ from pallas_kernels.encode.rotate_triton import MATRIX_GAIN
 from pallas_kernels.format import Code, CodebookFormat, GroupFormat
 from pallas_kernels.packing import pack, packed_bytes, plane_widths
 from pallas_kernels.pages import Pages
+from pallas_kernels.tiles.pool_ref import addressed
 
 DIMS = (64, 80, 96, 128, 192, 256)
 """Head dims that the tests cover."""
@@ -63,13 +64,17 @@ def encode_pages(
     if keys.size == 0 or not pages.keys.scale.size:
         return pages
     statistics = arguments.mean, arguments.weight
+    shapes, first = pages.page_shapes, len(jax.tree.leaves(pages.keys))
+    key_pool = _Pool(pages.keys, shapes[:first], pages.page_size)
+    value_pool = _Pool(pages.values, shapes[first:], pages.page_size)
     tasks = [
-        _task(keys, pages.keys, slots, arguments.key, *statistics, channel_major=False, **options),
-        _task(values, pages.values, slots, arguments.value, None, None, channel_major=True, **options),
+        _task(keys, key_pool, slots, arguments.key, *statistics, channel_major=False, **options),
+        _task(values, value_pool, slots, arguments.value, None, None, channel_major=True, **options),
     ]
     # A launch takes longer than encoding a few tokens.
     together = tasks[0].plan.flat and tasks[0].config == tasks[1].config
-    return Pages(*(_launch(*tasks) if together else [_launch(task)[0] for task in tasks]))
+    codes = _launch(*tasks) if together else [_launch(task)[0] for task in tasks]
+    return dataclasses.replace(pages, keys=codes[0], values=codes[1])
 
 
 def encode_pool(
@@ -98,7 +103,17 @@ def encode_pool(
         interpret: Whether to run the kernel as jnp.
     """
     options: dict[str, Any] = dict(channel_major=channel_major, config=config, interpret=interpret)
-    return _launch(_task(x, pool, slots, encoder, mean, weight, **options))[0]
+    whole = _Pool(pool, tuple(array.shape[1:] for array in jax.tree.leaves(pool)), pool.scale.shape[-1])
+    return _launch(_task(x, whole, slots, encoder, mean, weight, **options))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pool:
+    """Keys or values of pages, the shape of each of their arrays in one page, and the tokens per page."""
+
+    arrays: Code
+    shapes: tuple[tuple[int, ...], ...]
+    page_size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +121,14 @@ class _Task:
     """Vectors, and the pool that they are encoded into."""
 
     inputs: EncodeInputs
-    pool: Code
+    pool: _Pool
     plan: EncodePlan
     config: EncodeConfig
 
 
 def _task(
     x: Array,
-    pool: Code,
+    pool: _Pool,
     slots: Array,
     encoder: Encoder,
     mean: Array | None,
@@ -135,7 +150,8 @@ def _task(
         search=encoder.search and any(book.bits > 1 for book in getattr(fmt, "segments", ())),
         factor=float(np.float32(dim**-0.5)) if encoder.hadamard else 1 / MATRIX_GAIN,
         channel_major=channel_major,
-        page_size=pool.scale.shape[-1],
+        page_size=pool.page_size,
+        pools=addressed(pool.arrays, pool.shapes)[1],
         rows=batch,
         tokens=tokens,
         tile=config.tile,
@@ -153,7 +169,7 @@ def _launch(*tasks: _Task) -> list[Code]:
     """The pools after one launch for all tasks; several tasks share a launch only if their plans are flat."""
     plan, config = tasks[0].plan, tasks[0].config
     inputs = [task.inputs for task in tasks]
-    stored = [jax.tree.map(lambda array: array if array.size else None, task.pool) for task in tasks]
+    stored = [addressed(task.pool.arrays, task.pool.shapes)[0] for task in tasks]
     first = len(jax.tree.leaves(inputs))
     blocks = pl.cdiv(plan.rows * plan.tokens if plan.flat else plan.tokens, config.tile)
     [new] = pl.pallas_call(
@@ -165,11 +181,13 @@ def _launch(*tasks: _Task) -> list[Code]:
         interpret=plan.interpret,
         name="encode",
     )(inputs, stored)
-    pools = [vars(task.pool) for task in tasks]
-    return [
-        Code(**{name: old if getattr(made, name) is None else getattr(made, name) for name, old in pool.items()})
-        for pool, made in zip(pools, new, strict=True)
-    ]
+    return [_in_place_of(task.pool.arrays, made) for task, made in zip(tasks, new, strict=True)]
+
+
+def _in_place_of(pool: Code, made: Code) -> Code:
+    """The arrays that a launch wrote, in the shapes that they had before; those without elements as they were."""
+    found = {name: (old, getattr(made, name)) for name, old in vars(pool).items()}
+    return Code(**{name: old if new is None else new.reshape(old.shape) for name, (old, new) in found.items()})
 
 
 def _vector_planes(x: Array, encoder: Encoder, *, centred: bool) -> int:

@@ -10,6 +10,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.encode.plan import EncodeInputs, EncodePlan
 from pallas_kernels.numerics import power_of_two
+from pallas_kernels.tiles.pool_ref import PoolRef
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def find_place(
         row, token, exists = jnp.full((1,), row, jnp.int32), index, index < plan.tokens
     # From here on all are [tile].
     slot = plt.load(x.slots.at[jnp.broadcast_to(row, token.shape), token], mask=exists, other=-1)
-    room = pool.scale.shape[0] * plan.page_size
+    room = pool.scale.pages * plan.page_size
     valid = (slot >= 0) & (slot < room)
     # Interpreted stores write back the old values where they are masked; behind the pool they do no harm.
     slot = jnp.where(valid, slot, room)
@@ -99,11 +100,11 @@ def load(x: EncodeInputs, at: Place, start: int, width: int, plan: EncodePlan) -
     return (out - statistic(x.mean)) * statistic(x.weight)
 
 
-def store_bytes(ref: Any, data: jax.Array, size: int, byte: int, at: Place, *, channel_major: bool) -> None:
+def store_bytes(pool: PoolRef, data: jax.Array, size: int, byte: int, at: Place, *, channel_major: bool) -> None:
     """Writes bytes byte to byte + size of each vector.
 
     Args:
-        ref: Bytes of the pool: [pages, heads, page_size, bytes], or [pages, heads, bytes, page_size] if channel-major.
+        pool: Bytes: pages of [heads, page_size, bytes], or of [heads, bytes, page_size] if channel-major.
         data: uint8 [tile, at least size].
         size: Bytes to write.
         byte: The first of them.
@@ -111,31 +112,28 @@ def store_bytes(ref: Any, data: jax.Array, size: int, byte: int, at: Place, *, c
         channel_major: Whether bytes come before tokens.
     """
     place = lax.broadcasted_iota(jnp.int32, (1, data.shape[1]), 1)
-    index = at.page[:, None], at.head, at.slot[:, None], byte + place
+    page, slot, byte_number = at.page[:, None], at.slot[:, None], byte + place
     mask = jnp.broadcast_to(at.valid[:, None], data.shape)
     if size < data.shape[1]:
         mask = mask & (place < size)
-    index = [jnp.broadcast_to(i, data.shape) for i in index]
     if channel_major:
         # Neighbouring threads write neighbouring tokens.
-        page, head, slot, place = (i.T for i in index)
-        plt.store(ref.at[page, head, place, slot], data.T, mask=mask.T)
+        pool.store(data.T, mask.T, page.T, at.head, byte_number.T, slot.T)
     else:
-        plt.store(ref.at[tuple(index)], data, mask=mask)
+        pool.store(data, mask, page, at.head, slot, byte_number)
 
 
-def store_scalar(ref: Any, scalar: jax.Array, at: Place, number: int | None) -> None:
+def store_scalar(pool: PoolRef, scalar: jax.Array, at: Place, number: int | None) -> None:
     """Writes one scalar per vector.
 
     Args:
-        ref: Scalars of the pool: [pages, heads, page_size], or [pages, heads, scalars, page_size].
+        pool: Scalars: pages of [heads, page_size], or of [heads, scalars, page_size].
         scalar: [tile].
         at: Place of each vector.
         number: Which of a vector's scalars this is; None if vectors have one.
     """
-    head = jnp.broadcast_to(at.head, at.page.shape)
-    index = (at.page, head, at.slot) if number is None else (at.page, head, jnp.full_like(at.page, number), at.slot)
-    plt.store(ref.at[index], scalar, mask=at.valid)
+    place = () if number is None else (number,)
+    pool.store(scalar, at.valid, at.page, at.head, *place, at.slot)
 
 
 def mask_channels(tile: jax.Array, dim: int) -> jax.Array:

@@ -5,6 +5,7 @@ from typing import Any
 
 from pallas_kernels.format import ScaleRule, VectorFormat
 from pallas_kernels.pytree import pytree
+from pallas_kernels.tiles.pool_ref import PoolShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +19,7 @@ class EncodePlan:
         factor: The rotation matrix over the sum of its planes.
         channel_major: Whether bytes come before tokens in a page, as those of values do.
         page_size: Tokens per page.
+        pools: Where the pages of each array with elements lie.
         rows: Rows of the batch.
         tokens: Tokens per row.
         tile: Tokens per program.
@@ -35,6 +37,7 @@ class EncodePlan:
     factor: float
     channel_major: bool
     page_size: int
+    pools: tuple[PoolShape, ...]
     rows: int
     tokens: int
     tile: int

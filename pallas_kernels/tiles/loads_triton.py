@@ -1,8 +1,9 @@
 """Loads of the kernels over pages: scales, planes of codes and int8 tiles of a tile's tokens.
 
-Everywhere below, `where` is the page, the KV head and the place in the page of the tile's first token. If pages hold
-fewer tokens than a tile, page and place are [tile], one per token; otherwise they are numbers. `axis` is the axis of
-channels: 1 for keys, whose tiles are [tile, width], and 0 for values, whose tiles are [width, tile].
+Everywhere below, `pool` is a `PoolRef` to an array of pages. `where` is the page, the KV head and the place in the page
+of the tile's first token. If pages hold fewer tokens than a tile, page and place are [tile], one per token; otherwise
+they are numbers. `axis` is the axis of channels: 1 for keys, whose tiles are [tile, width], and 0 for values, whose
+tiles are [width, tile].
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -16,6 +17,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.tiles.int8_triton import Field, codebook_tile, integer_tile
 from pallas_kernels.tiles.layout import Part, Tile, planes_of
+from pallas_kernels.tiles.pool_ref import PoolRef
 
 
 @runtime_checkable
@@ -75,18 +77,15 @@ def slot_of(index: jax.Array, plan: TilePlan) -> jax.Array:
     return lax.rem(token, jnp.full_like(token, plan.page_size))
 
 
-def load_scale(ref: Any, part: Part, where: tuple, plan: TilePlan, *, dtype: Any = jnp.float32) -> jax.Array:
-    """Scales [tile] of a part, from ref [pages, h_kv, page_size] or [pages, h_kv, num_scales, page_size]."""
+def load_scale(pool: PoolRef, part: Part, where: tuple, plan: TilePlan, *, dtype: Any = jnp.float32) -> jax.Array:
+    """Scales [tile] of a part, from pages of [h_kv, page_size] or [h_kv, num_scales, page_size]."""
     page, head, slot = where
     place = () if part.scale is None else (part.scale,)
-    if not page.ndim:
-        return ref[(page, head, *place, pl.ds(slot, plan.tile))].astype(dtype)
-    others = [jnp.full_like(page, i) for i in (head, *place)]
-    return plt.load(ref.at[(page, *others, slot)]).astype(dtype)
+    return plt.load(pool.at(page, head, *place, _run(slot, plan.tile))).astype(dtype)
 
 
 def load_tiles(
-    ref: Any, part: Part, where: tuple, axis: int, shifts: dict, plan: TilePlan, *, again: bool = False
+    pool: PoolRef, part: Part, where: tuple, axis: int, shifts: dict, plan: TilePlan, *, again: bool = False
 ) -> list[jax.Array]:
     """int8 tiles of a part, [tile, width] with axis 1 (keys) or [width, tile] with axis 0 (values).
 
@@ -94,7 +93,7 @@ def load_tiles(
     product takes the tile looked up `again`, by code that is different to the compiler.
 
     Args:
-        ref: uint8 [pages, h_kv, page_size, bytes] with axis 1, [pages, h_kv, bytes, page_size] with axis 0.
+        pool: uint8, pages of [h_kv, page_size, bytes] with axis 1, [h_kv, bytes, page_size] with axis 0.
         part: The part.
         where: Page, KV head and place of the tokens.
         axis: Axis of channels.
@@ -103,7 +102,7 @@ def load_tiles(
         again: Whether the same tiles have been loaded before.
     """
     out = []
-    for tile, fields in zip(part.tiles, load_fields(ref, part, where, axis, shifts, plan), strict=True):
+    for tile, fields in zip(part.tiles, load_fields(pool, part, where, axis, shifts, plan), strict=True):
         if part.unsigned:
             out.append(integer_tile(fields[0], interpret=plan.interpret, again=again))
         else:
@@ -112,7 +111,7 @@ def load_tiles(
     return out
 
 
-def load_fields(ref: Any, part: Part, where: tuple, axis: int, shifts: dict, plan: TilePlan) -> list[list[Field]]:
+def load_fields(pool: PoolRef, part: Part, where: tuple, axis: int, shifts: dict, plan: TilePlan) -> list[list[Field]]:
     """The planes of every tile of a part; arguments as for `load_tiles`."""
     loaded: dict[tuple, tuple[jax.Array, jax.Array | None]] = {}
     out = []
@@ -122,7 +121,7 @@ def load_fields(ref: Any, part: Part, where: tuple, axis: int, shifts: dict, pla
             # Tiles of other fields of the same bytes, mixed ones included, share one load.
             key = (start, tile.start % size, tile.width, tile.valid)
             if key not in loaded:
-                loaded[key] = _load_bytes(ref, where, part, (width, start, size), tile, axis, shifts, plan)
+                loaded[key] = _load_bytes(pool, where, part, (width, start, size), tile, axis, shifts, plan)
             last = (tile.start % size + tile.width - 1) // size
             fields.append(Field(loaded[key][0], width, field, loaded[key][1], last))
         out.append(fields)
@@ -130,7 +129,14 @@ def load_fields(ref: Any, part: Part, where: tuple, axis: int, shifts: dict, pla
 
 
 def _load_bytes(
-    ref: Any, where: tuple, part: Part, plane: tuple[int, int, int], tile: Tile, axis: int, shifts: dict, plan: TilePlan
+    pool: PoolRef,
+    where: tuple,
+    part: Part,
+    plane: tuple[int, int, int],
+    tile: Tile,
+    axis: int,
+    shifts: dict,
+    plan: TilePlan,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Bytes of one plane for a tile and, if the tile covers several fields, how many fields to shift each element.
 
@@ -145,14 +151,15 @@ def _load_bytes(
     repeated = several and whole and first == 0 and tile.width % size == 0 and _is_power(size)
     if repeated or (whole and not several):
         count = size if repeated else tile.width
-        data = _load_run(ref, where, start + first, count, axis, plan)  # [tile, count] or [count, tile]
+        run = jnp.expand_dims(_run(start + first, count), 1 - axis)  # [1, count] or [count, 1]
+        data = plt.load(_bytes_at(pool, where, run, axis, plan))  # [tile, count] or [count, tile]
         if repeated:
             views = (plan.tile, tile.width // size, size) if axis else (tile.width // size, size, plan.tile)
             data = jnp.broadcast_to(jnp.expand_dims(data, axis), views).reshape(shape)
     else:
         channel = lax.broadcasted_iota(jnp.int32, shape, axis)  # the tile's shape, as all below
         byte = start + lax.rem(first + channel, jnp.full_like(channel, size))
-        at = ref.at[_byte_index(where, byte, axis, plan)]
+        at = _bytes_at(pool, where, byte, axis, plan)
         data = plt.load(at) if whole else plt.load(at, mask=channel < tile.valid, other=jnp.uint8(0))
     if not several:
         return data, None
@@ -163,26 +170,25 @@ def _load_bytes(
     return data, shift
 
 
-def _load_run(ref: Any, where: tuple, start: int, count: int, axis: int, plan: TilePlan) -> jax.Array:
-    """Bytes start to start + count of the tokens of a tile: [tile, count] with axis 1, [count, tile] with axis 0."""
+def _bytes_at(pool: PoolRef, where: tuple, byte: jax.Array, axis: int, plan: TilePlan) -> Any:
+    """Reference to bytes of a tile's tokens.
+
+    Args:
+        pool: As for `load_tiles`.
+        where: As for `load_tiles`.
+        byte: Numbers of bytes of a token, in the tile's shape, or with 1 in place of its tokens.
+        axis: Axis of channels.
+        plan: Static configuration.
+    """
     page, head, slot = where
-    if not page.ndim:
-        token, byte = pl.ds(slot, plan.tile), pl.ds(start, count)
-        return ref[(page, head, token, byte) if axis else (page, head, byte, token)]
-    shape = (plan.tile, count) if axis else (count, plan.tile)
-    return plt.load(ref.at[_byte_index(where, start + lax.broadcasted_iota(jnp.int32, shape, axis), axis, plan)])
+    token = jnp.expand_dims(_run(slot, plan.tile), axis)  # [tile, 1] or [1, tile]
+    page = jnp.expand_dims(page, axis) if page.ndim else page
+    return pool.at(page, head, token, byte) if axis else pool.at(page, head, byte, token)
 
 
-def _byte_index(where: tuple, byte: jax.Array, axis: int, plan: TilePlan) -> tuple[jax.Array, ...]:
-    """Indices, in the tile's shape, of byte numbers in that shape."""
-    page, head, slot = where
-    if page.ndim:
-        page, slot = jnp.expand_dims(page, axis), jnp.expand_dims(slot, axis)
-        token = jnp.broadcast_to(slot, byte.shape)
-    else:
-        token = slot + lax.broadcasted_iota(jnp.int32, byte.shape, 1 - axis)
-    page, head = jnp.broadcast_to(page, byte.shape), jnp.broadcast_to(head, byte.shape)
-    return (page, head, token, byte) if axis else (page, head, byte, token)
+def _run(start: Any, count: int) -> jax.Array:
+    """Successive numbers [count] from a first one on; numbers that are [count] already stay as they are."""
+    return start if jnp.ndim(start) else start + lax.broadcasted_iota(jnp.int32, (count,), 0)
 
 
 def _is_power(n: int) -> bool:

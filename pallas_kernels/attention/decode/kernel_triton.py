@@ -14,6 +14,7 @@ the low byte of a query row are two columns (a pair), at no cost; elsewhere p ta
 unless the plan is precise. `decode.plan` defines the words.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -40,6 +41,7 @@ from pallas_kernels.numerics import BYTE_BITS, FLOOR, HIDDEN, LOG2_E, SIGNED_ANC
 from pallas_kernels.tiles.intrinsics_triton import at_least, exp2, log2, tanh
 from pallas_kernels.tiles.layout import Part
 from pallas_kernels.tiles.loads_triton import load_scale, load_shifts, load_tiles, page_of, slot_of
+from pallas_kernels.tiles.pool_ref import pool_refs
 
 LEAST_SCALE = 2.0**-100
 """Smaller value scales are taken for this one; its inverse times 127 is still a float."""
@@ -56,6 +58,7 @@ def attend(x: DecodeInputs, packed: Splits, exact: Splits | None, *, plan: Decod
         plan: Static configuration.
     """
     program, row, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    x = dataclasses.replace(x, pages=pool_refs(x.pages, plan.pools, interpret=plan.interpret))
     if exact is None:
         _attend_pages(x, packed, program, row, head, plan)
         return

@@ -22,6 +22,7 @@ from pallas_kernels.format import CodebookFormat, VectorFormat
 from pallas_kernels.pages import Pages
 from pallas_kernels.tiles.layout import key_parts, value_parts
 from pallas_kernels.tiles.loads_triton import shift_table
+from pallas_kernels.tiles.pool_ref import addressed
 
 MAX_QUERY_TOKENS, MAX_GROUP = 8, 16
 DIMS = (64, 80, 96, 128, 192, 256)
@@ -150,7 +151,7 @@ def free_programs(
 ) -> int:
     """Programs per sequence and KV head that the device could run beside those for the pages, all at once."""
     batch, count, heads, dim = query_shape
-    kv_heads, page_size = pages.keys.packed.shape[1:3]
+    kv_heads, page_size = pages.kv_heads, pages.page_size
     dim = max(dim, value_format.dim)
     columns = padded_columns(count * heads // kv_heads, dim=dim)
     blocks = columns // column_block(columns, dim=dim)
@@ -169,12 +170,13 @@ def decode(
     x: DecodeInputs, value_dim: int, plan: DecodePlan, *, num_warps: int, num_stages: int
 ) -> tuple[Splits, Splits | None]:
     """Launches the kernel: the splits of the pages, and those of tokens in full precision, if there are any."""
-    batch, kv_heads = x.lengths.shape[0], x.pages.keys.packed.shape[1]
+    batch, kv_heads = x.lengths.shape[0], x.pages.kv_heads
     lead = (batch, kv_heads, plan.splits)
     columns = plan.columns * plan.blocks
     shapes = [(*lead, plan.count * plan.group, value_dim), (*lead, columns), (*lead, columns)]
     packed = Splits(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
-    pages = jax.tree.map(lambda pool: pool if pool.size else None, x.pages)
+    pages, pools = addressed(x.pages, x.pages.page_shapes)
+    plan = dataclasses.replace(plan, pools=pools)
     programs = 0 if plan.exact is None else plan.exact.programs
     out = pl.pallas_call(
         functools.partial(attend, plan=plan) if plan.exact else functools.partial(attend, exact=None, plan=plan),
@@ -198,7 +200,7 @@ def config_for(
 ) -> TileConfig:
     """The tiles that `attend_pages` takes by default on this device, or on one of a compute capability times ten."""
     _, count, heads, _ = query_shape
-    kv_heads, page_size = pages.keys.packed.shape[1:3]
+    kv_heads, page_size = pages.kv_heads, pages.page_size
     dim = max(query_shape[3], value_format.dim)
     return default_config(
         page_size,
@@ -229,7 +231,7 @@ def check_supported(
 ) -> None:
     """Raises NotImplementedError, naming value and limit, for what the kernel does not do."""
     _, count, heads, dim = query_shape
-    kv_heads, page_size = pages.keys.packed.shape[1:3]
+    kv_heads, page_size = pages.kv_heads, pages.page_size
     group = heads // kv_heads
     if dim not in DIMS or value_format.dim not in DIMS:
         raise NotImplementedError(f"the Triton kernel has head dims {DIMS}, got {dim} and {value_format.dim}")

@@ -65,7 +65,7 @@ class DecodeInputs:
 
     Attributes:
         query: float32 [b, t, h_q, d], rotated.
-        pages: `Pages`; pools without elements are None.
+        pages: `Pages` of arrays as `tiles.pool_ref.addressed` makes them.
         table: int32 [b, n], page of each run of page_size tokens.
         lengths: int32 [b], tokens in the pages.
         positions: int32 [b, t], positions of the queries, counted like the tokens of the pages.

@@ -29,6 +29,7 @@ from pallas_kernels.tiles.float16_triton import UNIT, centroid_tile, min_max_til
 from pallas_kernels.tiles.intrinsics_triton import exp2, log2, tanh
 from pallas_kernels.tiles.layout import Tile
 from pallas_kernels.tiles.loads_triton import load_fields, load_scale, load_shifts, page_of, slot_of
+from pallas_kernels.tiles.pool_ref import pool_refs
 
 HEADROOM = 8.0
 """log2 of the largest p of a row: float16 keeps its precision for p down to 2**-14."""
@@ -60,7 +61,7 @@ class PrefillInputs:
 
     Attributes:
         query: float16 [b, t, h_q, channels of all key parts]; its products with key tiles are logits times log2(e).
-        pages: `Pages`; pools without elements are None.
+        pages: `Pages` of arrays as `tiles.pool_ref.addressed` makes them.
         table: int32 [b, n], page of each run of page_size tokens.
         lengths: int32 [b], tokens in the pages.
         positions: int32 [b, blocks, rows], position of each query row of each block, counted like the tokens.
@@ -120,6 +121,7 @@ def attend(x: PrefillInputs, out_ref: Any, peak_ref: Any, *, plan: PrefillPlan) 
         peak_ref: float32 [splits, b, t, h_q], base-2 log of the sum of exponentials; FLOOR where no key is visible.
         plan: Static configuration.
     """
+    x = dataclasses.replace(x, pages=pool_refs(x.pages, plan.pools, interpret=plan.interpret))
     rows = _rows(x, plan)
     tiles = _tiles_of_split(x, rows, plan)
     queries = _load_queries(x, rows, plan)  # [rows, width] each
@@ -140,7 +142,7 @@ def _rows(x: PrefillInputs, plan: PrefillPlan, time: int = 0) -> _Rows:
     # Zero, which the compiler cannot know.
     zero = x.marks[time].astype(jnp.int32) - MARKS[time] if time else jnp.int32(0)
     block, split, lead = (pl.program_id(axis) + zero for axis in range(3))
-    kv_heads = jnp.int32(x.pages.values.packed.shape[1])
+    kv_heads = jnp.int32(x.pages.values.packed.shape.page[0])
     kv_head = lax.rem(lead, kv_heads)
     row = block * plan.rows + lax.broadcasted_iota(jnp.int32, (plan.rows,), 0)  # [rows]
     group = jnp.full_like(row, plan.group)

@@ -24,6 +24,7 @@ from pallas_kernels.pages import Pages
 from pallas_kernels.tiles.float16_triton import UNIT
 from pallas_kernels.tiles.layout import LEAST_VALUE_TILE, codebook_parts, value_parts
 from pallas_kernels.tiles.loads_triton import shift_table
+from pallas_kernels.tiles.pool_ref import addressed
 
 
 def attend_pages(x: PagedArguments, *, config: PrefillConfig | None = None, interpret: bool | None = None) -> Partial:
@@ -47,6 +48,7 @@ def attend_pages(x: PagedArguments, *, config: PrefillConfig | None = None, inte
     config = config_for(x.query.shape, x.pages, x.key_format, x.value_format) if config is None else config
     blocks = -(-count * group // config.rows)
     splits = num_splits(config, blocks=batch * kv_heads * blocks, capacity=x.block_table.shape[1] * x.page_size)
+    pages, pools = addressed(x.pages, x.pages.page_shapes)
     plan = PrefillPlan(
         keys=codebook_parts(x.key_format, least=LEAST_VALUE_TILE, smallest=LEAST_VALUE_TILE),
         values=value_parts(x.value_format),
@@ -57,12 +59,13 @@ def attend_pages(x: PagedArguments, *, config: PrefillConfig | None = None, inte
         tile=config.tile,
         page_size=x.page_size,
         splits=splits,
+        pools=pools,
         interpret=interprets() if interpret is None else interpret,
     )
     rows = _rows(x.positions.astype(jnp.int32), plan)
     inputs = PrefillInputs(
         query=_scaled_queries(x.query, x.sketch_query, plan),
-        pages=jax.tree.map(lambda pool: pool if pool.size else None, x.pages),
+        pages=pages,
         table=x.block_table.astype(jnp.int32),
         lengths=x.lengths.astype(jnp.int32),
         positions=rows,
@@ -129,7 +132,7 @@ def config_for(
 ) -> PrefillConfig:
     """The tiles that `attend_pages` takes by default on this device, or on one of a compute capability times ten."""
     _, count, heads, dim = query_shape
-    kv_heads, page_size = pages.keys.packed.shape[1:3]
+    kv_heads, page_size = pages.kv_heads, pages.page_size
     capability = compute_capability() if capability is None else capability
     # Codes of 8 bits take more registers where all operands of products are in registers.
     bits = 0 if capability in (90, 100) else max(decode.widest(key_format), decode.widest(value_format))
@@ -165,7 +168,7 @@ def check_supported(
 ) -> None:
     """Raises NotImplementedError, naming value and limit, for what the kernel does not do."""
     batch, _, heads, dim = query_shape
-    kv_heads, page_size = pages.keys.packed.shape[1:3]
+    kv_heads, page_size = pages.kv_heads, pages.page_size
     if heads // kv_heads > decode.MAX_GROUP:
         raise NotImplementedError(
             f"the Triton kernel has up to {decode.MAX_GROUP} query heads per KV head, got {heads // kv_heads}"

@@ -15,8 +15,9 @@ from interop.launcher.launches import ArrayPlace, plan_launches  # noqa: E402
 from interop.launcher.program import struct  # noqa: E402
 from interop.torch import paged_on_gpu  # noqa: E402
 from interop.torch.attend_on_gpu import AttendOptions  # noqa: E402
+from interop.torch.blocks import TorchBlocks  # noqa: E402
 from interop.torch.cache import TorchCache  # noqa: E402
-from interop.torch.paged import PagedPool, view_pages  # noqa: E402
+from interop.torch.paged import PagedPool  # noqa: E402
 from interop.torch.paged_on_gpu import PagedAttend, PagedAttendBefore, PagedEncode  # noqa: E402
 from interop.torch.paged_rows import PagedRows  # noqa: E402
 from interop.vllm.calls import RowBuffers, UniformCall, empty_earlier, plan_earlier, split_runs  # noqa: E402
@@ -110,15 +111,15 @@ def test_nothing_to_write():
     assert all(bool((leaf.view(torch.uint8) == 255).all()) for leaf in jax.tree.leaves(pool.pages))
 
 
-def test_pools_fill_the_memory():
-    """Every byte belongs to one pool, and pools are views."""
+def test_pages_fill_the_memory():
+    """Every byte belongs to one array, and arrays are views."""
     memory = torch.zeros(5, 3, PAGE, MSE.bytes_per_vector * 2, dtype=torch.uint8)
-    pages = view_pages(memory, MSE, MSE)
+    pages = TorchBlocks(memory, MSE, MSE).pages
     for leaf in jax.tree.leaves(pages):
         leaf.view(torch.uint8).add_(1)
     assert bool((memory == 1).all())
     wide = torch.zeros(5, 3, PAGE, MSE.bytes_per_vector // 2, dtype=torch.float32)
-    assert view_pages(wide, MSE, MSE).keys.scale.shape == (5, 3, PAGE)
+    assert TorchBlocks(wide, MSE, MSE).pages.keys.scale.shape == (5, 3, PAGE)
 
 
 @pytest.mark.parametrize(
@@ -126,15 +127,15 @@ def test_pools_fill_the_memory():
     [
         (
             torch.zeros(5, 2, PAGE, 35, dtype=torch.uint8),
-            "expected dense memory of 36 bytes per head and token, got 35",
+            "expected blocks without gaps of 36 bytes per head and token, got 35",
         ),
         (torch.zeros(5, PAGE, 2, 36, dtype=torch.uint8).transpose(1, 2), "got 36 with strides"),
-        (torch.zeros(5, 1, 6, 36, dtype=torch.uint8), "multiples of 64 bytes, got .* a page_size that 64 divides"),
+        (torch.zeros(5, 1, 6, 36, dtype=torch.uint8), "a multiple of 16 bytes apart .* got 216 bytes apart"),
     ],
 )
 def test_memory_that_does_not_fit_is_refused(memory, message):
     with pytest.raises(ValueError, match=message):
-        view_pages(memory, MSE, MSE)
+        TorchBlocks(memory, MSE, MSE)
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -162,7 +163,7 @@ def test_launches_on_a_gpu(centred):
     tokens, slots = torch.zeros(16, 1, 2, 64, dtype=torch.bfloat16), torch.zeros(16, 1, dtype=torch.int32)
     given = [torch.ones(1, 2, 64)] * 2 + [integers(*[0] * 16)] if centred else [None] * 3
     encode = PagedEncode(*quantizers)
-    plan = plan_launches(encode, *jax.tree.map(struct, (pool.pages, tokens, tokens, slots, *given)))
+    plan = plan_launches(encode, *jax.tree.map(struct, (pool._blocks.rows(), tokens, tokens, slots, *given)))
     assert [launch.kernel.name for launch in plan.launches] == ["encode"] and plan.made == ()
     assert plan.outputs == tuple(ArrayPlace("input", i) for i in range(len(jax.tree.leaves(pool.pages))))
     assert encode == PagedEncode(*quantizers) and hash(encode) == hash(PagedEncode(*quantizers))
