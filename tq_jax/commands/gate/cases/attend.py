@@ -157,6 +157,7 @@ def blocks_cases(
 
     def run(query: Any, cache: Any, pools: Any, table: Any, lengths: Any, blocks: Any, config: Any) -> Any:
         held = arrays_of(cache)
+        assert held.pages is not None
         arrays = PagedArrays(held.pages, held.key_basis, held.value_basis, held.sketch, *pools)
         return attend_block_table(
             query,
