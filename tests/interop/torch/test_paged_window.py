@@ -67,7 +67,7 @@ class Layer:
         entries, count = case.first + case.tail, len(case.sequences)
         blocks = 1 + torch.randperm(40, generator=self.random).int()
         slots = iter(torch.randperm(count * entries, generator=self.random).tolist())
-        empty = torch.full((count * entries * PAGE, 2, case.dim), torch.nan, dtype=case.dtype)
+        empty = torch.full((count * entries * PAGE + 1, 2, case.dim), torch.nan, dtype=case.dtype)
         self.hot = HotPool(empty, empty.clone(), case.first)
         memory = torch.full((41, 2, PAGE, key.bytes_per_vector + value.bytes_per_vector), 255, dtype=torch.uint8)
         quantizers = tq.make_quantizer(key), tq.make_quantizer(value, seed=1)
