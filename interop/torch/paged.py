@@ -92,12 +92,11 @@ class PagedPool:
         Args:
             keys: After rotary embedding.
             values: Values.
-            places: int64 [n], slot * page_size + place; a negative one skips its token.
+            places: int64 [n], slot * page_size + place; -1 skips a token.
         """
         assert self.hot is not None
-        known = places >= 0
         for pool, tokens in ((self.hot.keys, keys), (self.hot.values, values)):
-            pool[places[known]] = tokens.detach()[known].to(pool.dtype)
+            pool[places] = tokens.detach().to(pool.dtype)
 
     def write(
         self, keys: Float[torch.Tensor, "n h_kv d"], values: Float[torch.Tensor, "n h_kv d"], slots: torch.Tensor

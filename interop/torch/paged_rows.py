@@ -57,7 +57,8 @@ class HotPool:
     """Tokens in full precision, of blocks that have a slot.
 
     Attributes:
-        keys: [tokens, h_kv, d], of the model's type; slot s has page_size tokens from s * page_size on.
+        keys: [tokens, h_kv, d], of the model's type; slot s has page_size tokens from s * page_size on. No slot has the
+            last token: tokens without a place are written there.
         values: Values, laid out like the keys.
         first: Whether the first of `ExactRows.slots` is for the first block of a sequence.
     """

@@ -12,11 +12,12 @@ channel, scales. Block b of vLLM is page b. A token takes exactly the bytes of i
 many blocks as fit. The pools of a layer lie one behind the other, so a block is not one run of bytes: features that
 move blocks as bytes (KV connectors and offloading, models with state-space layers) are refused.
 
-Arithmetic. A token is compressed when it is written. Decoding requests read every token from its codes, the newest
-too. Prompts attend exactly within their chunk and to earlier tokens by codes, so that the first chunk costs and gives
-what it does without compression; how a prompt is cut into chunks has a small influence on the answer. No window of
-latest tokens is kept in full precision, and keys are not centred by the statistics of their prompt. Two things make up
-for it: the option `boundary_layers` keeps the first and last layers in full precision, in vLLM's own attention, and
+Arithmetic. A token is compressed when it is written. The latest tokens of a request (option `window`) and its first
+ones (`sinks`) are kept in full precision as well, in a hot pool beside the pages, and read there; all others are read
+from their codes (see `interop.vllm.window`). Prompts attend exactly within their chunk, so that the first chunk costs
+and gives what it does without compression. How a prompt is cut into chunks has a small influence on the answer, and so
+has a prefix hit or a preemption, after which a window may be read from codes. With `window` and `sinks` of 0 every
+token is read from its codes, the newest too. Keys are not centred by the statistics of their prompt. Instead,
 `tq-jax calibrate MODEL` writes a file of key means and channel weights, which the backend finds (see
 `tq_jax.statistics_files`). Without such a file, keys that have a bias (Qwen2) are centred by statistics from the
 model's weights (see `interop.vllm.bias_statistics`), and keys without a bias are stored as they are; a warning says so.
@@ -25,6 +26,8 @@ Devices. On a CPU JAX computes and torch writes; the stock CPU platform of vLLM 
 the plugin replaces it by a platform that honours it. On an NVIDIA GPU torch launches the Pallas kernels: the decode
 kernel for few queries, the prefill kernel for prompts over earlier tokens; FlashAttention attends within a chunk. CUDA
 graphs hold whole steps of uniform batches, of one query per request or with drafts.
+
+The option `boundary_layers` keeps the first and last layers in full precision, in vLLM's own attention.
 
 Supported: grouped queries, sliding windows, soft-caps, sink logits, sampling n, beams, tensor parallelism.
 Refused: MLA, ALiBi, encoders and cross-attention, layers that share keys and values, non-causal attention, KV-cache

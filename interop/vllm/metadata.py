@@ -16,7 +16,7 @@ from interop.torch.paged_on_gpu import WRITES, write_size
 from interop.torch.paged_rows import PagedRows
 from interop.vllm.calls import RowBuffers, UniformCall, plan_earlier, split_runs
 from interop.vllm.prompts import Prompts
-from interop.vllm.report import report
+from interop.vllm.report import logger, report
 from interop.vllm.window import HotTables, WindowSpec, window_of
 from pallas_kernels.attention import MAX_QUERY_TOKENS
 
@@ -88,6 +88,8 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         if self._window is not None:
             self._hot = self._hot or self._tables(self._window, rows)
             places = self._hot.update(rows.table, rows.lengths, slots)
+            if (cold := self._hot.news()) is not None:
+                logger.info("tq_jax has read %d tokens of windows from codes so far, in each layer", cold)
         assert self.reorder_batch_threshold is not None
         runs, first = split_runs(starts, self.reorder_batch_threshold)
         # Prompts first: rows with few queries stay in the tables, until the next step.

@@ -27,6 +27,9 @@ from interop.torch.paged_rows import ExactRows, HotPool, PagedRows
 from interop.vllm.options import Options
 from pallas_kernels.numerics import power_of_two
 
+NEWS = 4096
+"""Steps between two looks at the number of cold reads."""
+
 
 @dataclasses.dataclass(frozen=True)
 class WindowSpec:
@@ -43,7 +46,7 @@ class WindowSpec:
     Example:
         >>> spec = WindowSpec(window=128, sinks=4, block=32)
         >>> spec.tail, spec.entries, spec.tokens(8)
-        (5, 6, 1536)
+        (5, 6, 1568)
     """
 
     window: int
@@ -75,8 +78,8 @@ class WindowSpec:
         return self.first + self.tail
 
     def tokens(self, requests: int) -> int:
-        """Tokens of a hot pool for a number of requests."""
-        return requests * self.entries * self.block
+        """Tokens of a hot pool for a number of requests, and a block that is never read."""
+        return (requests * self.entries + 1) * self.block
 
 
 class HotTables:
@@ -97,7 +100,8 @@ class HotTables:
         self, spec: WindowSpec, *, blocks: int, requests: int, tokens: int, width: int, device: torch.device
     ) -> None:
         self._spec, self._blocks, self._slots = spec, blocks, requests * spec.entries
-        self._step = 0
+        self._step = self._said = 0
+        self._copied = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
 
         def full(value: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
@@ -120,6 +124,15 @@ class HotTables:
     def cold_reads(self) -> torch.Tensor:
         """int64 [1] on the device: tokens of windows and first tokens that were read from codes so far, per layer."""
         return self._cold
+
+    def news(self) -> int | None:
+        """Cold reads up to an earlier step, once in `NEWS` steps and if they have grown; waits for nothing."""
+        if self._step % NEWS:
+            return None
+        known, before = int(self._copied), self._said
+        self._copied.copy_(self._cold, non_blocking=True)
+        self._said = known
+        return known if known > before else None
 
     def update(
         self, table: Int[torch.Tensor, "b n"], lengths: Int[torch.Tensor, "b"], slots: Int[torch.Tensor, "t"]

@@ -13,8 +13,9 @@ import tq_jax as tq  # noqa: E402
 from interop.launcher.cuda_graph import GraphPool  # noqa: E402
 from interop.torch.attend_on_gpu import AttendOptions  # noqa: E402
 from interop.torch.paged import PagedPool  # noqa: E402
-from interop.torch.paged_rows import PagedRows  # noqa: E402
+from interop.torch.paged_rows import HotPool, PagedRows  # noqa: E402
 from interop.vllm.calls import RowBuffers, UniformCall, empty_earlier, plan_earlier, split_runs  # noqa: E402
+from interop.vllm.window import HotTables, WindowSpec  # noqa: E402
 from pallas_kernels.numerics import HIDDEN  # noqa: E402
 
 pytestmark = [
@@ -197,3 +198,99 @@ def test_steps_in_a_graph():
     replayed = output.clone()
     launch()
     assert torch.equal(replayed, output) and not torch.equal(replayed, before)
+
+
+class WindowStep:
+    """A layer with a window on two devices, and the tokens of its steps."""
+
+    def __init__(self, case: PagedCase) -> None:
+        self.step, size = Step(case), case.page_size
+        self.spec, self.size = WindowSpec(window=100, sinks=4, block=size), size
+        self.tables, width = {}, self.step.table.shape[1]
+        for device, pool in self.step.pools.items():
+            shape = self.spec.tokens(len(LENGTHS)), case.kv_heads, case.key.dim
+            empty = torch.full(shape, torch.nan, dtype=case.dtype, device=device)
+            pool.hot = HotPool(empty, empty.clone(), first=True)
+            self.tables[device] = HotTables(
+                self.spec, blocks=BLOCKS, requests=len(LENGTHS), tokens=2048, width=width, device=pool.device
+            )
+
+    def write(self, lengths: list[int], counts: list[int]) -> None:
+        """Writes the last tokens of sequences, of the same bytes on both devices."""
+        step, case, slots = self.step, self.step.case, []
+        for row, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            position = torch.arange(length - count, length)
+            slots.append(step.table[row, position // self.size].long() * self.size + position % self.size)
+        shape = sum(counts), case.kv_heads, case.key.dim
+        k, v = (step.normal(*shape).to(case.dtype) for _ in range(2))
+        for device, pool in step.pools.items():
+            ends = torch.tensor(lengths, dtype=torch.int32, device=device)
+            places = self.tables[device].update(step.table.to(device), ends, torch.cat(slots).int().to(device))
+            with jax_on(device):
+                pool.write(k.to(device), v.to(device), torch.cat(slots).to(device))
+                pool.write_hot(k.to(device), v.to(device), places)
+        leaves = [jax.tree.leaves(step.pools[device].pages) for device in ("cpu", DEVICE)]
+        for mine, theirs in zip(*leaves, strict=True):
+            mine.copy_(theirs)
+
+    def rows(self, device: str, lengths: list[int]) -> PagedRows:
+        given = torch.tensor(lengths, dtype=torch.int32, device=device)
+        return self.tables[device].read(self.step.table.to(device), given)
+
+
+@pytest.mark.parametrize("name", ["K4V4", "K4V4, statistics, sinks", "K3V3, window, cap", "K8V4, float32"])
+def test_windows(name):
+    """Sequences written in chunks and token by token; queries of each, and of prompts over earlier tokens."""
+    case = CASES[name]
+    layer, lengths = WindowStep(case), [33, 1, 5, 257, 690]
+    layer.write(lengths, lengths)
+    for count in (1, 1, 5):
+        lengths = [length + count for length in lengths]
+        layer.write(lengths, [count] * len(lengths))
+    heads, sinks = case.kv_heads * case.group, layer.step.sinks
+    found = {}
+    for device, pool in layer.step.pools.items():
+        layer.step.random.manual_seed(1)
+        rows, ahead = layer.rows(device, lengths), torch.arange(5, dtype=torch.int32, device=device)
+        few, many = (layer.step.normal(5, n, heads, case.key.dim).to(device, case.dtype) for n in (3, 40))
+        given = None if sinks is None else sinks.to(device)
+        with jax_on(device):
+            found[device] = (
+                pool.attend(few[:, :1], rows, case.options, given),
+                pool.attend(few, rows, case.options, given),
+                *pool.attend_before(many, rows, ahead, case.options),
+            )
+            assert torch.equal(pool.attend(few, rows, case.options, given), found[device][1])
+    assert int(layer.tables["cpu"].cold_reads) == int(layer.tables[DEVICE].cold_reads)
+    *outputs, sums = zip(found["cpu"], found[DEVICE], strict=True)
+    for want, got in outputs:
+        assert float((got.cpu().float() - want.float()).norm() / want.float().norm()) < 3 * case.tolerance
+    seen = sums[0] > HIDDEN
+    assert float((sums[1].cpu() - sums[0])[seen].abs().max()) < 10 * case.tolerance
+
+
+def test_steps_with_a_window_in_a_graph():
+    """A captured step of a padded batch replays with the blocks of another step."""
+    case = CASES["K4V4"]
+    layer, device = WindowStep(case), torch.device(DEVICE)
+    layer.write([20, 1, 5, 200, 500], [20, 1, 5, 200, 500])
+    pool, buffers = layer.step.pools[DEVICE], RowBuffers(5)
+    query = layer.step.normal(5, case.kv_heads * case.group, case.key.dim).to(device, case.dtype)
+    output = torch.zeros_like(query)
+    [run], _ = split_runs([0, 1, 2, 3, 4, 5], 1)
+
+    def launch() -> None:
+        UniformCall(run, rows).attend(pool, query, output, case.options, None)
+
+    rows = buffers.rows(run, layer.rows(DEVICE, [20, 1, 5, 200, 500]))
+    launch()
+    with GraphPool().capture(device) as graph:
+        launch()
+    layer.write([33, 2, 0, 257, 700], [13, 1, 0, 57, 200])
+    again = buffers.rows(run, layer.rows(DEVICE, [33, 2, 0, 257, 700]))
+    assert [x.data_ptr() for x in again.tensors] == [x.data_ptr() for x in rows.tensors]
+    before = output.clone()
+    graph.replay()
+    replayed = output.clone()
+    launch()
+    assert torch.equal(replayed, output) and not torch.equal(replayed, before) and not output[2].any()

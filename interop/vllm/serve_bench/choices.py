@@ -52,7 +52,7 @@ class Choice:
     @property
     def window(self) -> int:
         """Latest tokens in full precision."""
-        return getattr(Options(**self.options), "window", 0) if self.backend == OURS else 0
+        return Options(**self.options).window if self.backend == OURS else 0
 
     @property
     def fields(self) -> dict[str, Any]:

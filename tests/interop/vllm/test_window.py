@@ -11,6 +11,7 @@ import hypothesis.strategies as st  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from window_model import Model  # noqa: E402
 
+from interop.vllm import window  # noqa: E402
 from interop.vllm.options import Options  # noqa: E402
 from interop.vllm.window import HotTables, WindowSpec  # noqa: E402
 
@@ -18,7 +19,7 @@ BLOCKS, WIDTH, REQUESTS, CHUNK = 24, 10, 3, 22
 """Blocks of the cache, columns of block tables, most requests of a step, most tokens of a request in a step."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Request:
     """A request: its text, its blocks, and how many of its tokens are computed."""
 
@@ -194,6 +195,19 @@ def test_decoding_reads_no_window_from_codes():
         found = tables.read(table, lengths)
         assert (found.exact.begin + found.exact.packed).tolist() == [max(length - 10, 0) // 4 * 4] * 3
     assert int(tables.cold_reads) == 0
+
+
+def test_news_of_cold_reads(monkeypatch):
+    """Requests whose blocks were written before they had slots, as after a prefix hit."""
+    monkeypatch.setattr(window, "NEWS", 2)
+    tables = HotTables(WindowSpec(8, 0, 4), blocks=9, requests=1, tokens=8, width=2, device=torch.device("cpu"))
+    table, lengths = torch.tensor([[3, 4]], dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
+    said = []
+    for _ in range(6):
+        tables.update(table, lengths, torch.tensor([4 * 4 + 1]))
+        tables.read(table, lengths)
+        said.append(tables.news())
+    assert said == [None, None, None, 12, None, 24] and int(tables.cold_reads) == 36
 
 
 def test_specs():

@@ -1,18 +1,29 @@
 """Cases of the kernels before and after decode: types, head dims, rotations and masks, but not every combination."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import LogitOptions, whole_cache
+from pallas_kernels.attention import (
+    MAX_QUERY_TOKENS,
+    FullPrecisionBlocks,
+    LogitOptions,
+    PagedArrays,
+    TileConfig,
+    attend_block_table,
+    whole_cache,
+)
+from pallas_kernels.attention.decode.launch_triton import config_for
 from pallas_kernels.attention.exact import is_light
 from pallas_kernels.layer import JointHeads, NormWeights
 from tq_jax.attention import arrays_of, attend_plan
 from tq_jax.cache import init_cache
 from tq_jax.cache_spec import CacheSpec
-from tq_jax.commands.gate.case import Case
+from tq_jax.commands.gate.case import Case, by_tiles
 from tq_jax.commands.gate.cases.decode import BATCH, EVERYTHING, KV_HEADS, PLAIN
 from tq_jax.quantizer import QuantizerSpec
 
@@ -43,6 +54,16 @@ def cases() -> Iterator[Case]:
         yield case(
             f"K{bits}/V{min(bits, 4)}, pages of 256", spec(128, bits), spec(128, min(bits, 4)), new=True, page=256
         )
+    for dim in (64, 80, 128, 256):
+        yield from blocks_cases(f"blocks, dim {dim}", spec(dim, 4), quick=dim in (64, 128))
+    yield from blocks_cases("blocks, float16", four, query=jnp.float16, stored=jnp.float16)
+    yield from blocks_cases("blocks, float32", four, query=jnp.float32, stored=jnp.float32, quick=True)
+    yield from blocks_cases("blocks, 8 queries, window, soft-cap", four, count=8, options=EVERYTHING, quick=True)
+    for count in (2, 4, 8):
+        yield from blocks_cases(f"blocks, {count} queries", four, count=count, quick=count == 4)
+    yield from blocks_cases("blocks, 512 queries", four, count=512, quick=True)
+    for bits in (2, 3, 8):
+        yield from blocks_cases(f"blocks, K{bits}", spec(128, bits))
     for dim in (64, 128):
         yield joint_case(f"heads, dim {dim}", spec(dim, 4), norms=dim == 128, quick=True)
     yield joint_case("heads, K3.5", spec(128, 3.5), norms=True)
@@ -106,6 +127,75 @@ def case(
     light = is_light(query, cache_shape.exact_keys.dtype, key.dim, key.format, value.format)
     decode = ["decode"] * (light and (new or cache_shape.exact_keys.size > 0))
     return Case(name, run, arguments, only=("prepare", *decode, "merge"), quick=quick)
+
+
+def blocks_cases(
+    name: str,
+    key: QuantizerSpec,
+    *,
+    count: int = 1,
+    options: LogitOptions = PLAIN,
+    query: Any = jnp.bfloat16,
+    stored: Any = jnp.uint16,
+    quick: bool = False,
+) -> Iterator[Case]:
+    """Attention over pages of 64 tokens and blocks in full precision: a first one and those of 128 latest tokens.
+
+    Args:
+        name: What distinguishes the case.
+        key: Key quantizer.
+        count: Query tokens.
+        options: Logit options.
+        query: Type of the queries.
+        stored: Type of the blocks.
+        quick: Whether the case is compiled by default.
+    """
+    page, entries, value = 64, 4, QuantizerSpec(key.dim, 4)
+    spec = CacheSpec(KV_HEADS, key.dim, 8192, key=key, value=value, page_size=page, window=0, sink_tokens=0)
+    plan = dataclasses.replace(attend_plan(spec, options, interpret=False), sink_slots=page)
+    shape = jax.ShapeDtypeStruct
+
+    def run(query: Any, cache: Any, pools: Any, table: Any, lengths: Any, blocks: Any, config: Any) -> Any:
+        held = arrays_of(cache)
+        assert held.pages is not None
+        arrays = PagedArrays(held.pages, held.key_basis, held.value_basis, held.sketch, *pools)
+        return attend_block_table(
+            query,
+            arrays,
+            table,
+            lengths,
+            dataclasses.replace(plan, config=config),
+            statistics=(held.mean, held.weight),
+            segment=FullPrecisionBlocks(*blocks),
+        )
+
+    integers, asked = shape((BATCH,), jnp.int32), shape((BATCH, count, KV_HEADS * 4, key.dim), query)
+    pool = shape((BATCH * entries * page, KV_HEADS, key.dim), stored)
+    cache_shape = jax.eval_shape(lambda: init_cache(spec, batch=BATCH))
+    arguments = (
+        asked,
+        cache_shape,
+        (pool, pool),
+        shape((BATCH, 8192 // page), jnp.int32),
+        integers,
+        (shape((BATCH, entries), jnp.int32), integers, integers),
+    )
+    few = count <= MAX_QUERY_TOKENS
+    light = few and is_light(query, stored, key.dim, key.format, value.format)
+
+    def tiles(capability: int) -> TileConfig | None:
+        given = asked.shape, cache_shape.pages, key.format, value.format
+        return config_for(*given, capability=capability) if few else None
+
+    for config, architectures in by_tiles(tiles).items():
+        yield Case(
+            name if "sm_90" in architectures else f"{name}, {', '.join(architectures)}",
+            functools.partial(run, config=config),
+            arguments,
+            only=("prepare", *["decode"] * light, "merge"),
+            architectures=architectures,
+            quick=quick,
+        )
 
 
 def joint_case(
