@@ -204,7 +204,7 @@ def main(
     }  # fmt: skip
     plan = Plan(ids, prompt, shared)
     more = windows(window, sinks) | parse_object(options, "--options")
-    payload = environment("cpu") | {"model": folder.name, "dtype": dtype, "prompt": prompt, "positions": positions}
+    payload = where() | {"model": folder.name, "dtype": dtype, "prompt": prompt, "positions": positions}
     rows = known(target, window) if keep else []
     with running(**shared) as engine:
         full = {name: log_probs(engine, text, prompt=prompt, chunk=max(lengths)) for name, text in ids.items()}
@@ -218,6 +218,15 @@ def main(
         console.print(str(mean), highlight=False, soft_wrap=True)
     write_json(payload | {"rows": rows, "means": summary, "complete": True}, target)
     raise typer.Exit(int(not all(mean.get("ok", True) for mean in summary)))
+
+
+def where() -> dict[str, Any]:
+    """Where figures come from."""
+    import torch
+    import vllm
+
+    found = environment(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+    return found | {"versions": found["versions"] | {"vllm": vllm.__version__}}
 
 
 def known(target: str | None, window: int) -> list[dict[str, Any]]:
