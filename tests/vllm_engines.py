@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import json
+from pathlib import Path
 
 import jax.numpy as jnp
 
@@ -47,18 +49,44 @@ def make_model(folder, layers, kind="Llama", bias=0.0):
     return str(folder)
 
 
+def make_eagle(target, folder):
+    """Saves an EAGLE head with small random weights for a model of `make_model`: it drafts repetitions."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = json.loads((Path(target) / "config.json").read_text())
+    size, inner, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    query, kv = (dim * config[f"num_{name}_heads"] for name in ("attention", "key_value"))
+    shapes = {
+        "self_attn.q_proj": (query, size), "self_attn.k_proj": (kv, size), "self_attn.v_proj": (kv, size),
+        "self_attn.o_proj": (size, query), "mlp.gate_proj": (inner, size), "mlp.up_proj": (inner, size),
+        "mlp.down_proj": (size, inner), "fc": (size, size),
+    }  # fmt: skip
+    draw = torch.Generator().manual_seed(3)
+    weights = {name: 0.02 * torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    weights["fc"] = torch.cat([weights["fc"], torch.eye(size)], 1)  # of the token's embedding and the last hidden state
+    weights["post_attention_layernorm"] = torch.ones(size)
+    named = {f"{'' if name == 'fc' else 'layers.0.'}{name}.weight": array for name, array in weights.items()}
+    Path(folder).mkdir()
+    save_file(named, Path(folder) / "model.safetensors")
+    config |= {"architectures": ["EagleLlamaForCausalLM"], "num_hidden_layers": 1}
+    (Path(folder) / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
 @contextlib.contextmanager
 def running(folder, options, **arguments):
-    """An engine in this process with our backend; without a window unless options say so."""
+    """An engine in this process with our backend, without a window unless options say so.
+
+    If options are None, with vLLM's own attention.
+    """
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    engine = LLM(
-        model=folder, attention_backend="CUSTOM", seed=0,
-        additional_config={"tq_jax": {"window": 0, "sinks": 0} | options},
-        **(dict(dtype="float32", max_model_len=256, block_size=32, enforce_eager=True, kv_cache_memory_bytes=1 << 22)
-           | arguments),
-    )  # fmt: skip
+    given = dict(dtype="float32", max_model_len=256, block_size=32, enforce_eager=True, kv_cache_memory_bytes=1 << 22)
+    if options is not None:
+        given |= dict(attention_backend="CUSTOM", additional_config={"tq_jax": {"window": 0, "sinks": 0} | options})
+    engine = LLM(model=folder, seed=0, **(given | arguments))
     try:
         yield engine
     finally:
@@ -105,6 +133,17 @@ def cold_reads(engine):
         return sum(group.get_metadata_builder().cold_reads() for group in groups)
 
     return engine.collective_rpc(look)[0]
+
+
+def drafted(folder, prompts, options, **drafts):
+    """Greedy tokens, how often drafts of each place were accepted, and the classes of the layers, the model's first."""
+    drafts = {"num_speculative_tokens": 3} | drafts
+    with running(folder, options, speculative_config=drafts, disable_log_stats=False) as engine:
+        tokens = [one[0] for one in answers(engine, prompts, max_tokens=SAME)[0]]
+        counts = {x.name: getattr(x, "values", getattr(x, "value", None)) for x in engine.get_metrics()}
+        names = ("drafts", "draft_tokens", "accepted_tokens", "accepted_tokens_per_pos")
+        layers = [name for name, *_ in layers_of(engine)]
+    return tokens, {name: counts[f"vllm:spec_decode_num_{name}"] for name in names}, layers
 
 
 def own_answers(folder, prompts, *, exact_layers=(), statistics=None, **options):

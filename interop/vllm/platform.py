@@ -17,13 +17,18 @@ class TurboQuantCpuPlatform(_Base):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: Any) -> None:
-        """Refuses unknown options, and options without the backend that reads them."""
+        """Refuses unknown options, and options without the backend that reads them.
+
+        A model that drafts has its own choice of a backend in a copy of the configuration, which vLLM makes when the
+        layers of the served model exist already.
+        """
         super().check_and_update_config(vllm_config)
         Options.from_config(vllm_config.additional_config)
         given = isinstance(vllm_config.additional_config, dict) and SECTION in vllm_config.additional_config
         attention = vllm_config.attention_config
         chosen = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
-        if given and AttentionBackendEnum.CUSTOM not in chosen:
+        drafts = vllm_config.speculative_config is not None and vllm_config.compilation_config.static_forward_context
+        if given and not drafts and AttentionBackendEnum.CUSTOM not in chosen:
             raise ValueError(f"expected --attention-backend CUSTOM with {SECTION} options, got {attention.backend}")
 
     @classmethod

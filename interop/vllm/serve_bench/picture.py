@@ -13,11 +13,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
     """Draws a panel per batch with a line per cache, and a panel of capacities.
 
     Args:
-        rows: Rows as in the command's JSON; rows with an error are left out.
+        rows: Rows as in the command's JSON; rows with an error, and those of as many requests as fit, are left out.
         path: The file; its suffix sets the format.
         title: Heading.
     """
-    timed = [row for row in rows if "decode_ms" in row]
+    timed = [row for row in rows if "decode_ms" in row and "fit" not in row]
     held = {label(row): row["kv_tokens"] for row in rows if row.get("kv_tokens")}
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(held)}
     batches = sorted({row["batch"] for row in timed})

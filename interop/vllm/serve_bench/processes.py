@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from interop.vllm.serve_bench.engine import Job
+from interop.vllm.serve_bench.engine import STOPPED, Job
 
 MODULE = "interop.vllm.serve_bench.engine"
 ENVIRONMENT = {
@@ -21,6 +21,8 @@ ENVIRONMENT = {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # a function asks each worker for its layers
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",  # a machine may have no network, and an engine uses one machine
+    "GLOO_SOCKET_IFNAME": "lo",
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Settings of the engine's process, unless they are set already."""
@@ -43,8 +45,8 @@ def run_engine(job: Job, log: Path) -> Iterator[dict[str, Any]]:
         log: File to which the engine's output is appended.
 
     Yields:
-        {"about": ...} once the engine has started, {"row": ...} for every measurement, {"error": message} if the engine
-        failed or was stopped because its deadline passed.
+        {"about": ...} once the engine has started, {"row": ...} for every measurement, {"progress": text} during long
+        ones, {"error": message} if the engine failed or was stopped because its deadline passed.
     """
     with tempfile.TemporaryDirectory(prefix="serve-bench-") as folder, log.open("a", encoding="utf-8") as output:
         source, target = Path(folder) / "job.json", Path(folder) / "lines.jsonl"
@@ -85,6 +87,6 @@ def _results(process: subprocess.Popen, lines: Any, end: float) -> Iterator[dict
                 yield {"error": f"stopped by {signal.Signals(-process.returncode).name}"}
             return
         if time.time() > end:
-            yield {"error": "stopped, because the time of --limit was over"}
+            yield {"error": STOPPED}
             return
         time.sleep(PAUSE)

@@ -1,5 +1,6 @@
 """`tq-jax serve-bench`: how caches are named, and real engines in processes of their own."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -59,6 +60,7 @@ def test_names_of_caches():
         ("expected --options to be a JSON object, got '\\[4\\]'", ["--options", "[4]"]),
         ("expected --arguments to be a JSON object, got 'x'", ["--arguments", "x"]),
         ("expected batches and contexts of at least 1, got '0' and '8192,32768'", ["--batch", "0"]),
+        ("expected something to measure, got no --batch, --requests or --fit", ["--shape", "llama3-8b", "--batch", ""]),
         ("expected either --model or --shape, got --model None and --shape None", []),
         ("expected a shape among llama3-8b, .*, got 'huge'", ["--shape", "huge"]),
     ],
@@ -121,14 +123,17 @@ def test_caches_are_measured_in_real_engines(two_layers, tmp_path):
     target, png = tmp_path / "rows.json", tmp_path / "picture.png"
     loads = ["--batch", "1,2", "--context", "64", "--output", "10", "--kv-gib", "0.004", "--arguments", ENGINE]
     served = ["--requests", "5", "--together", "2", "--request-input", "40", "--request-output", "8"]
+    served += ["--fit", "400", "--fit-most", "12"]
     caches = ["--caches", "tq_jax:4/4,auto,flash_attn", "--options", '{"search": false}']
     files = ["--json", target, "--png", png, "--log", tmp_path / "log"]
     result = run("--model", two_layers, *caches, *loads, *served, *files)
     assert result.exit_code == 1, result.output
     report = json.loads(target.read_text())
     assert report["complete"] and report["versions"]["vllm"] and "cpu" in report["device"] and png.is_file()
-    rows = {(r["backend"], r.get("batch")): r for r in report["rows"]}
-    assert len(rows) == 9 and set(rows) == {(b, n) for b in ("tq_jax", "auto", "flash_attn") for n in (1, 2, None)}
+    fits = {r["backend"]: r for r in report["rows"] if "fit" in r}
+    rows = {(r["backend"], r.get("batch")): r for r in report["rows"] if "fit" not in r}
+    backends = ("tq_jax", "auto", "flash_attn")
+    assert len(report["rows"]) == 12 and set(rows) == {(b, n) for b in backends for n in (1, 2, None)}
     ours, full = rows["tq_jax", 2], rows["auto", 2]
     assert NAMED.items() <= ours.items() and (full["kv"], full["layers"]) == ("fp32", {"CPU_ATTN": 2})
     assert ours["layers"] == {"CUSTOM": 2} and ours["context"] == 64
@@ -141,6 +146,12 @@ def test_caches_are_measured_in_real_engines(two_layers, tmp_path):
         assert row["op"] == "vllm_throughput" and row["complete"] and row["finished"] == 5
         assert row["tokens_s"] == pytest.approx(5 * 8 / row["seconds"], rel=0.02)
         assert row["all_tokens_s"] == pytest.approx(5 * 48 / row["seconds"], rel=0.02)
+    assert [fits[name]["batch"] for name in ("auto", "tq_jax")] == [9, 12]  # as many as fit; --fit-most
+    for name in ("tq_jax", "auto"):
+        row = fits[name]
+        assert row["op"] == "vllm" and row["context"] == 400 and row["decode_steps"] >= 8
+        assert row["decode_tokens_s"] == pytest.approx(1e3 * row["batch"] / row["decode_ms"], rel=0.01)
+    assert "expected layers with attention FLASH_ATTN" in fits["flash_attn"]["error"]
     for batch in (1, 2, None):
         assert "expected layers with attention FLASH_ATTN, got {'CPU_ATTN': 2}" in rows["flash_attn", batch]["error"]
 
@@ -151,9 +162,13 @@ def test_loads_that_do_not_fit_and_models_that_do_not_exist(two_layers, tmp_path
     target = tmp_path / "rows.json"
     options = ["--caches", "auto", "--context", "64,200", "--output", "8", "--log", tmp_path / "log", "--json", target]
     small = ["--batch", "1,8", "--kv-gib", "0.0006", "--arguments", ENGINE]
-    result = run("--model", two_layers, *options, *small)
+    cut = ["--requests", "3", "--request-input", "40", "--request-output", "8", "--served-s", "0", "--fit", "300"]
+    result = run("--model", two_layers, *options, *small, *cut)
     assert result.exit_code == 1, result.output
-    rows = {(row["batch"], row["context"]): row for row in json.loads(target.read_text())["rows"]}
+    *rows, fit, served = json.loads(target.read_text())["rows"]
+    assert (fit["batch"], fit["context"]) == (1, 300) and fit["decode_steps"] >= 7
+    assert (served["requests"], served["finished"], served["complete"]) == (3, 0, False)
+    rows = {(row["batch"], row["context"]): row for row in rows}
     assert "decode_ms" in rows[1, 64] and "decode_ms" in rows[1, 200]
     assert rows[8, 200]["error"].startswith("expected a cache of at least 1664 tokens for 8 requests, got ")
     result = run("--model", tmp_path / "nothing", *options, "--batch", "1")
@@ -163,3 +178,26 @@ def test_loads_that_do_not_fit_and_models_that_do_not_exist(two_layers, tmp_path
     result = run("--model", two_layers, *options, "--batch", "1", "--limit", "0")
     rows = json.loads(target.read_text())["rows"]
     assert result.exit_code == 1 and {row["error"] for row in rows} == {"not measured: the time of --limit was over"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning")  # by vLLM
+def test_a_load_stops_when_the_time_is_over(two_layers):
+    """Nothing is left in the engine, so that it can go on."""
+    pytest.importorskip("vllm")
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from interop.vllm.serve_bench.engine import Bench
+
+    given = json.loads(ENGINE) | {"model": two_layers, "max_model_len": 128, "kv_cache_memory_bytes": 1 << 22}
+    bench = Bench(Job(given, None, [], 8, 0, 1, 1, 1, deadline=time.time() + 600))
+    try:
+        bench.job = dataclasses.replace(bench.job, deadline=0.0)
+        with pytest.raises(TimeoutError, match="the time of --limit was over"):
+            bench.load(2, 64, 8)
+        assert not bench.engine.has_unfinished_requests()
+        bench.job = dataclasses.replace(bench.job, deadline=time.time() + 600)
+        assert bench.load(2, 64, 8)["decode_steps"] >= 6
+    finally:
+        bench.engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
