@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import tempfile
 
 import jax
@@ -176,6 +177,19 @@ def test_statistics(tmp_path, unchecked_shapes):
     with pytest.raises(ValueError, match="expected format 'tq-jax key statistics 1', got 'tq-jax cache 1'"):
         tq.load_statistics(tmp_path / "cache")
     assert not (tmp_path / "wrong").exists()
+
+
+def test_files_are_as_readable_as_any_other_and_as_before(tmp_path):
+    path, cache = tmp_path / "cache", filled()
+    before = os.umask(0o027)
+    try:
+        tq.save_cache(cache, path)
+        assert path.stat().st_mode & 0o777 == 0o640
+        path.chmod(0o664)
+        tq.save_cache(cache, path)
+        assert path.stat().st_mode & 0o777 == 0o664
+    finally:
+        os.umask(before)
 
 
 def test_another_size_changes_nothing_else():
