@@ -159,5 +159,11 @@ def row_integers(given: Sequence[int] | torch.Tensor) -> tuple[int, ...]:
     return tuple(operator.index(x) for x in values)
 
 
+def integers_of_rows(given: int | Sequence[int] | torch.Tensor, rows: int) -> tuple[int, ...]:
+    """One integer per row; a single integer, of any library, stands for all rows. Raises as `row_integers` does."""
+    single = not isinstance(given, bool) and hasattr(given, "__index__") and not getattr(given, "ndim", 0)
+    return (operator.index(given),) * rows if single else row_integers(given)  # pyright: ignore[reportArgumentType]
+
+
 def _columns(row: int, *columns: np.ndarray) -> np.ndarray:
     return np.stack([np.full(len(columns[0]), row), *columns])

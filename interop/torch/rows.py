@@ -10,7 +10,7 @@ import torch
 
 import tq_jax as tq
 from interop.torch.dlpack import to_jax
-from interop.torch.placement import counters_after, require_room, row_integers
+from interop.torch.placement import counters_after, integers_of_rows, require_room, row_integers
 from interop.torch.tensors import grow_pools, load_tensors, map_rows, move_rows, named_tensors
 
 MOST_SHOWN = 8
@@ -95,7 +95,7 @@ class CacheRows:
         Raises:
             ValueError: For a row without room, a negative count, or another number of counts than rows.
         """
-        given = (counts,) * self.rows if isinstance(counts, int) else row_integers(counts)
+        given = integers_of_rows(counts, self.rows)
         if len(given) != self.rows or min(given, default=0) < 0:
             raise ValueError(f"expected a count of at least 0, or one for each of {self.rows} rows, got {counts}")
         require_room(self.spec, self.lengths, given)
@@ -113,7 +113,7 @@ class CacheRows:
         Raises:
             ValueError: For a negative length, or another number of lengths than rows.
         """
-        wanted = (length,) * self.rows if isinstance(length, int) else row_integers(length)
+        wanted = integers_of_rows(length, self.rows)
         if len(wanted) != self.rows or min(wanted, default=0) < 0:
             raise ValueError(f"expected a length of at least 0, or one for each of {self.rows} rows, got {length}")
         lengths = tuple(min(old, new) for old, new in zip(self.lengths, wanted, strict=True))

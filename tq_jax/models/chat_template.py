@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 
 def render_chat(source: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
@@ -57,7 +57,7 @@ def _environment() -> Any:
     class Generation(Extension):
         """Blocks that mark the assistant's own words, for training: their contents are written like any others."""
 
-        tags = frozenset({"generation"})
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tq_jax.plain import make_plain, number, whole
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -31,6 +33,7 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self, temperature=number, top_k=whole, top_p=number)
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature: expected a finite number of at least 0, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:

@@ -250,6 +250,17 @@ def test_nothing_to_append():
     assert_attends_alike(cache, before)
     cache.crop(torch.tensor([30, 35]))
     assert cache.lengths == (30, 35) and all(type(n) is int for n in cache.lengths)
+    for count, length in (
+        (np.int64(1), np.int32(29)),
+        (torch.tensor(1), torch.tensor(29)),
+        (np.ones(2, int), [29, 29]),
+    ):
+        cache.advance(count)
+        assert cache.lengths == (31, 36)
+        cache.crop(length)
+        assert cache.lengths == (29, 29)
+        cache.crop([29, 29])
+        cache.append(k[:, :6], v[:, :6], lengths=[1, 6])
     cache.reorder([])
     cache.append(k[:0], v[:0], query=q[:0])
     assert cache.lengths == () and cache.attend(q[:0, :1]).shape == (0, 1, H * G, D)
