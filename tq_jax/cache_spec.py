@@ -146,6 +146,10 @@ class CacheSpec:
             sliding_window=sliding_window,
         )  # fmt: skip
 
+    def with_room(self, max_tokens: int) -> "CacheSpec":
+        """The spec with room for another number of tokens per row; in full precision they are all in the window."""
+        return dataclasses.replace(self, max_tokens=max_tokens, window=self.window if self.compressed else max_tokens)
+
     @property
     def compressed(self) -> bool:
         """Whether tokens that leave the window are quantized; False for `full_precision`."""

@@ -107,7 +107,7 @@ def plan_append(
     old, new = np.concatenate(ring, 1), np.concatenate(chunk, 1)
     indices = [*np.concatenate(kept, 1), *old, *new, np.concatenate([old[0], new[0]]), page, place]
     tensors = [torch.from_numpy(np.ascontiguousarray(index, np.int64)).to(device) for index in indices]
-    counters = torch.tensor([after, packed], dtype=torch.int32).to(device)
+    counters = torch.tensor([after, packed], dtype=torch.int32, device=device)
     return Moves(*tensors, counters=counters, length=after, compressed=packed)
 
 

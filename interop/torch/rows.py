@@ -1,6 +1,5 @@
 """The rows of a torch-owned cache: their tensors, and the numbers of tokens that the host keeps of them."""
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -150,7 +149,7 @@ class CacheRows:
     def reserve(self, max_tokens: int) -> None:
         """Makes room for `max_tokens` tokens per row; does nothing if there is as much room already.
 
-        The pages in use are copied to larger pools.
+        The pages in use, or all tokens in full precision, are copied to larger pools.
 
         Raises:
             ValueError: If the cache was made for fewer tokens than its sinks and window take, whose slots would move.
@@ -158,8 +157,8 @@ class CacheRows:
         old = self.spec
         if max_tokens <= old.max_tokens:
             return
-        new = dataclasses.replace(old, max_tokens=max_tokens)
-        if (new.sinks, new.ring) != (old.sinks, old.ring):
+        new = old.with_room(max_tokens)
+        if old.compressed and (new.sinks, new.ring) != (old.sinks, old.ring):
             raise ValueError(
                 f"expected a cache of at least {new.sinks + new.ring} tokens to grow, got max_tokens={old.max_tokens}"
             )
@@ -198,5 +197,5 @@ class CacheRows:
     def _count(self, lengths: tuple[int, ...], compressed: tuple[int, ...]) -> None:
         """Writes the counters, on the host and in the cache."""
         self.lengths, self.compressed = lengths, compressed
-        self.arrays.length.copy_(torch.tensor(lengths, dtype=torch.int32))
-        self.arrays.compressed.copy_(torch.tensor(compressed, dtype=torch.int32))
+        self.arrays.length.copy_(torch.tensor(lengths, dtype=torch.int32, device="cpu"))
+        self.arrays.compressed.copy_(torch.tensor(compressed, dtype=torch.int32, device="cpu"))

@@ -182,6 +182,15 @@ def test_growing():
     small = TorchCache(dataclasses.replace(CENTRED, max_tokens=10), 1)
     with pytest.raises(ValueError, match="expected a cache of at least 20 tokens to grow, got max_tokens=10"):
         small.reserve(20)
+    sizes = {"num_kv_heads": H, "head_dim": D, "dtype": "bfloat16"}
+    full, small = (TorchCache(tq.CacheSpec.full_precision(**sizes, max_tokens=size), 2) for size in (140, 50))
+    for count in (50, 90):
+        k, v, _ = chunk(count, count)
+        small.reserve(small.lengths[0] + count)
+        small.append(k, v)
+        full.append(k, v)
+    assert small.spec == full.spec and small.nbytes == full.nbytes
+    assert_attends_alike(small, full)
     unpaged = TorchCache(dataclasses.replace(CENTRED, max_tokens=20), 1)
     assert unpaged.arrays.pages is None
     unpaged.reserve(96)
