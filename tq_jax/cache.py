@@ -141,7 +141,7 @@ def resize(cache: Cache, max_tokens: int) -> Cache:
         7
     """
     old = cache.spec
-    new = dataclasses.replace(old, max_tokens=max_tokens, window=old.window if old.compressed else max_tokens)
+    new = old.with_room(max_tokens)
     if old.compressed and (new.sinks, new.ring) != (old.sinks, old.ring):
         raise ValueError(
             f"expected at least {old.sink_tokens + old.window} tokens per row (sinks and window) before and after, "

@@ -1,11 +1,12 @@
 """The contents of a cache: the spec, and the sizes that follow from it."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
-from tq_jax.quantizer import QuantizerSpec
+from tq_jax.plain import flag, make_plain, whole
+from tq_jax.quantizer import QuantizerSpec, require_choices
 from tq_jax.recommended import recommended_quantizers
 
 CacheDtype = Literal["bfloat16", "float16", "float32"]
@@ -70,14 +71,15 @@ class CacheSpec:
     sliding_window: int | None = None
 
     def __post_init__(self) -> None:
+        sizes = ("num_kv_heads", "head_dim", "max_tokens", "window", "sink_tokens", "page_size", "sliding_window")
+        make_plain(self, **dict.fromkeys(sizes, whole), center_keys=flag, smooth_keys=flag)
         least = {"num_kv_heads": 1, "head_dim": 1, "max_tokens": 1, "window": 0, "sink_tokens": 0, "page_size": 1}
         if self.sliding_window is not None:
             least["sliding_window"] = 1
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise ValueError(f"expected {name} of at least {low}, got {getattr(self, name)}")
-        if self.dtype not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"expected dtype bfloat16, float16 or float32, got {self.dtype!r}")
+        require_choices(self, dtype=get_args(CacheDtype))
         if (self.key is None) != (self.value is None):
             raise ValueError(f"expected key and value specs both or neither, got key={self.key}, value={self.value}")
         for name, spec, kinds in (("key", self.key, KEY_KINDS), ("value", self.value, VALUE_KINDS)):
@@ -143,6 +145,10 @@ class CacheSpec:
             window=max_tokens, sink_tokens=0, center_keys=False, smooth_keys=False, dtype=dtype,
             sliding_window=sliding_window,
         )  # fmt: skip
+
+    def with_room(self, max_tokens: int) -> "CacheSpec":
+        """The spec with room for another number of tokens per row; in full precision they are all in the window."""
+        return dataclasses.replace(self, max_tokens=max_tokens, window=self.window if self.compressed else max_tokens)
 
     @property
     def compressed(self) -> bool:

@@ -33,26 +33,40 @@ def write_arrays(path: str | os.PathLike, header: dict[str, Any], arrays: Mappin
     """Writes a file; needs the `safetensors` package.
 
     Args:
-        path: The file to write; an existing one is replaced only when the new one is complete.
+        path: The file to write; an existing one is replaced only when the new one is complete, and passes on its
+            permissions.
         header: Plain data, with a "format".
         arrays: The arrays by name.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
     """
-    from safetensors.numpy import save_file
-
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no folder {target.parent}")
     dense = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=target.parent) as folder:
         written = Path(folder) / target.name
-        written.touch()
-        mode = written.stat().st_mode  # as for any new file; safetensors lets the owner read its files only
-        save_file(dense, written, {HEADER: json.dumps({**header, DIGEST: _digest(header, dense)})})
-        written.chmod(mode)
+        save_readable(written, dense, {HEADER: json.dumps({**header, DIGEST: _digest(header, dense)})})
+        if target.exists():
+            written.chmod(target.stat().st_mode)
         written.replace(target)
+
+
+def save_readable(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Writes safetensors with the permissions of any new file; by itself, safetensors lets the owner alone read it.
+
+    Args:
+        path: The file, which does not exist.
+        arrays: The arrays by name, each of them contiguous.
+        metadata: Texts by name for the metadata of the file.
+    """
+    from safetensors.numpy import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(arrays), path, metadata)
+    path.chmod(mode)
 
 
 def read_arrays(

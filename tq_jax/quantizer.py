@@ -24,6 +24,7 @@ from pallas_kernels.packing import packed_bytes
 from pallas_kernels.pytree import pytree
 from tq_jax import rotation as rot
 from tq_jax.codebook import codebook
+from tq_jax.plain import flag, make_plain, number, whole
 
 Kind = Literal["mse", "prod", "group"]
 MIN_DIM, MAX_DIM = 16, 512
@@ -80,6 +81,7 @@ class QuantizerSpec:
             scale=(None, *get_args(ScaleRule)),
             scale_dtype=get_args(ScaleDtype),
         )
+        make_plain(self, dim=whole, bits=number, search=flag, group=whole)
         require_dim(self.dim, MIN_DIM, MAX_DIM)
         widths = {"mse": INTEGER_BITS + FRACTIONAL_BITS, "prod": INTEGER_BITS, "group": GROUP_BITS}[self.kind]
         if self.bits not in widths:
@@ -123,10 +125,12 @@ class QuantizerSpec:
 
 
 def require_choices(spec: Any, **choices: tuple) -> None:
-    """Raises ValueError unless each named attribute of a spec is one of its choices."""
+    """Makes each named attribute of a spec the choice that it equals; raises ValueError if there is none."""
     for name, allowed in choices.items():
         if getattr(spec, name) not in allowed:
             raise ValueError(f"expected {name} in {allowed}, got {getattr(spec, name)!r}")
+        # A dtype equals its name, which files can hold.
+        object.__setattr__(spec, name, allowed[allowed.index(getattr(spec, name))])
 
 
 def require_dim(dim: int, least: int, most: int) -> None:

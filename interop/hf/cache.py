@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 import interop.hf.attention  # noqa: F401  (registers the attention function)
 import tq_jax as tq
-from interop.hf.layer import CompressedLayer, Compression, layer_bytes
+from interop.hf.layer import CACHE_ARGUMENT, CompressedLayer, Compression, layer_bytes
 from tq_jax.statistics_files import find_statistics, identify, missing_statistics, read_statistics
 
 OWN_OPTIONS = ("key_bits", "value_bits", "max_tokens", "seed", "exact_prompt", "statistics")
@@ -27,6 +27,10 @@ OWN_OPTIONS = ("key_bits", "value_bits", "max_tokens", "seed", "exact_prompt", "
 
 OF_THE_MODEL = ("num_kv_heads", "head_dim", "max_tokens", "sliding_window")
 """Fields of `tq_jax.CacheSpec` that each layer fills in itself."""
+
+
+DISCARDING = ("phi3", "phimoe", "phi4_multimodal")
+"""Types of models that discard a cache when a text passes `original_max_position_embeddings`."""
 
 
 class TurboQuantCache(Cache):
@@ -55,7 +59,8 @@ class TurboQuantCache(Cache):
         NotImplementedError: For models whose layers share keys and values.
 
     Warns:
-        UserWarning: If only some layers are compressed; it says which.
+        UserWarning: If only some layers are compressed; it says which. Also if transformers discards the caches of this
+            model when a text passes some length.
     """
 
     def __init__(
@@ -92,6 +97,13 @@ class TurboQuantCache(Cache):
         super().__init__(layers=layers)
         if len(full) < len(layers):
             warnings.warn(self.summary(), stacklevel=2)
+        if discarded := discarded_above(config):
+            warnings.warn(
+                f"`generate` of {text.model_type} discards its cache when a text passes {discarded} tokens, and goes "
+                f"on with a DynamicCache: nothing is compressed then. Before you generate after a longer prompt, run "
+                f"all but its last token by model(ids, {CACHE_ARGUMENT}=cache, logits_to_keep=1)",
+                stacklevel=2,
+            )
 
     def __repr__(self) -> str:
         chosen = self.compressed_layers
@@ -126,6 +138,18 @@ class TurboQuantCache(Cache):
         return (
             f"TurboQuantCache compresses {len(chosen)} of {len(self.layers)} layers {chosen} to {how.describe()}{rest}"
         )
+
+
+def discarded_above(config: PretrainedConfig) -> int | None:
+    """Tokens of a text above which `generate` discards the cache of a model; None if there is no such number.
+
+    The rotary embedding of these models has other frequencies for long texts, so that keys are computed anew.
+    """
+    text = config.get_text_config(decoder=True)
+    switch = getattr(text, "original_max_position_embeddings", None)
+    if text.model_type not in DISCARDING or switch is None or switch >= text.max_position_embeddings:
+        return None
+    return switch
 
 
 def _known_statistics(config: PretrainedConfig, statistics: bool | str | Path) -> tuple[np.ndarray, np.ndarray] | None:

@@ -61,11 +61,7 @@ def calibrate(
         ...     tq.load_statistics(Path(folder) / "keys.safetensors")[0].shape
         (2, 2, 8)
     """
-    sizes = [len(text) for text in ids]
-    if sum(max(0, size - FIRST_TOKENS) for size in sizes) < MIN_TOKENS:
-        raise ValueError(
-            f"expected at least {MIN_TOKENS} tokens after the first {FIRST_TOKENS} of each text, got texts of {sizes}"
-        )
+    _require_enough([len(text) for text in ids])
     seen: dict[int, ObservedKeys] = {}
     shapes: set[tuple[int, ...]] = set()
     body: Any = model.base_model  # without the head: nobody needs logits over the vocabulary
@@ -88,22 +84,42 @@ def calibrate(
     tq.save_statistics(mean, weight, path, model=traits)
 
 
+def _require_enough(sizes: Sequence[int]) -> None:
+    """Raises ValueError for texts of so few tokens that statistics of them would mean nothing."""
+    if sum(max(0, size - FIRST_TOKENS) for size in sizes) < MIN_TOKENS:
+        raise ValueError(
+            f"expected at least {MIN_TOKENS} tokens after the first {FIRST_TOKENS} of each text, got texts of {sizes}"
+        )
+
+
 def main(prog: str = "python -m interop.hf.calibrate") -> None:
-    """Runs the command on the arguments of the process.
+    """Runs the command on the arguments of the process; mistakes in them end it with one sentence and exit code 2.
 
     Args:
         prog: Command line that the help text names.
     """
+    import typer  # only the commands need it
+
+    from tq_jax.commands.inputs import read_text
+    from tq_jax.commands.options import refusing, require_writable
+
     parser = argparse.ArgumentParser(prog=prog, description=ABOUT)
     parser.add_argument("model", help="directory or name of a model, as transformers takes it")
     parser.add_argument("path", help="file to write, *.safetensors")
     parser.add_argument("--text", help="file of text like the text that the model will see (default: Persuasion)")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of the text to read (default: 2048)")
     given = parser.parse_args()
-    text = persuasion() if given.text is None else Path(given.text).read_text()
-    ids = AutoTokenizer.from_pretrained(given.model)(text[: 20 * given.tokens], return_tensors="pt")["input_ids"]
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype="auto").eval()
-    calibrate(model, ids[:, : given.tokens], given.path)
+    try:
+        require_writable(Path(given.path))
+        text = persuasion() if given.text is None else read_text(Path(given.text))
+        with refusing("torch,hf"):
+            tokenizer = AutoTokenizer.from_pretrained(given.model)
+            ids = tokenizer(text[: 20 * given.tokens], return_tensors="pt")["input_ids"][:, : max(given.tokens, 0)]
+            _require_enough([ids.shape[1]])
+            model = AutoModelForCausalLM.from_pretrained(given.model, dtype="auto").eval()
+            calibrate(model, ids, given.path)
+    except typer.BadParameter as error:
+        parser.error(error.message)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import typer
 
 from tq_jax.commands.eval.texts import load_text
 from tq_jax.commands.inputs import CHARACTERS_PER_TOKEN, require_tokens
-from tq_jax.commands.options import JsonTarget, parse_object, refusing
+from tq_jax.commands.options import JsonTarget, OutputFile, parse_object, refusing
 from tq_jax.commands.output import environment, open_console, progress_bar, write_json
 from tq_jax.statistics import MIN_TOKENS
 from tq_jax.statistics_files import ModelIdentity, find_statistics, identify, read_statistics
@@ -30,10 +30,7 @@ START = 0.5
 
 def calibrate(
     model: Annotated[str, typer.Argument(help="Directory or name of a model, as transformers takes it.")],
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="File to write; by default beside the model or in the cache directory."),
-    ] = None,
+    output: OutputFile = None,
     texts: Annotated[str, typer.Option(help="Texts of `tq-jax eval` by name, or text files, comma-separated.")] = TEXTS,
     tokens: Annotated[int, typer.Option(help="Tokens of each text.", min=MIN_TOKENS)] = 2048,
     revision: Annotated[str | None, typer.Option(help="Revision of a model of the hub.")] = None,

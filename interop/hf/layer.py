@@ -229,8 +229,8 @@ class CompressedLayer(CacheLayerMixin):
         """Raises ValueError if a mask hides other tokens than the masks of earlier chunks."""
         if self.real is None and real is None:
             return
-        before = torch.ones(1, self.seen, dtype=torch.bool) if self.real is None else self.real
-        now = torch.ones(1, self.seen, dtype=torch.bool) if real is None else real[:, : self.seen]
+        before = torch.ones(1, self.seen, dtype=torch.bool, device="cpu") if self.real is None else self.real
+        now = torch.ones(1, self.seen, dtype=torch.bool, device="cpu") if real is None else real[:, : self.seen]
         if not bool((before == now).all()):
             raise ValueError(
                 f"expected the attention mask of the first {self.seen} tokens to be as before, "
@@ -309,12 +309,12 @@ class CompressedLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row, each time `repeats` times in succession."""
         rows = 0 if self.cache is None else self.cache.rows
-        self._select(torch.arange(rows).repeat_interleave(repeats))
+        self._select(torch.arange(rows, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows of these indices, in their order."""
         rows = 0 if self.cache is None else self.cache.rows
-        self._select(torch.arange(rows)[indices.cpu()])
+        self._select(torch.arange(rows, device="cpu")[indices.cpu()])
 
     def offload(self) -> None:
         """Raises NotImplementedError: the cache stays on its device."""

@@ -35,11 +35,12 @@ def update_statistics(
     if query is None and not any(evicts):
         return bool(statistics.ready.all())
     fix = ~statistics.ready & torch.tensor(evicts, device=k.device)
-    before, step = torch.tensor(lengths)[:, None], torch.arange(k.shape[1])[None]
-    exists = step < torch.tensor(counts)[:, None]
+    host = torch.device("cpu")  # and not torch's default device, which scripts change
+    before, step = torch.tensor(lengths, device=host)[:, None], torch.arange(k.shape[1], device=host)[None]
+    exists = step < torch.tensor(counts, device=host)[:, None]
     keys = valid = None
     if any(evicts):
-        in_ring = torch.arange(spec.ring)[None] < before - spec.sinks
+        in_ring = torch.arange(spec.ring, device=host)[None] < before - spec.sinks
         valid = torch.cat([in_ring, exists & (before + step >= spec.sinks)], 1).to(k.device)
         keys = torch.cat([arrays.exact_keys[:, :, spec.sinks :].transpose(1, 2), k], 1).float()
     new = jax_calls.update_statistics(

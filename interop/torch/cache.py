@@ -100,7 +100,8 @@ class TorchCache(CacheRows):
     def _adopt(self, arrays: tq.Cache, pool: GraphPool | None = None) -> None:
         super()._adopt(arrays)
         if not hasattr(self, "_number"):
-            self._number, self._version = custom_ops.register(self), torch.zeros(1, dtype=torch.int32)
+            self._number = custom_ops.register(self)
+            self._version = torch.zeros(1, dtype=torch.int32, device="cpu")
             self._pool = pool or GraphPool()
         self.kernels = CacheKernels(arrays, self._pool)
 

@@ -107,7 +107,7 @@ def plan_append(
     old, new = np.concatenate(ring, 1), np.concatenate(chunk, 1)
     indices = [*np.concatenate(kept, 1), *old, *new, np.concatenate([old[0], new[0]]), page, place]
     tensors = [torch.from_numpy(np.ascontiguousarray(index, np.int64)).to(device) for index in indices]
-    counters = torch.tensor([after, packed], dtype=torch.int32).to(device)
+    counters = torch.tensor([after, packed], dtype=torch.int32, device=device)
     return Moves(*tensors, counters=counters, length=after, compressed=packed)
 
 
@@ -157,6 +157,12 @@ def row_integers(given: Sequence[int] | torch.Tensor) -> tuple[int, ...]:
     if not isinstance(values, list) or any(isinstance(x, bool) or not hasattr(x, "__index__") for x in values):
         raise ValueError(f"expected integers, one for each row, got {values}")
     return tuple(operator.index(x) for x in values)
+
+
+def integers_of_rows(given: int | Sequence[int] | torch.Tensor, rows: int) -> tuple[int, ...]:
+    """One integer per row; a single integer, of any library, stands for all rows. Raises as `row_integers` does."""
+    single = not isinstance(given, bool) and hasattr(given, "__index__") and not getattr(given, "ndim", 0)
+    return (operator.index(given),) * rows if single else row_integers(given)  # pyright: ignore[reportArgumentType]
 
 
 def _columns(row: int, *columns: np.ndarray) -> np.ndarray:

@@ -1,6 +1,5 @@
 """The rows of a torch-owned cache: their tensors, and the numbers of tokens that the host keeps of them."""
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 
 import tq_jax as tq
 from interop.torch.dlpack import to_jax
-from interop.torch.placement import counters_after, require_room, row_integers
+from interop.torch.placement import counters_after, integers_of_rows, require_room, row_integers
 from interop.torch.tensors import grow_pools, load_tensors, map_rows, move_rows, named_tensors
 
 MOST_SHOWN = 8
@@ -95,7 +94,7 @@ class CacheRows:
         Raises:
             ValueError: For a row without room, a negative count, or another number of counts than rows.
         """
-        given = (counts,) * self.rows if isinstance(counts, int) else row_integers(counts)
+        given = integers_of_rows(counts, self.rows)
         if len(given) != self.rows or min(given, default=0) < 0:
             raise ValueError(f"expected a count of at least 0, or one for each of {self.rows} rows, got {counts}")
         require_room(self.spec, self.lengths, given)
@@ -113,7 +112,7 @@ class CacheRows:
         Raises:
             ValueError: For a negative length, or another number of lengths than rows.
         """
-        wanted = (length,) * self.rows if isinstance(length, int) else row_integers(length)
+        wanted = integers_of_rows(length, self.rows)
         if len(wanted) != self.rows or min(wanted, default=0) < 0:
             raise ValueError(f"expected a length of at least 0, or one for each of {self.rows} rows, got {length}")
         lengths = tuple(min(old, new) for old, new in zip(self.lengths, wanted, strict=True))
@@ -150,7 +149,7 @@ class CacheRows:
     def reserve(self, max_tokens: int) -> None:
         """Makes room for `max_tokens` tokens per row; does nothing if there is as much room already.
 
-        The pages in use are copied to larger pools.
+        The pages in use, or all tokens in full precision, are copied to larger pools.
 
         Raises:
             ValueError: If the cache was made for fewer tokens than its sinks and window take, whose slots would move.
@@ -158,8 +157,8 @@ class CacheRows:
         old = self.spec
         if max_tokens <= old.max_tokens:
             return
-        new = dataclasses.replace(old, max_tokens=max_tokens)
-        if (new.sinks, new.ring) != (old.sinks, old.ring):
+        new = old.with_room(max_tokens)
+        if old.compressed and (new.sinks, new.ring) != (old.sinks, old.ring):
             raise ValueError(
                 f"expected a cache of at least {new.sinks + new.ring} tokens to grow, got max_tokens={old.max_tokens}"
             )
@@ -198,5 +197,5 @@ class CacheRows:
     def _count(self, lengths: tuple[int, ...], compressed: tuple[int, ...]) -> None:
         """Writes the counters, on the host and in the cache."""
         self.lengths, self.compressed = lengths, compressed
-        self.arrays.length.copy_(torch.tensor(lengths, dtype=torch.int32))
-        self.arrays.compressed.copy_(torch.tensor(compressed, dtype=torch.int32))
+        self.arrays.length.copy_(torch.tensor(lengths, dtype=torch.int32, device="cpu"))
+        self.arrays.compressed.copy_(torch.tensor(compressed, dtype=torch.int32, device="cpu"))

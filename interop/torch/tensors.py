@@ -87,12 +87,17 @@ def grow_pools(arrays: tq.Cache, spec: tq.CacheSpec, used: int) -> tq.Cache:
     """
     device: Any = arrays.length.device
     rows = arrays.length.shape[0]
-    pages = zero_pools(spec, rows, device)["pages"]
+    grown_pools = zero_pools(spec, rows, device)
+    pages = grown_pools.pop("pages")
     if arrays.pages is not None:
         for pool, grown in zip(jax.tree.leaves(arrays.pages), jax.tree.leaves(pages), strict=True):
             old = pool.unflatten(0, (rows, arrays.spec.pages_per_row))
             grown.unflatten(0, (rows, spec.pages_per_row))[:, :used] = old[:, :used]
-    return dataclasses.replace(arrays, pages=pages, spec=spec)
+    if spec.compressed:
+        return dataclasses.replace(arrays, pages=pages, spec=spec)
+    for name, slots in grown_pools.items():
+        slots[:, :, : arrays.spec.ring] = getattr(arrays, name)
+    return dataclasses.replace(arrays, pages=pages, spec=spec, **grown_pools)
 
 
 def named_tensors(arrays: tq.Cache) -> dict[str, Any]:

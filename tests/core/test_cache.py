@@ -235,7 +235,7 @@ def test_vmap_over_caches():
     [
         (ValueError, "expected max_tokens of at least 1, got 0", {"max_tokens": 0}),
         (ValueError, "expected window of at least 0, got -1", {"window": -1}),
-        (ValueError, "expected dtype bfloat16, float16 or float32, got 'int8'", {"dtype": "int8"}),
+        (ValueError, r"expected dtype in \('bfloat16', 'float16', 'float32'\), got 'int8'", {"dtype": "int8"}),
         (ValueError, "expected key and value specs both or neither", {"key": None}),
         (ValueError, r"expected a key spec of dim 32 \(head_dim\), got dim=64", {"key": tq.QuantizerSpec(64)}),
         (NotImplementedError, r"keys are .* kind in \('mse', 'prod'\), got kind='group'", {"key": GROUP}),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import tempfile
 
 import jax
@@ -176,6 +177,57 @@ def test_statistics(tmp_path, unchecked_shapes):
     with pytest.raises(ValueError, match="expected format 'tq-jax key statistics 1', got 'tq-jax cache 1'"):
         tq.load_statistics(tmp_path / "cache")
     assert not (tmp_path / "wrong").exists()
+
+
+def test_specs_of_numpy_numbers_are_those_of_python(tmp_path):
+    """What was made with numbers of arrays can be saved, and equals what was made with Python's own."""
+    key = tq.QuantizerSpec(
+        dim=np.int64(32),
+        bits=np.float32(2.5),
+        search=np.bool_(True),
+        group=np.uint8(32),
+        scale_dtype=np.dtype("float32"),
+    )
+    sizes = {"num_kv_heads": 2, "head_dim": 32, "max_tokens": 333, "window": 24, "sink_tokens": 3, "page_size": 16}
+    flags = {"center_keys": True, "smooth_keys": False}
+    made = tq.CacheSpec(
+        **{name: np.int64(size) for name, size in sizes.items()},
+        **{name: np.bool_(value) for name, value in flags.items()},
+        key=key, value=VALUE, dtype=jnp.dtype("bfloat16"), sliding_window=np.asarray(200),
+    )  # fmt: skip
+    plain = tq.QuantizerSpec(dim=32, bits=2.5, search=True, scale_dtype="float32")
+    assert made == tq.CacheSpec(**sizes, **flags, key=plain, value=VALUE, sliding_window=200)
+    assert {type(value) for value in dataclasses.asdict(made).values()} <= {int, str, bool, dict}
+    assert {type(value) for value in dataclasses.asdict(made.key).values()} <= {int, float, str, bool}
+    cache = tq.append(tq.init_cache(made, batch=1), *(x[:1] for x in tokens(3, 40)[:2]))
+    tq.save_cache(cache, tmp_path / "cache")
+    assert tq.load_cache(tmp_path / "cache").spec == made
+
+
+def test_sizes_of_numpy_numbers(tmp_path, unchecked_shapes):
+    cache = tq.resize(filled(), np.int64(400))
+    tq.save_cache(cache, tmp_path / "cache")
+    assert tq.load_cache(tmp_path / "cache", max_tokens=np.int32(450)).spec == make_spec(max_tokens=450)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "window", "sink_tokens", "page_size", "num_kv_heads", "sliding_window"])
+def test_sizes_are_integers(name):
+    for wrong in (64.0, np.float32(64), "64", [64]):
+        with pytest.raises(ValueError, match=f"expected {name} as an integer, got"):
+            make_spec(**{name: wrong})
+
+
+def test_files_are_as_readable_as_any_other_and_as_before(tmp_path):
+    path, cache = tmp_path / "cache", filled()
+    before = os.umask(0o027)
+    try:
+        tq.save_cache(cache, path)
+        assert path.stat().st_mode & 0o777 == 0o640
+        path.chmod(0o664)
+        tq.save_cache(cache, path)
+        assert path.stat().st_mode & 0o777 == 0o664
+    finally:
+        os.umask(before)
 
 
 def test_another_size_changes_nothing_else():

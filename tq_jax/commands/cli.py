@@ -6,6 +6,7 @@ asked for is imported.
 
 import importlib
 import inspect
+import io
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -119,6 +120,9 @@ def main(prog_name: str = "tq-jax") -> None:
     Args:
         prog_name: Name of the program in help texts and messages.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a text of a model may have letters that the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     chosen = [name for name in sys.argv[1:2] if name in commands()]
     build(chosen or None)(prog_name=prog_name)
 

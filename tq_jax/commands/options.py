@@ -46,8 +46,12 @@ def refusing(extra: str) -> Iterator[None]:
         raise typer.BadParameter(str(error)) from error
 
 
-def _require_writable(path: Path) -> None:
-    """Rejects a path that cannot be written, before the work is done instead of after it."""
+def require_writable(path: Path) -> None:
+    """Rejects a path that cannot be written, before the work is done instead of after it.
+
+    Raises:
+        typer.BadParameter: If the path is a folder, or in no folder, or writing it is not allowed.
+    """
     try:
         _try_to_write(path)
     except OSError as error:
@@ -69,10 +73,17 @@ def _writable(target: str | None) -> str | None:
     """Rejects a `--json` file that cannot be written or replaced."""
     if target not in (None, "-"):
         path = Path(str(target))
-        _require_writable(path)
+        require_writable(path)
         if not path.exists() or path.is_file():
-            _require_writable(part_path(path.resolve()))
+            require_writable(part_path(path.resolve()))
     return target
+
+
+def _writable_path(path: Path | None) -> Path | None:
+    """Rejects an output file that cannot be written."""
+    if path is not None:
+        require_writable(path)
+    return path
 
 
 def _drawable(path: Path | None) -> Path | None:
@@ -84,7 +95,7 @@ def _drawable(path: Path | None) -> Path | None:
     known = sorted(FigureCanvasBase.get_supported_filetypes().keys() - LATEX)
     if path.suffix[1:].lower() not in known:
         raise typer.BadParameter(f"expected the name of a picture that ends in .{', .'.join(known)}, got {path}")
-    _require_writable(path)
+    require_writable(path)
     return path
 
 
@@ -99,6 +110,17 @@ JsonTarget = Annotated[
     ),
 ]
 """Type of the `--json` option, which every command has."""
+
+OutputFile = Annotated[
+    Path | None,
+    typer.Option(
+        "-o",
+        "--output",
+        callback=_writable_path,
+        help="File to write; by default beside the model or in the cache directory.",
+    ),
+]
+"""Type of the `--output` option of commands that make a file for a model."""
 
 ModelName = Annotated[
     str | None, typer.Option(help=f"GGUF file or Hugging Face directory; {DEFAULT_MODEL} by default.")

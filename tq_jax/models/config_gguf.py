@@ -34,7 +34,12 @@ _LOCAL_FIELDS = {
     "attention.sliding_window_pattern": either(SIZE, list_of(FLAG)),
     "rope.freq_base_swa": POSITIVE,
 }
-_STOP_FIELDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+_STOP_FIELDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+# Tokens that end an answer in every model that has them: many files name one end only, or that of texts alone.
+_STOP_TEXTS = (
+    *("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|im_end|>", "<|endoftext|>", "<|end|>"),
+    *("<end_of_turn>", "<end_of_utterance>", "<EOT>", "_<EOT>", "<｜end▁of▁sentence｜>"),
+)
 TOKEN_FIELDS = {"tokenizer.ggml.tokens": list_of(TEXT)} | dict.fromkeys(_STOP_FIELDS, COUNT)
 # Files of Gemma 3 do not hold the rotary base of local layers, nor the query scalar, which is head_dim except in the
 # 27B model, the one with 62 layers: there it is dim / num_heads.
@@ -86,7 +91,7 @@ def config_from_gguf(
         norm_eps=float(required("attention.layer_norm_rms_epsilon")),
         tied_head=tied_head,
         max_context=required("context_length"),
-        stop_tokens=_stop_tokens(metadata, FAMILIES[architecture].end_of_turn),
+        stop_tokens=_stop_tokens(metadata),
     )
     return _with_local_layers(config, prefix, fields) if architecture == "gemma3" else config
 
@@ -129,13 +134,11 @@ def _with_local_layers(config: DecoderConfig, prefix: str, fields: Mapping[str, 
     )
 
 
-def _stop_tokens(metadata: Mapping[str, Any], end_of_turn: str | None) -> tuple[int, ...]:
-    """The ids of all tokens that end a generation, without repetitions."""
+def _stop_tokens(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids of all tokens that end a generation, without repetitions: fields, then those known by their texts."""
     stop = [metadata[key] for key in _STOP_FIELDS if key in metadata]
-    tokens = metadata.get("tokenizer.ggml.tokens", ())
-    if end_of_turn in tokens:
-        stop.append(tokens.index(end_of_turn))
-    return tuple(dict.fromkeys(stop))
+    ids = {token: index for index, token in enumerate(metadata.get("tokenizer.ggml.tokens", ()))}
+    return tuple(dict.fromkeys([*stop, *(ids[text] for text in _STOP_TEXTS if text in ids)]))
 
 
 def _scaling(

@@ -80,7 +80,6 @@ class Family:
         gguf: `general.architecture` of its GGUF files; None if they name another family.
         tensors: All parameters except an untied output head.
         scaled_embedding: Whether token embeddings are multiplied by sqrt(dim).
-        end_of_turn: Token that ends an answer, for families whose files do not name it.
         hf_buffers: Endings of Hugging Face tensor names that hold constants, not parameters.
         head: The output head, absent from the files of tied models.
     """
@@ -91,7 +90,6 @@ class Family:
     gguf: str | None
     tensors: tuple[Tensor, ...]
     scaled_embedding: bool = False
-    end_of_turn: str | None = None
     hf_buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
     head: Tensor = Tensor("head.kernel", "lm_head.weight", "output.weight")
 
@@ -186,7 +184,6 @@ FAMILIES = {
         gguf="gemma3",
         tensors=(*_common(norms="plus_one"), *_head_norms("plus_one"), *_SANDWICH),
         scaled_embedding=True,
-        end_of_turn="<end_of_turn>",
     ),
 }
 

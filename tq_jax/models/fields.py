@@ -34,6 +34,12 @@ def list_of(kind: Kind) -> Kind:
     return Kind(words, lambda value: isinstance(value, list) and all(map(kind.holds, value)))
 
 
+def table_of(kind: Kind) -> Kind:
+    """Tables whose values are all of one kind."""
+    words = f"a table whose values are each {kind.words}"
+    return Kind(words, lambda value: TABLE.holds(value) and all(map(kind.holds, value.values())))
+
+
 def table_with(*names: str) -> Kind:
     """Tables that hold a text under each of the names."""
     words = f"a table with the text{'s' * (len(names) > 1)} {' and '.join(names)}"

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from tq_jax.plain import make_plain, number, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +16,8 @@ class Sampling:
     """How a token is drawn; static and hashable.
 
     Attributes:
-        temperature: Divisor of the logits; 0 takes the most likely token.
+        temperature: Divisor of the logits; 0 takes the most likely token. Numbers outside float32's range count as its
+            smallest or largest one.
         top_k: Draw only from this many most likely tokens, and from tokens as likely as the last of them; None draws
             from all.
         top_p: After `top_k`, draw only from the fewest most likely tokens whose total probability reaches `top_p`
@@ -29,6 +33,7 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self, temperature=number, top_k=whole, top_p=number)
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature: expected a finite number of at least 0, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
@@ -60,7 +65,10 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     """
     if sampling.temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / jnp.float32(sampling.temperature)
+    # Less the largest one, logits divided by a tiny number leave float32's range on the side of improbable tokens only.
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    limits = np.finfo(np.float32)
+    logits = logits / np.float32(np.clip(sampling.temperature, limits.tiny, limits.max))
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)

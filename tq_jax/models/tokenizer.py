@@ -9,14 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tq_jax.models.fields import TEXT, check_fields, either, list_of, read_json, table_with
-
-_TOKEN = either(TEXT, table_with("content"))
-_KINDS = {
-    "chat_template": either(TEXT, list_of(table_with("name", "template"))),
-    "bos_token": _TOKEN,
-    "eos_token": _TOKEN,
-}
+from tq_jax.models.added_tokens import apply_settings, read_settings, special_fields
+from tq_jax.models.chat_template import render_chat
 
 
 @dataclass(frozen=True)
@@ -26,7 +20,7 @@ class Tokenizer:
     Attributes:
         backend: A `tokenizers.Tokenizer`.
         chat_template: Jinja source that renders a conversation; None if the model has no template.
-        special: Texts of the special tokens that templates name: `bos_token` and `eos_token`, if the model has them.
+        special: Texts of the special tokens that templates name: `bos_token`, `eos_token` and others of the model.
     """
 
     backend: Any
@@ -34,7 +28,10 @@ class Tokenizer:
     special: Mapping[str, str]
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. Special tokens that are written out in the text are recognised.
+        """Token ids of a text, whole and without padding.
+
+        Special tokens that are written out in the text are recognised, unless the model's settings say
+        `split_special_tokens`.
 
         Args:
             text: The text.
@@ -69,13 +66,12 @@ class Tokenizer:
             The text of the conversation.
 
         Raises:
-            ValueError: If the model has no chat template, or if the template refuses the conversation.
+            ValueError: If the model has no chat template or a faulty one, or if the template refuses the conversation
+                or fails with it.
         """
         if self.chat_template is None:
             raise ValueError("chat_prompt: expected a model with a chat template, got one without")
-        return _render(
-            self.chat_template, messages=messages, add_generation_prompt=add_generation_prompt, **self.special
-        )
+        return render_chat(self.chat_template, messages, add_generation_prompt=add_generation_prompt, **self.special)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation: `chat_prompt`, encoded. The template writes the special tokens itself.
@@ -88,7 +84,7 @@ class Tokenizer:
             Token ids.
 
         Raises:
-            ValueError: If the model has no chat template, or if the template refuses the conversation.
+            ValueError: As `chat_prompt` does.
         """
         text = self.chat_prompt(messages, add_generation_prompt=add_generation_prompt)
         return self.encode(text, add_special_tokens=False)
@@ -100,7 +96,9 @@ class Tokenizer:
             directory: An existing directory.
         """
         self.backend.save(str(directory / "tokenizer.json"))
-        config = {"chat_template": self.chat_template, **self.special}
+        config = {"chat_template": self.chat_template, **special_fields(self.special)}
+        if self.backend.encode_special_tokens:
+            config["split_special_tokens"] = True
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
@@ -108,14 +106,16 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """Load a tokenizer from a Hugging Face directory.
 
     Args:
-        directory: Holds `tokenizer.json`. `tokenizer_config.json` and `chat_template.jinja` are read if they exist.
+        directory: Holds `tokenizer.json`. `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json` and
+            `chat_template.jinja` are read if they exist. Truncation and padding of `tokenizer.json` are left out.
 
     Returns:
         The tokenizer.
 
     Raises:
         FileNotFoundError: If there is no `tokenizer.json`.
-        ValueError: If a file is corrupt or truncated.
+        NotImplementedError: If `add_prefix_space` of the settings contradicts `tokenizer.json`.
+        ValueError: If a file is corrupt or truncated, or if an added token cannot get the id that a file gives it.
     """
     import tokenizers
 
@@ -127,14 +127,13 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the Rust library raises plain Exception
         raise ValueError(f"{path}: expected a tokenizer, got a corrupt or truncated file ({error})") from error
-    settings = directory / "tokenizer_config.json"
-    config = read_json(settings) if settings.is_file() else {}
-    check_fields(str(settings), config, _KINDS)
+    settings = read_settings(directory)
+    apply_settings(backend, settings)
     template = directory / "chat_template.jinja"
     return Tokenizer(
         backend=backend,
-        chat_template=template.read_text(encoding="utf-8") if template.is_file() else _default(config),
-        special={name: _text(config[name]) for name in ("bos_token", "eos_token") if config.get(name)},
+        chat_template=template.read_text(encoding="utf-8") if template.is_file() else _default(settings.config),
+        special=settings.texts,
     )
 
 
@@ -144,26 +143,3 @@ def _default(config: Mapping[str, Any]) -> str | None:
     if isinstance(template, list):
         return next((entry["template"] for entry in template if entry["name"] == "default"), None)
     return template
-
-
-def _text(token: str | Mapping[str, Any]) -> str:
-    """The text of a special token, given as text or as a table."""
-    return token if isinstance(token, str) else token["content"]
-
-
-def _render(source: str, **variables: Any) -> str:
-    """Fill in a chat template, sandboxed."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    # Templates are written for the options of transformers' apply_chat_template.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(source).render(**variables)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"chat template: expected a conversation that it accepts, got {error}") from error

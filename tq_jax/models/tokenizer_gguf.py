@@ -76,8 +76,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         for name in ("bos", "eos")
         if (key := f"tokenizer.ggml.{name}_token_id") in metadata
     }
-    # Unless the file says otherwise, a text starts with the bos token in SentencePiece vocabularies only.
-    defaults = {"bos": model == "llama", "eos": False}
+    # Most files of Llama 3 do not say that a text starts with the bos token; as in SentencePiece vocabularies, it does.
+    llama_3 = model == "gpt2" and metadata.get("tokenizer.ggml.pre") == "llama-bpe" and "bos_token" in special
+    defaults = {"bos": model == "llama" or llama_3, "eos": False}
     backend.post_processor = _post_processor(metadata, special, ids, defaults)
     return Tokenizer(backend=backend, chat_template=metadata.get("tokenizer.chat_template"), special=special)
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tq_jax.files import save_readable
 from tq_jax.models.config import DecoderConfig, Run
 from tq_jax.models.config_hf import config_from_hf, config_to_hf
 from tq_jax.models.decoder import Decoder
@@ -28,11 +29,14 @@ from tq_jax.models.sharding import AXES, Layout, MeshAxes, place
 from tq_jax.models.tokenizer_gguf import tokenizer_from_gguf
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of weights, as safetensors writes them."""
+
 ParameterPath = tuple[str | int, ...]
 """Keys of a parameter in the state of a decoder."""
 
 # The version is part of the key under which conversions are cached. Raise it whenever their contents change.
-_CONVERSION = 1
+_CONVERSION = 2
 
 
 def load_decoder(
@@ -45,7 +49,8 @@ def load_decoder(
     """Load a decoder from a Hugging Face directory (`config.json` and safetensors, one file or sharded).
 
     Args:
-        directory: Holds `config.json`, and `model.safetensors` or `model.safetensors.index.json` with its shards.
+        directory: Holds `config.json`, and `model.safetensors` or `model.safetensors.index.json` with its shards. The
+            single file counts where there is one, whatever an index beside it names.
         dtype: Type of parameters and activations.
         mesh: Devices on which the parameters are placed as they are read, see `sharding.decoder_shardings`; no device
             ever holds more than its part. On several hosts each of them reads the directory. None for one device.
@@ -56,14 +61,15 @@ def load_decoder(
 
     Raises:
         FileNotFoundError: If a file is missing.
-        NotImplementedError: For an architecture, option or tensor that `Decoder` does not support, or a mesh over which
-            the decoder cannot be spread.
+        NotImplementedError: For an architecture, option, tensor or type of tensor that `Decoder` does not support, or a
+            mesh over which the decoder cannot be spread.
         ValueError: If a file is corrupt or truncated, or if tensors are missing or of the wrong shape.
     """
     directory = Path(directory)
     config = read_config(directory)
-    with _open_tensors(directory) as (names, read):
-        check_tensor_names(directory, config, names, kind="hf")
+    with _open_tensors(directory) as (types, read):
+        check_tensor_names(directory, config, set(types), kind="hf")
+        _require_float_types(directory, types)
         layout = None if mesh is None else Layout(mesh, axes)
         if layout is not None:
             layout.require(config)
@@ -93,8 +99,6 @@ def convert_gguf(path: str | os.PathLike[str]) -> Path:
         NotImplementedError: For an architecture, option, tensor or tokenizer that is not supported.
         ValueError: If the file is corrupt or truncated.
     """
-    from safetensors.numpy import save_file
-
     path = Path(path).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"no GGUF file at {path}")
@@ -107,7 +111,7 @@ def convert_gguf(path: str | os.PathLike[str]) -> Path:
     tokenizer = tokenizer_from_gguf(file.metadata)
     tensors = hf_tensors(file)
     with publish(directory) as building:
-        save_file(tensors, building / _WEIGHTS)
+        save_readable(building / _WEIGHTS, tensors)
         (building / "config.json").write_text(json.dumps(config_to_hf(file.config), indent=2), encoding="utf-8")
         tokenizer.save(building)
     return directory
@@ -135,18 +139,18 @@ def publish(directory: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _open_tensors(directory: Path) -> Iterator[tuple[set[str], Callable[[str], np.ndarray]]]:
-    """Yield the names of the tensors in a directory, and a function that reads a tensor by its name."""
+def _open_tensors(directory: Path) -> Iterator[tuple[dict[str, str], Callable[[str], np.ndarray]]]:
+    """Yield the types of the tensors in a directory by their names, and a function that reads a tensor by its name."""
     from safetensors import SafetensorError, safe_open
 
     single, index = directory / _WEIGHTS, directory / _INDEX
-    if index.is_file():
+    if single.is_file():  # transformers leaves an old index behind when it writes a single file
+        where, files = {}, [single]
+    elif index.is_file():
         contents = read_json(index)
         check_fields(str(index), contents, {"weight_map": FILES})
         where = {name: directory / file for name, file in (contents.get("weight_map") or {}).items()}
         files = sorted(set(where.values()))
-    elif single.is_file():
-        where, files = {}, [single]
     else:
         raise FileNotFoundError(f"neither {_WEIGHTS} nor {_INDEX} in {directory}")
     with ExitStack() as stack:
@@ -161,7 +165,18 @@ def _open_tensors(directory: Path) -> Iterator[tuple[set[str], Callable[[str], n
             holders |= {name: handle for name in handle.keys() if where.get(name, file) == file}  # noqa: SIM118
         if lost := sorted(where.keys() - holders.keys()):
             raise ValueError(f"{index}: expected {where[lost[0]].name} to hold {lost[0]!r}, got a file without it")
-        yield set(holders), lambda name: holders[name].get_tensor(name)
+        types = {name: handle.get_slice(name).get_dtype() for name, handle in holders.items()}
+        yield types, lambda name: holders[name].get_tensor(name)
+
+
+def _require_float_types(directory: Path, types: Mapping[str, str]) -> None:
+    """Raise NotImplementedError for weights whose numbers mean nothing without scales that are stored elsewhere."""
+    for name, kind in sorted(types.items()):
+        if kind not in _FLOATS:
+            raise NotImplementedError(
+                f"{directory}: {name} has type {kind}: supported are {', '.join(_FLOATS)}. Quantized weights are to be "
+                "dequantized to one of them, or given as a GGUF file"
+            )
 
 
 def _build(

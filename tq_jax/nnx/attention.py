@@ -1,6 +1,7 @@
 """`flax.nnx.MultiHeadAttention` with a compressed decode cache."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -166,7 +167,7 @@ class CompressedAttention(nnx.MultiHeadAttention):
         if decode is not None:
             self.decode = decode
         if decode and self.cache is None and batch_size is not None and max_length is not None:
-            batch = (batch_size,) if isinstance(batch_size, int) else tuple(batch_size)
+            batch = tuple(batch_size) if isinstance(batch_size, Sequence) else (batch_size,)
             self.init_cache((*batch, max_length, self.in_features))
 
     def __call__(

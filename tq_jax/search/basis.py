@@ -1,10 +1,12 @@
 """The basis in which vectors are quantized: mean, rotation, and the bits of each rotated channel."""
 
+import dataclasses
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from pallas_kernels.format import Codebook
 from pallas_kernels.pytree import pytree
@@ -42,12 +44,39 @@ class LearnedBasis:
     unit: jax.Array
     sketch: jax.Array | None = None
 
+    def in_range(self) -> tuple[jax.Array, "LearnedBasis"]:
+        """A power of two, and the basis of vectors times it: their typical norm is near 1, so squares are in range."""
+        factor = power_of_two_over(self.unit)
+        return factor, dataclasses.replace(self, mean=self.mean * factor, unit=self.unit * factor)
+
+
+def power_of_two_over(size: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The power of two that takes a size to [1/2, 1); products with it are exact. 1 for zero and for infinity.
+
+    Example:
+        >>> float(power_of_two_over(jnp.float32(5.0)))
+        0.125
+    """
+    exponent = jnp.where(jnp.isfinite(size), jnp.frexp(size)[1], 0)
+    return jnp.ldexp(jnp.ones_like(size), jnp.clip(-exponent, -126, 126))
+
 
 def learn(sample: np.ndarray, spec: IndexSpec, *, seed: int) -> tuple[LearnedBasis, Widths]:
-    """Learns mean, rotation and widths from a sample; for metric "cosine", a sample of unit vectors."""
+    """Learns mean, rotation and widths from a sample; for metric "cosine", a sample of unit vectors.
+
+    Raises:
+        ValueError: If the typical norm of a vector less the mean is outside the range of float32.
+    """
     mean = sample.mean(axis=0, dtype=np.float64) if spec.center else np.zeros(spec.dim)
-    sample = sample[:: max(len(sample) // SAMPLE, 1)] - mean.astype(np.float32)
+    with np.errstate(over="ignore"):  # the norm tells
+        sample = sample[:: max(len(sample) // SAMPLE, 1)] - mean.astype(np.float32)
     unit = float(np.sqrt(np.mean(np.square(sample, dtype=np.float64).sum(axis=1)))) or 1.0
+    least, most = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+    if not least <= unit <= most:
+        raise ValueError(
+            f"expected vectors less their mean of norms from {least:.3g} to {most:.3g}, the range of float32, got "
+            f"{unit:.3g}"
+        )
     if spec.basis == "random":
         widths: Widths = ((spec.dim, int(spec.bits) - (spec.kind == "prod")),)
         rotation, variance = np.eye(spec.dim), np.ones(spec.dim)

@@ -35,7 +35,8 @@ def encode(
         Codes, and the second scalars (None unless `spec.has_offset`).
     """
     x = normalized(x) if spec.metric == "cosine" else x.astype(jnp.float32)
-    centred = x - basis.mean[None]
+    factor, basis = basis.in_range()
+    centred = x * factor - basis.mean[None]
     rotated = jnp.einsum("ni,ij->nj", centred, basis.rotation, precision=lax.Precision.HIGHEST)
     norm = jnp.sqrt(jnp.sum(rotated * rotated, axis=-1))
     steps = rotated / (jnp.where(norm > 0, norm, 1.0)[:, None] * jnp.where(basis.gain > 0, basis.gain, 1.0)[None])

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.format import Code
 from pallas_kernels.packing import packed_bytes
 from pallas_kernels.pytree import pytree
+from tq_jax.plain import whole
 from tq_jax.quantizer import is_traced
 from tq_jax.search.basis import LearnedBasis, learn
 from tq_jax.search.codes import encode, normalized
@@ -75,8 +76,10 @@ def train(sample: Float[Array | np.ndarray, "n dim"], spec: IndexSpec, *, capaci
         The empty index.
 
     Raises:
-        ValueError: If the sample is empty, not [n, spec.dim] floats or not finite, or seed or capacity is negative.
+        ValueError: If the sample is empty, not [n, spec.dim] floats or not finite, if its norms leave float32's range,
+            or if seed or capacity is negative or no integer.
     """
+    seed, capacity = whole("seed", seed), whole("capacity", capacity)
     host = np.asarray(check_vectors(sample, spec.dim, "sample"), np.float32)
     if len(host) == 0:
         raise ValueError("expected at least one vector to learn from, got none")
@@ -118,6 +121,7 @@ def build(x: Float[Array | np.ndarray, "n dim"], spec: IndexSpec, *, seed: int =
         >>> int(index.count), index.bytes_per_vector
         (1000, 36)
     """
+    x = check_vectors(x, spec.dim, "sample")
     return add(train(x, spec, capacity=len(x), seed=seed), x)
 
 
@@ -126,7 +130,7 @@ def add(index: Index, x: Float[Array | np.ndarray, "n dim"]) -> Index:
 
     Args:
         index: The index.
-        x: Vectors [n, spec.dim], any float type.
+        x: Vectors [n, spec.dim], any float type; lists and torch tensors on the CPU as well.
 
     Returns:
         The new index. Outside jit it grows as needed. Under jit its capacity is static: if the vectors do not fit, the
@@ -155,7 +159,15 @@ def add(index: Index, x: Float[Array | np.ndarray, "n dim"]) -> Index:
 
 
 def check_vectors(x: Any, dim: int, name: str) -> Any:
-    """Returns x, or raises ValueError unless it is [n, dim] floats."""
+    """Returns x as an array of JAX or NumPy, or raises ValueError unless it is [n, dim] floats."""
+    if not isinstance(x, np.ndarray | jax.Array):
+        try:
+            x = np.asarray(x)
+        except (TypeError, ValueError, RuntimeError) as error:  # torch raises each of them, for devices and types
+            raise ValueError(
+                f"expected {name} as an array of JAX or NumPy, or one that NumPy can read, got {type(x).__name__} "
+                f"({error})"
+            ) from error
     if np.ndim(x) != 2 or x.shape[1] != dim:
         raise ValueError(f"expected {name} of shape [n, {dim}], got {tuple(np.shape(x))}")
     if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -1,6 +1,7 @@
 """Exhaustive search: one tile of codes after the other is decoded and multiplied, and only the best k are kept."""
 
 import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -11,7 +12,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.packing import unpack
+from tq_jax.plain import whole
 from tq_jax.quantizer import is_traced, sketch_gain
+from tq_jax.search.basis import power_of_two_over
 from tq_jax.search.codes import decode_integers, normalized, offset_unit
 from tq_jax.search.index import Index, check_vectors
 from tq_jax.search.select import keep, narrow
@@ -39,19 +42,20 @@ def search(
 
     Args:
         index: The index.
-        queries: Queries [q, spec.dim], any float type.
+        queries: Queries [q, spec.dim], any float type and number; lists and torch tensors on the CPU as well.
         k: Neighbours per query; static.
         precision: Type of the operands of products: "float32", or "float16" with float32 sums, where codes are exact
             and queries are rounded to 11 bits. None means float32 on CPUs and float16 elsewhere.
         tile: Vectors per tile; None takes the best number for the platform.
 
     Returns:
-        Estimated scores, descending, and ids. Equal scores are in the order of ids. If there are fewer than k vectors,
-        the last scores are -inf and their ids -1.
+        Estimated scores, descending, and ids. Equal scores are in the order of ids. Scores are ones that the metric can
+        have: at most 0 for "l2", from -1 to 1 for "cosine", and float32's largest number for larger ones. If there are
+        fewer than k vectors, the last scores are -inf and their ids -1.
 
     Raises:
-        ValueError: If queries are not [q, spec.dim] floats or, outside jit, not finite; or if k or tile is below 1.
-            Under jit a query that is not finite gets ids of -1.
+        ValueError: If queries are not [q, spec.dim] floats or, outside jit, not finite; or if k or tile is no integer
+            or below 1. Under jit a query that is not finite gets ids of -1.
 
     Example:
         >>> from tq_jax import search as nearest
@@ -61,6 +65,7 @@ def search(
         [[0], [1], [2]]
     """
     queries = check_vectors(queries, index.spec.dim, "queries")
+    k, tile = whole("k", k), None if tile is None else whole("tile", tile)
     if k < 1 or (tile is not None and tile < 1):
         raise ValueError(f"expected k and tile of at least 1, got k={k}, tile={tile}")
     if precision not in (None, *get_args(Precision)):
@@ -76,6 +81,8 @@ def search(
 @functools.partial(jax.jit, static_argnames=("k", "precision", "tile"))
 def _search(index: Index, queries: Array, k: int, precision: Precision, tile: int) -> tuple[Array, Array]:
     count = queries.shape[0]
+    if count == 0:
+        return jnp.zeros((0, k), jnp.float32), jnp.zeros((0, k), jnp.int32)
     if count <= QUERIES:
         return _search_batch(index, queries, k, precision, tile)
     batches = -(-count // QUERIES)
@@ -87,7 +94,7 @@ def _search(index: Index, queries: Array, k: int, precision: Precision, tile: in
 
 def _search_batch(index: Index, queries: Array, k: int, precision: Precision, tile: int) -> tuple[Array, Array]:
     basis, spec = index.basis, index.spec
-    rotated, offset_weight, constant = _prepare(index, queries)
+    rotated, offset_weight, finish = _prepare(index, queries)
     operands = [_operand(rotated * basis.gain[None], precision)]
     if basis.sketch is not None:
         sketched = jnp.einsum("qi,ji->qj", rotated, basis.sketch, precision="highest") * sketch_gain(spec.dim)
@@ -113,8 +120,8 @@ def _search_batch(index: Index, queries: Array, k: int, precision: Precision, ti
         jnp.full((queries.shape[0], k), value, dtype) for value, dtype in ((-jnp.inf, jnp.float32), (-1, jnp.int32))
     )
     scores, ids = lax.fori_loop(0, (index.count + tile - 1) // tile, consider, tuple(none))
-    ids = jnp.where(jnp.isfinite(scores), ids, -1)
-    return scores * (2.0 if spec.metric == "l2" else 1.0) + constant[:, None], ids
+    found = jnp.isfinite(scores)
+    return jnp.where(found, finish(scores), -jnp.inf), jnp.where(found, ids, -1)
 
 
 class _Terms(NamedTuple):
@@ -149,24 +156,43 @@ def _terms(index: Index, operands: list[_Operand], step: Array, precision: Preci
     )
 
 
-def _prepare(index: Index, queries: Array) -> tuple[Array, Array, Array]:
-    """Rotated queries [q, dim], and for each query the weight of the second scalar and a constant, [q] each."""
+def _prepare(index: Index, queries: Array) -> tuple[Array, Array, Callable[[Array], Array]]:
+    """Rotated queries [q, dim], the weight of the second scalar [q], and what makes scores [q, k] of sums of terms.
+
+    Sums are those of vectors and queries times powers of two, so that squares are in float32's range.
+    """
     basis, spec = index.basis, index.spec
     if spec.metric == "cosine":
         queries = normalized(queries)
-    norm = jnp.sqrt(jnp.sum(queries * queries, axis=-1))
+    factor, basis = basis.in_range()
+    own = power_of_two_over(jnp.max(jnp.abs(queries), axis=-1))
     if spec.metric == "l2":
         # -|q - x|^2 = 2 <q - m, x - m> - |x - m|^2 - |q - m|^2; half of the first two terms is summed, then doubled.
-        queries = queries - basis.mean[None]
-        weight, constant = jnp.full_like(norm, 0.5), -jnp.sum(queries * queries, axis=-1)
+        own = jnp.minimum(own, factor)
+        share = own / factor
+        queries = queries * own[:, None] - basis.mean[None] * share[:, None]
+        weight, constant = 0.5 * share, -jnp.sum(queries * queries, axis=-1)
     else:
         # <q, x> = <q - t m, x - m> + t <m, x - m> + <q, m> for any t. Codes are best along x - m itself, so t is the
         # mean's share of the query, if the query is like the vectors: 1 for a query of their length.
+        queries = queries * own[:, None]
         typical = jnp.sqrt(basis.unit**2 + jnp.sum(basis.mean * basis.mean))
-        weight, constant = norm / typical, jnp.sum(queries * basis.mean[None], axis=-1)
+        weight = jnp.sqrt(jnp.sum(queries * queries, axis=-1)) / typical
+        constant = jnp.sum(queries * basis.mean[None], axis=-1)
         queries = queries - weight[:, None] * basis.mean[None]
+
+    def finish(sums: Array) -> Array:
+        of_query, of_vectors = own[:, None], factor
+        if spec.metric == "l2":
+            # The two stored scalars are rounded apart, so that the distance of equal vectors could be below 0.
+            sums, of_vectors = jnp.minimum(sums * 2.0 * share[:, None] + constant[:, None], 0.0), own[:, None]
+        else:
+            sums = sums + constant[:, None]
+        most = 1.0 if spec.metric == "cosine" else jnp.finfo(jnp.float32).max
+        return jnp.clip(sums / of_query / of_vectors, -most, most)
+
     rotated = jnp.einsum("qi,ij->qj", queries, basis.rotation, precision="highest") * basis.unit
-    return rotated, weight * offset_unit(basis, spec), constant
+    return rotated, weight * offset_unit(basis, spec), finish
 
 
 def _operand(queries: Array, precision: Precision) -> _Operand:

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from pallas_kernels.format import Codebook
 from pallas_kernels.packing import packed_bytes, plane_widths
 from tq_jax.codebook import codebook, solve
+from tq_jax.plain import flag, make_plain, number, whole
 from tq_jax.quantizer import require_choices, require_dim
 
 Metric = Literal["inner_product", "cosine", "l2"]
@@ -57,6 +58,7 @@ class IndexSpec:
     def __post_init__(self) -> None:
         choices = {"metric": Metric, "basis": Basis, "kind": Kind, "scale": Scale}
         require_choices(self, **{name: get_args(choice) for name, choice in choices.items()})
+        make_plain(self, dim=whole, bits=number, center=flag, step_search=flag)
         require_dim(self.dim, MIN_DIM, MAX_DIM)
         if not 1 <= self.bits <= 8:
             raise NotImplementedError(f"bits from 1 to 8 are supported, got bits={self.bits!r}")

@@ -1,3 +1,4 @@
+import io
 import itertools
 import json
 import os
@@ -52,6 +53,20 @@ def test_json_on_standard_output_is_one_object(command, monkeypatch):
     claims = json.loads(result.stdout)["claims"]
     assert [(c["name"], c["ok"]) for c in claims] == [("holds", True), ("does not hold", False)]
     assert "1 of 2 hold" in result.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_texts_that_the_terminal_cannot_show(tmp_path, monkeypatch, encoding):
+    """Models write any letter: figures are written all the same, and the exit code is that of the claim."""
+    name, path, shown = "caf\u00e9 \U0001f916 \ufffd \udc80", tmp_path / "out.json", io.BytesIO()
+    monkeypatch.setattr(distortion, "CHECKS", (lambda: [Claim(name, 1.0, ">=", 1.0)],))
+    monkeypatch.setattr(sys, "argv", ["tq-jax", "validate", "--json", str(path)])
+    with monkeypatch.context() as patch, io.TextIOWrapper(shown, encoding, write_through=True) as stdout:
+        patch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 0 and b"caf" in shown.getvalue() and b"\\udc80" in shown.getvalue()
+    assert json.loads(path.read_text())["claims"][0]["name"] == name
 
 
 def test_json_to_a_file(tmp_path, monkeypatch):

@@ -263,6 +263,26 @@ def test_scaled_gguf_files():
         config_from_gguf(scaled, tied_head=True, rope_factors=np.ones(4, np.float32))
 
 
+LLAMA_ENDS = ["a", "b", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fields", "expected"),
+    [
+        (LLAMA_ENDS, {"eos": 2}, {2, 3, 4}),  # the first files of Llama 3 name the end of texts alone
+        (LLAMA_ENDS, {"eos": 3}, {2, 3, 4}),
+        (["a", "b", "c", "d"], {"eos": 1, "eot": 3, "eom": 2}, {1, 2, 3}),
+        (["a", "b", "<|endoftext|>", "<|im_end|>"], {"eos": 2}, {2, 3}),
+        (["a", "<EOT>", "<|end|>", "b"], {"eos": 3}, {1, 2, 3}),
+        (["a", "<|eot_id|"], {"eos": 0}, {0}),
+    ],
+)
+def test_gguf_files_end_where_the_turn_ends(tokens, fields, expected):
+    metadata = GGUF | {"tokenizer.ggml.tokens": tokens}
+    metadata |= {f"tokenizer.ggml.{name}_token_id": index for name, index in fields.items()}
+    assert set(config_from_gguf(metadata, tied_head=True).stop_tokens) == expected
+
+
 def test_gemma_gguf_files():
     gemma = {k.replace("llama.", "gemma3."): v for k, v in GGUF.items()} | {
         "general.architecture": "gemma3",

@@ -97,6 +97,7 @@ def test_rope_rows_are_the_inverse_of_the_converters_permutation():
 def test_converts_once_and_runs(good):
     directory = convert_gguf(good)
     stamp = (directory / "model.safetensors").stat().st_mtime_ns
+    assert len({path.stat().st_mode for path in directory.iterdir()}) == 1, "the weights are as readable as the rest"
     model = load_model(good)
     assert (directory / "model.safetensors").stat().st_mtime_ns == stamp
     assert [entry.name for entry in directory.parent.iterdir()] == [directory.name]

@@ -42,6 +42,20 @@ def test_temperature_sharpens():
     assert draw(Sampling(), count=3)[0] == 1.0
 
 
+@pytest.mark.parametrize("temperature", [1e-20, 1e-37, 1e-38, 1e-45, 1e-300])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.5}])
+def test_the_limit_of_low_temperatures_is_the_most_likely_token(temperature, options):
+    logits = np.random.default_rng(0).standard_normal((8, 50)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 8)
+    for size in (1e-3, 5, 1e6, 1e30):
+        found = sample(jnp.asarray(logits * np.float32(size)), keys, Sampling(temperature=temperature, **options))
+        assert found.tolist() == logits.argmax(-1).tolist(), size
+
+
+def test_the_limit_of_high_temperatures_is_uniform():
+    np.testing.assert_allclose(draw(Sampling(temperature=1e300)), [0.2] * 5, atol=0.03)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

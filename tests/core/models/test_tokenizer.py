@@ -258,6 +258,35 @@ def test_templates():
         Tokenizer(backend=backend, chat_template=strict, special={"bos_token": "<s>"}).chat_prompt(CHATS[0])
     with pytest.raises(ValueError, match="unsafe"):
         Tokenizer(backend=backend, chat_template="{{ ''.__class__.__mro__ }}", special={}).chat_prompt(CHATS[0])
+    for faulty, message in (
+        ("{{ 1 // 0 }}", "can write, got ZeroDivisionError"),
+        ("{{ messages + 1 }}", "can write, got TypeError"),
+        ("{% for m in messages %}", r"expected Jinja, got line 1: Unexpected end"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Tokenizer(backend=backend, chat_template=faulty, special={}).chat_prompt(CHATS[0])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ strftime_now('%Y-%m') }}",
+        "{{ messages | tojson(indent=2, sort_keys=true) }}",
+        "{{ messages[0] | tojson(ensure_ascii=true, separators=(',', ':')) }}",
+        "{% if tools is not none %}tools{% endif %}{% if documents is not none %}documents{% endif %}none",
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% continue %}{% endif %}{{ m.content }}{% endfor %}",
+        "{% for m in messages %}{% if loop.index0 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+        "{% set x = 1 %}\n  {% generation %}\n{% set x = 2 %}a{{ x }}\n  {%- endgeneration %}{{ x }}",
+        "{% for m in messages %}{% generation %}{{ loop.index }}{{ m.content }}{% endgeneration %}{% endfor %}",
+        "{% for m in messages %}{{ m.tool_calls is defined }}{% endfor %}",
+    ],
+)
+def test_templates_find_what_transformers_gives_them(template):
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    messages = [*CHATS[2], {"role": "assistant", "content": "né"}]
+    theirs = utils.render_jinja_template(conversations=[messages], chat_template=template)[0][0]
+    messages[0] = messages[0] | {"tool_calls": None}
+    assert Tokenizer(backend=None, chat_template=template, special={}).chat_prompt(messages) == theirs
 
 
 @given(st.data())
@@ -266,6 +295,19 @@ def test_whatever_metadata_holds_is_read_or_refused(data):
     name = data.draw(st.sampled_from([*METADATA, "tokenizer.chat_template", "tokenizer.ggml.add_bos_token"]))
     with contextlib.suppress(ValueError, NotImplementedError):
         tokenizer_from_gguf(METADATA | {name: data.draw(GIVEN)}).encode("ab")
+
+
+def test_llama_3_starts_texts_unless_told_not_to(learned):
+    added = ["<|begin_of_text|>", "<|end_of_text|>"]
+    metadata = bytes_metadata(learned, "llama-bpe", added)
+    bos = len(learned[0])
+    metadata |= {"tokenizer.ggml.bos_token_id": bos, "tokenizer.ggml.eos_token_id": bos + 1}
+    plain = tokenizer_from_gguf(metadata).encode("hi", add_special_tokens=False)
+    assert tokenizer_from_gguf(metadata).encode("hi") == [bos, *plain]
+    assert tokenizer_from_gguf(metadata | {"tokenizer.ggml.add_bos_token": False}).encode("hi") == plain
+    for pre in ("gpt-2", "qwen2", "smollm"):
+        ours = tokenizer_from_gguf(metadata | {"tokenizer.ggml.pre": pre})
+        assert ours.encode("hi") == ours.encode("hi", add_special_tokens=False), pre
 
 
 @pytest.mark.parametrize(
@@ -281,6 +323,19 @@ def test_settings_of_another_type_are_refused(tmp_path, contents, message):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(contents))
     with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("padding", [{"length": 40}, {"pad_to_multiple_of": 32, "direction": "left"}, None])
+@pytest.mark.parametrize("truncation", [{"stride": 2}, {"direction": "left"}, None])
+def test_whole_texts_without_padding(tmp_path, padding, truncation):
+    tokenizer = tokenizer_from_gguf(METADATA | {"tokenizer.ggml.add_bos_token": True})
+    expected = tokenizer.encode("ab" * 9)
+    if padding is not None:
+        tokenizer.backend.enable_padding(pad_token="<u>", pad_id=4, **padding)
+    if truncation is not None:
+        tokenizer.backend.enable_truncation(5, **truncation)
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).encode("ab" * 9) == expected
 
 
 def test_files(tmp_path):

@@ -134,6 +134,30 @@ def test_sharded_directories(tiny, directory):
         load_decoder(directory)
 
 
+@pytest.mark.parametrize(
+    "index",
+    [{"weight_map": {"model.norm.weight": "old.safetensors"}}, {"weight_map": {"x": "lost.safetensors"}}, {}, "{"],
+    ids=["old_shards", "lost_shards", "empty", "damaged"],
+)
+def test_a_single_file_counts_whatever_an_index_says(tiny, directory, index):
+    save_file({"model.norm.weight": np.zeros(48, np.float32)}, directory / "old.safetensors")
+    text = index if isinstance(index, str) else json.dumps(index)
+    (directory / "model.safetensors.index.json").write_text(text)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(load_decoder(directory)), nnx.state(tiny))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(jnp.float8_e4m3fn, "F8_E4M3"), (jnp.float8_e5m2, "F8_E5M2"), (np.int8, "I8"), (np.int64, "I64"), (bool, "BOOL")],
+)
+def test_weights_without_their_scales_are_refused(tiny, directory, kind, name):
+    arrays = hf_arrays(tiny)
+    which = "model.layers.1.mlp.up_proj.weight"
+    save_file(arrays | {which: np.asarray(arrays[which]).astype(kind)}, directory / "model.safetensors")
+    with pytest.raises(NotImplementedError, match=f"{which} has type {name}: supported are F64, F32, F16, BF16"):
+        load_decoder(directory)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard", ["1MB", "40KB"])
 def test_directories_of_transformers(tiny, tmp_path, tied, shard):

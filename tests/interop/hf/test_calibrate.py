@@ -15,7 +15,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 import tq_jax as tq  # noqa: E402
 from interop.hf import ATTENTION, CACHE_ARGUMENT, TurboQuantCache  # noqa: E402
-from interop.hf.calibrate import FIRST_TOKENS, calibrate  # noqa: E402
+from interop.hf.calibrate import FIRST_TOKENS, calibrate, main  # noqa: E402
 from interop.hf.calibrate_command import calibrate as command  # noqa: E402
 from interop.hf.capture import capture  # noqa: E402
 from interop.torch.key_statistics import key_statistics  # noqa: E402
@@ -127,12 +127,38 @@ def test_a_named_file(model, tmp_path):
         ("expected a file or one of persuasion, pydoc, wiki, jargon, code, got 'nosuch'", ["--texts", "nosuch"]),
         ("expected a device that torch has, got 'nosuch'", ["--device", "nosuch"]),
         ("expected --overrides to be a JSON object, got 'x'", ["--overrides", "x"]),
-        ("no folder /nosuch", ["-o", "/nosuch/keys"]),
+        ("expected a file that can be written, in an existing folder, got /nosuch/keys", ["-o", "/nosuch/keys"]),
     ],
 )
 def test_misuse(model, message, arguments):
     result = run(model, "--tokens", "80", *arguments)
     assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("expected a file that can be written, in an existing folder, got no/keys", ["no-such-model", "no/keys"]),
+        ("expected a text in UTF-8, got no-such-text", ["no-such-model", "keys", "--text", "no-such-text"]),
+        ("error: ", [".", "keys"]),
+        ("expected at least 32 tokens after the first 4 of each text, got texts of [9]", ["MODEL", "k", "--tokens=9"]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_found_before_the_model_runs(model, tmp_path, monkeypatch, capsys, message, arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["calibrate", *(str(model) if given == "MODEL" else given for given in arguments)])
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded")
+    )
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "keys").exists()
+
+
+def test_a_run_with_a_file_to_write(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["calibrate", str(model), str(tmp_path / "keys"), "--tokens", "80"])
+    main()
+    assert tq.load_statistics(tmp_path / "keys")[0].any()
 
 
 def test_what_is_no_model_is_refused(tmp_path):

@@ -182,6 +182,15 @@ def test_growing():
     small = TorchCache(dataclasses.replace(CENTRED, max_tokens=10), 1)
     with pytest.raises(ValueError, match="expected a cache of at least 20 tokens to grow, got max_tokens=10"):
         small.reserve(20)
+    sizes = {"num_kv_heads": H, "head_dim": D, "dtype": "bfloat16"}
+    full, small = (TorchCache(tq.CacheSpec.full_precision(**sizes, max_tokens=size), 2) for size in (140, 50))
+    for count in (50, 90):
+        k, v, _ = chunk(count, count)
+        small.reserve(small.lengths[0] + count)
+        small.append(k, v)
+        full.append(k, v)
+    assert small.spec == full.spec and small.nbytes == full.nbytes
+    assert_attends_alike(small, full)
     unpaged = TorchCache(dataclasses.replace(CENTRED, max_tokens=20), 1)
     assert unpaged.arrays.pages is None
     unpaged.reserve(96)
@@ -250,6 +259,17 @@ def test_nothing_to_append():
     assert_attends_alike(cache, before)
     cache.crop(torch.tensor([30, 35]))
     assert cache.lengths == (30, 35) and all(type(n) is int for n in cache.lengths)
+    for count, length in (
+        (np.int64(1), np.int32(29)),
+        (torch.tensor(1), torch.tensor(29)),
+        (np.ones(2, int), [29, 29]),
+    ):
+        cache.advance(count)
+        assert cache.lengths == (31, 36)
+        cache.crop(length)
+        assert cache.lengths == (29, 29)
+        cache.crop([29, 29])
+        cache.append(k[:, :6], v[:, :6], lengths=[1, 6])
     cache.reorder([])
     cache.append(k[:0], v[:0], query=q[:0])
     assert cache.lengths == () and cache.attend(q[:0, :1]).shape == (0, 1, H * G, D)
