@@ -90,6 +90,8 @@ class TurboQuantCache(Cache):
         for i in full:
             layers[i] = CompressedLayer(compression, None if given is None else (given[0][i], given[1][i]))
         super().__init__(layers=layers)
+        for i in full:
+            layers[i].peers = self.layers
         if len(full) < len(layers):
             warnings.warn(self.summary(), stacklevel=2)
 
