@@ -145,7 +145,9 @@ def exact_attention(
     logits = torch.einsum("bhgtd,bhsd->bhgts", grouped, key).float() * (dim**-0.5 if scaling is None else scaling)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if mask is None and count > 1 and _is_causal(module, others):  # a static cache has more keys than queries; the last ones are not written yet
+    if (
+        mask is None and count > 1 and _is_causal(module, others)
+    ):  # a static cache has more keys than queries; the last ones are not written yet
         mask = torch.ones(count, key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
     if mask is not None:
         mask = mask[:, :, None, :, : key.shape[2]]
@@ -171,7 +173,9 @@ def _refuse_unknown(others: dict[str, Any]) -> None:
             raise NotImplementedError(f"attention over a TurboQuantCache does not know {name}={_short(given)}")
 
 
-_LATER = " (blocks of tokens that see later ones, as images in some models, belong to the prompt of an exact_prompt cache)"
+_LATER = (
+    " (blocks of tokens that see later ones, as images in some models, belong to the prompt of an exact_prompt cache)"
+)
 
 
 def real_tokens(

@@ -83,7 +83,9 @@ class Handle:
         )
 
 
-_INTERRUPTED = "expected as many tokens in all layers of a TurboQuantCache, got what an interrupted forward pass has left"
+_INTERRUPTED = (
+    "expected as many tokens in all layers of a TurboQuantCache, got what an interrupted forward pass has left"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +282,11 @@ class CompressedLayer(CacheLayerMixin):
             self.cache.reserve(spec.max_tokens + -(-more // spec.page_size) * spec.page_size)
         return self.cache
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache: pages, windows, statistics, rotations and counters."""
+        return 0 if self.cache is None else self.cache.nbytes
+
     def get_seq_length(self, cache_position: Any = None) -> int:
         """Number of tokens so far, padding included."""
         if self.is_captured:
@@ -352,8 +359,13 @@ class CompressedLayer(CacheLayerMixin):
 
 
 def layer_bytes(layer: Any) -> int:
-    """Bytes of all tensors of a layer of transformers, tensors in its dicts included."""
-    return sum(x.nbytes for x in jax.tree.leaves(vars(layer)) if isinstance(x, torch.Tensor))
+    """Bytes of all tensors of a layer, tensors in its dicts included."""
+    return layer.nbytes if isinstance(layer, CompressedLayer) else tensor_bytes(vars(layer))
+
+
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of all tensors of a pytree."""
+    return sum(x.nbytes for x in jax.tree.leaves(tree) if isinstance(x, torch.Tensor))
 
 
 def _take(tokens: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -93,7 +93,9 @@ def test_prompts_may_see_later_tokens():
     additive = torch.zeros(2, 1, 6, 6).masked_fill(~padded, torch.finfo(torch.float32).min)
     assert real_tokens(additive, 2, 6, 6, may_see_later=True).tolist() == want
     assert real_tokens(torch.ones_like(causal), 2, 6, 6, may_see_later=True) is None
-    with pytest.raises(NotImplementedError, match="another pattern \\(blocks of tokens that see later ones.*exact_prompt"):
+    with pytest.raises(
+        NotImplementedError, match="another pattern \\(blocks of tokens that see later ones.*exact_prompt"
+    ):
         real_tokens(padded, 2, 6, 6)
     window, sees_padding = causal.triu(-2), padded.clone()
     packed = causal & (kind.cumsum(0)[:, None] == kind.cumsum(0))
