@@ -69,11 +69,17 @@ def compressed_attention(
     _refuse_unknown(others)
     if dropout:
         raise NotImplementedError(f"a TurboQuantCache is for inference, got dropout={dropout}")
-    if attention_mask is None and query.shape[2] > 1 and not _is_causal(module, others):
-        raise NotImplementedError("a TurboQuantCache is for causal attention, got is_causal=False")
+    if key.tokens.shape[2] != query.shape[2]:
+        raise NotImplementedError(
+            f"a TurboQuantCache is for attention of tokens to each other, got {query.shape[2]} queries and "
+            f"{key.tokens.shape[2]} new keys, as in cross-attention"
+        )
+    is_causal = _is_causal(module, others)
+    if attention_mask is None and query.shape[2] > 1 and not is_causal and not key.layer.attends_exactly:
+        raise NotImplementedError(f"a TurboQuantCache is for causal attention, got is_causal=False{_LATER}")
     if sliding_window is not None and (sliding_window < key.shape[2] or key.layer.is_captured):
         raise NotImplementedError(f"compressed layers see all tokens, got sliding_window={sliding_window}")
-    out = _attend_packed(module, query, key, value, attention_mask, logits)  # pyright: ignore[reportCallIssue]
+    out = _attend_packed(module, query, key, value, attention_mask, logits, is_causal)  # pyright: ignore[reportCallIssue]
     return out, None
 
 
@@ -85,6 +91,7 @@ def _attend_packed(
     value: Handle,
     mask: torch.Tensor | None,
     logits: LogitArguments,
+    is_causal: bool,
 ) -> torch.Tensor:
     """Stores the new tokens in a compressed layer and attends over it."""
     layer = key.layer
@@ -95,10 +102,10 @@ def _attend_packed(
         )
     if layer.is_captured:
         mask = None  # `decoding_graphs` looks at the mask of every token itself
-    exact = layer.seen == 0 and layer.compression.exact_prompt
+    exact = layer.attends_exactly
     real = real_tokens(mask, query.shape[0], query.shape[2], key.shape[2], asked_by=module, may_see_later=exact)
     if exact:  # a prompt attends to its keys before compression
-        out = exact_attention(module, query, key.tokens, value.tokens, mask, logits)
+        out = exact_attention(module, query, key.tokens, value.tokens, mask, logits, is_causal=is_causal)
         layer.store(query, key.tokens, value.tokens, real)
         return out
     return refuse_gradient(layer.attend(query, key.tokens, value.tokens, real, logits), key.tokens, value.tokens)

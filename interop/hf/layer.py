@@ -170,6 +170,7 @@ class CompressedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         """Notes type and device; memory is taken with the first chunk, whose length is known then."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self.values = key_states.new_empty(0)  # models with cross-attention ask layers for their numbers
         self.is_initialized = True
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -281,6 +282,11 @@ class CompressedLayer(CacheLayerMixin):
             more = max(needed, spec.max_tokens + spec.max_tokens // 4) - spec.max_tokens
             self.cache.reserve(spec.max_tokens + -(-more // spec.page_size) * spec.page_size)
         return self.cache
+
+    @property
+    def attends_exactly(self) -> bool:
+        """Whether the next tokens are a prompt that attends to its keys and values before compression."""
+        return self.seen == 0 and self.compression.exact_prompt
 
     @property
     def nbytes(self) -> int:

@@ -69,6 +69,26 @@ def test_tensors_have_biases_and_dropout_by_sdpa(tensors):
             compressed_attention(module, *tensors, None, softcap=2.0, **refused)
 
 
+def test_causality_of_a_compressed_layer(tensors):
+    """A prompt without a mask may see all of itself; later tokens may not, nor may there be other keys than theirs."""
+    model, (query, key, value) = tiny(num_hidden_layers=1), tensors
+    module = model.model.layers[0].self_attn
+    exact, coded = (TurboQuantCache(model.config, exact_prompt=how).layers[0] for how in (True, False))
+    found = compressed_attention(module, query, *exact.update(key, value), None, is_causal=False)[0]
+    everything = torch.ones(1, dtype=torch.bool)
+    torch.testing.assert_close(found, reference(*tensors, everything), rtol=0, atol=1e-6)
+    last = compressed_attention(
+        module, query[:, :, :1], *exact.update(key[:, :, :1], value[:, :, :1]), None, is_causal=False
+    )
+    assert last[0].shape == (2, 1, 4, D) and exact.seen == 7
+    for layer in (exact, coded):
+        with pytest.raises(NotImplementedError, match=r"causal attention, got is_causal=False \(blocks of tokens"):
+            compressed_attention(module, query, *layer.update(key, value), None, is_causal=False)
+        with pytest.raises(NotImplementedError, match="got 2 queries and 6 new keys, as in cross-attention"):
+            compressed_attention(module, query[:, :, :2], *layer.update(key, value), None)
+    assert (exact.seen, coded.seen) == (7, 0)
+
+
 def test_masks():
     causal = torch.ones(4, 6, dtype=torch.bool).tril(2)[None, None].expand(2, 1, 4, 6)
     assert real_tokens(None, 2, 4, 6) is None and real_tokens(causal, 2, 4, 6) is None

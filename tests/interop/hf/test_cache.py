@@ -213,7 +213,6 @@ def test_what_is_refused(model, ids):
         (NotImplementedError, "does not know position_bias=torch.float32", lambda: call(position_bias=torch.zeros(1))),
         (NotImplementedError, "does not know cu_seq_lens_q=3", lambda: call(cu_seq_lens_q=3)),
         (NotImplementedError, "for inference, got dropout=0.1", lambda: call(dropout=0.1)),
-        (NotImplementedError, "got is_causal=False", lambda: call(is_causal=False)),
         (NotImplementedError, "compressed layers see all tokens, got sliding_window=2", lambda: call(sliding_window=2)),
         (NotImplementedError, "does not know biases", lambda: call(biased)),
         (NotImplementedError, "expected a causal mask with padding", lambda: call(causal.triu())),
@@ -225,10 +224,6 @@ def test_what_is_refused(model, ids):
         with pytest.raises(error, match=message):
             run()
     assert layer.seen == 0
-    shared = copy.deepcopy(model.config)
-    shared.num_kv_shared_layers = 1
-    with pytest.raises(NotImplementedError, match="got num_kv_shared_layers=1"):
-        TurboQuantCache(shared)
     sliding = transformers.MistralConfig(num_hidden_layers=2, sliding_window=8)
     with pytest.raises(ValueError, match=r"a model with full-attention layers, got \['DynamicSlidingWindowLayer'\]"):
         TurboQuantCache(sliding)
