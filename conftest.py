@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 USERS_OF_VLLM = "backend", "bias_statistics", "metadata", "platform", "prompts", "report"
 NEVER = tuple(f"interop/vllm/{name}.py" for name in USERS_OF_VLLM)
 """Modules without doctests that import vLLM, which warns of what it deprecates itself."""
@@ -20,3 +22,13 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     without_torch = path.parts[0] == "interop" and importlib.util.find_spec("torch") is None
     left_out = path.as_posix() in NEVER or path.as_posix().startswith(BY_A_TEST)
     return True if helper or without_torch or left_out else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out tests marked `families` unless `-m` or a test's own id asks for them."""
+    if "families" in config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    left_out = [item for item in items if item.get_closest_marker("families")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

@@ -19,7 +19,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 import interop.hf.attention  # noqa: F401  (registers the attention function)
 import tq_jax as tq
-from interop.hf.layer import CACHE_ARGUMENT, CompressedLayer, Compression, layer_bytes
+from interop.hf.layer import CACHE_ARGUMENT, VERSION, CompressedLayer, Compression, layer_bytes
+from interop.hf.models import cross_attention_layers, require_supported
 from tq_jax.statistics_files import find_statistics, identify, missing_statistics, read_statistics
 
 OWN_OPTIONS = ("key_bits", "value_bits", "max_tokens", "seed", "exact_prompt", "statistics")
@@ -31,6 +32,9 @@ OF_THE_MODEL = ("num_kv_heads", "head_dim", "max_tokens", "sliding_window")
 
 DISCARDING = ("phi3", "phimoe", "phi4_multimodal")
 """Types of models that discard a cache when a text passes `original_max_position_embeddings`."""
+
+FULL_ATTENTION = ("DynamicLayer", "LinearAttentionAndFullAttentionLayer")
+"""Layers of transformers that are compressed, by their names: transformers 4.57 has only the first."""
 
 
 class TurboQuantCache(Cache):
@@ -56,7 +60,7 @@ class TurboQuantCache(Cache):
             statistics that is damaged or of another model.
         FileNotFoundError: If there is no file of key statistics, and `statistics` asks for it.
         TypeError: For an option that is no field of `tq_jax.CacheSpec`.
-        NotImplementedError: For models whose layers share keys and values.
+        NotImplementedError: For models that `interop.hf.models` refuses.
 
     Warns:
         UserWarning: If only some layers are compressed; it says which. Also if transformers discards the caches of this
@@ -77,24 +81,22 @@ class TurboQuantCache(Cache):
     ) -> None:
         _require_config(config)
         _require_known(options)
-        text = config.get_text_config(decoder=True)
-        if getattr(text, "num_kv_shared_layers", 0):
-            raise NotImplementedError(
-                f"layers that share keys and values are not compressed, got num_kv_shared_layers="
-                f"{text.num_kv_shared_layers}"
-            )
-        compression = Compression(key_bits, value_bits, max_tokens, seed, options, exact_prompt)
+        model = require_supported(config, version=VERSION)
+        compression = Compression(key_bits, value_bits, max_tokens, seed, options, exact_prompt, model)
         compression.describe()
         layers: list[Any] = list(DynamicCache(config=config).layers)
-        full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        text = config.get_text_config(decoder=True)
+        cross = cross_attention_layers(text)
+        full = [i for i, layer in enumerate(layers) if type(layer).__name__ in FULL_ATTENTION and i not in cross]
         if not full:
-            raise ValueError(
-                f"expected a model with full-attention layers, got {sorted({type(layer).__name__ for layer in layers})}"
-            )
+            kinds = sorted({type(layer).__name__ for layer in layers})
+            raise ValueError(f"expected a model with full-attention layers, got {kinds} in {model}")
         given = _known_statistics(config, statistics)
         for i in full:
-            layers[i] = CompressedLayer(compression, None if given is None else (given[0][i], given[1][i]))
+            layers[i] = _compressed(layers[i], compression, None if given is None else (given[0][i], given[1][i]))
         super().__init__(layers=layers)
+        for i in full:
+            layers[i].peers = self.layers
         if len(full) < len(layers):
             warnings.warn(self.summary(), stacklevel=2)
         if discarded := discarded_above(config):
@@ -121,13 +123,7 @@ class TurboQuantCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors: pages, windows, statistics, rotations, counters, and tensors of the other layers."""
-        total = 0
-        for layer in self.layers:
-            if isinstance(layer, CompressedLayer):
-                total += 0 if layer.cache is None else layer.cache.nbytes
-            else:
-                total += layer_bytes(layer)
-        return total
+        return sum(layer_bytes(layer) for layer in self.layers)
 
     def summary(self) -> str:
         """Says which layers are compressed, and how."""
@@ -150,6 +146,17 @@ def discarded_above(config: PretrainedConfig) -> int | None:
     if text.model_type not in DISCARDING or switch is None or switch >= text.max_position_embeddings:
         return None
     return switch
+
+
+def _compressed(
+    layer: Any, compression: Compression, statistics: tuple[np.ndarray, np.ndarray] | None
+) -> CompressedLayer:
+    """A compressed layer in place of one of transformers."""
+    if type(layer) is DynamicLayer:
+        return CompressedLayer(compression, statistics)
+    from interop.hf.state_layer import CompressedLayerWithState  # transformers 5 only
+
+    return CompressedLayerWithState(compression, statistics, layer.number_of_states)
 
 
 def _known_statistics(config: PretrainedConfig, statistics: bool | str | Path) -> tuple[np.ndarray, np.ndarray] | None:

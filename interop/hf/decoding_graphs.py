@@ -45,8 +45,10 @@ def decoding_graphs(model: Any, cache: TurboQuantCache) -> Iterator[None]:
             that reads the number of tokens on the host or waits for the GPU.
     """
     _require_one_gpu(model)
-    if len(cache.compressed_layers) != len(cache.layers):
-        raise NotImplementedError(f"CUDA graphs need a cache whose every layer is compressed, got {cache.summary()}")
+    if any(type(layer) is not CompressedLayer for layer in cache.layers):
+        raise NotImplementedError(
+            f"CUDA graphs need a cache whose every layer is compressed and has no other state, got {cache.summary()}"
+        )
     outside = vars(model).get("forward")
     model.forward = _Forward(model.forward, cache).wrapped()
     try:

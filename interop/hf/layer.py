@@ -64,19 +64,27 @@ class Handle:
         self.shape = torch.Size((batch, heads, layer.seen + count, dim))
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"{_MISUSE} (it asked for .{name})")
+        if name in ("layer", "tokens"):  # while a copy of the handle is made
+            raise AttributeError(name)
+        raise AttributeError(f"{self._misuse()} (it asked for .{name})")
 
     def __getitem__(self, index: Any) -> Any:
-        raise TypeError(_MISUSE)
+        raise TypeError(self._misuse())
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise TypeError(_MISUSE)
+        handles = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, Handle)]
+        raise TypeError(handles[0]._misuse() if handles else f"{function} of a TurboQuantCache's layer")
+
+    def _misuse(self) -> str:
+        return (
+            f"expected attn_implementation={ATTENTION!r} with a TurboQuantCache, got another attention function in "
+            f"{self.layer.compression.model} (or its attention does not go through transformers' AttentionInterface)"
+        )
 
 
-_MISUSE = (
-    f"expected attn_implementation={ATTENTION!r} with a TurboQuantCache, got another attention function "
-    "(or a model that does not use transformers' AttentionInterface)"
+_INTERRUPTED = (
+    "expected as many tokens in all layers of a TurboQuantCache, got what an interrupted forward pass has left"
 )
 
 
@@ -91,6 +99,7 @@ class Compression:
         seed: Seed of the quantizers.
         options: Further fields of `tq_jax.CacheSpec`.
         exact_prompt: Whether a prompt attends to its own keys and values before compression.
+        model: Name of the model's class, for messages.
         graph_pool: Memory of the CUDA graphs of all layers, which never run at the same time.
     """
 
@@ -100,6 +109,7 @@ class Compression:
     seed: int
     options: dict[str, Any]
     exact_prompt: bool = True
+    model: str = "the model"
     graph_pool: GraphPool = dataclasses.field(default_factory=GraphPool)
 
     def spec(self, kv_heads: int, head_dim: int, prompt: int) -> tq.CacheSpec:
@@ -139,6 +149,7 @@ class CompressedLayer(CacheLayerMixin):
         cache: The tokens without padding, a cache row per row of the batch. None before the first chunk.
         real: bool [b, seen] on the CPU, which tokens so far are no padding; None if there is no padding.
         seen: Number of tokens so far, padding included.
+        peers: All layers of the cache, compressed or not; None for a layer alone.
         is_captured: Whether `interop.hf.decoding_graphs` is capturing a CUDA graph of the model; it counts the tokens
             itself.
     """
@@ -154,10 +165,12 @@ class CompressedLayer(CacheLayerMixin):
         self.cache: TorchCache | None = None
         self.real: torch.Tensor | None = None
         self.seen = 0
+        self.peers: list[Any] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         """Notes type and device; memory is taken with the first chunk, whose length is known then."""
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self.values = key_states.new_empty(0)  # models with cross-attention ask layers for their numbers
         self.is_initialized = True
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -215,6 +228,7 @@ class CompressedLayer(CacheLayerMixin):
             The cache; keys, values and queries, [b, t, h, d] each, real tokens first; number of real tokens of each
             row; position in the chunk of each of the moved tokens, int64 [b, t]. The last two are None without padding.
         """
+        self._require_whole()
         self._require_consistent(real)
         counts = order = None
         tokens = [x.transpose(1, 2) for x in (k, v, query)]
@@ -224,6 +238,21 @@ class CompressedLayer(CacheLayerMixin):
             order = torch.argsort((~new).int(), dim=1, stable=True).to(k.device)
             tokens = [_take(x, order) for x in tokens]
         return self._make_room(k), tokens, counts, order
+
+    def _require_whole(self) -> None:
+        """Raises RuntimeError if an interrupted forward pass has left some layers, or a part of this one, behind."""
+        if self.cache is not None and not self.is_captured and max(self.cache.lengths) > self.seen:
+            raise RuntimeError(f"{_INTERRUPTED}: empty the cache by `cache.reset()`")
+        layers = [layer for layer in self.peers or () if isinstance(layer, CompressedLayer)]
+        if not layers or layers[0] is not self:
+            return
+        found = sorted({layer.seen for layer in layers})
+        if len(found) > 1:
+            crops = found[0] > 0 and len(layers) == len(self.peers or ())
+            keep = f"`for layer in cache.layers: layer.crop({found[0]})` keeps the first tokens, " if crops else ""
+            raise RuntimeError(
+                f"{_INTERRUPTED}, {found[0]} to {found[-1]} tokens in its layers: {keep}`cache.reset()` empties it"
+            )
 
     def _require_consistent(self, real: torch.Tensor | None) -> None:
         """Raises ValueError if a mask hides other tokens than the masks of earlier chunks."""
@@ -240,6 +269,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def _make_room(self, k: torch.Tensor) -> TorchCache:
         count, how = k.shape[2], self.compression
+        if self.seen == 0 and self.cache is not None and self.cache.rows != k.shape[0]:
+            self.cache = None  # emptied, and now for another batch
         if self.cache is None:
             spec = how.spec(k.shape[1], k.shape[3], count)
             given = {} if self.statistics is None else {"statistics": tuple(map(jnp.asarray, self.statistics))}
@@ -251,6 +282,16 @@ class CompressedLayer(CacheLayerMixin):
             more = max(needed, spec.max_tokens + spec.max_tokens // 4) - spec.max_tokens
             self.cache.reserve(spec.max_tokens + -(-more // spec.page_size) * spec.page_size)
         return self.cache
+
+    @property
+    def attends_exactly(self) -> bool:
+        """Whether the next tokens are a prompt that attends to its keys and values before compression."""
+        return self.seen == 0 and self.compression.exact_prompt
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache: pages, windows, statistics, rotations and counters."""
+        return 0 if self.cache is None else self.cache.nbytes
 
     def get_seq_length(self, cache_position: Any = None) -> int:
         """Number of tokens so far, padding included."""
@@ -324,8 +365,13 @@ class CompressedLayer(CacheLayerMixin):
 
 
 def layer_bytes(layer: Any) -> int:
-    """Bytes of all tensors of a layer of transformers, tensors in its dicts included."""
-    return sum(x.nbytes for x in jax.tree.leaves(vars(layer)) if isinstance(x, torch.Tensor))
+    """Bytes of all tensors of a layer, tensors in its dicts included."""
+    return layer.nbytes if isinstance(layer, CompressedLayer) else tensor_bytes(vars(layer))
+
+
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of all tensors of a pytree."""
+    return sum(x.nbytes for x in jax.tree.leaves(tree) if isinstance(x, torch.Tensor))
 
 
 def _take(tokens: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

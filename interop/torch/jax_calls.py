@@ -19,6 +19,10 @@ from tq_jax.statistics import KeyStatistics, fix_statistics, observe_queries
 LARGEST_BATCH = 2048
 """Tokens per encoding call; bounds the float32 copies of a long prompt."""
 
+BLOCK = 32
+"""Tokens that are encoded at once. XLA orders the sums of a product by its shape: the last bit of a rotated vector, and
+now and then a code, would depend on how many tokens come together. In blocks of one shape it does not."""
+
 
 def encode_tokens(
     key_quantizer: tq.Quantizer,
@@ -26,7 +30,7 @@ def encode_tokens(
     keys: Float[torch.Tensor, "n h_kv d"],
     values: Float[torch.Tensor, "n h_kv d"],
 ) -> tuple[tq.Code, tq.Code]:
-    """Codes of tokens.
+    """Codes of tokens: the same bytes however many tokens come together.
 
     Args:
         key_quantizer: Quantizer of keys, whose leaves are JAX arrays on the tokens' device.
@@ -38,7 +42,7 @@ def encode_tokens(
         Codes of keys and of values, tensors with batch axes [n, h_kv].
     """
     count = keys.shape[0]
-    padded = 1 << (count - 1).bit_length()  # few sizes, so that few functions are compiled
+    padded = max(BLOCK, 1 << (count - 1).bit_length())  # few sizes, so that few functions are compiled
     keys, values = (_padded(x, padded) for x in (keys, values))
     codes = to_torch(_encode(key_quantizer, value_quantizer, to_jax(keys), to_jax(values)))
     return jax.tree.map(lambda x: x[:count], codes)
@@ -118,10 +122,14 @@ def _padded(tokens: torch.Tensor, count: int) -> torch.Tensor:
 
 @jax.jit
 def _encode(key_quantizer: tq.Quantizer, value_quantizer: tq.Quantizer, keys: jax.Array, values: jax.Array):
-    return (
-        encode_rotated(key_quantizer, to_rotated(key_quantizer, keys)),
-        encode_rotated(value_quantizer, to_rotated(value_quantizer, values)),
-    )
+    def encode_block(block: tuple[jax.Array, jax.Array]):
+        return (
+            encode_rotated(key_quantizer, to_rotated(key_quantizer, block[0])),
+            encode_rotated(value_quantizer, to_rotated(value_quantizer, block[1])),
+        )
+
+    blocks = tuple(x.reshape(-1, BLOCK, *x.shape[1:]) for x in (keys, values))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(encode_block, blocks))
 
 
 @functools.partial(jax.jit, static_argnames=("center", "smooth"))

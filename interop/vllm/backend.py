@@ -41,6 +41,16 @@ class TurboQuantBackend(AttentionBackend):
     supported_dtypes: ClassVar = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar = ["auto"]
 
+    def __init_subclass__(cls, *, of_this_package: bool = False, **options: Any) -> None:
+        """Refuses backends that vLLM derives for layers with other attention, before any weight is loaded."""
+        super().__init_subclass__(**options)
+        if not of_this_package:
+            model = get_current_vllm_config().model_config
+            raise NotImplementedError(
+                f"layers with attention that is not plainly causal ({cls.__name__}) are not compressed, got "
+                f"{model.architectures if model else 'a model'}: serve it without --attention-backend CUSTOM"
+            )
+
     @staticmethod
     def get_name() -> str:
         """Name of the backend's member of `AttentionBackendEnum`."""
@@ -106,7 +116,7 @@ class TurboQuantBackend(AttentionBackend):
 def for_options(options: Options) -> type[TurboQuantBackend]:
     """The backend of layers compressed by given options; equal options give the same class."""
 
-    class TurboQuantLayers(TurboQuantBackend):
+    class TurboQuantLayers(TurboQuantBackend, of_this_package=True):
         @classmethod
         def customize_spec(cls, spec: Any) -> Any:
             """Sets the true bytes per token; the type stays the model's, because vLLM zeroes blocks of mixed types."""
@@ -298,7 +308,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
     @functools.cached_property
     def _sink_logits(self) -> torch.Tensor | None:
         """The sink logits as kernels take them; read once weights are loaded."""
-        return None if self.sinks is None else self.sinks.float()
+        return None if self.sinks is None else self.sinks.detach().float()
 
     def _reserve(self, block: int | None, like: torch.Tensor) -> None:
         """Takes the memory of the hot pool, for blocks of so many tokens, if there is a window."""

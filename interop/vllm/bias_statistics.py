@@ -77,7 +77,8 @@ def bias_statistics(
     states[-1] = 0  # projects to the bias itself
     sizes = [heads * projection.head_size for heads in (projection.num_heads, projection.num_kv_heads)]
     with torch.no_grad():
-        out, apart = projection(states.to(device, projection.params_dtype))
+        given = projection(states.to(device, projection.params_dtype))
+        out, apart = given if isinstance(given, tuple) else (given, None)  # vLLM's models of transformers return one
         query, key = (out if apart is None else out + apart).split([*sizes, out.shape[-1] - sum(sizes)], dim=-1)[:2]
         if not bool(key[-1].any()):
             return None

@@ -30,6 +30,9 @@ class TurboQuantCpuPlatform(_Base):
         drafts = vllm_config.speculative_config is not None and vllm_config.compilation_config.static_forward_context
         if given and not drafts and AttentionBackendEnum.CUSTOM not in chosen:
             raise ValueError(f"expected --attention-backend CUSTOM with {SECTION} options, got {attention.backend}")
+        model = vllm_config.model_config
+        if given and model is not None and model.is_attention_free:
+            raise ValueError(f"expected a model with attention with {SECTION} options, got {model.architectures}")
 
     @classmethod
     def get_attn_backend_cls(

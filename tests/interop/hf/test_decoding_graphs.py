@@ -128,7 +128,8 @@ def test_what_is_refused(captures, model, ids, monkeypatch):
     with pytest.warns(UserWarning, match="compresses 1 of 2 layers"):
         cache = compressed(sliding)
     refused = pytest.raises(
-        NotImplementedError, match="need a cache whose every layer is compressed, got TurboQuantCache"
+        NotImplementedError,
+        match="need a cache whose every layer is compressed and has no other state, got TurboQuantCache",
     )
     with refused, decoding_graphs(sliding, cache):
         pass

@@ -54,13 +54,14 @@ def test_arguments_that_mean_something_are_refused(make_impl, given):
         make_impl(**given)
 
 
-def test_windows_caps_and_sinks_are_honoured(make_impl):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_windows_caps_and_sinks_are_honoured(make_impl, dtype):
     """One sequence of 70 tokens in three blocks, the last 8 of which are queries: as our own cache attends."""
     from interop.vllm.metadata import TurboQuantMetadata
 
     random = torch.Generator().manual_seed(0)
-    sinks = torch.randn(4, generator=random)
-    impl = make_impl(sliding_window=40, logits_soft_cap=2.0, sinks=sinks.bfloat16(), something_new=None)
+    sinks = torch.nn.Parameter(torch.randn(4, generator=random).to(dtype))  # of gpt-oss: a parameter with a gradient
+    impl = make_impl(sliding_window=40, logits_soft_cap=2.0, sinks=sinks, something_new=None)
     impl.layer_index = 0
     memory = torch.zeros(5, 2, PAGE, 36, dtype=torch.uint8)
     k, v = torch.randn(2, 70, 2, D, generator=random)
@@ -80,10 +81,31 @@ def test_windows_caps_and_sinks_are_honoured(make_impl):
     )
     cache = TorchCache(spec, 1)
     cache.append(k[None], v[None])
-    given = dict(sliding_window=40, softcap=2.0, sink_logits=sinks.bfloat16().float())
+    given = dict(sliding_window=40, softcap=2.0, sink_logits=sinks.detach().float())
     torch.testing.assert_close(output, cache.attend(query[None], **given)[0], rtol=0, atol=1e-6)
     with pytest.raises(NotImplementedError, match="outputs are not quantized"):
         impl.forward(None, query, k, v, memory, metadata, output, output_scale=torch.ones(1))
+
+
+def test_backends_derived_for_other_attention_are_refused(config):
+    """Chunked attention of Llama 4, prefixes that see all of themselves, fast prefill: by builders of their own."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.attention.chunked_local_attention import create_chunked_local_attention_backend
+    from vllm.model_executor.layers.attention.encoder_only_attention import create_encoder_only_attention_backend
+    from vllm.v1.attention.backends.utils import create_fast_prefill_custom_backend
+
+    from interop.vllm.backend import TurboQuantBackend, for_options
+    from interop.vllm.options import Options
+
+    of_a_layer = for_options(Options())
+    with set_current_vllm_config(config):
+        for derive in (
+            lambda: create_chunked_local_attention_backend(TurboQuantBackend, 64),
+            lambda: create_encoder_only_attention_backend(TurboQuantBackend),
+            lambda: create_fast_prefill_custom_backend("FastPrefill", of_a_layer),
+        ):
+            with pytest.raises(NotImplementedError, match="not plainly causal .* are not compressed, got .*: serve it"):
+                derive()
 
 
 def test_memory_is_shared_by_layers_of_one_shape_only(make_impl):
@@ -137,6 +159,18 @@ def test_options_are_checked_at_once():
         VllmConfig(attention_config=AttentionConfig(backend="CUSTOM"), additional_config={"tq_jax": {"bits": 4}})
     with pytest.raises(ValueError, match="expected --attention-backend CUSTOM with tq_jax options, got None"):
         VllmConfig(additional_config=OURS)
+
+
+def test_options_that_no_layer_reads_are_refused(tmp_path):
+    from transformers import MambaConfig
+    from vllm.config import AttentionConfig, ModelConfig, VllmConfig
+
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, architectures=["MambaForCausalLM"])
+    config.save_pretrained(tmp_path)
+    model = ModelConfig(str(tmp_path), skip_tokenizer_init=True)
+    given = dict(model_config=model, attention_config=AttentionConfig(backend="CUSTOM"))
+    with pytest.raises(ValueError, match=r"a model with attention with tq_jax options, got \['MambaForCausalLM'\]"):
+        VllmConfig(**given, additional_config=OURS)
 
 
 def test_bytes_of_a_token():

@@ -1,0 +1,84 @@
+"""Which models of transformers can have a `TurboQuantCache`, known from their configuration, before weights are loaded.
+
+A model can have one if its attention goes through transformers' AttentionInterface and its cache holds keys and values.
+"""
+
+from typing import Any
+
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
+
+ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention")
+"""Entries of `layer_types` whose layers hold nothing but keys and values."""
+
+
+def require_supported(config: PretrainedConfig, *, version: tuple[int, ...]) -> str:
+    """Refuses models whose layers cannot be compressed.
+
+    Args:
+        config: Configuration of the model.
+        version: Major and minor version of transformers.
+
+    Returns:
+        Name of the model's class, for messages.
+
+    Raises:
+        NotImplementedError: For attention outside AttentionInterface, latents in place of keys and values, layers that
+            share keys and values, and hybrids before transformers 5.
+    """
+    text = config.get_text_config(decoder=True)
+    decoder = _decoder(text)
+    name = _name(config, decoder if text is config else None)
+    if decoder is not None and not decoder._can_set_attn_implementation():
+        raise NotImplementedError(
+            f"expected a model whose attention goes through transformers' AttentionInterface, got {name} with "
+            f"{decoder.__name__}: use DynamicCache"
+        )
+    if rank := getattr(text, "kv_lora_rank", None):
+        raise NotImplementedError(
+            f"multi-head latent attention keeps latents and no keys and values, got {name} with kv_lora_rank={rank}: "
+            "use DynamicCache"
+        )
+    if shared := getattr(text, "num_kv_shared_layers", 0):
+        raise NotImplementedError(
+            f"layers that share keys and values are not compressed, got {name} with num_kv_shared_layers={shared}: "
+            "use DynamicCache"
+        )
+    others = _other_states(text)
+    if others and version < (5, 0):
+        raise NotImplementedError(
+            f"layers of {others} are told from attention by transformers 5, got {name} in transformers "
+            f"{transformers.__version__}: pip install 'transformers>=5'"
+        )
+    return name
+
+
+def cross_attention_layers(text: PretrainedConfig) -> frozenset[int]:
+    """Layers that attend to an image or a sound: their keys are not those of the text's tokens."""
+    return frozenset(getattr(text, "cross_attention_layers", None) or ())
+
+
+def _name(config: PretrainedConfig, model: Any) -> str:
+    """The model's class as its configuration names it, or else that of transformers, or else the configuration's."""
+    named = getattr(config, "architectures", None)
+    return named[0] if named else (type(config) if model is None else model).__name__
+
+
+def _decoder(text: PretrainedConfig) -> Any:
+    """Class of the text model; None if transformers has none for this configuration, as with code from elsewhere."""
+    for auto in (AutoModelForCausalLM, AutoModel):
+        try:
+            found = auto._model_mapping[type(text)]  # pyright: ignore[reportAttributeAccessIssue]
+        except KeyError:
+            continue
+        return found[0] if isinstance(found, tuple) else found
+    return None
+
+
+def _other_states(text: PretrainedConfig) -> list[str]:
+    """Kinds of layers that hold other states than keys and values, by their names in the configuration."""
+    kinds = getattr(text, "layer_types", None)
+    if not kinds and any(name.startswith("mamba_") for name in vars(text)):
+        return ["mamba"]
+    kinds = kinds or getattr(text, "layers_block_type", None) or ()
+    return sorted(set(kinds) - set(ATTENTION_TYPES))
