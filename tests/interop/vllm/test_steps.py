@@ -121,7 +121,8 @@ class Layer:
         total = starts[-1] + more * counts[0]
         query = torch.randn(total, HEADS, D, generator=self.random)
         key, value = torch.randn(2, total, KV_HEADS, D, generator=self.random)
-        decoded = self.decoded(key, value)
+        real = sum(counts)  # what is written; a batch of another size rounds some scales in another way
+        decoded = self.decoded(key[:real], value[:real])
         slots, lengths = torch.full((total,), -1), [0] * (len(counts) + more)
         table = torch.zeros(len(counts) + more, WIDTH, dtype=torch.int32)
         want = torch.full((total, HEADS, D), torch.nan)
