@@ -27,6 +27,7 @@ from tq_jax import attention_reference
 from tq_jax.attention_checks import checked, visible_tokens
 from tq_jax.cache import Cache
 from tq_jax.cache_spec import CacheSpec
+from tq_jax.gradients import forward_only, without_derivative
 from tq_jax.paged import finish
 from tq_jax.quantizer import Quantizer, sketch_gain
 from tq_jax.rotation import mixing_factors
@@ -83,7 +84,8 @@ def attend(
     Raises:
         ValueError: For shapes or options that do not fit, such as a sliding window that reaches back to tokens that the
             cache no longer holds; and, outside jit, for lengths or rows out of range.
-        NotImplementedError: For an implementation that does not exist or does not support the case.
+        NotImplementedError: For an implementation that does not exist or does not support the case; and for a gradient
+            through the output, which only has derivatives along a direction (`jax.jvp`), and on a GPU none.
 
     Example:
         >>> import tq_jax as tq
@@ -227,6 +229,8 @@ def _attend(
     chosen: Chosen,
 ) -> Array:
     """Kernels attend over cache and chunk at once if the chunk is short; otherwise the parts are merged."""
+    if chosen == "triton":
+        query, chunk, sink_logits = without_derivative((query, chunk, sink_logits), "attend")
     count = (query if chunk is None else chunk[0]).shape[1]
     if chosen == "triton" and only is None and (chunk is None or count <= MAX_QUERY_TOKENS):
         return _attend_by_kernels(query, cache, lengths, chunk, plan, rows=rows, sink_logits=sink_logits)
@@ -242,7 +246,7 @@ def _attend(
         exists = only[:, None] < counts
     out = finish(partial, sink_logits, jnp.broadcast_to(exists, query.shape[:2]))
     overflow = cache.overflow if rows is None else cache.overflow[rows]
-    return jnp.where(overflow[:, None, None, None], jnp.nan, out).astype(query.dtype)
+    return forward_only(jnp.where(overflow[:, None, None, None], jnp.nan, out).astype(query.dtype), "attend")
 
 
 def _attend_by_kernels(

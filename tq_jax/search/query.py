@@ -12,6 +12,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.packing import unpack
+from tq_jax.gradients import forward_only
 from tq_jax.plain import whole
 from tq_jax.quantizer import is_traced, sketch_gain
 from tq_jax.search.basis import power_of_two_over
@@ -56,6 +57,7 @@ def search(
     Raises:
         ValueError: If queries are not [q, spec.dim] floats or, outside jit, not finite; or if k or tile is no integer
             or below 1. Under jit a query that is not finite gets ids of -1.
+        NotImplementedError: For a gradient through the scores, which only have derivatives along a direction.
 
     Example:
         >>> from tq_jax import search as nearest
@@ -121,7 +123,7 @@ def _search_batch(index: Index, queries: Array, k: int, precision: Precision, ti
     )
     scores, ids = lax.fori_loop(0, (index.count + tile - 1) // tile, consider, tuple(none))
     found = jnp.isfinite(scores)
-    return jnp.where(found, finish(scores), -jnp.inf), jnp.where(found, ids, -1)
+    return forward_only(jnp.where(found, finish(scores), -jnp.inf), "search"), jnp.where(found, ids, -1)
 
 
 class _Terms(NamedTuple):
