@@ -5,10 +5,12 @@ Importing this module needs neither torch nor transformers, so that `tq-jax` can
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from tq_jax.commands.inputs import read_text
@@ -21,11 +23,21 @@ if TYPE_CHECKING:
 
 DEFAULT_BITS = "4/4,3/3"
 
+QUESTION = "Describe in detail what you see."
+"""The question about images and videos if there is no prompt."""
+
 
 def hf(
+    context_of_call: typer.Context,
     model: Annotated[Path, typer.Argument(help="Directory of a Hugging Face model.", exists=True, file_okay=False)],
-    prompt: Annotated[str | None, typer.Option(help="What to continue; by default, the beginning of the text.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to continue, or the question about what is shown; by default, the text.")
+    ] = None,
     text: TextFile = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="An image to ask about.", exists=True, dir_okay=False)
+    ] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="A video to ask about.", exists=True, dir_okay=False)] = None,
     bits: Annotated[str, typer.Option(help="Key/value bits of each compressed cache, comma-separated.")] = DEFAULT_BITS,
     context: Annotated[int, typer.Option(help="Tokens of the text before the predictions compared.", min=1)] = 512,
     positions: Annotated[int, typer.Option(help="Number of predictions compared.", min=1)] = 128,
@@ -37,42 +49,60 @@ def hf(
     """Compare a Hugging Face model's usual cache with compressed ones: text, KL, bytes, time.
 
     Runs the model in transformers with DynamicCache and its own attention, then with TurboQuantCache, on the same text
-    and prompt. Exits 0 only if every compressed cache is smaller than the usual one and every divergence is a number.
+    and prompt; with --image or --video, on a question about them, and compares the predictions along the usual cache's
+    answer. Exits 0 only if every compressed cache is smaller than the usual one and every divergence is a number.
     """
     widths = parse_bits(bits)
+    shown: list[Any] = [("image", path) for path in image or ()] + [("video", path) for path in video or ()]
+    if shown:
+        require_unset(context_of_call, "text", "context", "positions", "graphs")
     content = read_text(text) if text else persuasion()
     with refusing("torch,hf"):
-        from interop.hf import measure
+        from interop.hf import measure, measure_vision
     console = open_console(json)
-    job = measure.load_task(
-        model,
-        content,
-        prompt,
-        context=context,
-        positions=positions,
-        new_tokens=new_tokens,
-        device=device,
-        graphs=graphs,
-    )
-    measure.require_supported(job, widths)
-    reference, rows = None, []
-    with progress_bar(console) as progress:
-        task = progress.add_task("", total=len(widths) + 1)
-        for pair in (None, *widths):
-            progress.update(task, description="baseline" if pair is None else f"K{pair[0]:g}/V{pair[1]:g}")
-            reference, row = measure.measure(job, pair, reference)
-            rows.append(row)
-            progress.advance(task)
+    if shown:
+        job = measure_vision.load_task(model, shown, prompt or QUESTION, new_tokens=new_tokens, device=device)
+        measured = measure_vision.measure
+    else:
+        job = measure.load_task(
+            model, content, prompt,
+            context=context, positions=positions, new_tokens=new_tokens, device=device, graphs=graphs,
+        )  # fmt: skip
+        measure.require_supported(job, widths)
+        measured = measure.measure
+    rows = _measure_all(measured, job, widths, console)
     holds = all(row.nbytes < rows[0].nbytes and math.isfinite(row.kl_mean) for row in rows[1:])
     dtype = str(job.network.dtype).removeprefix("torch.")
     console.print(make_table(rows, f"{dtype} with {job.attention}"))
     for row in rows:
         console.print(f"[bold]{row.cache:>8}[/bold]  {row.text!r}")
     payload: dict[str, Any] = {"model": str(model), "dtype": dtype, "attention": job.attention}
-    payload |= {"graphs": graphs, "positions": job.ids.shape[1] - context, "holds": holds}
+    payload |= {"graphs": graphs, "positions": job.positions, "holds": holds}
+    payload |= {"shown": [{kind: str(path)} for kind, path in shown]}
     payload |= {"rows": [dataclasses.asdict(row) for row in rows], "environment": environment()}
     write_json(payload | {"peers": measure.versions()}, json)
     raise typer.Exit(0 if holds else 1)
+
+
+def _measure_all(measured: Any, job: Any, widths: Sequence[Any], console: Console) -> list["Row"]:
+    """The measurements of the usual cache and of every compressed one."""
+    reference, rows = None, []
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=len(widths) + 1)
+        for pair in (None, *widths):
+            progress.update(task, description="baseline" if pair is None else f"K{pair[0]:g}/V{pair[1]:g}")
+            reference, row = measured(job, pair, reference)
+            rows.append(row)
+            progress.advance(task)
+    return rows
+
+
+def require_unset(call: typer.Context, *names: str) -> None:
+    """Raises typer.BadParameter for options that have no meaning beside --image and --video."""
+    for name in names:
+        source = call.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"expected no --{name} with --image or --video, which are asked about alone")
 
 
 def make_table(rows: list["Row"], baseline: str) -> Table:

@@ -79,6 +79,11 @@ class Task:
     attention: str
     graphs: bool
 
+    @property
+    def positions(self) -> int:
+        """Number of predictions compared."""
+        return self.ids.shape[1] - self.context
+
 
 def load_task(
     model: Path,
@@ -175,7 +180,7 @@ def measure(task: Task, widths: tuple[float, ...] | None, reference: Any = None)
     with refusing("torch,hf"), steps(task, new):
         answer, seconds = generate(network, task.asked, new, task.new_tokens)
     row = Row(
-        cache="baseline" if widths is None else f"K{widths[0]:g}/V{widths[1]:g}",
+        cache=label(widths),
         key_bits=None if widths is None else widths[0],
         value_bits=None if widths is None else widths[1],
         layers=len(cache.compressed_layers) if isinstance(cache, TurboQuantCache) else 0,
@@ -202,6 +207,11 @@ def make_cache(network: PreTrainedModel, widths: tuple[float, ...] | None) -> Dy
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the table says how many layers are compressed
         return TurboQuantCache(network.config, key_bits=widths[0], value_bits=widths[1])
+
+
+def label(widths: tuple[float, ...] | None) -> str:
+    """Name of a cache of these bits of keys and values; None is the baseline."""
+    return "baseline" if widths is None else f"K{widths[0]:g}/V{widths[1]:g}"
 
 
 def cache_bytes(cache: DynamicCache | TurboQuantCache) -> int:

@@ -122,3 +122,67 @@ def test_a_model_without_sdpa(folder, tmp_path):
     figures = json.loads(target.read_text())
     assert f"float32 with {figures['attention']} against" in result.output
     assert figures["rows"][1]["layers"] == 1 and figures["rows"][1]["kl_mean"] < 0.1
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """A tiny random Llava with its processor, and an image."""
+    from PIL import Image
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("seeing")
+    words = {word: i for i, word in enumerate(["<unk>", "<image>", *(f"w{i}" for i in range(98))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    size = dict(size={"shortest_edge": 280}, crop_size={"height": 280, "width": 280})
+    transformers.LlavaProcessor(
+        transformers.CLIPImageProcessorPil(**size),
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=["<image>"]
+        ),
+        patch_size=14, num_additional_image_tokens=1, vision_feature_select_strategy="default",
+        chat_template="{% for c in messages[0].content %}{{ c.text or ' <image> ' }}{% endfor %}",
+    ).save_pretrained(path)  # fmt: skip
+    torch.manual_seed(0)
+    text = dict(model_type="llama", vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2)
+    text |= dict(num_attention_heads=2, num_key_value_heads=1, head_dim=64, initializer_range=0.08)
+    vision = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+    vision |= dict(num_attention_heads=2, image_size=280, patch_size=14)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=1)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(path)
+    Image.effect_noise((300, 290), 80).convert("RGB").save(path / "noise.png")
+    return path
+
+
+def test_an_image(seeing, tmp_path):
+    """Two images of 400 tokens each, far longer than the window."""
+    app, target = typer.Typer(), tmp_path / "figures.json"
+    app.command()(hf)
+    shown = ["--image", str(seeing / "noise.png")]
+    options = [*shown, *shown, "--bits", "8/8,2/2", "--new-tokens", "9", "--prompt", "w1 w2", "--json", str(target)]
+    result = CliRunner().invoke(app, [str(seeing), *options])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(target.read_text())
+    baseline, eight, two = figures["rows"]
+    assert figures["positions"] == 9 and figures["shown"] == [{"image": str(seeing / "noise.png")}] * 2
+    assert baseline["nbytes"] == 2 * 2 * 64 * 4 * (802 + 8) > 1.9 * eight["nbytes"] > 2 * two["nbytes"]
+    assert baseline["kl_mean"] == 0 and eight["text"] == baseline["text"] and len(baseline["text"].split()) == 9
+    assert 0 < 10 * eight["kl_mean"] < two["kl_mean"] and two["layers"] == 2 and baseline["ms_per_token"] > 0
+
+
+def test_misuse_of_images(seeing, folder, tmp_path):
+    app = typer.Typer()
+    app.command()(hf)
+    (tmp_path / "no.png").write_text("no image")
+    image = ["--image", str(seeing / "noise.png")]
+    cases = [
+        ("expected no --context with --image or --video", [str(seeing), *image, "--context", "5"]),
+        ("expected no --graphs with --image or --video", [str(seeing), *image, "--graphs"]),
+        ("no.png", [str(seeing), "--image", str(tmp_path / "no.png")]),
+        ("does not exist", [str(seeing), "--video", str(tmp_path / "none.mp4")]),
+        ("", [str(folder), *image]),
+    ]
+    for message, options in cases:
+        result = CliRunner().invoke(app, options, env={"COLUMNS": "2000"})
+        assert result.exit_code == 2, result.output
+        assert message in " ".join(result.output.replace("│", " ").split())
