@@ -146,6 +146,7 @@ OPERATIONS = {
     "sqrt.rn.f32": lambda a: bits_of(np.sqrt(f32(a))),
     "sqrt.approx.f32": lambda a: bits_of(np.sqrt(f32(a))),
     "rcp.approx.f32": lambda a: bits_of(1 / f32(a)),
+    "rcp.approx.ftz.f32": lambda a: bits_of(1 / f32(a)),
     "min.f32": lambda a, b: bits_of(np.fmin(f32(a), f32(b))),
     "max.f32": lambda a, b: bits_of(np.fmax(f32(a), f32(b))),
     "add.rm.f32": sum_rounded_down,

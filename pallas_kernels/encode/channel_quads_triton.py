@@ -72,6 +72,11 @@ def scaled(parts: Sequence[ChannelQuad], factor: jax.Array) -> list[ChannelQuad]
     return [[y * factor[:, None] for y in quad] for quad in parts]
 
 
+def in_rows(parts: Sequence[ChannelQuad], rows: int) -> list[ChannelQuad]:
+    """Tiles [1, n] repeated in every row of tiles [rows, n]; tiles [rows, n] as they are."""
+    return [[jnp.broadcast_to(y, (rows, y.shape[1])) for y in part] for part in parts]
+
+
 def packed(codes: Sequence[jax.Array], bits: int) -> list[tuple[int, jax.Array]]:
     """Packs the codes of all quads of a tile of vectors.
 

@@ -12,7 +12,7 @@ class EncodeConfig:
     """How the encode kernel cuts its work; static, without influence on the result.
 
     Attributes:
-        tile: Tokens per program.
+        tile: Tokens per program. Programs of one token take encoders for which `takes_one_token` holds.
         num_warps: Warps per program.
         chunk: Channels of a rotation that one matrix product contracts.
     """
@@ -22,7 +22,8 @@ class EncodeConfig:
     chunk: int = 32
 
     def __post_init__(self) -> None:
-        for name, allowed in (("tile", (16, 32, 64, 128)), ("num_warps", (1, 2, 4, 8)), ("chunk", (16, 32, 64, 128))):
+        sizes = (16, 32, 64, 128)
+        for name, allowed in (("tile", (1, *sizes)), ("num_warps", (1, 2, 4, 8)), ("chunk", sizes)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"expected {name} in {allowed}, got {name}={getattr(self, name)}")
 
@@ -31,8 +32,20 @@ TileConfig = EncodeConfig
 """The public name of EncodeConfig."""
 
 
-def default_config(tokens: int, encoder: Encoder) -> EncodeConfig:
+FEW_TOKENS = 256
+"""Most tokens that have a program each: for more, programs of several tokens take less time."""
+
+
+def takes_one_token(encoder: Encoder) -> bool:
+    """Whether a program of one token can encode: channel quads hold its vector, and no sketch multiplies it."""
+    residual = isinstance(encoder.format, CodebookFormat) and encoder.format.residual
+    return encoder.hadamard and channel_quads.tile_width(encoder) > 0 and not residual
+
+
+def default_config(tokens: int, encoder: Encoder, *, single: bool = False) -> EncodeConfig:
     """The configuration for a number of tokens.
+
+    Few tokens are bound by the latency of a program, which is least for one token.
 
     If the rotation is sums and differences, a warp takes 16 tokens, and two warps fill a memory sector with one byte
     per token. Other rotations hold planes of whole vectors: the fewer tokens per warp, the fewer registers.
@@ -40,7 +53,10 @@ def default_config(tokens: int, encoder: Encoder) -> EncodeConfig:
     Args:
         tokens: Tokens of one row; of all rows together if rows are shorter than a tile.
         encoder: How they are encoded.
+        single: Whether few tokens may have a program each.
     """
+    if single and tokens <= FEW_TOKENS:
+        return EncodeConfig(tile=1, num_warps=1)
     fmt = encoder.format
     tile = 16 if tokens <= 16 else 32
     if encoder.hadamard and channel_quads.tile_width(encoder):

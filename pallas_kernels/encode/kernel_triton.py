@@ -13,7 +13,7 @@ of two, [tile, n] a tile of a channel quad (n is `EncodePlan.width`).
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.encode import channel_quads_triton as channel_quads
 from pallas_kernels.encode import codes_by_comparison_triton as by_comparison
@@ -39,8 +38,16 @@ from pallas_kernels.encode.loads_triton import (
     store_scalar,
 )
 from pallas_kernels.encode.plan import EncodeInputs, EncodePlan
-from pallas_kernels.encode.reference import COARSE, FINE, LEAST_GROUP_SCALE, OWN_STEP, scale_of
-from pallas_kernels.encode.rotate_triton import hadamard_tiles, rotated, row_scale, times_columns, vectors
+from pallas_kernels.encode.reference import LEAST_GROUP_SCALE, scale_of
+from pallas_kernels.encode.rotate_triton import (
+    hadamard_tiles,
+    hadamard_vector,
+    rotated,
+    row_scale,
+    times_columns,
+    vectors,
+)
+from pallas_kernels.encode.search_triton import best_inverse_multiple, rows_of_search
 from pallas_kernels.encode.sketch_triton import store_residual
 from pallas_kernels.format import Codebook, CodebookFormat, GroupFormat
 from pallas_kernels.numerics import HALF_ANCHOR_BITS, UNSIGNED_ANCHOR, UNSIGNED_ANCHOR_BITS
@@ -73,6 +80,9 @@ def _encode_tile(
     at = find_place(x, pool, plan, head, block, row)
     if isinstance(plan.fmt, GroupFormat):
         _encode_groups(x, pool, at, plan.fmt, plan)
+    elif plan.tile == 1:
+        # Programs of tokens without a slot end at once.
+        pl.when(jnp.sum(at.valid.astype(jnp.int32)) > 0)(functools.partial(_encode_quads, x, pool, at, plan))
     elif plan.width:
         _encode_quads(x, pool, at, plan)
     else:
@@ -129,7 +139,7 @@ def _quantize(
             _, level = _nearest(magnitude * inverse[:, None], book, plan)
             return jnp.sum(magnitude * level, axis=1), jnp.sum(level * level, axis=1)
 
-        near = magnitude * _best_inverse_multiple(x, sums, plan)[:, None]
+        near = magnitude * best_inverse_multiple(x, sums, plan)[:, None]
     bits, level = _nearest(near, book, plan)  # [tile, dim]
     along, squared = jnp.sum(magnitude * level, axis=1), jnp.sum(level * level, axis=1)  # [tile]
     negative = steps < 0
@@ -175,7 +185,7 @@ def _rotated_quads(
 ) -> tuple[list[ChannelQuad], jax.Array, jax.Array | None]:
     """Rotated vectors over their factors, the factors [tile], and the norms [tile] of the vectors where known."""
     if plan.hadamard:
-        tiles, factor, norm = hadamard_tiles(x, at, plan)
+        tiles, factor, norm = hadamard_vector(x, at, plan) if plan.tile == 1 else hadamard_tiles(x, at, plan)
         return channel_quads.quads(tiles), factor, norm
     rows, factor = vectors(x, at, plan)
     width = plan.width
@@ -216,10 +226,12 @@ def _codes_by_table(
     parts = channel_quads.scaled(parts, small)
     magnitudes = [by_table.cut(quad, book) for quad in parts]
 
-    def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return by_table.sums(parts, magnitudes, inverse, words, book)
+    searched = [channel_quads.in_rows(x, rows_of_search(plan)) for x in (parts, magnitudes)]
 
-    codes, along, squared = by_table.codes(parts, _best_inverse_multiple(x, sums, plan), words, book)
+    def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return by_table.sums(*searched, inverse, words, book)
+
+    codes, along, squared = by_table.codes(parts, best_inverse_multiple(x, sums, plan), words, book)
     return parts, codes, along * (1 / SMALL), squared
 
 
@@ -230,10 +242,12 @@ def _codes_by_comparison(
     if plan.search:
         parts = channel_quads.scaled(parts, unit)
 
-        def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return by_comparison.sums(parts, inverse, book, searching=True, interpret=plan.interpret)
+        searched = channel_quads.in_rows(parts, rows_of_search(plan))
 
-        unit = _best_inverse_multiple(x, sums, plan)
+        def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return by_comparison.sums(searched, inverse, book, searching=True, interpret=plan.interpret)
+
+        unit = best_inverse_multiple(x, sums, plan)
     return parts, *by_comparison.codes(parts, unit, book, searching=plan.search, interpret=plan.interpret)
 
 
@@ -248,39 +262,6 @@ def _scale_of(norm: jax.Array, along: jax.Array, squared: jax.Array, book: Codeb
     divide = functools.partial(perform, "div.rn.f32", interpret=plan.interpret)
     root = functools.partial(perform, "sqrt.rn.f32", interpret=plan.interpret)
     return scale_of(norm, along, squared, book, plan.scale, divide=divide, root=root)
-
-
-def _best_inverse_multiple(
-    x: EncodeInputs, sums: Callable[[jax.Array], tuple[jax.Array, jax.Array]], plan: EncodePlan
-) -> jax.Array:
-    """The best inverse multiple of each vector, [tile]; see `reference.best_inverse_multiple`.
-
-    Args:
-        x: The inputs.
-        sums: From inverse multiples [tile] to <|s|, q> and <q, q>, [tile] each, of magnitudes s and their levels q.
-        plan: The plan.
-    """
-
-    def consider(best: tuple[jax.Array, ...], place: jax.Array) -> tuple[jax.Array, ...]:
-        along, squared = sums(plt.load(x.inverse.at[place]))
-        new = along * along, squared, place
-        # The gain is the quotient of the first two numbers.
-        better = new[0] * best[1] > best[0] * new[1]
-        return tuple(jnp.where(better, a, b) for a, b in zip(new, best, strict=True))
-
-    def coarse(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return consider(best, jnp.full((plan.tile,), i * COARSE[1], jnp.int32))
-
-    def fine(i: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        offset = i - len(FINE) // 2
-        offset = offset + (offset >= 0).astype(jnp.int32)
-        return consider(best, jnp.clip(best_coarse[2] + offset, 0, COARSE[-1]))
-
-    one = jnp.ones((plan.tile,), jnp.float32)
-    start = -one, one, jnp.full((plan.tile,), OWN_STEP, jnp.int32)
-    best_coarse = lax.fori_loop(0, len(COARSE), coarse, start)
-    best = lax.fori_loop(0, len(FINE), fine, best_coarse)
-    return plt.load(x.inverse.at[best[2]])
 
 
 def _nearest(magnitude: jax.Array, book: Codebook, plan: EncodePlan) -> tuple[jax.Array, jax.Array]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import interprets
 from pallas_kernels.encode import channel_quads_triton as channel_quads
 from pallas_kernels.encode.arguments import EncodeArguments
-from pallas_kernels.encode.config import EncodeConfig, default_config
+from pallas_kernels.encode.config import EncodeConfig, default_config, takes_one_token
 from pallas_kernels.encode.encoder import Encoder
 from pallas_kernels.encode.kernel_triton import encode_tiles
 from pallas_kernels.encode.loads_triton import padded_size
@@ -60,7 +60,9 @@ def encode_pages(
     check_supported(pages, arguments.key, arguments.value)
     interpret = interprets() if interpret is None else interpret
     keys, values, slots = arguments.keys, arguments.values, arguments.slots.astype(jnp.int32)
-    options: dict[str, Any] = dict(rows=arguments.rows, config=config, interpret=interpret)
+    # One launch encodes both only if their tiles are equal.
+    single = takes_one_token(arguments.key) and takes_one_token(arguments.value)
+    options: dict[str, Any] = dict(rows=arguments.rows, config=config, single=single, interpret=interpret)
     if keys.size == 0 or not pages.keys.scale.size:
         return pages
     statistics = arguments.mean, arguments.weight
@@ -102,7 +104,8 @@ def encode_pool(
         config: Tile sizes; by default chosen for the number of tokens.
         interpret: Whether to run the kernel as jnp.
     """
-    options: dict[str, Any] = dict(channel_major=channel_major, config=config, interpret=interpret)
+    single = takes_one_token(encoder)
+    options: dict[str, Any] = dict(channel_major=channel_major, config=config, single=single, interpret=interpret)
     whole = _Pool(pool, tuple(array.shape[1:] for array in jax.tree.leaves(pool)), pool.scale.shape[-1])
     return _launch(_task(x, whole, slots, encoder, mean, weight, **options))[0]
 
@@ -137,13 +140,19 @@ def _task(
     channel_major: bool,
     rows: Array | None = None,
     config: EncodeConfig | None,
+    single: bool,
     interpret: bool,
 ) -> _Task:
-    """The task of encoding keys or values; arguments are those of `encode_pool`, and `EncodeArguments.rows`."""
+    """The task of encoding keys or values; arguments as of `encode_pool`, `EncodeArguments.rows`, `default_config`."""
     batch, tokens, _, dim = x.shape
     fmt = encoder.format
     flat = tokens < LEAST_ROW
-    config = config or default_config(batch * tokens if flat else tokens, encoder)
+    config = config or default_config(batch * tokens if flat else tokens, encoder, single=single and flat)
+    if config.tile == 1 and not takes_one_token(encoder):
+        raise NotImplementedError(
+            f"programs of one token (tile=1) encode Hadamard-rotated codes in channel quads without a sketch, "
+            f"got {encoder.format}"
+        )
     plan = EncodePlan(
         fmt=fmt,
         scale=encoder.scale,

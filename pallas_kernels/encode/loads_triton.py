@@ -75,14 +75,29 @@ def load(x: EncodeInputs, at: Place, start: int, width: int, plan: EncodePlan) -
     Returns:
         [tile, width], of the inputs' type if plan.planes is 0, else float32.
     """
-    dim, shape = x.x.shape[3], (plan.tile, width)
     channel = start + lax.broadcasted_iota(jnp.int32, (1, width), 1)
+    return load_channels(x, at, channel, plan, padded=start + width > x.x.shape[3])
+
+
+def load_channels(x: EncodeInputs, at: Place, channel: jax.Array, plan: EncodePlan, *, padded: bool) -> jax.Array:
+    """The given channels, centred and weighted; zero where a channel or a token does not exist.
+
+    Args:
+        x: The inputs.
+        at: Place of each vector.
+        channel: int32 [1, width]; [any, width] if the program has one token.
+        plan: The plan.
+        padded: Whether some channels do not exist.
+
+    Returns:
+        [tile, width], or shaped like the channels; of the inputs' type if plan.planes is 0, else float32.
+    """
+    dim, shape = x.x.shape[3], jnp.broadcast_shapes((plan.tile, 1), channel.shape)
     index = jnp.broadcast_to(at.row[:, None], shape), at.token[:, None], at.head, channel
     mask = jnp.broadcast_to(at.valid[:, None], shape)
-    padded = start + width > dim
     if padded:
         mask = mask & (channel < dim)
-    out = plt.load(x.x.at[tuple(jnp.broadcast_to(i, shape) for i in index)], mask=mask, other=0)  # [tile, width]
+    out = plt.load(x.x.at[tuple(jnp.broadcast_to(i, shape) for i in index)], mask=mask, other=0)
     if not plan.planes:
         return out
     out = out.astype(jnp.float32)
@@ -90,8 +105,8 @@ def load(x: EncodeInputs, at: Place, start: int, width: int, plan: EncodePlan) -
         return out
 
     def statistic(ref: Any) -> jax.Array:
-        """[tile, width], or [1, width] for a common row, of a reference [statistics rows, heads, dim]."""
-        common = (at.row.shape[0], width)
+        """Shaped like the result, or [1, width] for a common row, of a reference [statistics rows, heads, dim]."""
+        common = jnp.broadcast_shapes((at.row.shape[0], 1), channel.shape)
         place = tuple(jnp.broadcast_to(i, common) for i in (at.statistics[:, None], at.head, channel))
         if plan.flat:
             return plt.load(ref.at[place], mask=mask, other=0.0)

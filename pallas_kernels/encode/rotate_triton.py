@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.encode.loads_triton import Place, load, mask_channels, padded_size
+from pallas_kernels.encode.loads_triton import Place, load, load_channels, mask_channels, padded_size
 from pallas_kernels.encode.plan import EncodeInputs, EncodePlan
 from pallas_kernels.numerics import EXPONENT_BIAS, MANTISSA_BITS
 from pallas_kernels.tiles.intrinsics_triton import perform
@@ -156,6 +157,46 @@ def hadamard_tiles(x: EncodeInputs, at: Place, plan: EncodePlan) -> tuple[list[j
     # Products are [tile, WIDTH] each.
     mixed = [product(part, [sign]) for part, sign in zip(parts, signs, strict=True)]
     return _sums_and_differences(mixed), factor, norm
+
+
+def hadamard_vector(x: EncodeInputs, at: Place, plan: EncodePlan) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """Rotates the vector of a program of one token by a Walsh-Hadamard matrix.
+
+    The runs of WIDTH channels are the rows of one product, which is then multiplied by the matrix of the runs.
+
+    Returns:
+        Tiles [1, WIDTH] as of `hadamard_tiles`; the factor [1]; the norm [1] of the vector.
+    """
+    shape, count = (WIDTH, WIDTH), plan.fmt.dim // WIDTH
+    row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2))
+    channel, exists = row * WIDTH + column, row < count
+    [matrix] = x.matrices[0]  # [dim, WIDTH]
+    # The first column of a Walsh-Hadamard matrix is ones, so the first column of `matrix` is the signs of the channels.
+    signs = plt.load(matrix.at[channel, jnp.zeros_like(channel)], mask=exists, other=0).astype(jnp.float32)
+    own = plt.load(matrix.at[row, jnp.zeros_like(row)]).astype(jnp.float32)
+    walsh = matrix[:WIDTH, :].astype(jnp.float32) * own
+    y = load_channels(x, at, channel, plan, padded=True).astype(jnp.float32) * signs
+    norm = perform("sqrt.approx.f32", _total(y * y), interpret=plan.interpret)
+    factor = jnp.full((1,), plan.factor, jnp.float32)
+    if plan.planes == 2:
+        up, down = row_scale([norm])
+        factor, parts = factor * down, cut(y * up[:, None], 2)
+    else:
+        parts = [y.astype(jnp.float16 if plan.planes else jnp.bfloat16)]
+    mixed = product(parts, [walsh.astype(parts[0].dtype)])
+    tiles = []
+    for i in range(count):
+        # An entry of the matrix of the runs is negative if its row and column numbers share an odd count of ones.
+        shared = row & i
+        shared = shared ^ (shared >> 2)
+        odd = (shared ^ (shared >> 1)) & 1
+        tiles.append(jnp.sum(jnp.where(odd == 1, -mixed, mixed), axis=0)[None, :])
+    return tiles, factor, norm
+
+
+def _total(tile: jax.Array) -> jax.Array:
+    """The sum of a tile, [1]."""
+    return jnp.broadcast_to(jnp.sum(jnp.sum(tile, axis=1), axis=0), (1,))
 
 
 def _sums_and_differences(tiles: list[jax.Array]) -> list[jax.Array]:

@@ -266,6 +266,7 @@ def test_codes_do_not_depend_on_interpretation(bits):
 
 EMULATED = {
     "k4v4 search": CASES["k4v4 search"],
+    "one token a program": dataclasses.replace(CASES["decode step, search"], lead=(5, 1)),
     "k3v2": Case({"bits": 3}, {"bits": 2}, dim=64, lead=(1, 20)),
     "prod4 search": CASES["prod4 search"],
     "k5v3 haar": Case({"bits": 5, "rotation": "haar"}, {"bits": 3, "rotation": "haar"}, dim=64, lead=(1, 20)),

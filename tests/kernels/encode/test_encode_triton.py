@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.encode import Encoder, TileConfig, encode_pages
-from pallas_kernels.encode.config import default_config
+from pallas_kernels.encode.config import default_config, takes_one_token
 from pallas_kernels.encode.launch_triton import check_supported
 from pallas_kernels.encode.reference import SEARCH_MULTIPLES
 from pallas_kernels.format import GroupFormat
@@ -25,7 +25,8 @@ QUICK = {
     "prod4 group2",
     "prod1 group4",
     "d80 haar",
-    "decode step",
+    "decode step, search",
+    "three tokens d64 search",
 }
 PARITY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
 SMALL = Case({"bits": 4, "scale": "unbiased"}, {"bits": 2}, dim=64, lead=(1, 40))
@@ -105,6 +106,37 @@ def test_running_twice_and_in_other_tiles_gives_the_same_bits():
     first = run(arrays, "triton")
     for config in (None, TileConfig(tile=16, num_warps=4, chunk=16)):
         jax.tree.map(np.testing.assert_array_equal, first, run(arrays, "triton", config=config))
+
+
+@pytest.mark.parametrize("name", ["decode step, search", "three tokens d64 search"])
+def test_programs_of_one_token_give_the_bits_of_programs_of_many(name):
+    arrays = make_arrays(CASES[name], heads=2)
+    first = run(arrays, "triton")
+    jax.tree.map(np.testing.assert_array_equal, first, run(arrays, "triton", config=TileConfig(tile=1, num_warps=1)))
+    jax.tree.map(np.testing.assert_array_equal, first, run(arrays, "triton", config=TileConfig(tile=16, num_warps=1)))
+
+
+def test_poison_in_programs_of_one_token():
+    """Vectors that are not finite get a scale that is not finite, and a search of equal gains ends where it should."""
+    case = Case({"bits": 4, "search": True}, {"bits": 3, "search": True}, dim=64, lead=(1, 6), skip=0.0)
+    arrays = make_arrays(dataclasses.replace(case, dtype="float32", statistics=False), heads=1)
+    keys = arrays.keys.at[0, 0, 0, 5].set(jnp.nan).at[0, 1, 0, 7].set(jnp.inf).at[0, 2, 0, 1].set(-jnp.inf)
+    keys = keys.at[0, 3].set(0.0).at[0, 4].multiply(1e-15)
+    slots = arrays.slots.at[0, 5].set(-7)
+    arrays = dataclasses.replace(arrays, keys=keys, values=keys, slots=slots)
+    got, want = run(arrays, "triton"), run(arrays, "reference")
+    page, place = np.asarray(slots[0]) // 16, np.asarray(slots[0]) % 16
+    for pools in (got, want):
+        for pool in (pools.keys, pools.values):
+            assert not np.isfinite(pool.scale[page[:3], 0, place[:3]]).any()
+    np.testing.assert_array_equal(got.keys.packed[page[3:5], 0, place[3:5]], want.keys.packed[page[3:5], 0, place[3:5]])
+    np.testing.assert_array_equal(
+        got.values.packed[page[3:5], 0, :, place[3:5]], want.values.packed[page[3:5], 0, :, place[3:5]]
+    )
+    np.testing.assert_array_equal(got.keys.scale[page[3:5], 0, place[3:5]], want.keys.scale[page[3:5], 0, place[3:5]])
+    untouched = np.ones(got.keys.scale.shape, bool)
+    untouched[page[:5], 0, place[:5]] = False
+    np.testing.assert_array_equal(got.keys.scale[untouched], arrays.pages.keys.scale[untouched])
 
 
 def test_poison_zeros_and_extremes():
@@ -209,6 +241,10 @@ def test_limits_are_named():
     ]:
         with pytest.raises(NotImplementedError, match=match):
             check_supported(pages(value), four, value)
+    assert [takes_one_token(how) for how in (four, prod, groups)] == [True, False, False]
+    arrays = make_arrays(dataclasses.replace(CASES["prod4 group2"], lead=(1, 1)), heads=1)
+    with pytest.raises(NotImplementedError, match="programs of one token .*tile=1.* without a sketch, got .*residual"):
+        run(arrays, "triton", config=TileConfig(tile=1, num_warps=1))
     with pytest.raises(ValueError, match="expected tile in .*, got tile=48"):
         TileConfig(tile=48)
 
@@ -218,6 +254,9 @@ def test_default_tiles():
         return default_config(tokens, encoder(make_quantizer(QuantizerSpec(*shape, **options))))
 
     assert [config(tokens, 128, 4) for tokens in (1, 100)] == [TileConfig(16, 1), TileConfig(32, 2)]
+    four = encoder(make_quantizer(QuantizerSpec(128, 4, search=True)))
+    single = [default_config(tokens, four, single=True) for tokens in (1, 256, 257)]
+    assert single == [TileConfig(1, 1), TileConfig(1, 1), TileConfig(32, 2)]
     assert [config(4096, 256, 4, search=search) for search in (False, True)] == [TileConfig(16, 2), TileConfig(16, 8)]
     assert config(4096, 128, 4, kind="prod") == TileConfig(32, 2)
     assert config(4096, 128, 4, rotation="haar") == TileConfig(32, 8)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.encode import launch_triton
 from pallas_kernels.encode.arguments import EncodeArguments
-from pallas_kernels.encode.config import default_config
+from pallas_kernels.encode.config import default_config, takes_one_token
 from pallas_kernels.pages import empty_pages
 from tq_jax.commands.gate.case import Case
 from tq_jax.commands.gate.cases.decode import BATCH, KV_HEADS, LARGE, PAGE_SIZE, PAGES
@@ -42,7 +42,12 @@ def cases() -> Iterator[Case]:
     yield case("V4, pools of 3 GiB", spec(128, 4), pages=BATCH * LARGE)
     for bits in (2, 3, 4):
         yield together(bits, quick=bits == 4)
-    yield case("V4 search, 32 rows", spec(128, 4, search=True), rows=32, tokens=1, quick=True)
+    for dim in (64, 256):
+        yield case(f"V3 dim {dim}, 32 rows", spec(dim, 3), rows=32, tokens=1)
+    for rows in (32, 512):
+        yield case(f"V4 search, {rows} rows", spec(128, 4, search=True), rows=rows, tokens=1, quick=rows == 32)
+    for bits in (5, 8):
+        yield case(f"K{bits} search, 32 rows", spec(128, bits, search=True), keys=True, rows=32, tokens=1)
 
 
 def case(
@@ -69,7 +74,8 @@ def case(
     shape = jax.ShapeDtypeStruct
     pools = jax.eval_shape(lambda: empty_pages(pages, KV_HEADS, PAGE_SIZE, spec.format, spec.format))
     encoded = jax.eval_shape(lambda: encoder(make_quantizer(spec)))
-    config = default_config(rows * tokens if tokens < launch_triton.LEAST_ROW else tokens, encoded)
+    flat = tokens < launch_triton.LEAST_ROW
+    config = default_config(rows * tokens if flat else tokens, encoded, single=flat and takes_one_token(encoded))
     statistics = shape((rows, KV_HEADS, spec.dim), jnp.float32) if keys else None
     return Case(
         name,
