@@ -23,7 +23,6 @@ def make_model(folder, layers, kind="Llama", bias=0.0):
     """
     import torch
     import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(0)
     given = {"head_dim": 32, "hidden_size": 64} if kind == "Llama" else {"hidden_size": 128}
@@ -38,6 +37,14 @@ def make_model(folder, layers, kind="Llama", bias=0.0):
         if bias:
             for layer in model.model.layers:
                 layer.self_attn.k_proj.bias.view(2, 2, 16)[..., 10:] = bias * torch.tensor([1.0, -1.0])[:, None, None]
+    return save_model(folder, model)
+
+
+def save_model(folder, model):
+    """Saves a model, and a tokenizer of words w0, w1, ..."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -49,12 +56,13 @@ def make_model(folder, layers, kind="Llama", bias=0.0):
 
 @contextlib.contextmanager
 def running(folder, options, **arguments):
-    """An engine in this process with our backend."""
+    """An engine in this process with our backend; without options, with vLLM's own attention."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    ours = {} if options is None else {"attention_backend": "CUSTOM", "additional_config": {"tq_jax": options}}
     engine = LLM(
-        model=folder, attention_backend="CUSTOM", additional_config={"tq_jax": options}, seed=0,
+        model=folder, seed=0, **ours,
         **(dict(dtype="float32", max_model_len=256, block_size=32, enforce_eager=True, kv_cache_memory_bytes=1 << 22)
            | arguments),
     )  # fmt: skip
@@ -91,6 +99,7 @@ def layers_of(engine):
                 tuple(x.kv_cache.shape),
             )
             for x in layers.values()
+            if hasattr(x, "impl")
         ]
 
     return engine.collective_rpc(look)[0]
