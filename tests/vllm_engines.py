@@ -25,7 +25,6 @@ def make_model(folder, layers, kind="Llama", bias=0.0):
     """
     import torch
     import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(0)
     given = {"head_dim": 32, "hidden_size": 64} if kind == "Llama" else {"hidden_size": 128}
@@ -40,6 +39,14 @@ def make_model(folder, layers, kind="Llama", bias=0.0):
         if bias:
             for layer in model.model.layers:
                 layer.self_attn.k_proj.bias.view(2, 2, 16)[..., 10:] = bias * torch.tensor([1.0, -1.0])[:, None, None]
+    return save_model(folder, model)
+
+
+def save_model(folder, model):
+    """Saves a model, and a tokenizer of words w0, w1, ..."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -120,6 +127,7 @@ def layers_of(engine):
                 tuple(x.kv_cache.shape),
             )
             for x in layers.values()
+            if hasattr(x, "impl")
         ]
 
     return engine.collective_rpc(look)[0]

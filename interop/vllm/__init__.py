@@ -7,10 +7,14 @@ If this package is installed beside vLLM, it registers itself; nothing changes u
 `interop.vllm.options.Options` lists the options; unknown options are refused. At the start the backend logs which
 layers are compressed, how, and how much memory that saves.
 
-Storage. vLLM's memory of a layer holds the pages of `pallas_kernels.pages.Pages`: key codes by token, value codes by
-channel, scales. Block b of vLLM is page b. A token takes exactly the bytes of its codes and scales, and vLLM makes as
-many blocks as fit. The pools of a layer lie one behind the other, so a block is not one run of bytes: features that
-move blocks as bytes (KV connectors and offloading, models with state-space layers) are refused.
+Storage. A block of vLLM is a page and one run of bytes, see `pallas_kernels.blocks`: key codes by token, their scales,
+value codes by channel, their scales. A token takes exactly the bytes of its codes and scales, and vLLM makes as many
+blocks as fit. vLLM may zero, copy, offload and send blocks, and use a block for layers of another kind at another time.
+Within a block the bytes of a token are not together: a block is moved as a whole.
+
+Layers. Layers with a sliding window stay in vLLM's own attention if the model also has layers without one (option
+`skip_sliding_window`), as do the first and last `boundary_layers`. Layers that keep a state instead of keys and values
+(linear attention, state-space, short convolutions) are vLLM's.
 
 Arithmetic. A token is compressed when it is written. The latest tokens of a request (option `window`) and its first
 ones (`sinks`) are kept in full precision as well, in a hot pool beside the pages, and read there; all others are read

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from vllm.config import get_current_vllm_config, set_current_vllm_config
 from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -68,7 +69,7 @@ class TurboQuantBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        """Multiples of 32 keep every pool aligned to 64 bytes."""
+        """Multiples of 32 keep every array of a block aligned to 64 bytes."""
         return [MultipleOf(32)]
 
     @classmethod
@@ -78,8 +79,8 @@ class TurboQuantBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Layers one after the other, so that the pools of a layer are dense."""
-        return (KVCacheLayout.LBHNC,)
+        """The layouts in which a block of a layer is one run of bytes, at any distance from the next one."""
+        return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
@@ -98,8 +99,8 @@ class TurboQuantBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        """Connectors move blocks as runs of bytes, but a block is spread over several pools."""
-        return False
+        """Connectors move blocks, which are runs of bytes."""
+        return True
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
@@ -113,10 +114,21 @@ class TurboQuantBackend(AttentionBackend):
 
 
 @functools.cache
-def for_options(options: Options) -> type[TurboQuantBackend]:
-    """The backend of layers compressed by given options; equal options give the same class."""
+def for_options(options: Options, *, beside_windows: bool = False) -> type[TurboQuantBackend]:
+    """The backend of layers compressed by given options; equal options give the same class.
+
+    Args:
+        options: The options.
+        beside_windows: Whether layers with a sliding window stay in full precision beside these.
+    """
 
     class TurboQuantLayers(TurboQuantBackend, of_this_package=True):
+        @classmethod
+        def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+            """Beside larger blocks of other layers, first the layout that does not pad all blocks to the largest."""
+            layouts = super().supported_kv_cache_layouts()
+            return layouts[::-1] if beside_windows else layouts
+
         @classmethod
         def customize_spec(cls, spec: Any) -> Any:
             """Sets the true bytes per token; the type stays the model's, because vLLM zeroes blocks of mixed types."""
@@ -200,13 +212,17 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self._prepared: set[int] = set()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Finds out which layer this is; a boundary layer is given to vLLM's own attention."""
+        """Finds out which layer this is; a layer that is not compressed is given to vLLM's own attention."""
         layers = self._config.compilation_config.static_forward_context
         name, layer = next((name, layer) for name, layer in layers.items() if getattr(layer, "impl", None) is self)
         index: Any = extract_layer_index(name)
         self.layer_index, self._memory = index, None
-        if self.options.compressed(index, self._config.model_config.hf_text_config.num_hidden_layers):
-            layer.attn_backend = for_options(self.options)
+        windows = [other.sliding_window for other in layers.values() if isinstance(other, Attention)]
+        mixed = None in windows and any(window is not None for window in windows)
+        count = self._config.model_config.hf_text_config.num_hidden_layers
+        if self.options.compressed(index, count, beside_full=mixed and self.sliding_window is not None):
+            skipping = mixed and self.options.skip_sliding_window
+            layer.attn_backend = for_options(self.options, beside_windows=skipping)
             self.statistics, self.statistics_from = self._key_statistics(index)
             return
         layer.attn_backend, layer.impl = self._full_precision()
@@ -318,7 +334,6 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             self._hot = reserve(self._hot, window, requests=most, shape=shape, like=like)
 
     def _make_pool(self, kv_cache: torch.Tensor, key: torch.Tensor) -> PagedPool:
-        require_alike(kv_cache, self._config.compilation_config.static_forward_context)
         self._reserve(kv_cache.shape[2], key)
         pool = PagedPool(kv_cache, *_quantizers(self.options, self.head_size), key.dtype, self.statistics, self._hot)
         pool.prepare_writes()
@@ -333,29 +348,6 @@ def _metadata_of(layer: Any) -> TurboQuantMetadata | None:
     metadata = get_forward_context().attn_metadata
     found = metadata.get(layer.layer_name) if isinstance(metadata, dict) else None
     return found if isinstance(found, TurboQuantMetadata) else None
-
-
-def require_alike(memory: torch.Tensor, layers: dict[str, Any]) -> None:
-    """Raises NotImplementedError if another kind of layer uses the same memory.
-
-    vLLM lays cache groups over each other, and a block belongs to one group at a time. In a compressed layer a block is
-    a page of every pool; in any other layer, and in one of another shape, it is other bytes of the same memory.
-
-    Args:
-        memory: Memory of a compressed layer.
-        layers: All layers of the model, by name.
-    """
-    start, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
-    for name, layer in layers.items():
-        other = getattr(layer, "kv_cache", None)
-        if not isinstance(other, torch.Tensor) or other.data_ptr() >= end or other.data_ptr() + other.nbytes <= start:
-            continue
-        alike = isinstance(layer.impl, TurboQuantImpl) and other.shape == memory.shape and other.data_ptr() == start
-        if not alike:
-            raise NotImplementedError(
-                f"layers that share memory have to be compressed and of one shape, got {list(memory.shape)} and, in "
-                f"{name}, {list(other.shape)} ({type(layer.impl).__name__}): boundary_layers=0, or one --block-size"
-            )
 
 
 @functools.lru_cache(maxsize=8)

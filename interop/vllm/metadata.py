@@ -57,7 +57,6 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             raise RuntimeError(
                 f"this vLLM does not say how many bytes a token takes in {layer_names}: got {kv_cache_spec}"
             )
-        _require_whole_blocks(vllm_config, kv_cache_spec)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         assert self.reorder_batch_threshold is not None
         self.reorder_batch_threshold = min(self.reorder_batch_threshold, MAX_QUERY_TOKENS)
@@ -148,16 +147,3 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         self._slots[:count].copy_(slots)
         self._slots[count:end].fill_(-1)
         return self._slots[:end]
-
-
-def _require_whole_blocks(vllm_config: Any, spec: Any) -> None:
-    """Raises NotImplementedError if vLLM would zero or copy blocks as runs of bytes, which other blocks share."""
-    if getattr(vllm_config.model_config, "is_hybrid", False):
-        raise NotImplementedError(
-            "models with state-space layers are not supported: vLLM zeroes blocks of their caches"
-        )
-    unit = getattr(vllm_config.cache_config, "hash_block_size", None)
-    if unit is not None and unit != spec.block_size:
-        raise NotImplementedError(
-            f"prefixes are shared block by block, got hash_block_size={unit} of {spec.block_size}"
-        )

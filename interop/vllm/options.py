@@ -24,6 +24,8 @@ class Options:
         value_kind: Kind of the value quantizer.
         search: Whether the quantization step of each vector is searched; kinds without a search ignore it.
         boundary_layers: How many layers at each end of the model stay in full precision.
+        skip_sliding_window: Whether layers with a sliding window stay in full precision in models that also have layers
+            without one.
         window: How many of the latest tokens of a request are read in full precision, in whole blocks; 0 for none.
         sinks: First tokens of a request that are read in full precision, with the rest of their block; 0 for none.
         statistics: File of key statistics. If None, the file that `tq-jax calibrate` wrote for this model, see
@@ -43,6 +45,7 @@ class Options:
     value_kind: ValueKind = "mse"
     search: bool = True
     boundary_layers: int = 0
+    skip_sliding_window: bool = True
     window: int = 128
     sinks: int = 4
     statistics: str | None = None
@@ -98,9 +101,16 @@ class Options:
             key_kind=self.key_kind, value_kind=self.value_kind, search=self.search,
         )  # fmt: skip
 
-    def compressed(self, layer: int, layers: int) -> bool:
-        """Whether the layer of this index, in a model of so many layers, is compressed."""
-        return self.boundary_layers <= layer < layers - self.boundary_layers
+    def compressed(self, layer: int, layers: int, *, beside_full: bool = False) -> bool:
+        """Whether a layer is compressed.
+
+        Args:
+            layer: Index of the layer.
+            layers: Layers of the model.
+            beside_full: Whether this layer has a sliding window and other layers of the model have none.
+        """
+        inner = self.boundary_layers <= layer < layers - self.boundary_layers
+        return inner and not (beside_full and self.skip_sliding_window)
 
     def content_bytes(self, head_dim: int, itemsize: int) -> int:
         """Bytes per KV head and token in vLLM: codes and scales, padded to whole elements of the model's type."""
@@ -117,7 +127,7 @@ def _check(name: str, value: Any) -> None:
     elif name == "statistics":
         if not isinstance(value, str | None):
             raise ValueError(f"expected statistics to be a path, got {value!r}")
-    elif name in ("search", "precise"):
+    elif name in ("search", "precise", "skip_sliding_window"):
         if not isinstance(value, bool):
             raise ValueError(f"expected {name} to be true or false, got {value!r}")
     elif name in ("boundary_layers", "window", "sinks", "seed"):

@@ -40,6 +40,10 @@ def summary(vllm_config: Any) -> str:
         if hasattr(layer, "attn_backend") and hasattr(layer, "get_kv_cache_spec")
     }
     compressed, others, full, dense, hot = [], {}, 0, 0, 0
+    states: dict[str, list[int]] = {}
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        if name not in layers and hasattr(layer, "get_kv_cache_spec"):
+            states.setdefault(type(layer).__name__, []).append(extract_layer_index(name))
     content = prompts = ""
     requests = vllm_config.scheduler_config.max_num_seqs
     for name, layer in layers.items():
@@ -60,6 +64,7 @@ def summary(vllm_config: Any) -> str:
             content = f"{spec.state_content_size_bytes} instead of {plain.state_content_size_bytes} bytes"
     options = Options.from_config(vllm_config.additional_config)
     kept = "".join(f"; layers {indices} stay in full precision ({name})" for name, indices in others.items())
+    kept += "".join(f"; layers {indices} have a state instead ({name})" for name, indices in states.items())
     sources = sorted(source for source in _sources(vllm_config) if source is not None)
     how = f", keys centred and weighted by {' and '.join(sources)}" if sources else ""
     return (

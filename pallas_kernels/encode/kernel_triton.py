@@ -224,12 +224,11 @@ def _codes_by_table(
         codes, along, squared = by_table.codes(parts, small, words, book)
         return parts, codes, along * unit, squared
     parts = channel_quads.scaled(parts, small)
-    magnitudes = [by_table.cut(quad, book) for quad in parts]
-
-    searched = [channel_quads.in_rows(x, rows_of_search(plan)) for x in (parts, magnitudes)]
+    steps = channel_quads.in_rows(parts, rows_of_search(plan))
+    magnitudes = channel_quads.in_rows([by_table.cut(quad, book) for quad in parts], rows_of_search(plan))
 
     def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return by_table.sums(*searched, inverse, words, book)
+        return by_table.sums(steps, magnitudes, inverse, words, book)
 
     codes, along, squared = by_table.codes(parts, best_inverse_multiple(x, sums, plan), words, book)
     return parts, codes, along * (1 / SMALL), squared
@@ -241,7 +240,6 @@ def _codes_by_comparison(
     """Encodes quads by comparisons; arguments as of `_codes_by_table`, but searched quads are returned as steps."""
     if plan.search:
         parts = channel_quads.scaled(parts, unit)
-
         searched = channel_quads.in_rows(parts, rows_of_search(plan))
 
         def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -108,22 +108,36 @@ def test_backends_derived_for_other_attention_are_refused(config):
                 derive()
 
 
-def test_memory_is_shared_by_layers_of_one_shape_only(make_impl):
-    """Groups of sliding-window and full layers lie over each other."""
-    from interop.vllm.backend import require_alike
+def test_blocks_lie_at_any_distance(make_impl):
+    """The same tokens in blocks without gaps and in blocks with another layer's between them are the same bytes."""
+    random = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 70, 2, D, generator=random)
+    dense, both = torch.zeros(5, 2, PAGE, 36, dtype=torch.uint8), torch.zeros(5, 2, 2, PAGE, 36, dtype=torch.uint8)
+    for memory in (dense, both[:, 1]):
+        make_impl().do_kv_cache_update(None, k, v, memory, torch.arange(30, 100))
+    assert bool(dense.any()) and torch.equal(both[:, 1], dense) and not both[:, 0].any()
 
-    buffer = torch.zeros(2 * 5 * 2 * PAGE * 36, dtype=torch.uint8)
-    mine, next_one = buffer.view(2, 5, 2, PAGE, 36)
 
-    def layer(memory, impl=None):
-        return types.SimpleNamespace(kv_cache=memory, impl=impl or make_impl())
+def test_a_copied_block_is_a_copied_page(make_impl):
+    """A block copied as bytes to another place attends like the first; a zeroed one holds zeros."""
+    from interop.torch.paged import PagedRows
 
-    require_alike(mine, {"a": layer(mine), "b": layer(mine), "c": layer(next_one), "d": types.SimpleNamespace()})
-    for other in (layer(mine.view(10, 2, PAGE // 2, 36)), layer(mine, impl=object()), layer(buffer[64:-64])):
-        with pytest.raises(
-            NotImplementedError, match="layers that share memory have to be compressed and of one shape"
-        ):
-            require_alike(mine, {"a": layer(mine), "b": other})
+    random = torch.Generator().manual_seed(0)
+    impl, memory = make_impl(), torch.full((6, 2, PAGE, 36), 255, dtype=torch.uint8)
+    k, v = torch.randn(2, 2 * PAGE, 2, D, generator=random)
+    impl.do_kv_cache_update(None, k, v, memory, torch.arange(2 * PAGE))
+    host = memory[:2].clone()  # as offloading keeps it
+    memory[4], memory[3] = host[0], host[1]
+    memory[:2].zero_()
+    query, lengths = torch.randn(1, 1, 4, D, generator=random), torch.tensor([2 * PAGE], dtype=torch.int32)
+    moved, zeroed = (
+        impl._pool.attend(query, PagedRows(torch.tensor([table], dtype=torch.int32), lengths))
+        for table in ([4, 3], [0, 1])
+    )
+    assert not zeroed.any()
+    memory[:2] = host
+    back = impl._pool.attend(query, PagedRows(torch.tensor([[0, 1]], dtype=torch.int32), lengths))
+    assert bool(moved.any()) and torch.equal(moved, back)
 
 
 def test_what_selection_refuses():
@@ -144,7 +158,6 @@ def test_what_selection_refuses():
         ({"head_size": 576}, "head_size not supported"),
         ({"block_size": 16}, "block_size not supported"),
         ({"attn_type": "encoder_decoder"}, "attention type encoder_decoder not supported"),
-        ({"use_kv_connector": True}, "KV connector not supported"),
         ({"use_non_causal": True}, "non-causal attention not supported"),
         ({"use_dcp": True}, "DCP not supported"),
     ):
@@ -193,11 +206,9 @@ def test_what_the_builder_refuses(monkeypatch):
 
     monkeypatch.setattr(metadata, "report", lambda config: None)
 
-    def build(spec_bytes=36, **changes):
-        model = types.SimpleNamespace(is_hybrid=changes.pop("is_hybrid", False))
-        cache = types.SimpleNamespace(**changes)
+    def build(spec_bytes=36):
         config = types.SimpleNamespace(
-            model_config=model, cache_config=cache, additional_config={}, speculative_config=None,
+            model_config=None, cache_config=None, additional_config={}, speculative_config=None,
             parallel_config=types.SimpleNamespace(decode_context_parallel_size=1),
             scheduler_config=types.SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=64),
         )  # fmt: skip
@@ -206,10 +217,6 @@ def test_what_the_builder_refuses(monkeypatch):
 
     with pytest.raises(RuntimeError, match="does not say how many bytes"):
         build(spec_bytes=None)
-    with pytest.raises(NotImplementedError, match="state-space layers"):
-        build(is_hybrid=True)
-    with pytest.raises(NotImplementedError, match="hash_block_size=16 of 32"):
-        build(hash_block_size=16)
     with pytest.raises(NotImplementedError, match="causal=False"):
         build().build(0, types.SimpleNamespace(causal=False))
 

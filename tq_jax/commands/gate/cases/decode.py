@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import LogitOptions, PagedArguments, TileConfig
 from pallas_kernels.attention.decode.launch_triton import attend_pages, config_for, stages_for
-from pallas_kernels.pages import empty_pages
+from pallas_kernels.blocks import ArrayPlace, BlockLayout, PageRows
+from pallas_kernels.pages import Pages, empty_pages
 from tq_jax.commands.gate.case import Case, by_tiles
 from tq_jax.quantizer import QuantizerSpec
 
@@ -33,6 +34,7 @@ class Shape:
         bias: Whether logits have a bias.
         page_size: Tokens per page.
         pages: Pages per row.
+        blocks: Whether all arrays of a page lie side by side.
     """
 
     group: int = 4
@@ -41,6 +43,7 @@ class Shape:
     bias: bool = False
     page_size: int = PAGE_SIZE
     pages: int = PAGES
+    blocks: bool = False
 
     def arguments(self, key: QuantizerSpec, value: QuantizerSpec) -> PagedArguments:
         """Shapes of the arguments of attention over pages of two quantizers."""
@@ -48,6 +51,8 @@ class Shape:
         query = shape((BATCH, self.count, KV_HEADS * self.group, key.dim), jnp.float32)
         pages, size = self.pages, self.page_size
         pools = jax.eval_shape(lambda: empty_pages(BATCH * pages, KV_HEADS, size, key.format, value.format))
+        if self.blocks:
+            pools = in_blocks(pools, key, value)
         table, lengths, positions = (shape(s, jnp.int32) for s in ((BATCH, pages), (BATCH,), (BATCH, self.count)))
         biases = shape(query.shape[:3], jnp.float32) if self.bias else None
         sketch = query if key.kind == "prod" else None
@@ -55,11 +60,27 @@ class Shape:
         return PagedArguments(query, pools, table, lengths, positions, *formats, self.options, biases, sketch)
 
 
+def in_blocks(pools: Pages, key: QuantizerSpec, value: QuantizerSpec) -> PageRows:
+    """Shapes of pages whose arrays lie side by side, of the shapes of dense pools."""
+    layout = BlockLayout(pools.kv_heads, pools.page_size, key.format, value.format)
+
+    def rows(place: ArrayPlace) -> Any:
+        distance = layout.page_bytes // jnp.dtype(place.dtype).itemsize
+        return jax.ShapeDtypeStruct((pools.count, distance), place.dtype)
+
+    places = layout.places
+    keys, values = jax.tree.map(rows, (places.keys, places.values))
+    return PageRows(keys, values, layout)
+
+
 def cases() -> Iterator[Case]:
     """Yields the cases; the quick cases cover each class of tiles and of code."""
     spec = QuantizerSpec
     for bits in (1, 2, 3, 4, 8):
         yield from cases_of(f"K{bits}/V{bits}", spec(128, bits), spec(128, bits), quick=bits > 1)
+        yield from cases_of(
+            f"K{bits}/V{bits} in blocks", spec(128, bits), spec(128, bits), blocks=True, quick=bits == 4
+        )
         # With keys of 8 bits, queries always have two bytes.
         name = f"K{bits}/V{bits}, group 16, precise"
         yield from cases_of(name, spec(128, bits), spec(128, bits), group=16, precise=True, quick=bits == 3)

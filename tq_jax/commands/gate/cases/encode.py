@@ -12,7 +12,7 @@ from pallas_kernels.encode.arguments import EncodeArguments
 from pallas_kernels.encode.config import default_config, takes_one_token
 from pallas_kernels.pages import empty_pages
 from tq_jax.commands.gate.case import Case
-from tq_jax.commands.gate.cases.decode import BATCH, KV_HEADS, LARGE, PAGE_SIZE, PAGES
+from tq_jax.commands.gate.cases.decode import BATCH, KV_HEADS, LARGE, PAGE_SIZE, PAGES, in_blocks
 from tq_jax.quantizer import QuantizerSpec, encoder, make_quantizer
 
 TOKENS = 4096
@@ -42,6 +42,7 @@ def cases() -> Iterator[Case]:
     yield case("V4, pools of 3 GiB", spec(128, 4), pages=BATCH * LARGE)
     for bits in (2, 3, 4):
         yield together(bits, quick=bits == 4)
+        yield together(bits, quick=False, blocks=True)
     for dim in (64, 256):
         yield case(f"V3 dim {dim}, 32 rows", spec(dim, 3), rows=32, tokens=1)
     for rows in (32, 512):
@@ -94,11 +95,13 @@ def case(
     )
 
 
-def together(bits: int, *, quick: bool) -> Case:
+def together(bits: int, *, quick: bool, blocks: bool = False) -> Case:
     """Encodes keys and values of several rows, one token each, in one launch."""
     spec, rows = QuantizerSpec(128, bits, search=True), 32
     shape = jax.ShapeDtypeStruct
     pools = jax.eval_shape(lambda: empty_pages(PAGES, KV_HEADS, PAGE_SIZE, spec.format, spec.format))
+    if blocks:
+        pools = in_blocks(pools, spec, spec)
     encoded = jax.eval_shape(lambda: encoder(make_quantizer(spec)))
 
     def run(tokens: Any, pages: Any, slots: Any, encoder: Any, statistics: Any, rows: Any) -> Any:
@@ -109,4 +112,5 @@ def together(bits: int, *, quick: bool) -> Case:
     tokens, slots = shape((rows, 1, KV_HEADS, spec.dim), jnp.bfloat16), shape((rows, 1), jnp.int32)
     statistics = shape((2 * rows, KV_HEADS, spec.dim), jnp.float32)
     arguments = (tokens, pools, slots, encoded, statistics, shape((rows,), jnp.int32))
-    return Case(f"K{bits}/V{bits} search, 32 rows", run, arguments, donated=(1,), quick=quick)
+    name = f"K{bits}/V{bits} search, 32 rows{', in blocks' if blocks else ''}"
+    return Case(name, run, arguments, donated=(1,), quick=quick)

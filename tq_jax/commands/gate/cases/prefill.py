@@ -34,6 +34,8 @@ def cases_for(kind: str) -> Iterator[Case]:
     four, two = spec(128, 4), spec(128, 2, kind="group")
     yield case("K3.5/V2.5", spec(128, 3.5), spec(128, 2.5))
     yield case("prod 3, min-max 2", spec(128, 3, kind="prod"), two)
+    for bits in (2, 3, 4):
+        yield case(f"K{bits}/V{bits} in blocks", spec(128, bits), spec(128, bits), blocks=True, quick=bits == 4)
     yield case("pages of 16", four, four, page_size=16)
     yield case("pools of 3 GiB", four, four, pages=LARGE)
     yield case("min-max 4", four, spec(128, 4, kind="group"))
