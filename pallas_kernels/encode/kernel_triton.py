@@ -225,10 +225,10 @@ def _codes_by_table(
     parts = channel_quads.scaled(parts, small)
     magnitudes = [by_table.cut(quad, book) for quad in parts]
 
-    searched = [channel_quads.in_rows(x, rows_of_search(plan)) for x in (parts, magnitudes)]
+    tried, cuts = (channel_quads.in_rows(x, rows_of_search(plan)) for x in (parts, magnitudes))
 
     def sums(inverse: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return by_table.sums(*searched, inverse, words, book)
+        return by_table.sums(tried, cuts, inverse, words, book)
 
     codes, along, squared = by_table.codes(parts, best_inverse_multiple(x, sums, plan), words, book)
     return parts, codes, along * (1 / SMALL), squared
