@@ -105,7 +105,8 @@ def _attend_packed(
     exact = layer.attends_exactly
     real = real_tokens(mask, query.shape[0], query.shape[2], key.shape[2], asked_by=module, may_see_later=exact)
     if exact:  # a prompt attends to its keys before compression
-        out = exact_attention(module, query, key.tokens, value.tokens, mask, logits, is_causal=is_causal)
+        without_mask = {} if mask is not None else dict(is_causal=is_causal)  # SDPA of transformers 4 takes one of both
+        out = exact_attention(module, query, key.tokens, value.tokens, mask, logits, **without_mask)
         layer.store(query, key.tokens, value.tokens, real)
         return out
     return refuse_gradient(layer.attend(query, key.tokens, value.tokens, real, logits), key.tokens, value.tokens)
