@@ -293,7 +293,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
     @functools.cached_property
     def _sink_logits(self) -> torch.Tensor | None:
         """The sink logits as kernels take them; read once weights are loaded."""
-        return None if self.sinks is None else self.sinks.float()
+        return None if self.sinks is None else self.sinks.detach().float()
 
     def _make_pool(self, kv_cache: torch.Tensor, dtype: torch.dtype) -> PagedPool:
         pool = PagedPool(kv_cache, *_quantizers(self.options, self.head_size), dtype, self.statistics)

@@ -59,7 +59,9 @@ def test_windows_caps_and_sinks_are_honoured(make_impl):
 
     random = torch.Generator().manual_seed(0)
     sinks = torch.randn(4, generator=random)
-    impl = make_impl(sliding_window=40, logits_soft_cap=2.0, sinks=sinks.bfloat16(), something_new=None)
+    impl = make_impl(
+        sliding_window=40, logits_soft_cap=2.0, sinks=torch.nn.Parameter(sinks.bfloat16()), something_new=None
+    )
     impl.layer_index = 0
     memory = torch.zeros(5, 2, PAGE, 36, dtype=torch.uint8)
     k, v = torch.randn(2, 70, 2, D, generator=random)
