@@ -26,6 +26,13 @@ def identity_of(vllm_config: Any) -> ModelIdentity:
     return identify(model.model, model.hf_text_config, revision=model.revision)
 
 
+def _block_bytes(specs: list[Any], cache_config: Any) -> int:
+    """Bytes of a block of all layers; layers of several kinds have equal blocks, unless the layout packs blocks."""
+    pages = [spec.page_size_bytes for spec in specs]
+    packs = (getattr(cache_config, "kv_cache_layout", None) or "").startswith("B")
+    return sum(pages) if packs or len(set(map(type, specs))) == 1 else max(pages) * len(pages)
+
+
 def _sources(vllm_config: Any) -> set[str | None]:
     """Where the statistics of the compressed layers come from; None for layers without statistics."""
     layers = vllm_config.compilation_config.static_forward_context.values()
@@ -39,7 +46,7 @@ def summary(vllm_config: Any) -> str:
         for name, layer in vllm_config.compilation_config.static_forward_context.items()
         if hasattr(layer, "attn_backend") and hasattr(layer, "get_kv_cache_spec")
     }
-    compressed, others, full, dense, hot = [], {}, 0, 0, 0
+    compressed, others, specs, dense, hot = [], {}, [], 0, 0
     states: dict[str, list[int]] = {}
     for name, layer in vllm_config.compilation_config.static_forward_context.items():
         if name not in layers and hasattr(layer, "get_kv_cache_spec"):
@@ -53,7 +60,7 @@ def summary(vllm_config: Any) -> str:
         plain = dataclasses.replace(plain, page_size_padded=None)
         spec = layer.attn_backend.customize_spec(plain)
         dense += plain.page_size_bytes
-        full += spec.page_size_bytes
+        specs.append(spec)
         if spec == plain:
             others.setdefault(layer.attn_backend.get_name(), []).append(extract_layer_index(name))
         else:
@@ -71,7 +78,7 @@ def summary(vllm_config: Any) -> str:
         f"tq_jax compresses {len(compressed)} of {len(layers)} layers {compressed} to {options.label} ({content} per "
         f"head and token){how}{kept}. {_kept_tokens(vllm_config, options, hot)}"
         f"Prompts attend within their chunks by {prompts}. "
-        f"The same memory holds {dense / full:.2f} times as many tokens"
+        f"The same memory holds {dense / _block_bytes(specs, vllm_config.cache_config):.2f} times as many tokens"
     )
 
 
