@@ -22,7 +22,7 @@ from pallas_kernels.attention.decode.launch_triton import (
     free_programs,
 )
 from pallas_kernels.attention.decode.launch_triton import check_supported as check_few
-from pallas_kernels.attention.exact import ExactInputs, exact_plan, is_light
+from pallas_kernels.attention.exact import ExactInputs, ExactPlan, exact_plan, is_light
 from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.attention.options import LogitOptions
 from pallas_kernels.attention.partial import Partial
@@ -184,24 +184,20 @@ def _attend(
     """The three launches: the outcome, and what the first one wrote."""
     tokens = x.tokens
     shape, dtype = tokens.query_shape, tokens.query_dtype
-    late = _decode_takes_tokens(
-        tokens, stored_dtype, pages, plan, pages_per_row=_pages_per_row(tokens, pages, block_table)
-    )
+    late = _plan_in_decode(tokens, stored_dtype, pages, plan, pages_per_row=_pages_per_row(tokens, pages, block_table))
     prepared = prepare_queries(
-        x, pages, plan, stored_dtype=stored_dtype, block_table=block_table, attend_tokens=not late
+        x, pages, plan, stored_dtype=stored_dtype, block_table=block_table, attend_tokens=late is None
     )
     packed, exact = None, prepared.exact
     if pages is not None and shape[1] <= MAX_QUERY_TOKENS:
         packed, beside = attend_splits(
             _arguments(prepared, pages, plan),
-            tokens.with_heads(prepared.heads) if late else None,
+            None if late is None else (tokens.with_heads(prepared.heads), late),
             config=plan.config,
             precise=plan.precise,
-            stored_dtype=stored_dtype,
-            sink_slots=plan.sink_slots,
             interpret=plan.interpret,
         )
-        exact = beside if late else exact
+        exact = exact if late is None else beside
     elif pages is not None:
         packed = _attend_many(_arguments(prepared, pages, plan), plan)
     merged = merge_splits(
@@ -217,30 +213,29 @@ def _attend(
     return (Partial(*merged) if plan.partial else merged[0]), prepared
 
 
-def _decode_takes_tokens(
+def _plan_in_decode(
     tokens: ExactInputs, stored_dtype: Any, pages: Pages | None, plan: AttendPlan, *, pages_per_row: int
-) -> bool:
-    """Whether decode attends over tokens in full precision, see `exact`."""
+) -> ExactPlan | None:
+    """How decode attends over tokens in full precision; None if there are none, or if prepare does, see `exact`."""
     shape, dtype = tokens.query_shape, tokens.query_dtype
     if pages is None or shape[1] > MAX_QUERY_TOKENS:
-        return False
+        return None
     assert plan.key_format is not None and plan.value_format is not None
     formats = plan.key_format, plan.value_format
     if not is_light(dtype, stored_dtype, shape[3], *formats):
-        return False
+        return None
     config = plan.config or config_for(shape, pages, *formats, precise=plan.precise)
-    kv_heads = pages.kv_heads
     how = exact_plan(
         tokens,
         stored_dtype,
-        kv_heads=kv_heads,
+        kv_heads=pages.kv_heads,
         options=plan.options,
         sink_slots=plan.sink_slots,
         num_warps=config.num_warps,
         interpret=plan.interpret,
     )
-    free = free_programs(shape, pages, *formats, config, pages_per_row=pages_per_row)
-    return how is not None and how.programs <= free
+    free = free_programs(shape, pages, plan.value_format, config, pages_per_row=pages_per_row)
+    return how if how is not None and how.programs <= free else None
 
 
 def _pages_per_row(tokens: ExactInputs, pages: Pages | None, block_table: Any) -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from pallas_kernels.attention.arguments import PagedArguments
 from pallas_kernels.attention.decode.config import TileConfig, column_block, default_config, num_splits, padded_columns
 from pallas_kernels.attention.decode.kernel_triton import attend
 from pallas_kernels.attention.decode.plan import DecodeInputs, DecodePlan
-from pallas_kernels.attention.exact import ExactInputs, exact_plan
+from pallas_kernels.attention.exact import ExactInputs, ExactPlan
 from pallas_kernels.attention.merge_triton import MergeInputs, Splits, merge_plan, merge_splits
 from pallas_kernels.attention.partial import Partial
 from pallas_kernels.compat.device import compute_capability, multiprocessors
@@ -57,23 +56,19 @@ def attend_pages(x: PagedArguments, *, config: TileConfig | None = None, interpr
 
 def attend_splits(
     x: PagedArguments,
-    exact: ExactInputs | None = None,
+    exact: tuple[ExactInputs, ExactPlan] | None = None,
     *,
     config: TileConfig | None,
     precise: bool = False,
-    stored_dtype: Any = jnp.uint16,
-    sink_slots: int = 0,
     interpret: bool,
 ) -> tuple[Splits, Splits | None]:
     """Attends over packed pages and tokens in full precision by the decode kernel, whose splits are left as they are.
 
     Args:
         x: Queries, pages and options.
-        exact: Queries as the model has them, and tokens in full precision; None for pages alone.
+        exact: Queries as the model has them and tokens in full precision, with their plan; None for pages alone.
         config: Tile sizes; None for those for the page size.
         precise: Whether the tiles by default are precise ones, see `TileConfig`.
-        stored_dtype: Type of full-precision slots, uint16 for bfloat16.
-        sink_slots: Full-precision slots before the ring.
         interpret: Whether to run the kernel as jnp.
 
     Returns:
@@ -83,17 +78,8 @@ def attend_splits(
         NotImplementedError: For shapes or formats outside the kernel's limits.
     """
     plan, num_warps, num_stages = decode_plan(x, config=config, precise=precise, interpret=interpret)
-    if exact is not None:
-        how = exact_plan(
-            exact,
-            stored_dtype,
-            kv_heads=x.kv_heads,
-            options=x.options,
-            sink_slots=sink_slots,
-            num_warps=num_warps,
-            interpret=interpret,
-        )
-        plan = dataclasses.replace(plan, exact=how)
+    tokens, how = exact or (None, None)
+    plan = dataclasses.replace(plan, exact=how)
     inputs = DecodeInputs(
         query=x.query.astype(jnp.float32),
         pages=x.pages,
@@ -102,7 +88,7 @@ def attend_splits(
         positions=x.positions.astype(jnp.int32),
         bias=x.logit_bias,
         sketch=x.sketch_query,
-        exact=None if plan.exact is None else exact,
+        exact=tokens,
     )
     return decode(inputs, x.value_format.dim, plan, num_warps=num_warps, num_stages=num_stages)
 
@@ -118,21 +104,20 @@ def decode_plan(
     shapes = x.query.shape, x.pages, x.key_format, x.value_format
     check_supported(*shapes, config, precise=precise)
     config = config_for(*shapes, precise=precise) if config is None else config
-    batch, count, _, head_dim = x.query.shape
-    dim, capacity = max(head_dim, x.value_format.dim), x.block_table.shape[1] * x.page_size
-    columns = padded_columns(count * x.group, dim=dim)
-    block = column_block(columns, dim=dim)
+    columns, blocks, splits = _page_programs(
+        x.query.shape, x.pages, x.value_format, config, pages_per_row=x.block_table.shape[1]
+    )
     plan = DecodePlan(
         keys=key_parts(x.key_format),
         values=value_parts(x.value_format, num_warps=config.num_warps),
         options=x.options,
-        count=count,
+        count=x.query.shape[1],
         group=x.group,
-        columns=block,
-        blocks=columns // block,
+        columns=columns,
+        blocks=blocks,
         tile=config.tile,
         page_size=x.page_size,
-        splits=num_splits(config, batch=batch, kv_heads=x.kv_heads, capacity=capacity),
+        splits=splits,
         num_warps=config.num_warps,
         precise=config.precise,
         interpret=interpret,
@@ -140,23 +125,33 @@ def decode_plan(
     return plan, config.num_warps, stages_for(x.key_format, config)
 
 
+def _page_programs(
+    query_shape: tuple[int, ...],
+    pages: Pages,
+    value_format: VectorFormat,
+    config: TileConfig,
+    *,
+    pages_per_row: int,
+) -> tuple[int, int, int]:
+    """Query columns of a program, and into how many blocks of columns and splits a sequence and KV head are cut."""
+    batch, count, heads, dim = query_shape
+    dim = max(dim, value_format.dim)
+    columns = padded_columns(count * heads // pages.kv_heads, dim=dim)
+    block, capacity = column_block(columns, dim=dim), pages_per_row * pages.page_size
+    return block, columns // block, num_splits(config, batch=batch, kv_heads=pages.kv_heads, capacity=capacity)
+
+
 def free_programs(
     query_shape: tuple[int, ...],
     pages: Pages,
-    key_format: VectorFormat,
     value_format: VectorFormat,
     config: TileConfig,
     *,
     pages_per_row: int,
 ) -> int:
     """Programs per sequence and KV head that the device could run beside those for the pages, all at once."""
-    batch, count, heads, dim = query_shape
-    kv_heads, page_size = pages.kv_heads, pages.page_size
-    dim = max(dim, value_format.dim)
-    columns = padded_columns(count * heads // kv_heads, dim=dim)
-    blocks = columns // column_block(columns, dim=dim)
-    splits = num_splits(config, batch=batch, kv_heads=kv_heads, capacity=pages_per_row * page_size)
-    return config.programs // (batch * kv_heads) - splits * blocks
+    _, blocks, splits = _page_programs(query_shape, pages, value_format, config, pages_per_row=pages_per_row)
+    return config.programs // (query_shape[0] * pages.kv_heads) - splits * blocks
 
 
 def stages_for(key_format: VectorFormat, config: TileConfig) -> int:

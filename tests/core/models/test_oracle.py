@@ -62,7 +62,7 @@ def test_greedy_answers(smollm, oracle):
     tokens, lengths = pad_prompts(prompts)
     stop = smollm.config.stop_tokens
     out = generate(smollm.decoder, tokens, lengths, cache_spec=SPEC, max_new_tokens=24, stop_tokens=stop)
-    assert stop == (2,)
+    assert set(stop) == {2, 0}  # <|im_end|>, and <|endoftext|>, which ends texts whatever a file says
     for prompt, found in zip(prompts, out.sequences(), strict=True):
         with torch.no_grad():
             ids = torch.tensor([prompt])
@@ -71,7 +71,7 @@ def test_greedy_answers(smollm, oracle):
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=24,
                 do_sample=False,
-                eos_token_id=2,
+                eos_token_id=list(stop),
                 pad_token_id=2,
             )
         assert found == theirs[0, len(prompt) :].tolist()

@@ -22,7 +22,10 @@ def padded_layer():
     q, k = (torch.randn(2, heads, 90, 32, generator=random, device="cpu") for heads in (4, 2))
     real = torch.ones(2, 90, dtype=torch.bool, device="cpu")
     real[1, :7] = False
-    layer, logits = TurboQuantCache(tiny().config, **OPTIONS).layers[0], LogitArguments(None, None, None)
+    layer, logits = (
+        TurboQuantCache(tiny(num_hidden_layers=1).config, **OPTIONS).layers[0],
+        LogitArguments(None, None, None),
+    )
     layer.store(q[:, :, :60], k[:, :, :60], k[:, :, :60], real[:, :60])
     layer.attend(q[:, :, 60:80], k[:, :, 60:80], k[:, :, 60:80], real[:, :80], logits)
     layer.batch_repeat_interleave(2)

@@ -86,7 +86,7 @@ def test_queries_and_values_of_any_size():
 
 
 def test_no_expanded_copy_of_the_prefix():
-    """All arrays outside of the kernel are of the chunk's size."""
+    """All arrays outside of the kernel are of the chunk's size, but for the pools in another shape."""
     spec, shape = QuantizerSpec(64, 4).format, jax.ShapeDtypeStruct
     pages = jax.eval_shape(lambda: empty_pages(512, 1, 128, spec, spec))
 
@@ -97,7 +97,8 @@ def test_no_expanded_copy_of_the_prefix():
     integers = [shape(s, jnp.int32) for s in ((1, 512), (1,), (1, 16))]
     jaxpr = jax.make_jaxpr(attend)(shape((1, 16, 1, 64), jnp.float32), pages, *integers).jaxpr
     assert [e for e in jaxpr.eqns if e.primitive.name == "pallas_call"]
-    assert max(v.aval.size for e in jaxpr.eqns for v in e.outvars) <= 2 * 16 * 64
+    made = [e for e in jaxpr.eqns if e.primitive.name != "reshape"]
+    assert max(v.aval.size for e in made for v in e.outvars) <= 2 * 16 * 64
 
 
 def test_chunks_of_a_cache():

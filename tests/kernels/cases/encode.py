@@ -77,7 +77,7 @@ CASES = {
     "decode step, search": _bits(4, 4, search=True, lead=(19, 1)),
     "three tokens d64 search": _bits(4, 2, "matched", search=True, dim=64, lead=(5, 3), dtype="float32"),
     "three tokens d256": _bits(5, 1, dim=256, lead=(3, 3), dtype="float16", statistics=False),
-    "one token k8v5 search": _bits(8, 5, "matched", search=True, lead=(7, 1)),
+    "one token k8v5 search": _bits(8, 5, "matched", search=True, lead=(101, 1)),
     "no statistics": _bits(4, 4, statistics=False, dtype="float16"),
     "float32 scales": Case({"bits": 4, "scale_dtype": "float32"}, {"bits": 2, "scale_dtype": "float32"}),
 }
