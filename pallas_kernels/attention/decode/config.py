@@ -104,7 +104,8 @@ def default_config(
     if narrow and dim == 128 and value_parts == 1 and min(bits) >= 4 and page_size % 256 == 0:
         return TileConfig(tile=256, num_warps=4, num_stages=3, programs=multiprocessors * 2, precise=precise)
     # With 16 columns, two products of 3-bit codes take two registers too many; on 10.0 any width takes one too many.
-    short = not narrow and ((capability == BLACKWELL and dim == 128) or (precise and min(bits) < 4))
+    # Places of tokens in several pages take registers, too.
+    short = not narrow and ((capability == BLACKWELL and dim == 128) or (precise and min(bits) < 4) or page_size < 128)
     # Four scales per token of min-max values leave registers for 128 tokens on Hopper alone, where tiles of 64 take 1.8
     # times as long.
     few_scales = value_parts == 1 or (value_parts == 4 and capability == HOPPER)

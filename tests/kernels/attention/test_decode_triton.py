@@ -152,5 +152,6 @@ def test_tiles_of_devices():
     assert tiles == [64, 128, 64]
     stages = [default_config(128, value_parts=4, sketched=s).num_stages for s in (False, True)]
     assert stages == [3, 2]
+    assert [default_config(64, columns=n).tile for n in (8, 16)] == [128, 64]  # a tile of several pages
     stages = {c: [default_config(128, bits=(n, n), capability=c).num_stages for n in (3, 4)] for c in (90, 100, 120)}
     assert stages == {90: [3, 3], 100: [2, 3], 120: [2, 3]}
