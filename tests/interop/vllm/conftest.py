@@ -58,7 +58,11 @@ def expected(two_layers, prompts):
 
 @pytest.fixture
 def said():
-    """The messages that the backend logs, whatever vLLM makes of the loggers above it."""
+    """The messages that the backend logs, whatever vLLM makes of the loggers above it, and has logged before."""
+    from vllm import logger as of_vllm
+
+    for once in (of_vllm._print_info_once, of_vllm._print_warning_once):
+        once.cache_clear()
     messages = []
 
     def note(record):  # a filter, because vLLM takes all handlers from the loggers below its own when it sets them up
