@@ -103,17 +103,10 @@ class BlockLayout:
             )
 
 
-@pytree
-class PageRows(Pages):
-    """Pages at any distance from each other: arrays [pages, distance], whose rows begin with the array of their page.
+class _LaidOut:
+    """Sizes of pages in blocks, by their layout."""
 
-    The distance counts elements. What lies behind a page's array in its row is neither read nor written.
-
-    Attributes:
-        layout: Shapes of the arrays of one page (static).
-    """
-
-    layout: BlockLayout = dataclasses.field(metadata={"static": True})
+    layout: BlockLayout
 
     @property
     def kv_heads(self) -> int:
@@ -124,6 +117,19 @@ class PageRows(Pages):
     def page_size(self) -> int:
         """Tokens per page."""
         return self.layout.page_size
+
+
+@pytree
+class PageRows(_LaidOut, Pages):
+    """Pages at any distance from each other: arrays [pages, distance], whose rows begin with the array of their page.
+
+    The distance counts elements. What lies behind a page's array in its row is neither read nor written.
+
+    Attributes:
+        layout: Shapes of the arrays of one page (static).
+    """
+
+    layout: BlockLayout = dataclasses.field(metadata={"static": True})
 
     @property
     def page_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -142,7 +148,7 @@ class PageRows(Pages):
 
 
 @pytree
-class Blocks:
+class Blocks(_LaidOut):
     """The bytes of blocks, read page by page; a pytree.
 
     Attributes:
@@ -154,16 +160,6 @@ class Blocks:
     memory: UInt8[Array, "blocks stride"]
     start: Int[Array, ""]
     layout: BlockLayout = dataclasses.field(metadata={"static": True})
-
-    @property
-    def kv_heads(self) -> int:
-        """KV heads."""
-        return self.layout.kv_heads
-
-    @property
-    def page_size(self) -> int:
-        """Tokens per page."""
-        return self.layout.page_size
 
     def gather(self, ids: Int[Array, "b n"]) -> tuple[Code, Code]:
         """Keys and values of n pages of every sequence; no other byte is touched."""

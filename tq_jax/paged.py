@@ -116,8 +116,7 @@ def _attend_all(
         return attend_packed(query, tokens, positions, options)
     tokens = PackedTokens(pages, quantizers, table, hot.packed, statistics)
     packed = attend_packed(query, tokens, positions - hot.begin[:, None], options)
-    page_size = pages.page_size
-    return merge(packed, _attend_hot(query, hot, lengths, positions, options, page_size))
+    return merge(packed, _attend_hot(query, hot, lengths, positions, options, pages.page_size))
 
 
 def finish(

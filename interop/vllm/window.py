@@ -234,9 +234,8 @@ def why_off(vllm_config: Any) -> str | None:
         return "a KV connector writes blocks that no step writes"
     if getattr(vllm_config.parallel_config, "use_ubatching", False):
         return "halves of a batch run side by side"
-    cache = getattr(vllm_config, "cache_config", None)
-    unit = getattr(cache, "hash_block_size", None)
-    if unit is not None and unit != getattr(cache, "block_size", None):
+    unit = getattr(vllm_config.cache_config, "hash_block_size", None)
+    if unit is not None and unit != vllm_config.cache_config.block_size:
         return f"prefixes of {unit} tokens are shared, so that vLLM copies blocks that no step writes"
     return None
 

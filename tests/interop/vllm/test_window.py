@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import types
 
 import pytest
 
@@ -216,3 +217,26 @@ def test_specs():
     assert [WindowSpec(w, s, 32).entries for w, s in ((128, 4), (128, 0), (0, 4), (1, 0), (33, 1))] == [6, 5, 1, 2, 4]
     with pytest.raises(ValueError, match="expected sinks of at most a block, 32 tokens, got sinks=33"):
         WindowSpec(128, 33, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"unit": None}, None),
+        ({"connector": object()}, "a KV connector writes blocks that no step writes"),
+        ({"halves": True}, "halves of a batch run side by side"),
+        ({"unit": 16}, "prefixes of 16 tokens are shared, so that vLLM copies blocks that no step writes"),
+    ],
+)
+def test_engines_without_a_window(changes, reason):
+    """Slots are valid only if steps write every token of a block, which these engines do not promise."""
+    given = {"connector": None, "halves": False, "unit": 64} | changes
+    config = types.SimpleNamespace(
+        kv_transfer_config=given["connector"],
+        parallel_config=types.SimpleNamespace(use_ubatching=given["halves"]),
+        cache_config=types.SimpleNamespace(block_size=64, hash_block_size=given["unit"]),
+        additional_config=None,
+    )
+    assert window.why_off(config) == reason
+    assert (window.window_of(config, 64) is None) == (reason is not None)
