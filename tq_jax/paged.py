@@ -12,7 +12,6 @@ from pallas_kernels.append.slots import token_in_window
 from pallas_kernels.attention import LogitOptions, PagedArguments, Partial, decode_attention, merge
 from pallas_kernels.attention.reference import attend_tokens
 from pallas_kernels.blocks import Blocks
-from pallas_kernels.numerics import HIDDEN
 from pallas_kernels.pages import Pages
 from pallas_kernels.pytree import pytree
 from tq_jax.quantizer import Quantizer, from_rotated, sketch_gain, sketch_query, to_rotated
@@ -166,40 +165,3 @@ def attend_paged(
     given = pages, quantizers, table, lengths, positions, options, statistics, hot
     partial = _attend_all(query.astype(jnp.float32), *given)
     return finish(partial, sink_logits, step < counts[:, None]).astype(query.dtype)
-
-
-@functools.partial(jax.jit, static_argnames=("options",))
-def attend_earlier(
-    query: Float[Array, "b t h_q d"],
-    pages: Pages | Blocks,
-    quantizers: tuple[Quantizer, Quantizer],
-    table: Int[Array, "b n"],
-    lengths: Int[Array, "b"],
-    ahead: Int[Array, "b"],
-    *,
-    options: LogitOptions,
-    statistics: Statistics | None = None,
-    hot: HotTokens | None = None,
-) -> tuple[Float[Array, "b t h_q d"], Float[Array, "b t h_q"]]:
-    """Attention of queries over tokens that all come before them, by the reference.
-
-    Args:
-        query: Queries after rotary embedding, of any float type; query i has position lengths + ahead + i.
-        pages: As for `attend_paged`, as are the others.
-        quantizers: Quantizers of keys and of values.
-        table: Page of each run of page_size tokens of each sequence, from its first token in pages on.
-        lengths: Tokens of each sequence, without those of the queries.
-        ahead: Tokens between each sequence and its first query.
-        options: Logit options.
-        statistics: Statistics of the keys.
-        hot: Tokens in full precision.
-
-    Returns:
-        float32 outputs, zero for queries that see no token; and the log-sum-exp of their logits, `HIDDEN` there.
-    """
-    positions = (lengths + ahead)[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-    given = pages, quantizers, table, lengths, positions, options, statistics, hot
-    partial = _attend_all(query.astype(jnp.float32), *given)
-    seen = partial.total > 0
-    total = jnp.where(seen, partial.total, 1.0)
-    return partial.acc / total[..., None], jnp.where(seen, partial.peak + jnp.log(total), HIDDEN)

@@ -2,8 +2,8 @@
 
 A block of the engine is a page: one run of bytes that holds all arrays of the page, see `pallas_kernels.blocks`. The
 engine can zero, copy and send it; kernels and reference read it as it is. A token is compressed when it is written.
-Attention of the last tokens reads everything from the codes, the newest tokens too; attention of later tokens reads
-what came before them. On the CPU JAX computes and torch writes; on a GPU torch launches the kernels.
+Attention of the last tokens reads everything from the codes, the newest tokens too. For prompts, tokens become dense
+again. On the CPU JAX computes and torch writes; on a GPU torch launches the kernels.
 """
 
 import functools
@@ -20,7 +20,9 @@ from interop.torch.dlpack import to_jax, to_torch
 from interop.torch.paged_on_gpu import PagedKernels
 from interop.torch.paged_rows import HotPool, PagedRows
 from pallas_kernels.blocks import Blocks
-from tq_jax.paged import HotTokens, attend_earlier, attend_paged
+from pallas_kernels.numerics import power_of_two
+from tq_jax.dense import dense_tokens
+from tq_jax.paged import HotTokens, attend_paged
 
 
 class PagedPool:
@@ -204,45 +206,40 @@ class PagedPool:
             centred = self.statistics is not None
             self._kernels.prepare_attend(batches, query, rows, options, sink_logits, centred=centred)
 
-    def attend_before(
+    def dequantize(
         self,
-        query: Float[torch.Tensor, "b t h_q d"],
         rows: PagedRows,
-        ahead: Int[torch.Tensor, "b"],
-        options: AttendOptions = AttendOptions(),  # noqa: B008
-    ) -> tuple[Float[torch.Tensor, "b t h_q d"], Float[torch.Tensor, "b t h_q"]]:
-        """Attention of queries over tokens that all come before them, to be merged with that over other tokens.
+        starts: Int[torch.Tensor, "b"],
+        heads: Int[torch.Tensor, "h"],
+        out: tuple[Float[torch.Tensor, "tokens h d"], Float[torch.Tensor, "tokens h d"]],
+    ) -> None:
+        """Writes tokens of sequences as dense keys and values, as the model had them before they were compressed.
 
         Args:
-            query: After rotary embedding; query i of a sequence has position lengths + ahead + i.
-            rows: The sequences, without the tokens of the queries.
-            ahead: int32, tokens between each sequence and its first query.
-            options: Of the logits.
-
-        Returns:
-            float32 outputs, zero for queries that see no token; and the log-sum-exp of their logits, `HIDDEN` for
-            queries that see no token.
+            rows: The sequences; all tokens are read from pages.
+            starts: int32, place of the first token of each sequence in the result.
+            heads: int32, KV heads that are wanted.
+            out: Take keys and values; places of no token become arbitrary.
 
         Raises:
-            NotImplementedError: On a GPU, for shapes or formats outside the kernels' limits.
+            NotImplementedError: On a GPU, for shapes or formats outside the kernel's limits.
         """
-        statistics = None if self.statistics is None else self._statistics(query.shape[0])
+        statistics = None if self.statistics is None else self._statistics(rows.lengths.shape[0])
         if self.device.type == "cuda":
-            return self._kernels.attend_before(query, rows, ahead, options, statistics)
-        arrays = to_jax((jax_calls.fresh(query.detach()), rows.table, rows.lengths, ahead, statistics))
-        query_array, table, lengths, distance, given = arrays
-        pages = self._jax_pages, self.quantizers
-        found = attend_earlier(
-            query_array,
-            *pages,
-            table,
-            lengths,
-            distance,
-            options=options.for_head_dim(query.shape[-1]),
-            statistics=given,
-            hot=self._jax_hot(rows),
+            self._kernels.dequantize(rows, starts, heads, statistics, out)
+            return
+        count = int((starts + rows.lengths).max())
+        arrays = to_jax((rows.table, rows.lengths, starts, heads, statistics))
+        found = dense_tokens(
+            self._jax_pages,
+            self.quantizers,
+            *arrays[:4],
+            tokens=power_of_two(count),  # few sizes, so that few functions are compiled
+            dtype="float32",
+            statistics=arrays[4],
         )
-        return to_torch(found)
+        for tensor, tokens in zip(out, to_torch(found), strict=True):
+            tensor[:count] = tokens[:count].to(tensor.dtype)
 
     def _statistics(self, count: int) -> tuple[torch.Tensor, ...]:
         """Mean and weight for each of a number of sequences, which are few numbers."""

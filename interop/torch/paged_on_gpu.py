@@ -5,6 +5,7 @@ once the same shapes have run before.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import tq_jax as tq
 from interop.launcher.function import TorchFunction
 from interop.launcher.program import BoundProgram, FirstPart, StridedRows
 from interop.torch.attend_on_gpu import AttendOptions
+from interop.torch.paged_dense import DenseKernels
 from interop.torch.paged_rows import HotPool, PagedRows
 from pallas_kernels.attention import (
     MAX_QUERY_TOKENS,
@@ -61,6 +63,7 @@ class PagedKernels:
             exact = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x for x in (hot.keys, hot.values))
         arrays = PagedArrays(pages, basis_of(key), basis_of(value), key.sketch, *exact)
         self._arrays = jax.tree.map(tensor, arrays)
+        self._make_dense = functools.partial(DenseKernels, pages, key, value, tensor)
         self._encode = BoundProgram(PagedEncode(key, value), pages)
         self._first_row = torch.zeros(WRITES[-1], dtype=torch.int32, device=device)
         self._programs: dict[Any, BoundProgram] = {}
@@ -111,7 +114,7 @@ class PagedKernels:
             centred: Whether keys have statistics.
         """
         heads, dim = self._arrays.pages.kv_heads, query.shape[3]
-        program = self._program(PagedAttend, query.shape[1], options)
+        program = self._program(query.shape[1], options)
         for batch in batches:
             statistics = [_meta((batch, heads, dim), torch.float32) if centred else None] * 2
             table, lengths, *exact = (_meta((batch, *x.shape[1:]), torch.int32) for x in rows.tensors)
@@ -146,45 +149,33 @@ class PagedKernels:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Outputs of queries [b, t, h_q, d]; arguments as of `PagedPool.attend`, the statistics' [b, h_kv, d]."""
-        given = () if out is None else (out,)
-        return self._launch(PagedAttend, query, rows, options, statistics, sink_logits, out=given)[0]
-
-    def attend_before(
-        self,
-        query: torch.Tensor,
-        rows: PagedRows,
-        ahead: torch.Tensor,
-        options: AttendOptions,
-        statistics: tuple[torch.Tensor, ...] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Outputs [b, t, h_q, d] and log-sum-exp [b, t, h_q]; arguments as of `PagedPool.attend_before`."""
-        out, log_sum_exp = self._launch(PagedAttendBefore, query, rows, options, statistics, -ahead)
-        return out, log_sum_exp
-
-    def _launch(
-        self,
-        kind: "type[PagedAttend] | type[PagedAttendBefore]",
-        query: torch.Tensor,
-        rows: PagedRows,
-        options: AttendOptions,
-        statistics: tuple[torch.Tensor, ...] | None,
-        last: torch.Tensor | None,
-        *,
-        out: Sequence[torch.Tensor] = (),
-    ) -> tuple[torch.Tensor, ...]:
-        program = self._program(kind, query.shape[1], options)
+        program = self._program(query.shape[1], options)
         table, lengths, *exact = rows.tensors
         given = (None, None) if statistics is None else statistics
-        return program(query.contiguous(), table, lengths, *given, last, *exact, out=out)
+        outputs = () if out is None else (out,)
+        return program(query.contiguous(), table, lengths, *given, sink_logits, *exact, out=outputs)[0]
 
-    def _program(
-        self, kind: "type[PagedAttend] | type[PagedAttendBefore]", count: int, options: AttendOptions
-    ) -> BoundProgram:
+    @functools.cached_property
+    def _dense(self) -> DenseKernels:
+        return self._make_dense()
+
+    def dequantize(
+        self,
+        rows: PagedRows,
+        starts: torch.Tensor,
+        heads: torch.Tensor,
+        statistics: tuple[torch.Tensor, ...] | None,
+        out: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Writes dense tokens; arguments as of `PagedPool.dequantize`, the statistics' [b, h_kv, d]."""
+        self._dense(rows.table, rows.lengths, starts, heads, statistics, out)
+
+    def _program(self, count: int, options: AttendOptions) -> BoundProgram:
         """The program of a number of queries per sequence."""
-        key = kind, options, count > MAX_QUERY_TOKENS
+        key = options, count > MAX_QUERY_TOKENS
         if key not in self._programs:
             runner = TorchFunction if count > MAX_QUERY_TOKENS else None
-            function = kind(*self._specs, options, first=self._first)
+            function = PagedAttend(*self._specs, options, first=self._first)
             self._programs[key] = BoundProgram(function, self._arrays, kind=runner)
         return self._programs[key]
 
@@ -227,8 +218,8 @@ class PagedEncode:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Attend:
-    """Attention over the pages of a block table, as a function of arrays with its static options bound.
+class PagedAttend:
+    """Attention of the last tokens of sequences over the pages of a block table, with its static options bound.
 
     Attributes:
         key: Quantizer of keys.
@@ -251,10 +242,6 @@ class _Attend:
         options = self.options
         plan = attend_plan(spec, options.for_head_dim(dim), precise=options.precise, interpret=self.interpret)
         return dataclasses.replace(plan, sink_slots=size if self.first else 0)
-
-
-class PagedAttend(_Attend):
-    """Attention of the last tokens of sequences."""
 
     def __call__(
         self,
@@ -281,32 +268,3 @@ class PagedAttend(_Attend):
                 sink_logits=sink_logits,
             ),
         )
-
-
-class PagedAttendBefore(_Attend):
-    """Partial attention of queries that come behind all tokens of the pages."""
-
-    def __call__(
-        self,
-        arrays: PagedArrays,
-        query: Float[Any, "b t h_q d"],
-        table: Int[Any, "b n"],
-        lengths: Int[Any, "b"],
-        mean: Float[Any, "b h_kv d"] | None,
-        weight: Float[Any, "b h_kv d"] | None,
-        back: Int[Any, "b"],
-        *exact: Any,
-    ) -> tuple[Any, Any]:
-        """Outputs and log-sum-exp, see `PagedPool.attend_before`; `back` are the tokens from a query to the end."""
-        plan = dataclasses.replace(self._plan(arrays, query.shape[-1], table.shape[1]), partial=True)
-        partial: Any = attend_block_table(
-            query,
-            arrays,
-            table,
-            lengths,
-            plan,
-            back=back,
-            statistics=None if mean is None or weight is None else (mean, weight),
-            segment=FullPrecisionBlocks(*exact) if exact else None,
-        )
-        return partial.acc, partial.peak

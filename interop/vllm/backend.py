@@ -23,6 +23,7 @@ from interop.torch.attend_on_gpu import AttendOptions
 from interop.torch.paged import PagedPool
 from interop.torch.paged_rows import HotPool
 from interop.vllm.bias_statistics import Owner, bias_statistics
+from interop.vllm.dense_space import DenseSpace
 from interop.vllm.metadata import TurboQuantBuilder, TurboQuantMetadata
 from interop.vllm.options import Options
 from interop.vllm.prompts import PromptAttention
@@ -195,7 +196,8 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             sliding_window, logits_soft_cap or None, self.scale, precise=self.options.precise
         )
         dtype = self._config.model_config.dtype if self._config.model_config is not None else torch.float32
-        self._attend_prompts = PromptAttention(head_size, dtype, self._attend_options)
+        space = DenseSpace.of(self._config, self.num_kv_heads, head_size, dtype)
+        self._attend_prompts = PromptAttention(space, self._attend_options)
         # Kept to make another implementation of the same layer.
         self._arguments = (
             num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap,
@@ -301,6 +303,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             raise NotImplementedError("outputs are not quantized, got output_scale")
         if attn_metadata is None:  # while vLLM measures memory
             self._reserve(self._config.cache_config.block_size, query)
+            self._attend_prompts.space.take(query.device)
             return output.zero_()
         for call in attn_metadata.uniform:
             assert self._pool is not None
@@ -311,9 +314,9 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
                 self._prepared.add(call.run.queries)
             call.attend(self._pool, query, output, self._attend_options, self._sink_logits)
             self.attended += call.run.requests * call.run.queries
-        if (prompts := attn_metadata.prompts) is not None:
-            self._attend_prompts(self._pool, prompts, query, key, value, output, self._sink_logits)
-            self.attended += prompts.starts[-1]
+        for chunks in attn_metadata.prompts:
+            self._attend_prompts(self._pool, chunks, query, key, value, output, self._sink_logits)
+            self.attended += chunks.starts[-1]
         return output
 
     @property

@@ -1,8 +1,8 @@
-"""The queries of one step as calls: uniform ones for a few queries per request, pieces for prompts over earlier tokens.
+"""The queries of requests with few of them as calls over all tokens.
 
 vLLM puts requests of few queries first. Successive requests with equally many queries are one call on views of vLLM's
-own tensors: no index is made and nothing is gathered, so that a CUDA graph can hold the call. What is left are prompts.
-They attend to their own tokens in one call (`interop.vllm.prompts`), and to earlier tokens in pieces of few sizes.
+own tensors: no index is made and nothing is gathered, so that a CUDA graph can hold the call. What is left are prompts,
+see `interop.vllm.chunks`.
 """
 
 import dataclasses
@@ -14,13 +14,7 @@ import torch
 from interop.torch.attend_on_gpu import AttendOptions
 from interop.torch.paged import PagedPool
 from interop.torch.paged_rows import PagedRows
-from pallas_kernels.numerics import HIDDEN, power_of_two
-
-SIZES = {"cpu": (8, 64, 256), "cuda": (16, 32, 64, 128, 256, 384, 512, 768, 1024)}
-"""Queries per sequence of a call over earlier tokens, padding included; longer prompts are cut."""
-
-QUERIES = {"cpu": 256, "cuda": 1024}
-"""Most queries per call over earlier tokens, padding included; on a GPU a launch costs more than padding."""
+from pallas_kernels.numerics import power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,113 +123,3 @@ class RowBuffers:
             if x.dim() == 1:
                 buffer[run.requests :].zero_()
         return self._buffers.map(lambda x: x[:size])
-
-
-@dataclasses.dataclass(frozen=True)
-class EarlierCall:
-    """Queries of prompts that attend in one call to the tokens before their chunks.
-
-    Attributes:
-        tokens: int64 [b * t], index of each query among the tokens of the prompts; arbitrary for padding.
-        real: int64, indices into `tokens` of the queries that are no padding; None if there is no padding.
-        rows: The b sequences, without their chunks.
-        ahead: int32 [b], tokens between each sequence and its first query.
-    """
-
-    tokens: torch.Tensor
-    real: torch.Tensor | None
-    rows: PagedRows
-    ahead: torch.Tensor
-
-    def attend(
-        self,
-        pool: PagedPool,
-        query: torch.Tensor,
-        output: torch.Tensor,
-        log_sum_exp: torch.Tensor,
-        options: AttendOptions,
-    ) -> None:
-        """Writes outputs and log-sum-exp [tokens, h_q] of its queries, of the prompts' queries [tokens, h_q, d]."""
-        asked = query[self.tokens].unflatten(0, (self.ahead.shape[0], -1))
-        found = [x.flatten(0, 1) for x in pool.attend_before(asked, self.rows, self.ahead, options)]
-        tokens = self.tokens
-        if self.real is not None:
-            tokens, found = tokens[self.real], [x[self.real] for x in found]
-        output[tokens] = found[0].to(output.dtype)
-        log_sum_exp[tokens] = found[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Successive queries of a prompt.
-
-    Attributes:
-        request: Index of the request among the prompts.
-        first: Index of the first query among the tokens of the prompts.
-        count: Number of queries.
-        ahead: Number of tokens of the same chunk before the first query.
-    """
-
-    request: int
-    first: int
-    count: int
-    ahead: int
-
-
-def plan_earlier(starts: Sequence[int], continued: Sequence[bool], earlier: PagedRows) -> list[EarlierCall]:
-    """Plans the calls over the tokens before the chunks of a step. Nothing is read back from the device.
-
-    Args:
-        starts: Index of the first token of each prompt among the tokens of the prompts, and the end of the last one.
-        continued: Whether each prompt has earlier tokens.
-        earlier: The prompts without their chunks, on the device.
-
-    Returns:
-        Calls that have every query of the continued prompts once.
-
-    Example:
-        >>> earlier = PagedRows(torch.zeros(2, 8, dtype=torch.int32), torch.tensor([0, 40], dtype=torch.int32))
-        >>> calls = plan_earlier([0, 50, 350], [False, True], earlier)
-        >>> [(call.rows.lengths.tolist(), call.ahead.tolist(), call.tokens.shape[0]) for call in calls]
-        [([40], [256], 64), ([40], [0], 256)]
-    """
-    kind = earlier.lengths.device.type
-    pieces: dict[int, list[Piece]] = {size: [] for size in SIZES[kind]}
-    for request, (start, end) in enumerate(itertools.pairwise(starts)):
-        if not continued[request]:
-            continue
-        for first in range(start, end, SIZES[kind][-1]):
-            count = min(end - first, SIZES[kind][-1])
-            size = next(size for size in SIZES[kind] if size >= count)
-            pieces[size].append(Piece(request, first, count, first - start))
-    calls = []
-    for size, found in pieces.items():
-        together = max(QUERIES[kind] // size, 1)
-        parts = (found[i : i + together] for i in range(0, len(found), together))
-        calls += [_earlier_call(part, size, earlier) for part in parts]
-    return calls
-
-
-def _earlier_call(pieces: list[Piece], size: int, earlier: PagedRows) -> EarlierCall:
-    padding = power_of_two(len(pieces)) - len(pieces)  # few sizes, so that few functions are compiled
-    device = earlier.lengths.device
-    request, ahead, exists = _on_device([[p.request, p.ahead, 1] for p in pieces] + [[0, 0, 0]] * padding, device).T
-    places = [p.first + min(i, p.count - 1) for p in pieces for i in range(size)] + [0] * (padding * size)
-    real = [n * size + i for n, p in enumerate(pieces) for i in range(p.count)]
-    return EarlierCall(
-        tokens=_on_device(places, device),
-        real=None if len(real) == len(places) else _on_device(real, device),
-        rows=earlier.map(lambda x: (x[request] * exists if x.dim() == 1 else x[request]).int()),
-        ahead=ahead.int().contiguous(),
-    )
-
-
-def _on_device(numbers: list, device: torch.device) -> torch.Tensor:
-    """An int64 tensor of numbers; the copy does not wait for the device."""
-    tensor = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return tensor.to(device, non_blocking=True)
-
-
-def empty_earlier(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs and log-sum-exp [tokens, h_q] of queries [tokens, h_q, d] that see no earlier token."""
-    return torch.zeros_like(query), query.new_full(query.shape[:2], HIDDEN, dtype=torch.float32)

@@ -14,8 +14,9 @@ from vllm.v1.attention.backend import (
 
 from interop.torch.paged_on_gpu import WRITES, write_size
 from interop.torch.paged_rows import PagedRows
-from interop.vllm.calls import RowBuffers, UniformCall, plan_earlier, split_runs
-from interop.vllm.prompts import Prompts
+from interop.vllm.calls import RowBuffers, UniformCall, split_runs
+from interop.vllm.chunks import Chunks, group_prompts, plan_earlier
+from interop.vllm.dense_space import DenseSpace
 from interop.vllm.report import logger, report
 from interop.vllm.window import HotTables, WindowSpec, window_of
 from pallas_kernels.attention import MAX_QUERY_TOKENS
@@ -27,7 +28,7 @@ class TurboQuantMetadata(AttentionMetadata):
 
     Attributes:
         uniform: The calls of requests with few queries, over all of their tokens.
-        prompts: The other requests; None if there are none.
+        prompts: The calls of the other requests.
         slots: int32, page slot of each token, padding included; negative for padding and behind it.
         count: Number of tokens, padding included.
         places: int64, place of each of the tokens of `slots` in the hot pools, negative for those that have none; None
@@ -35,7 +36,7 @@ class TurboQuantMetadata(AttentionMetadata):
     """
 
     uniform: tuple[UniformCall, ...]
-    prompts: Prompts | None
+    prompts: tuple[Chunks, ...]
     slots: torch.Tensor
     count: int
     places: torch.Tensor | None = None
@@ -63,6 +64,8 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         scheduler = vllm_config.scheduler_config
         self._rows = RowBuffers(scheduler.max_num_seqs)
         self._window = window_of(vllm_config, kv_cache_spec.block_size)
+        shape = kv_cache_spec.num_kv_heads, kv_cache_spec.head_size
+        self._space = DenseSpace.of(vllm_config, *shape, kv_cache_spec.dtype)
         self._hot: HotTables | None = None
         most = scheduler.max_num_batched_tokens + WRITES[-1]
         self._slots = torch.full((most,), -1, dtype=torch.int32, device=device)
@@ -92,7 +95,7 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         assert self.reorder_batch_threshold is not None
         runs, first = split_runs(starts, self.reorder_batch_threshold)
         # Prompts first: rows with few queries stay in the tables, until the next step.
-        prompts = self._prompts(common, rows, starts, first) if first < requests else None
+        prompts = self._prompts(common, rows, starts, first) if first < requests else ()
         few = self._read(rows.map(lambda x: x[:first])) if runs else rows
         return TurboQuantMetadata(
             uniform=tuple(UniformCall(run, self._rows.rows(run, few)) for run in runs),
@@ -122,22 +125,30 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         """Rows of all tokens as those of which some are read in full precision, if there is a window."""
         return rows if self._hot is None else self._hot.read(rows.table, rows.lengths)
 
-    def _prompts(self, common: Any, rows: PagedRows, starts: list[int], first: int) -> Prompts:
-        """The requests from one on, which are prompts."""
-        base, whole = starts[first], common.query_start_loc
-        own = [start - base for start in starts[first:]]
-        on_device = whole[first : len(starts)] - base if first else whole[: len(starts)]
-        bound = common.seq_lens_cpu_upper_bound
-        counts = [end - start for start, end in itertools.pairwise(own)]
-        continued = [True] * len(counts)
-        if bound is not None:
-            bounds = bound[first : len(starts) - 1].tolist()
-            continued = [most > count for most, count in zip(bounds, counts, strict=True)]
-        earlier = ()
-        if any(continued):
-            lengths = rows.lengths[first:] - (on_device[1:] - on_device[:-1])
-            earlier = tuple(plan_earlier(own, continued, self._read(PagedRows(rows.table[first:], lengths))))
-        return Prompts(base, own, on_device, earlier)
+    def _prompts(self, common: Any, rows: PagedRows, starts: list[int], first: int) -> tuple[Chunks, ...]:
+        """The calls of the requests from one on, which are prompts."""
+        own, bound = [end - start for start, end in itertools.pairwise(starts[first:])], common.seq_lens_cpu_upper_bound
+        longest = [self._space.most] * len(own)
+        totals = longest if bound is None else bound[first : first + len(own)].tolist()
+        totals = [total if total > count else 0 for total, count in zip(totals, own, strict=True)]
+        chunks = []
+        for group in group_prompts(totals, most=self._space.most):
+            begin, end = first + group.start, first + group.stop
+            base, on_device = starts[begin], common.query_start_loc[begin : end + 1]
+            on_device = on_device - base if base else on_device
+            earlier = None
+            if totals[group.start]:
+                lengths = rows.lengths[begin:end] - (on_device[1:] - on_device[:-1])
+                earlier = plan_earlier(
+                    self._read(PagedRows(rows.table[begin:end], lengths)),
+                    rows.table[begin:end],
+                    on_device,
+                    totals[group.start : group.stop],
+                    tokens=starts[end] - base,
+                    window=self._window,
+                )
+            chunks.append(Chunks(base, [start - base for start in starts[begin : end + 1]], on_device, earlier))
+        return tuple(chunks)
 
     def _filled_slots(self, slots: torch.Tensor) -> torch.Tensor:
         """The slots of a step as int32 in the builder's tensor, with negative ones behind them as writes need them."""

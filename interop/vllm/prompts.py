@@ -1,7 +1,7 @@
-"""Attention of prompts: exact over the tokens of their own chunks, over codes for earlier tokens, merged.
+"""Attention of prompts: exact over the tokens of their own chunks, over dense copies of earlier tokens.
 
-All prompts of a step are one call of the attention that vLLM has for them. Where there is none, which is on CPUs, for
-float32 and for head dims that FlashAttention lacks, torch does the same.
+All prompts of a kind are one call of the attention that vLLM has for them (`interop.vllm.chunks`). Where there is none,
+which is on CPUs, for float32 and for head dims that FlashAttention lacks, torch does the same.
 """
 
 import dataclasses
@@ -12,51 +12,45 @@ from typing import Any
 
 import torch
 from vllm.platforms import current_platform
-from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
 from interop.torch.attend_on_gpu import AttendOptions
 from interop.torch.paged import PagedPool
-from interop.vllm.calls import EarlierCall, empty_earlier
+from interop.vllm.chunks import Chunks, Earlier
+from interop.vllm.dense_space import DenseSpace
 
 BLOCK = 256
 """Queries that torch attends with at a time; bounds its matrix of logits."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompts:
-    """The prompts of a step, one after the other.
+class DenseCall:
+    """Keys and values of some KV heads, dense, for the chunks of successive prompts.
 
     Attributes:
-        first: Index of the first token among the tokens of the step.
-        starts: Index of the first token of each prompt among those of the prompts, and the end of the last one.
-        starts_on_device: The same, int32.
-        earlier: The calls over earlier tokens; none if all chunks are the first of their prompts.
+        key: [tokens or more, heads, d].
+        value: [tokens or more, heads, d].
+        starts: int32 [prompts + 1], first token of each prompt, and the end of the last one.
+        longest: Most tokens of a prompt.
     """
 
-    first: int
-    starts: list[int]
-    starts_on_device: torch.Tensor
-    earlier: tuple[EarlierCall, ...]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest chunk."""
-        return max(end - start for start, end in itertools.pairwise(self.starts))
+    key: torch.Tensor
+    value: torch.Tensor
+    starts: torch.Tensor
+    longest: int
 
 
 class PromptAttention:
     """The attention of one layer for prompts.
 
     Args:
-        head_size: Channels of a head.
-        dtype: Type of queries, keys and values.
+        space: Memory of dense tokens.
         options: Of the logits, with a scale.
     """
 
-    def __init__(self, head_size: int, dtype: torch.dtype, options: AttendOptions) -> None:
+    def __init__(self, space: DenseSpace, options: AttendOptions) -> None:
         assert options.scale is not None
-        self._options, self._scale = options, options.scale
-        self._version = _flash_version(head_size, dtype, capped=options.softcap is not None)
+        self.space, self._options, self._scale = space, options, options.scale
+        self._version = _flash_version(space.dim, space.dtype, capped=options.softcap is not None)
 
     @property
     def name(self) -> str:
@@ -66,63 +60,86 @@ class PromptAttention:
     def __call__(
         self,
         pool: PagedPool | None,
-        prompts: Prompts,
+        chunks: Chunks,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         output: torch.Tensor,
         sinks: torch.Tensor | None,
     ) -> None:
-        """Attends with the prompts' queries of a step.
+        """Attends with the queries of successive prompts.
 
         Args:
             pool: The layer's pages; None if no prompt has earlier tokens.
-            prompts: Which tokens are the prompts'.
+            chunks: Which tokens are the prompts'.
             query: [tokens, h_q, d], of the step.
             key: [tokens, h_kv, d].
             value: [tokens, h_kv, d].
             output: [tokens, h_q, d], written at the prompts' tokens.
             sinks: float32 [h_q], learned logits without a value.
         """
-        part = slice(prompts.first, prompts.first + prompts.starts[-1])
-        query, key, value, output = query[part], key[part], value[part], output[part]
-        merges = bool(prompts.earlier)
-        log_sum_exp = self._within(prompts, query, key, value, output, sums=merges or sinks is not None)
-        if merges:
-            assert pool is not None and log_sum_exp is not None
-            earlier, sums = empty_earlier(query)
-            for call in prompts.earlier:
-                call.attend(pool, query, earlier, sums, self._options)
-            both = None if sinks is None else torch.empty_like(log_sum_exp)
-            merge_attn_states(output, earlier, sums.T.contiguous(), output, log_sum_exp, both)
-            log_sum_exp = both
+        part = slice(chunks.first, chunks.first + chunks.starts[-1])
+        query, key, value, output = query[part].contiguous(), key[part], value[part], output[part]
+        if (earlier := chunks.earlier) is None:
+            dense = DenseCall(key, value, chunks.starts_on_device, chunks.longest)
+            self._attend(chunks, query, dense, output, sinks)
+            return
+        assert pool is not None
+        group, at_once = query.shape[1] // key.shape[1], self.space.heads_at_once(earlier.count)
+        for first in range(0, key.shape[1], at_once):
+            heads, of_query = slice(first, first + at_once), slice(first * group, (first + at_once) * group)
+            dense = self._dense(pool, earlier, key[:, heads], value[:, heads], first)
+            own = None if sinks is None else sinks[of_query]
+            self._attend(chunks, query[:, of_query], dense, output[:, of_query], own)
+
+    def _dense(
+        self, pool: PagedPool, earlier: Earlier, key: torch.Tensor, value: torch.Tensor, first: int
+    ) -> DenseCall:
+        """Earlier tokens and those of the chunks, of the KV heads from one on."""
+        count = key.shape[1]
+        heads = torch.arange(first, first + count, dtype=torch.int32, device=key.device)
+        shape = (self.space.tokens(count), count, self.space.dim)
+        dense = tuple(x[: math.prod(shape)].view(shape) for x in self.space.take(key.device))
+        pool.dequantize(earlier.rows, earlier.starts, heads, (dense[0], dense[1]))
+        if (hot := earlier.hot) is not None:
+            assert pool.hot is not None
+            for tokens, exact in zip(dense, (pool.hot.keys, pool.hot.values), strict=True):
+                tokens.index_copy_(0, hot.places, exact[:, first : first + count].index_select(0, hot.sources))
+        for tokens, new in zip(dense, (key, value), strict=True):
+            tokens.index_copy_(0, earlier.own, new.to(tokens.dtype))
+        return DenseCall(dense[0], dense[1], earlier.ends, earlier.longest)
+
+    def _attend(
+        self,
+        chunks: Chunks,
+        query: torch.Tensor,
+        dense: DenseCall,
+        output: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        """Causal attention of chunks that end with their prompts' last tokens, written to the output."""
+        if self._version is None:
+            log_sum_exp = _attend_by_torch(chunks.starts, query, dense, output, self._options)
+        else:
+            log_sum_exp = self._flash(chunks, query, dense, output, sums=sinks is not None)
         if sinks is not None:
             assert log_sum_exp is not None
             output.mul_(torch.sigmoid(log_sum_exp - sinks[:, None]).T[..., None])
 
-    def _within(
-        self,
-        prompts: Prompts,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        *,
-        sums: bool,
+    def _flash(
+        self, chunks: Chunks, query: torch.Tensor, dense: DenseCall, output: torch.Tensor, *, sums: bool
     ) -> torch.Tensor | None:
-        """Causal attention within chunks, written to the output; the log-sum-exp [h_q, tokens] if asked for."""
-        if self._version is None:
-            return _attend_by_torch(prompts.starts, query, key, value, output, self._options)
+        """`_attend` by vLLM's FlashAttention; the log-sum-exp [h_q, tokens] if asked for."""
         window = self._options.sliding_window
         found = _flash_attention()(
-            q=query.contiguous(),
-            k=key,
-            v=value,
+            q=query,
+            k=dense.key,
+            v=dense.value,
             out=output,
-            cu_seqlens_q=prompts.starts_on_device,
-            cu_seqlens_k=prompts.starts_on_device,
-            max_seqlen_q=prompts.longest,
-            max_seqlen_k=prompts.longest,
+            cu_seqlens_q=chunks.starts_on_device,
+            cu_seqlens_k=dense.starts,
+            max_seqlen_q=chunks.longest,
+            max_seqlen_k=dense.longest,
             softmax_scale=self._scale,
             causal=True,
             window_size=None if window is None else [window - 1, 0],
@@ -150,21 +167,20 @@ def _flash_attention() -> Any:
 
 
 def _attend_by_torch(
-    starts: list[int],
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    options: AttendOptions,
+    starts: list[int], query: torch.Tensor, dense: DenseCall, output: torch.Tensor, options: AttendOptions
 ) -> torch.Tensor:
-    """As `PromptAttention._within`, in float32, block by block of queries."""
+    """As `PromptAttention._flash`, in float32, block by block of queries; waits for the device."""
     log_sum_exp = query.new_empty(query.shape[1::-1], dtype=torch.float32)
-    for start, end in itertools.pairwise(starts):
+    spans = zip(itertools.pairwise(starts), itertools.pairwise(dense.starts.tolist()), strict=True)
+    for (start, end), (head, tail) in spans:
+        ahead = (tail - head) - (end - start)  # tokens before the chunk
         for first in range(start, end, BLOCK):
             last = min(first + BLOCK, end)
-            begin = start if options.sliding_window is None else max(start, first - options.sliding_window + 1)
-            parts = query[first:last], key[begin:last], value[begin:last]
-            out, sums = _attend_block(*parts, first - begin, options)
+            before = ahead + first - start  # tokens before the block
+            begin = 0 if options.sliding_window is None else max(0, before - options.sliding_window + 1)
+            seen = slice(head + begin, head + before + last - first)
+            parts = query[first:last], dense.key[seen], dense.value[seen]
+            out, sums = _attend_block(*parts, before - begin, options)
             output[first:last], log_sum_exp[:, first:last] = out.to(output.dtype), sums
     return log_sum_exp
 

@@ -63,7 +63,8 @@ def make_builder(drafts, options=None):
         parallel_config=types.SimpleNamespace(decode_context_parallel_size=1),
         scheduler_config=types.SimpleNamespace(max_num_seqs=6, max_num_batched_tokens=400),
     )
-    spec = types.SimpleNamespace(state_content_bytes=36, block_size=PAGE)
+    sizes = {"num_kv_heads": KV_HEADS, "head_size": D, "dtype": torch.float32}
+    spec = types.SimpleNamespace(state_content_bytes=36, block_size=PAGE, **sizes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metadata, "report", lambda config: None)
         return metadata.TurboQuantBuilder(spec, ["layer"], settings, torch.device("cpu"))
@@ -226,7 +227,7 @@ def test_any_mix_of_requests(given, name, drafts, request):
         calls = [(call.run.requests, call.run.queries) for call in metadata.uniform]
         uniform = [count for _, count in step if count <= few]
         assert calls == [(len(list(same)), count) for count, same in itertools.groupby(uniform)]
-        assert (metadata.prompts is None) == (len(uniform) == len(step))
+        assert (not metadata.prompts) == (len(uniform) == len(step))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -253,11 +254,24 @@ def test_first_chunks_read_no_codes(config, monkeypatch):
         raise AssertionError("read codes")
 
     layer = Layer(config)
-    for name in ("attend", "attend_before"):
+    for name in ("attend", "dequantize"):
         monkeypatch.setattr(PagedPool, name, refuse)
     found, want, metadata = layer.step([("a", 40), ("b", 50)])
     assert_close(found, want)
-    assert metadata.prompts.earlier == () and metadata.uniform == ()
+    assert [chunks.earlier for chunks in metadata.prompts] == [None] and metadata.uniform == ()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_prompts_that_do_not_fit_the_dense_space_together(windowed, options):
+    """A KV head at a time, and few prompts at a time."""
+    layer = Layer(windowed, **options)
+    layer.step([("a", 90), ("b", 50), ("c", 70), ("d", 8)])
+    small = dataclasses.replace(layer.builder._space, elements=230 * D)
+    layer.builder._space = layer.impl._attend_prompts.space = small
+    found, want, metadata = layer.step([("a", 50), ("b", 33), ("e", 40), ("c", 20), ("d", 5)])
+    assert_close(found, want)
+    assert [len(chunks.starts) - 1 for chunks in metadata.prompts] == [2, 1, 2]
+    assert [small.heads_at_once(x.earlier.count) for x in metadata.prompts if x.earlier] == [1, 2]
 
 
 @pytest.mark.parametrize("drafts", [0, 3])

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from tq_jax.commands.gate.case import Case
 
-OPERATIONS = ("decode", "prefill", "encode", "append", "attend", "prompt", "layer")
+OPERATIONS = ("decode", "prefill", "dequantize", "encode", "append", "attend", "prompt", "layer")
 """Modules of this package whose `cases()` are compiled."""
 
 
