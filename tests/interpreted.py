@@ -63,7 +63,8 @@ def _whole(tensor, shape):
         return rows.reshape(shape)
     if tuple(tensor.shape) == tuple(shape):
         return tensor.detach().clone()
-    garbage = torch.full((shape[0] - tensor.shape[0], *shape[1:]), torch.nan, dtype=tensor.dtype)
+    value = torch.nan if tensor.is_floating_point() else GARBAGE
+    garbage = torch.full((shape[0] - tensor.shape[0], *shape[1:]), value, dtype=tensor.dtype)
     return torch.cat([tensor.detach(), garbage])
 
 

@@ -168,6 +168,7 @@ class TorchProgram:
         self.plan = plan_launches(function, *jax.tree.map(struct, examples))
         self._constants = [constant(value, self.device) for value in self.plan.constants]
         self._made = [(shape, getattr(torch, dtype)) for shape, dtype in self.plan.made]
+        self._outputs = [(place.kind, place.index) for place in self.plan.outputs]
         # Most of compiling lets other threads run.
         self._compiling = [_threads().submit(self._compile, launch) for launch in self.plan.launches]
 
@@ -243,8 +244,14 @@ class TorchProgram:
     ) -> tuple[torch.Tensor, ...]:
         require_alike(out, self.plan.made[: len(out)], self.device)
         made = [*out, *(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self._made[len(out) :])]
-        workspace = torch.empty(self.plan.workspace, dtype=torch.uint8, device=self.device)
-        addresses = [workspace.data_ptr(), *(x.data_ptr() for x in made), *(x.data_ptr() for x in given)]
+        workspace = None
+        if self.plan.workspace:
+            workspace = torch.empty(self.plan.workspace, dtype=torch.uint8, device=self.device)
+        addresses = [
+            0 if workspace is None else workspace.data_ptr(),
+            *(x.data_ptr() for x in made),
+            *(x.data_ptr() for x in given),
+        ]
         # triton's own launcher takes the stream of a device from the same function
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         for run, template, later in calls:
@@ -254,7 +261,7 @@ class TorchProgram:
                 arguments[place] = addresses[index] + offset
             run(*arguments)
         held = {"input": (*fixed, *given), "output": made, "constant": self._constants}
-        return tuple(held[place.kind][place.index] for place in self.plan.outputs)
+        return tuple([held[kind][index] for kind, index in self._outputs])
 
 
 class Bound(Protocol):
@@ -311,12 +318,22 @@ class BoundProgram:
             The results, as those of `TorchProgram`.
         """
         given = [_aligned(x) for x in arguments if x is not None]
-        tensors = [x.tensor if isinstance(x, FirstPart) else x for x in given]
-        held = iter(tensors)
-        key = tuple(None if x is None else (x.shape, next(held).dtype) for x in arguments)
+        return self._bound(arguments, given)([x.tensor if isinstance(x, FirstPart) else x for x in given], out=out)
+
+    def bound(self, *arguments: torch.Tensor | FirstPart | None) -> "Bound":
+        """The function of arguments of the shapes and types of these, as a function of their tensors without None.
+
+        It is for callers that call it very often: it takes the tensors at their addresses, which must be aligned to
+        `POINTER_ALIGNMENT` bytes, and checks nothing.
+        """
+        return self._bound(arguments, [x for x in arguments if x is not None])
+
+    def _bound(self, arguments: Sequence[Any], given: list[torch.Tensor | FirstPart]) -> "Bound":
+        held = iter(given)
+        key = tuple(None if x is None else (x.shape, _dtype(next(held))) for x in arguments)
         if key not in self._programs:
             self._programs[key] = self._make(key, given)
-        return self._programs[key](tensors, out=out)
+        return self._programs[key]
 
     def prepare(self, *shapes: torch.Tensor | None) -> None:
         """Lowers the function for arguments of such shapes and starts to compile it; their first call waits less.
@@ -334,6 +351,10 @@ class BoundProgram:
         program = self._program(key)
         program.check([*self._fixed, *given])
         return program.bind(self._fixed)
+
+
+def _dtype(x: torch.Tensor | FirstPart) -> torch.dtype:
+    return x.tensor.dtype if isinstance(x, FirstPart) else x.dtype
 
 
 def _aligned(x: torch.Tensor | FirstPart) -> torch.Tensor | FirstPart:

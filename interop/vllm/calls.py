@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from interop.torch.attend_on_gpu import AttendOptions
@@ -48,17 +49,16 @@ def split_runs(starts: Sequence[int], threshold: int) -> tuple[list[Run], int]:
         >>> split_runs([0, 2, 4, 4, 4], 2)
         ([Run(first=0, requests=4, start=0, queries=2)], 4)
     """
-    counts = [end - start for start, end in itertools.pairwise(starts)]
-    few = list(itertools.takewhile(lambda count: count <= threshold, counts))
-    padding = len(list(itertools.takewhile(lambda count: not count, reversed(few))))
-    runs, first = [], 0
-    for queries, group in itertools.groupby(few[: len(few) - padding]):
-        requests = len(list(group))
-        runs.append(Run(first, requests, starts[first], queries))
-        first += requests
-    if runs and padding:
-        runs[-1] = dataclasses.replace(runs[-1], requests=runs[-1].requests + padding)
-    return runs, len(few)
+    counts = np.diff(starts)
+    many = np.flatnonzero(counts > threshold)
+    few = int(many[0]) if len(many) else len(counts)
+    asking = np.flatnonzero(counts[:few])
+    real = int(asking[-1]) + 1 if len(asking) else 0  # behind them are padding
+    edges = [0, *(np.flatnonzero(np.diff(counts[:real])) + 1).tolist(), real] if real else [0]
+    runs = [Run(first, end - first, starts[first], int(counts[first])) for first, end in itertools.pairwise(edges)]
+    if runs and real < few:
+        runs[-1] = dataclasses.replace(runs[-1], requests=runs[-1].requests + few - real)
+    return runs, few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +104,20 @@ class RowBuffers:
         self._most = power_of_two(most)
         self._buffers: PagedRows | None = None
 
-    def rows(self, run: Run, batch: PagedRows) -> PagedRows:
+    def rows(self, run: Run, batch: PagedRows, count: int | None = None) -> PagedRows:
         """Rows of a run of a batch.
 
-        The first run's rows are views of the batch's tensors if they need no padding, else of the buffers. A CUDA graph
-        holds a batch that is one run.
+        The first run's rows are views of the batch's tensors if they need no padding beside the batch's own, else of
+        the buffers. A CUDA graph holds a batch that is one run.
+
+        Args:
+            run: The run.
+            batch: The batch.
+            count: Requests of the batch, if rows behind them are padding to a power of two.
         """
         part, size = slice(run.first, run.first + run.requests), power_of_two(run.requests)
+        if run.requests == count and batch.lengths.shape[0] == size:
+            return batch
         padding = size - run.requests
         if run.first:
             return batch.map(lambda x: torch.cat([x[part], x.new_zeros(padding, *x.shape[1:])]))

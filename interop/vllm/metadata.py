@@ -18,7 +18,8 @@ from interop.vllm.calls import RowBuffers, UniformCall, split_runs
 from interop.vllm.chunks import Chunks, group_prompts, plan_earlier
 from interop.vllm.dense_space import DenseSpace
 from interop.vllm.report import logger, report
-from interop.vllm.window import HotTables, WindowSpec, window_of
+from interop.vllm.window import HotTables, WindowSpec, fill_slots, window_of
+from interop.vllm.window_on_gpu import KernelTables
 from pallas_kernels.attention import MAX_QUERY_TOKENS
 
 
@@ -86,21 +87,16 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
         requests = common.num_reqs
         starts = common.query_start_loc_cpu[: requests + 1].tolist()
         rows = PagedRows(common.block_table_tensor[:requests], common.seq_lens[:requests])
-        slots, places = self._filled_slots(common.slot_mapping), None
-        if self._window is not None:
-            self._hot = self._hot or self._tables(self._window, rows)
-            places = self._hot.update(rows.table, rows.lengths, slots)
-            if (cold := self._hot.news()) is not None:
-                logger.info("tq_jax has read %d tokens of windows from codes so far, in each layer", cold)
+        places = self._fill(rows, common.slot_mapping)
         assert self.reorder_batch_threshold is not None
         runs, first = split_runs(starts, self.reorder_batch_threshold)
         # Prompts first: rows with few queries stay in the tables, until the next step.
         prompts = self._prompts(common, rows, starts, first) if first < requests else ()
         few = self._read(rows.map(lambda x: x[:first])) if runs else rows
         return TurboQuantMetadata(
-            uniform=tuple(UniformCall(run, self._rows.rows(run, few)) for run in runs),
+            uniform=tuple(UniformCall(run, self._rows.rows(run, few, first)) for run in runs),
             prompts=prompts,
-            slots=slots,
+            slots=self._slots[: _written(common.slot_mapping.shape[0])],
             count=common.slot_mapping.shape[0],
             places=places,
         )
@@ -112,13 +108,13 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
     def _tables(self, window: WindowSpec, rows: PagedRows) -> HotTables:
         """The tables; made by the first step, when the number of blocks is known."""
         cache, scheduler = self.vllm_config.cache_config, self.vllm_config.scheduler_config
-        return HotTables(
+        kind = KernelTables if self._slots.is_cuda else HotTables
+        return kind(
             window,
             blocks=cache.num_gpu_blocks * (cache.block_size // window.block or 1),
             requests=scheduler.max_num_seqs,
-            tokens=len(self._slots),
+            filled=self._slots,
             width=rows.table.shape[1],
-            device=rows.table.device,
         )
 
     def _read(self, rows: PagedRows) -> PagedRows:
@@ -150,11 +146,19 @@ class TurboQuantBuilder(AttentionMetadataBuilder[TurboQuantMetadata]):
             chunks.append(Chunks(base, [start - base for start in starts[begin : end + 1]], on_device, earlier))
         return tuple(chunks)
 
-    def _filled_slots(self, slots: torch.Tensor) -> torch.Tensor:
-        """The slots of a step as int32 in the builder's tensor, with negative ones behind them as writes need them."""
-        count = slots.shape[0]
-        last = count - 1 - (count - 1) % WRITES[-1] if count else 0  # first token of the last write
-        end = last + write_size(count - last)
-        self._slots[:count].copy_(slots)
-        self._slots[count:end].fill_(-1)
-        return self._slots[:end]
+    def _fill(self, rows: PagedRows, slots: torch.Tensor) -> torch.Tensor | None:
+        """Fills the builder's slots with those of a step; returns the places of its tokens, if there is a window."""
+        if self._window is None:
+            fill_slots(self._slots, slots)
+            return None
+        self._hot = self._hot or self._tables(self._window, rows)
+        places = self._hot.update(rows.table, rows.lengths, slots)
+        if (cold := self._hot.news()) is not None:
+            logger.info("tq_jax has read %d tokens of windows from codes so far, in each layer", cold)
+        return places
+
+
+def _written(count: int) -> int:
+    """Tokens of the writes of a step of so many, padding included."""
+    last = count - 1 - (count - 1) % WRITES[-1] if count else 0  # first token of the last write
+    return last + write_size(count - last)

@@ -85,36 +85,36 @@ class WindowSpec:
 class HotTables:
     """Which blocks have slots of the hot pools, for the layers of a KV-cache group.
 
-    What steps write here stays at its address, for CUDA graphs.
+    What steps write here stays at its address, for CUDA graphs. `interop.vllm.window_on_gpu` has kernels that do the
+    same in a few launches.
 
     Args:
         spec: The window.
         blocks: Blocks of the KV cache. Block 0 belongs to no request and never has a slot.
         requests: Most requests of a step; those that run have slots enough.
-        tokens: Most tokens of a step, padding included.
+        filled: int32 [tokens], takes the page slots of each step's tokens; of the most tokens, padding included.
         width: Columns of block tables.
-        device: Where the tables lie.
     """
 
-    def __init__(
-        self, spec: WindowSpec, *, blocks: int, requests: int, tokens: int, width: int, device: torch.device
-    ) -> None:
-        self._spec, self._blocks, self._slots = spec, blocks, requests * spec.entries
-        self._step = self._said = 0
-        self._copied = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+    _type = torch.int64  # of the tables
 
-        def full(value: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    def __init__(self, spec: WindowSpec, *, blocks: int, requests: int, filled: torch.Tensor, width: int) -> None:
+        self._spec, self._blocks, self._slots, device = spec, blocks, requests * spec.entries, filled.device
+        self._step = self._said = 0
+        self._copied = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
+
+        def full(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
 
         # The last element of each table stands for no block and for no slot.
-        self._hot, self._begun = full(-1, blocks + 1), full(0, blocks + 1)
-        self._owner, self._used = full(blocks, self._slots + 1), full(0, self._slots + 1)
-        self._cold, self._places = full(0, 1), full(-1, tokens)
-        rows, int32 = power_of_two(requests), torch.int32
-        self._table = full(0, rows, width, dtype=int32)
-        self._exact = ExactRows(
-            full(0, rows, spec.entries, dtype=int32), full(0, rows, dtype=int32), full(0, rows, dtype=int32)
-        )
+        self._hot, self._begun = full(-1, blocks + 1, dtype=self._type), full(0, blocks + 1, dtype=self._type)
+        self._owner = full(blocks, self._slots + 1, dtype=self._type)
+        self._used = full(0, self._slots + 1, dtype=self._type)
+        rows, self._filled = power_of_two(requests), filled
+        self._cold, self._places = full(0, rows, dtype=torch.int64), full(-1, len(filled), dtype=torch.int64)
+        self._table, self._lengths = full(0, rows, width), full(0, rows)
+        self._exact = ExactRows(full(0, rows, spec.entries), full(0, rows), full(0, rows))
+        self._views: dict[int, PagedRows] = {}
         self._entry = torch.arange(spec.tail, device=device)
         # Number of each entry's block in its request: that of the window's first block times one, plus another number.
         self._moves = torch.tensor([0] * spec.first + [1] * spec.tail, device=device)
@@ -122,36 +122,37 @@ class HotTables:
 
     @property
     def cold_reads(self) -> torch.Tensor:
-        """int64 [1] on the device: tokens of windows and first tokens that were read from codes so far, per layer."""
-        return self._cold
+        """int64 on the device: tokens of windows and first tokens that were read from codes so far, per layer."""
+        return self._cold.sum()
 
     def news(self) -> int | None:
         """Cold reads up to an earlier step, once in `NEWS` steps and if they have grown; waits for nothing."""
         if self._step % NEWS:
             return None
         known, before = int(self._copied), self._said
-        self._copied.copy_(self._cold, non_blocking=True)
+        self._copied.copy_(self.cold_reads, non_blocking=True)
         self._said = known
         return known if known > before else None
 
     def update(
         self, table: Int[torch.Tensor, "b n"], lengths: Int[torch.Tensor, "b"], slots: Int[torch.Tensor, "t"]
     ) -> Int[torch.Tensor, "t"]:
-        """Gives slots to blocks that a step begins.
+        """Gives slots to blocks that a step begins; `filled` takes the slots of its tokens, as `fill_slots` does.
 
         Args:
             table: int32, blocks of each request.
             lengths: int32, tokens of each request once the step is written; 0 for padding.
-            slots: Page slot of each token of the step, block * tokens per block + place; negative for padding.
+            slots: int64, page slot of each token of the step, block * tokens per block + place; negative for padding.
 
         Returns:
             int64, place of each token of the step in the hot pools, slot * tokens per block + place; -1 for tokens of
             blocks without a slot. Later calls overwrite it.
         """
         self._step += 1
+        fill_slots(self._filled, slots)
         size = self._spec.block
         place = slots % size
-        block = torch.where(slots >= 0, slots // size, self._blocks).long()
+        block = torch.where(slots >= 0, slots // size, self._blocks)
         self._begun.index_fill_(0, torch.where(place == 0, block, self._blocks), self._step)
         index, blocks = self._window_blocks(table, lengths)
         slot = self._hot[blocks]
@@ -170,7 +171,9 @@ class HotTables:
         slot = oldest[rank.clamp(0, self._slots - 1)]
         given = wanted & (rank < self._slots) & (self._used[slot] < self._step)
         slot, block = torch.where(given, slot, self._slots), torch.where(given, block, self._blocks)
-        self._hot.index_fill_(0, self._owner[slot], -1)
+        # A block that two requests wanted has the slot that it got last.
+        old = self._owner[slot]
+        self._hot.index_fill_(0, torch.where(self._hot[old] == slot, old, self._blocks), -1)
         self._hot.scatter_(0, block, slot)
         self._hot[-1:].fill_(-1)
         self._owner.scatter_(0, slot, block)
@@ -196,7 +199,8 @@ class HotTables:
             lengths: int32, tokens of each request; 0 for padding.
 
         Returns:
-            The rows: `lengths`, and tensors that later calls overwrite.
+            The rows, padded to a power of two. Later calls overwrite their tensors, but not lengths that were given for
+            a power of two.
         """
         spec, count = self._spec, len(lengths)
         index, blocks = self._window_blocks(table, lengths)
@@ -221,8 +225,26 @@ class HotTables:
         latest = (whole - spec.window).clamp(min=0)
         cold = (stop - torch.maximum(latest, begin)).clamp(min=0)
         cold += (torch.minimum(stop, latest).clamp(max=spec.sinks) - begin).clamp(min=0)
-        self._cold += cold.sum()
-        return PagedRows(codes, lengths, ExactRows(slots, begin, packed))
+        self._cold[:count] += cold
+        self._lengths[:count].copy_(lengths)
+        for padded in (self._lengths, *self._exact.tensors[1:]):
+            padded[count : power_of_two(count)].zero_()
+        return self._rows_of(lengths)
+
+    def _rows_of(self, lengths: torch.Tensor) -> PagedRows:
+        """The rows that were read last, of so many lengths."""
+        count = lengths.shape[0]
+        size = power_of_two(count)
+        if size not in self._views:
+            self._views[size] = PagedRows(self._table, self._lengths, self._exact).map(lambda x: x[:size])
+        rows = self._views[size]
+        return rows if size > count else PagedRows(rows.table, lengths, rows.exact)
+
+
+def fill_slots(filled: torch.Tensor, slots: torch.Tensor) -> None:
+    """Writes the slots of a step to a longer tensor, and negative ones behind them as writes need them."""
+    filled[: len(slots)].copy_(slots)
+    filled[len(slots) :].fill_(-1)
 
 
 def why_off(vllm_config: Any) -> str | None:

@@ -16,6 +16,7 @@ from interop.torch.paged import PagedPool  # noqa: E402
 from interop.torch.paged_rows import HotPool, PagedRows  # noqa: E402
 from interop.vllm.calls import RowBuffers, UniformCall, split_runs  # noqa: E402
 from interop.vllm.window import HotTables, WindowSpec  # noqa: E402
+from interop.vllm.window_on_gpu import KernelTables  # noqa: E402
 
 pytestmark = [
     pytest.mark.device,
@@ -216,9 +217,9 @@ class WindowStep:
             shape = self.spec.tokens(len(LENGTHS)), case.kv_heads, case.key.dim
             empty = torch.full(shape, torch.nan, dtype=case.dtype, device=device)
             pool.hot = HotPool(empty, empty.clone(), first=True)
-            self.tables[device] = HotTables(
-                self.spec, blocks=BLOCKS, requests=len(LENGTHS), tokens=2048, width=width, device=pool.device
-            )
+            filled = torch.full((2048,), -1, dtype=torch.int32, device=pool.device)
+            kind = HotTables if device == "cpu" else KernelTables
+            self.tables[device] = kind(self.spec, blocks=BLOCKS, requests=len(LENGTHS), filled=filled, width=width)
 
     def write(self, lengths: list[int], counts: list[int]) -> None:
         """Writes the last tokens of sequences, of the same bytes on both devices."""
@@ -230,7 +231,7 @@ class WindowStep:
         k, v = (step.normal(*shape).to(case.dtype) for _ in range(2))
         for device, pool in step.pools.items():
             ends = torch.tensor(lengths, dtype=torch.int32, device=device)
-            places = self.tables[device].update(step.table.to(device), ends, torch.cat(slots).int().to(device))
+            places = self.tables[device].update(step.table.to(device), ends, torch.cat(slots).to(device))
             with jax_on(device):
                 pool.write(k.to(device), v.to(device), torch.cat(slots).to(device))
                 pool.write_hot(k.to(device), v.to(device), places)
@@ -295,3 +296,59 @@ def test_steps_with_a_window_in_a_graph():
     replayed = output.clone()
     launch()
     assert torch.equal(replayed, output) and not torch.equal(replayed, before) and not output[2].any()
+
+
+@pytest.mark.parametrize(
+    ("spec", "requests"),
+    [
+        (WindowSpec(128, 4, 64), 256),
+        (WindowSpec(100, 0, 32), 1024),
+        (WindowSpec(0, 4, 64), 3),
+        (WindowSpec(9, 1, 4), 40),
+    ],
+)
+def test_hot_tables_are_those_of_torch(spec, requests):
+    """Kernels and torch operations on the same GPU: prompts, steps of one and of several tokens, few and all requests.
+
+    Every table is equal, and so is what every request reads.
+    """
+    draw, size, most, width = torch.Generator().manual_seed(0), spec.block, 2048, 40
+    blocks = requests * width + 1
+    mine, want = (
+        kind(
+            spec, blocks=blocks, requests=requests, width=width,
+            filled=torch.full((most,), -1, dtype=torch.int32, device=DEVICE),
+        )
+        for kind in (KernelTables, HotTables)
+    )  # fmt: skip
+    table = (torch.randperm(blocks - 1, generator=draw)[: requests * width] + 1).view(requests, width).int()
+    lengths = torch.zeros(requests, dtype=torch.int64)
+    kept = None
+    for step in range(120):
+        tokens = min((1, 1, 3, most // requests, size)[step % 5], width * size)
+        together = min(requests, max(most // tokens, 1), (requests, 1, max(requests // 3, 1))[step % 3])
+        rows = torch.arange(requests)[:together] if step % 2 else torch.arange(requests)[-together:]
+        lengths[rows] = torch.where(lengths[rows] + tokens > width * size, 0, lengths[rows])
+        before, after = lengths[rows], lengths[rows] + tokens
+        lengths[rows] = after
+        position = before[:, None] + torch.arange(tokens)
+        slots = table[rows].long().gather(1, position // size) * size + position % size
+        slots = torch.cat([slots.flatten(), torch.full((step % 4,), -1)]).to(DEVICE)[:most]
+        padding = step % 2 * min(2, requests - together)  # as a graph of a larger batch has it
+        given = torch.cat([table[rows], table[:padding]]).to(DEVICE)
+        ends = torch.cat([after, torch.zeros(padding, dtype=torch.int64)]).int().to(DEVICE)
+        places = [tables.update(given, ends, slots) for tables in (mine, want)]
+        assert torch.equal(*places)
+        first = len(ends) // 3
+        for part in (slice(first, None), slice(None)):
+            found, other = (tables.read(given[part], ends[part]) for tables in (mine, want))
+            real = len(ends[part])
+            for one, two in zip(found.tensors, other.tensors, strict=True):
+                assert torch.equal(one[:real], two[:real]) and (one.dim() == 2 or torch.equal(one, two))
+        for name in ("_hot", "_owner", "_used"):
+            assert torch.equal(getattr(mine, name)[:-1].long(), getattr(want, name)[:-1]), (step, name)
+        assert torch.equal(mine._filled, want._filled)
+        pointers = [x.data_ptr() for x in (*found.exact.tensors, found.table, places[0])]
+        assert kept in (None, pointers)
+        kept = pointers
+    assert int(mine.cold_reads) == int(want.cold_reads)

@@ -1,6 +1,7 @@
 """Which blocks have slots of a hot pool: any schedule of an engine against an obvious model; no vLLM is needed."""
 
 import dataclasses
+import functools
 import random
 import types
 
@@ -10,14 +11,33 @@ torch = pytest.importorskip("torch")
 
 import hypothesis.strategies as st  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
+from interpreted import Interpreted  # noqa: E402
 from window_model import Model  # noqa: E402
 
-from interop.vllm import window  # noqa: E402
+from interop.launcher import program  # noqa: E402
+from interop.vllm import window, window_on_gpu  # noqa: E402
 from interop.vllm.options import Options  # noqa: E402
 from interop.vllm.window import HotTables, WindowSpec  # noqa: E402
+from interop.vllm.window_on_gpu import KernelTables  # noqa: E402
+from pallas_kernels.append.hot_blocks_triton import HotPlan  # noqa: E402
+from pallas_kernels.numerics import power_of_two  # noqa: E402
 
 BLOCKS, WIDTH, REQUESTS, CHUNK = 24, 10, 3, 22
 """Blocks of the cache, columns of block tables, most requests of a step, most tokens of a request in a step."""
+
+
+def tables_of(kind, spec, *, tokens, **sizes):
+    return kind(spec, filled=torch.full((tokens,), -1, dtype=torch.int32), **sizes)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The tables of a GPU, whose kernels JAX interprets."""
+    monkeypatch.setattr(program, "TorchProgram", Interpreted)
+    monkeypatch.setattr(window_on_gpu, "HotPlan", functools.partial(HotPlan, interpret=True))
+    program._shared_program.cache_clear()
+    yield KernelTables
+    program._shared_program.cache_clear()
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,12 +52,9 @@ class Request:
 class Engine:
     """Schedules requests at random, as vLLM might; tokens stand for the text up to them."""
 
-    def __init__(self, spec, draw):
+    def __init__(self, spec, draw, kind=HotTables):
         self.spec, self.draw, self.model = spec, draw, Model(spec, REQUESTS)
-        self.tables = HotTables(
-            spec, blocks=BLOCKS, requests=REQUESTS, tokens=REQUESTS * CHUNK + 4, width=WIDTH,
-            device=torch.device("cpu"),
-        )  # fmt: skip
+        self.tables = tables_of(kind, spec, blocks=BLOCKS, requests=REQUESTS, tokens=REQUESTS * CHUNK + 4, width=WIDTH)
         self.pages, self.hot = {}, {}
         self.free, self.users, self.known = list(range(1, BLOCKS)), {}, {}
         self.running, self.waiting = [], []
@@ -131,7 +148,8 @@ class Engine:
                 written.append(tuple(request.text[: position + 1]))
                 begun |= {block} if not place else set()
         table[-1] = self.draw.randint(0, BLOCKS - 1)
-        places = self.tables.update(table, lengths, torch.tensor([*slots, -1, -1], dtype=torch.int32)).tolist()
+        places = self.tables.update(table, lengths, torch.tensor([*slots, -1, -1])).tolist()
+        assert self.tables._filled.tolist() == [*slots] + [-1] * (len(self.tables._filled) - len(slots))
         rows = [(request.blocks, request.computed + count) for request, count in scheduled]
         self.model.update(rows, begun)
         assert {b: s for b, s in enumerate(self.tables._hot.tolist()) if s >= 0} == self.model.slot
@@ -148,8 +166,11 @@ class Engine:
     def check(self, scheduled, table, lengths):
         size, spec = self.spec.block, self.spec
         found = self.tables.read(table, lengths)
-        assert found.lengths is lengths
-        assert not found.exact.begin[-1] and not found.exact.packed[-1]
+        count, padded = len(lengths), power_of_two(len(lengths))
+        assert (found.lengths is lengths) == (count == padded)
+        assert found.lengths.tolist() == lengths.tolist() + [0] * (padded - count)
+        assert {len(x) for x in found.tensors} == {padded}
+        assert not found.exact.begin[count - 1 :].any() and not found.exact.packed[count - 1 :].any()
         for row, (request, _) in enumerate(scheduled):
             length = int(lengths[row])
             begin, packed = int(found.exact.begin[row]), int(found.exact.packed[row])
@@ -184,24 +205,75 @@ def test_any_schedule(seed, window, sinks):
         engine.step()
 
 
-def test_decoding_reads_no_window_from_codes():
-    """As many requests as there may be, from their first token on."""
+@pytest.mark.parametrize(("window", "sinks"), [(5, 4), (0, 1), (11, 0)])
+def test_any_schedule_on_kernels(window, sinks, kernels):
+    """The kernels give the same tables."""
+    engine = Engine(WindowSpec(window, sinks, 4), random.Random(window), kernels)
+    for _ in range(40):
+        engine.step()
+
+
+def test_kernels_give_the_tables_of_torch(kernels):
+    """More slots, tokens and entries than one program takes, and requests that share a block."""
+    draw, spec = torch.Generator().manual_seed(0), WindowSpec(window=40, sinks=2, block=4)
+    sizes = dict(blocks=900, requests=24, tokens=700, width=40)
+    mine, want = (tables_of(kind, spec, **sizes) for kind in (kernels, HotTables))
+    for count, most in ((24, 24), (5, 3), (24, 1), (1, 1), (17, 29), (24, 2)):
+        table = torch.randperm(899, generator=draw)[: count * 37].view(count, 37).int() + 1
+        table = torch.nn.functional.pad(table, (0, 3))
+        lengths = torch.randint(0, 60, (count,), generator=draw, dtype=torch.int32)
+        for step in range(3):
+            lengths += most
+            ends = [(row, at) for row, end in enumerate(lengths.tolist()) for at in range(end - most, end)]
+            slots = torch.tensor([int(table[row, at // 4]) * 4 + at % 4 for row, at in ends] + [-1] * 3)
+            if step:
+                table[count // 2 :, 0] = table[0, 0]
+            compare(mine, want, table, lengths, slots)
+
+
+def compare(mine, want, table, lengths, slots):
+    """A step of two tables, and what some of its requests read and all of them."""
+    assert torch.equal(mine.update(table, lengths, slots), want.update(table, lengths, slots))
+    for first in (len(lengths) // 3, 0):
+        found, other = (tables.read(table[first:], lengths[first:]) for tables in (mine, want))
+        for one, two in zip(found.tensors, other.tensors, strict=True):
+            assert torch.equal(one[: len(lengths) - first], two[: len(lengths) - first])
+            assert one.dim() == 2 or torch.equal(one, two)
+    for name in ("_hot", "_owner", "_used"):
+        assert torch.equal(getattr(mine, name)[:-1].long(), getattr(want, name)[:-1])
+    assert torch.equal(mine._filled, want._filled) and torch.equal(mine._cold, want._cold)
+
+
+def test_a_shared_block_keeps_its_slot():
+    """Two requests begin the same block in a step: the slot that one got for nothing goes, not the block's."""
+    tables = tables_of(HotTables, WindowSpec(0, 4, 4), blocks=9, requests=2, tokens=8, width=1)
+    for blocks, begun in (([5, 5], [5]), ([5, 6], [6])):
+        table = torch.tensor(blocks, dtype=torch.int32)[:, None]
+        tables.update(table, torch.full((2,), 4, dtype=torch.int32), torch.tensor(begun) * 4)
+        assert tables.read(table, torch.full((2,), 4, dtype=torch.int32)).exact.begin.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("kind", [HotTables, "kernels"])
+def test_decoding_reads_no_window_from_codes(kind, request, monkeypatch):
+    """As many requests as there may be, from their first token on; also where the kernels forget all steps."""
+    monkeypatch.setattr(window_on_gpu, "MOST_STEPS", 5)
+    kind = request.getfixturevalue(kind) if isinstance(kind, str) else kind
     spec = WindowSpec(window=10, sinks=2, block=4)
-    tables = HotTables(spec, blocks=64, requests=3, tokens=64, width=20, device=torch.device("cpu"))
+    tables = tables_of(kind, spec, blocks=64, requests=3, tokens=64, width=20)
     table = (torch.arange(60, dtype=torch.int32) + 1).view(3, 20)
     for length in range(1, 70):
         lengths = torch.full((3,), length, dtype=torch.int32)
         last = length - 1
-        tables.update(table, lengths, table[:, last // 4] * 4 + last % 4)
+        tables.update(table, lengths, table[:, last // 4].long() * 4 + last % 4)
         found = tables.read(table, lengths)
-        assert (found.exact.begin + found.exact.packed).tolist() == [max(length - 10, 0) // 4 * 4] * 3
+        assert (found.exact.begin + found.exact.packed).tolist() == [max(length - 10, 0) // 4 * 4] * 3 + [0]
     assert int(tables.cold_reads) == 0
 
 
 def test_news_of_cold_reads(monkeypatch):
     """Requests whose blocks were written before they had slots, as after a prefix hit."""
     monkeypatch.setattr(window, "NEWS", 2)
-    tables = HotTables(WindowSpec(8, 0, 4), blocks=9, requests=1, tokens=8, width=2, device=torch.device("cpu"))
+    tables = tables_of(HotTables, WindowSpec(8, 0, 4), blocks=9, requests=1, tokens=8, width=2)
     table, lengths = torch.tensor([[3, 4]], dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
     said = []
     for _ in range(6):

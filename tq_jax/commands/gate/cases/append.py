@@ -1,4 +1,4 @@
-"""Cases of the kernels around encoding: key statistics, and the moves of tokens out of the window and into it."""
+"""Cases of the kernels around encoding: key statistics, moves of tokens out of the window and into it, hot blocks."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.append.hot_blocks_triton import HotBlocks, HotPlan, Requests, read_hot_blocks, update_hot_blocks
 from pallas_kernels.append.statistics_triton import Observed, update_statistics
 from pallas_kernels.append.whole_cache import AppendPlan, append_cache
 from tq_jax.append import statistics_plan
@@ -29,6 +30,9 @@ def cases() -> Iterator[Case]:
     yield case("float32, no window", 128, dtype="float32", window=0, sink_tokens=0)
     for dim in (64, 80, 128, 256):
         yield statistics_case(dim, quick=dim == 128)
+    yield hot_case("window and first tokens", 256, HotPlan(128, 4, 64, first=1, entries=4), quick=True)
+    yield hot_case("window", 1024, HotPlan(1000, 0, 32, first=0, entries=33))
+    yield hot_case("first tokens", 256, HotPlan(0, 4, 64, first=1, entries=1))
 
 
 def case(name: str, dim: int, *, tokens: int = CHUNK, quick: bool = False, **cache: Any) -> Case:
@@ -80,3 +84,25 @@ def statistics_case(dim: int, *, quick: bool) -> Case:
     statistics, others = cache.statistics, dataclasses.replace(cache, statistics=None)
     arguments = (*arguments, others, statistics)
     return Case(f"statistics, dim {dim}", run, arguments, only=("statistics",), donated=(4,), quick=quick)
+
+
+def hot_case(name: str, requests: int, plan: HotPlan, *, quick: bool = False) -> Case:
+    """Updates and reads the tables of blocks in full precision of a serving engine, for a number of requests."""
+    blocks, tokens, columns = 20000, 12288, 512
+
+    def shape(*sizes: int) -> Any:
+        return jax.ShapeDtypeStruct(sizes, jnp.int32)
+
+    slots = requests * plan.entries
+    tables = HotBlocks(
+        counts=shape(2), clock=shape(2), hot=shape(blocks + 1), begun=shape(blocks + 1), owner=shape(slots + 1),
+        used=shape(slots + 1), order=shape(slots), wanted=shape(requests * plan.padded), slots=shape(tokens),
+        places=shape(tokens, 2), table=shape(requests, columns), lengths=shape(requests),
+        exact=shape(requests, plan.entries), begin=shape(requests), packed=shape(requests), cold=shape(requests, 2),
+    )  # fmt: skip
+    given = Requests(shape(requests, columns), shape(requests), shape(tokens, 2))
+
+    def run(requests: Requests, tables: HotBlocks) -> HotBlocks:
+        return read_hot_blocks(requests, update_hot_blocks(requests, tables, plan), plan)
+
+    return Case(f"hot blocks, {name}", run, (given, tables), donated=(1,), quick=quick)
