@@ -107,13 +107,14 @@ def plan_earlier(
     """Plans the dense tokens of prompts that go on.
 
     Args:
-        rows: Their earlier tokens, with those in full precision if there is a window.
+        rows: Their earlier tokens, with those in full precision if there is a window, and perhaps padding.
         table: int32 [prompts, n], all their blocks.
         starts: int32 [prompts + 1] on the device, first token of each chunk among those of the chunks, and the end.
         totals: Most tokens of each prompt.
         tokens: Tokens of the chunks.
         window: What is read in full precision; None for nothing.
     """
+    rows = rows.map(lambda x: x[: len(totals)])
     count = starts[1:] - starts[:-1]
     ends = torch.nn.functional.pad(torch.cumsum(rows.lengths + count, 0, dtype=torch.int32), (1, 0))
     begin = ends[:-1]
