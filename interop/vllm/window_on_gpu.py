@@ -80,10 +80,10 @@ class KernelTables(HotTables):
         if (counts := lengths.shape[0] << 32 | tokens) != self._known:
             self._counts.fill_(counts)
             self._known = counts
-        given = [_aligned(x) for x in (table, lengths, slots) if x is not None]
+        given = [_aligned(x) for x in (table, lengths, *(() if slots is None else (_halves(slots.long()),)))]
         if name not in self._bound:
-            parts = [FirstPart(x, self._rows) for x in given[:2]]
-            parts += [FirstPart(_halves(x), len(self._filled)) for x in given[2:]]
+            sizes = (self._rows, self._rows, len(self._filled))
+            parts = [FirstPart(x, size) for x, size in zip(given, sizes, strict=False)]
             self._bound[name] = self._programs[name].bound(*parts)
         self._bound[name](given)
 
