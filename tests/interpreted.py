@@ -58,8 +58,8 @@ def _whole(tensor, shape):
     """A copy; of the first part of an array, with a rest of garbage; of rows, with garbage between them."""
     if isinstance(tensor, launcher.StridedRows):
         flat = torch.full((tensor.shape.numel() * tensor.tensor.itemsize,), GARBAGE, dtype=torch.uint8)
-        rows = flat.view(tensor.dtype).view(tensor.tensor.shape[0], -1)
-        rows[:, : tensor.tensor[0].numel()] = tensor.tensor.flatten(1)
+        rows = flat.view(tensor.dtype).view(-1, tensor.tensor.stride(0))
+        rows[: tensor.tensor.shape[0], : tensor.tensor[0].numel()] = tensor.tensor.flatten(1)
         return rows.reshape(shape)
     if tuple(tensor.shape) == tuple(shape):
         return tensor.detach().clone()

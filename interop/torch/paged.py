@@ -86,35 +86,31 @@ class PagedPool:
     def _kernels(self) -> PagedKernels:
         return PagedKernels(self._blocks.rows(), *self.quantizers, self.dtype, self.hot)
 
-    def write_hot(
-        self, keys: Float[torch.Tensor, "n h_kv d"], values: Float[torch.Tensor, "n h_kv d"], places: torch.Tensor
-    ) -> None:
-        """Copies tokens to their places in the hot pool.
-
-        Args:
-            keys: After rotary embedding.
-            values: Values.
-            places: int64 [n], slot * page_size + place; -1 skips a token.
-        """
-        assert self.hot is not None
-        for pool, tokens in ((self.hot.keys, keys), (self.hot.values, values)):
-            pool[places] = tokens.detach().to(pool.dtype)
-
     def write(
-        self, keys: Float[torch.Tensor, "n h_kv d"], values: Float[torch.Tensor, "n h_kv d"], slots: torch.Tensor
+        self,
+        keys: Float[torch.Tensor, "n h_kv d"],
+        values: Float[torch.Tensor, "n h_kv d"],
+        slots: torch.Tensor,
+        places: torch.Tensor | None = None,
     ) -> None:
-        """Compresses tokens into their places.
+        """Compresses tokens into their places, and copies some to the hot pool.
 
         Args:
             keys: After rotary embedding.
             values: Values.
             slots: Integers [n or more], page * page_size + place; a negative one skips its token, and all behind the
                 tokens are negative.
+            places: int64 [n], place of each token that has a slot in the hot pool, slot * page_size + place; -1 for
+                tokens without one. By default no token has one.
         """
         keys, values = keys.detach(), values.detach()
         if self.device.type == "cuda":
-            self._kernels.write(keys, values, slots, self.statistics)
+            self._kernels.write(keys, values, slots, self.statistics, places)
             return
+        if places is not None:
+            assert self.hot is not None
+            for pool, tokens in ((self.hot.keys, keys), (self.hot.values, values)):
+                pool[places] = tokens.to(pool.dtype)
         for start in range(0, len(keys), jax_calls.LARGEST_BATCH):
             part = slice(start, min(start + jax_calls.LARGEST_BATCH, len(keys)))
             self._write(keys[part], values[part], slots[part])
@@ -179,10 +175,15 @@ class PagedPool:
         )
         return found if out is None else out.copy_(found)
 
-    def prepare_writes(self) -> None:
-        """On a GPU, starts to compile the kernels that `write` takes, so that the first long prompt waits less."""
+    def prepare_writes(self, keys: Float[torch.Tensor, "n h_kv d"], values: Float[torch.Tensor, "n h_kv d"]) -> None:
+        """On a GPU, starts to compile the kernels that `write` takes, so that the first long prompt waits less.
+
+        Args:
+            keys: As for `write`, of any number of tokens.
+            values: As for `write`, of any number of tokens.
+        """
         if self.device.type == "cuda":
-            self._kernels.prepare_writes(centred=self.statistics is not None)
+            self._kernels.prepare_writes(keys, values, centred=self.statistics is not None)
 
     def prepare_attend(
         self,
@@ -237,6 +238,7 @@ class PagedPool:
             tokens=power_of_two(count),  # few sizes, so that few functions are compiled
             dtype="float32",
             statistics=arrays[4],
+            implementation="reference",
         )
         for tensor, tokens in zip(out, to_torch(found), strict=True):
             tensor[:count] = tokens[:count].to(tensor.dtype)

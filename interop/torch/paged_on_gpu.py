@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 import tq_jax as tq
 from interop.launcher.function import TorchFunction
-from interop.launcher.program import BoundProgram, FirstPart, StridedRows
+from interop.launcher.program import POINTER_ALIGNMENT, Argument, BoundProgram, FirstPart, StridedRows
 from interop.torch.attend_on_gpu import AttendOptions
 from interop.torch.paged_dense import DenseKernels
 from interop.torch.paged_rows import HotPool, PagedRows
@@ -29,8 +29,8 @@ from pallas_kernels.attention import (
 )
 from pallas_kernels.blocks import PageRows
 from pallas_kernels.encode import launch_triton as encode
-from pallas_kernels.encode.arguments import EncodeArguments
-from pallas_kernels.pages import Pages
+from pallas_kernels.encode.arguments import EncodeArguments, ExactTokens
+from pallas_kernels.pytree import pytree
 from tq_jax.attention import attend_plan, basis_of
 from tq_jax.quantizer import encoder
 
@@ -64,8 +64,11 @@ class PagedKernels:
         arrays = PagedArrays(pages, basis_of(key), basis_of(value), key.sketch, *exact)
         self._arrays = jax.tree.map(tensor, arrays)
         self._make_dense = functools.partial(DenseKernels, pages, key, value, tensor)
-        self._encode = BoundProgram(PagedEncode(key, value), pages)
+        copied = (None, None) if hot is None else (hot.keys, hot.values)
+        self._encode = BoundProgram(PagedEncode(key, value), EncodePools(pages, *copied))
         self._first_row = torch.zeros(WRITES[-1], dtype=torch.int32, device=device)
+        self._copies = hot is not None
+        self._nowhere = torch.full((WRITES[-1] if self._copies else 0,), -1, dtype=torch.int64, device=device)
         self._programs: dict[Any, BoundProgram] = {}
 
     def write(
@@ -74,24 +77,29 @@ class PagedKernels:
         values: torch.Tensor,
         slots: torch.Tensor,
         statistics: tuple[torch.Tensor, ...] | None,
+        places: torch.Tensor | None = None,
     ) -> None:
         """Writes n tokens to their slots; arguments as of `PagedPool`."""
         for start in range(0, len(keys), WRITES[-1]):
             part = slice(start, start + WRITES[-1])
-            self._write(keys[part], values[part], slots[start:], statistics)
+            copies = None if places is None else places[part]
+            self._write(keys[part], values[part], slots[start:], statistics, copies)
 
-    def prepare_writes(self, *, centred: bool) -> None:
+    def prepare_writes(self, keys: torch.Tensor, values: torch.Tensor, *, centred: bool) -> None:
         """Starts to compile the kernels that write any number of tokens.
 
         Args:
+            keys: As for `write`, of any number of tokens.
+            values: As for `write`, of any number of tokens.
             centred: Whether keys have statistics.
         """
         heads, dim = self._arrays.pages.kv_heads, self._specs[0].dim
         statistics = [_meta((1, heads, dim), torch.float32)] * 2
         for size in WRITES:
-            tokens, slots = _meta((size, 1, heads, dim), self._dtype), _meta((size, 1), torch.int32)
+            tokens = (_meta(_rows_of(x.to(self._dtype), size).shape, self._dtype) for x in (keys, values))
             given = (*statistics, _meta((size,), torch.int32)) if centred else (None,) * 3
-            self._encode.prepare(tokens, tokens, slots, *given)
+            places = _meta((size, 1, 2), torch.int32) if self._copies else None
+            self._encode.prepare(*tokens, _meta((size, 1), torch.int32), *given, places)
 
     def prepare_attend(
         self,
@@ -127,17 +135,22 @@ class PagedKernels:
         values: torch.Tensor,
         slots: torch.Tensor,
         statistics: tuple[torch.Tensor, ...] | None,
+        places: torch.Tensor | None,
     ) -> None:
         size = write_size(len(keys))
         slots = slots[:size].int()
         if len(slots) < size:
             slots = torch.nn.functional.pad(slots, (0, size - len(slots)), value=-1)
         # The kernel reads a token if its slot is not negative.
-        tokens = [FirstPart(x[:, None], size) for x in _dense(keys.to(self._dtype), values.to(self._dtype))]
+        tokens = [_rows_of(x.to(self._dtype), size) for x in (keys, values)]
+        copies = None
+        if self._copies:
+            absent = self._nowhere[: len(keys)] if places is None else places
+            copies = FirstPart(absent.view(torch.int32).view(-1, 1, 2), size)
         given = (None,) * 3
         if statistics is not None:
             given = (*(x[None] for x in statistics), self._first_row[:size])
-        self._encode(*tokens, slots[:, None], *given)
+        self._encode(*tokens, slots[:, None], *given, copies)
 
     def attend(
         self,
@@ -189,11 +202,32 @@ def write_size(count: int) -> int:
     return next(size for size in WRITES if size >= count)
 
 
-def _dense(keys: torch.Tensor, values: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Both without gaps, by at most one launch."""
-    if keys.is_contiguous() or values.is_contiguous():
-        return keys.contiguous(), values.contiguous()
-    return torch.stack((keys, values)).unbind()
+def _rows_of(x: torch.Tensor, size: int) -> Argument:
+    """Tokens [n, h_kv, d] as an array [size, 1, heads, d], of which the first n tokens and h_kv heads are theirs.
+
+    Heads of a joint product lie side by side: its rows are those of an array with more heads.
+    """
+    heads, dim = x.shape[1:]
+    distance = x.stride(0)
+    aligned = x.data_ptr() % POINTER_ALIGNMENT == 0
+    if not aligned or x.stride()[1:] != (dim, 1) or distance % dim or distance < heads * dim:
+        x, distance = x.clone(memory_format=torch.contiguous_format), heads * dim
+    return StridedRows(x[:, None], (size, 1, distance // dim, dim))
+
+
+@pytree
+class EncodePools:
+    """What `PagedEncode` writes to; a pytree.
+
+    Attributes:
+        pages: The pages.
+        exact_keys: Keys in full precision, [tokens, h_kv, d]; None if there are none.
+        exact_values: Values in full precision.
+    """
+
+    pages: Any
+    exact_keys: Any
+    exact_values: Any
 
 
 class PagedEncode:
@@ -210,11 +244,17 @@ class PagedEncode:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PagedEncode) and other._identity == self._identity
 
-    def __call__(self, pages: Pages, keys: Any, values: Any, slots: Any, mean: Any, weight: Any, rows: Any) -> Pages:
-        """The pages with tokens [n, 1, h_kv, d] in them, centred and weighted by the statistics of their rows."""
+    def __call__(
+        self, pools: EncodePools, keys: Any, values: Any, slots: Any, mean: Any, weight: Any, rows: Any, places: Any
+    ) -> EncodePools:
+        """The pools with tokens [n, 1, h_kv, d] in them, centred and weighted by the statistics of their rows."""
         key, value = self._encoders
         tokens = EncodeArguments(keys, values, slots, key=key, value=value, mean=mean, weight=weight, rows=rows)
-        return encode.encode_pages(tokens, pages, interpret=False)
+        exact = None if places is None else ExactTokens(pools.exact_keys, pools.exact_values, places)
+        pages, exact = encode.encode_and_copy(tokens, pools.pages, exact, interpret=False)
+        return (
+            dataclasses.replace(pools, pages=pages) if exact is None else EncodePools(pages, exact.keys, exact.values)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -263,28 +263,13 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         if kv_cache.numel() == 0:  # while vLLM measures memory
             return
         if self._memory != (kv_cache.data_ptr(), kv_cache.shape):
-            self._pool, self._memory = self._make_pool(kv_cache, key), (kv_cache.data_ptr(), kv_cache.shape)
+            self._pool, self._memory = self._make_pool(kv_cache, key, value), (kv_cache.data_ptr(), kv_cache.shape)
         assert self._pool is not None
-        count, metadata, slots = slot_mapping.shape[0], _metadata_of(layer), slot_mapping
+        count, metadata, slots, places = slot_mapping.shape[0], _metadata_of(layer), slot_mapping, None
         if metadata is not None and metadata.count == count:
-            slots = metadata.slots
-        self._pool.write(key[:count], value[:count], slots)
-        if metadata is not None and metadata.places is not None:
-            places = metadata.places[:count]  # all behind them are padding
-            self._write_hot(layer, key[: len(places)], value[: len(places)], places)
+            slots, places = metadata.slots, metadata.places
+        self._pool.write(key[:count], value[:count], slots, places)
         self.written += count
-
-    def _write_hot(self, layer: Any, key: torch.Tensor, value: torch.Tensor, places: torch.Tensor) -> None:
-        assert self._pool is not None and self._pool.hot is not None
-        if not key.is_cuda:
-            self._pool.write_hot(key, value, places)
-            return
-        from vllm._custom_ops import reshape_and_cache_flash
-
-        # One launch for both.
-        size = self._pool.pages.values.packed.shape[-1]
-        pools = (x.unflatten(0, (-1, size)) for x in (self._pool.hot.keys, self._pool.hot.values))
-        reshape_and_cache_flash(key, value, *pools, places, "auto", layer._k_scale, layer._v_scale)
 
     def forward(
         self,
@@ -336,10 +321,10 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             most, shape = self._config.scheduler_config.max_num_seqs, (self.num_kv_heads, self.head_size)
             self._hot = reserve(self._hot, window, requests=most, shape=shape, like=like)
 
-    def _make_pool(self, kv_cache: torch.Tensor, key: torch.Tensor) -> PagedPool:
+    def _make_pool(self, kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> PagedPool:
         self._reserve(kv_cache.shape[2], key)
         pool = PagedPool(kv_cache, *_quantizers(self.options, self.head_size), key.dtype, self.statistics, self._hot)
-        pool.prepare_writes()
+        pool.prepare_writes(key, value)
         self._prepared.clear()
         return pool
 

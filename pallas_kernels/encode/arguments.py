@@ -1,5 +1,7 @@
 """The arguments that the implementations of `encode_pages` share."""
 
+from typing import Any
+
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.encode.encoder import Encoder
@@ -29,3 +31,18 @@ class EncodeArguments:
     mean: Float[Array, "s h d"] | None = None
     weight: Float[Array, "s h d"] | None = None
     rows: Int[Array, "b"] | None = None
+
+
+@pytree
+class ExactTokens:
+    """Pools of tokens in full precision, and the places in them that the tokens of a call are copied to; a pytree.
+
+    Attributes:
+        keys: [n, h, d], in the type of the tokens.
+        values: Laid out like the keys.
+        places: int32 [b, t, 2], place of each token, as the halves of an int64; negative for tokens without one.
+    """
+
+    keys: Any
+    values: Any
+    places: Any

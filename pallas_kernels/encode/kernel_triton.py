@@ -30,6 +30,7 @@ from pallas_kernels.encode.codes_by_comparison_ptx import LARGEST_CELL
 from pallas_kernels.encode.codes_by_table_ptx import SMALL, cell_offset, tables
 from pallas_kernels.encode.loads_triton import (
     Place,
+    copy_tokens,
     find_place,
     load,
     mask_channels,
@@ -62,7 +63,8 @@ def encode_tiles(x: Sequence[EncodeInputs], _: Any, pools: Sequence[Any], *, pla
     Args:
         x: Arrays of each task.
         _: The pools as inputs, which are the outputs too.
-        pools: The pool of each task; references laid out as `pallas_kernels.pages` says.
+        pools: The pool of each task, references laid out as `pallas_kernels.pages` says, and that of its tokens in full
+            precision, [n, heads, dim], or None.
         plans: The plan of each task. If there are several tasks, the last axis of the grid counts them.
     """
     head, block, row = (pl.program_id(axis) for axis in range(3))
@@ -74,10 +76,12 @@ def encode_tiles(x: Sequence[EncodeInputs], _: Any, pools: Sequence[Any], *, pla
 
 
 def _encode_tile(
-    x: EncodeInputs, pool: Any, plan: EncodePlan, head: jax.Array, block: jax.Array, row: jax.Array
+    x: EncodeInputs, pools: tuple[Any, Any], plan: EncodePlan, head: jax.Array, block: jax.Array, row: jax.Array
 ) -> None:
-    pool = pool_refs(pool, plan.pools, interpret=plan.interpret)
+    pool, exact = pool_refs(pools[0], plan.pools, interpret=plan.interpret), pools[1]
     at = find_place(x, pool, plan, head, block, row)
+    if exact is not None:
+        copy_tokens(x, exact, at, plan)
     if isinstance(plan.fmt, GroupFormat):
         _encode_groups(x, pool, at, plan.fmt, plan)
     elif plan.tile == 1:

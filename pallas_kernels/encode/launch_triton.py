@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import interprets
 from pallas_kernels.encode import channel_quads_triton as channel_quads
-from pallas_kernels.encode.arguments import EncodeArguments
+from pallas_kernels.encode.arguments import EncodeArguments, ExactTokens
 from pallas_kernels.encode.config import EncodeConfig, default_config, takes_one_token
 from pallas_kernels.encode.encoder import Encoder
 from pallas_kernels.encode.kernel_triton import encode_tiles
@@ -57,6 +57,32 @@ def encode_pages(
     Raises:
         NotImplementedError: If a shape or a format is outside the limits of the kernel.
     """
+    return encode_and_copy(arguments, pages, None, config=config, interpret=interpret)[0]
+
+
+def encode_and_copy(
+    arguments: EncodeArguments,
+    pages: Pages,
+    exact: ExactTokens | None,
+    *,
+    config: EncodeConfig | None = None,
+    interpret: bool | None = None,
+) -> tuple[Pages, ExactTokens | None]:
+    """Encodes tokens into pages and copies some of them as they are, by the same launches.
+
+    Args:
+        arguments: The tokens. Their heads axis may be longer than the pages': only the first heads are read.
+        pages: The pools.
+        exact: Pools of tokens in full precision, and which tokens go there; None for none.
+        config: As for `encode_pages`.
+        interpret: As for `encode_pages`.
+
+    Returns:
+        The pools, which are updated in place.
+
+    Raises:
+        NotImplementedError: If a shape or a format is outside the limits of the kernel.
+    """
     check_supported(pages, arguments.key, arguments.value)
     interpret = interprets() if interpret is None else interpret
     keys, values, slots = arguments.keys, arguments.values, arguments.slots.astype(jnp.int32)
@@ -64,7 +90,7 @@ def encode_pages(
     single = takes_one_token(arguments.key) and takes_one_token(arguments.value)
     options: dict[str, Any] = dict(rows=arguments.rows, config=config, single=single, interpret=interpret)
     if keys.size == 0 or not pages.keys.scale.size:
-        return pages
+        return pages, exact
     statistics = arguments.mean, arguments.weight
     shapes, first = pages.page_shapes, len(jax.tree.leaves(pages.keys))
     key_pool = _Pool(pages.keys, shapes[:first], pages.page_size)
@@ -73,10 +99,14 @@ def encode_pages(
         _task(keys, key_pool, slots, arguments.key, *statistics, channel_major=False, **options),
         _task(values, value_pool, slots, arguments.value, None, None, channel_major=True, **options),
     ]
+    if exact is not None:
+        copied = (exact.keys, exact.values)
+        tasks = [task.with_copies(pool, exact.places) for task, pool in zip(tasks, copied, strict=True)]
     # A launch takes longer than encoding a few tokens.
     together = tasks[0].plan.flat and tasks[0].config == tasks[1].config
-    codes = _launch(*tasks) if together else [_launch(task)[0] for task in tasks]
-    return dataclasses.replace(pages, keys=codes[0], values=codes[1])
+    made = _launch(*tasks) if together else [_launch(task)[0] for task in tasks]
+    pages = dataclasses.replace(pages, keys=made[0][0], values=made[1][0])
+    return pages, None if exact is None else dataclasses.replace(exact, keys=made[0][1], values=made[1][1])
 
 
 def encode_pool(
@@ -107,7 +137,7 @@ def encode_pool(
     single = takes_one_token(encoder)
     options: dict[str, Any] = dict(channel_major=channel_major, config=config, single=single, interpret=interpret)
     whole = _Pool(pool, tuple(array.shape[1:] for array in jax.tree.leaves(pool)), pool.scale.shape[-1])
-    return _launch(_task(x, whole, slots, encoder, mean, weight, **options))[0]
+    return _launch(_task(x, whole, slots, encoder, mean, weight, **options))[0][0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,15 +148,25 @@ class _Pool:
     shapes: tuple[tuple[int, ...], ...]
     page_size: int
 
+    @property
+    def kv_heads(self) -> int:
+        """KV heads: the first axis of every array in a page."""
+        return self.shapes[0][0]
+
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """Vectors, and the pool that they are encoded into."""
+    """Vectors, the pool that they are encoded into, and that of tokens in full precision."""
 
     inputs: EncodeInputs
     pool: _Pool
     plan: EncodePlan
     config: EncodeConfig
+    exact: Array | None = None
+
+    def with_copies(self, exact: Array, places: Array) -> "_Task":
+        """The task with copies of its tokens."""
+        return dataclasses.replace(self, exact=exact, inputs=dataclasses.replace(self.inputs, places=places))
 
 
 def _task(
@@ -174,23 +214,27 @@ def _task(
     return _Task(_inputs(x, slots, encoder, mean, weight, rows, plan), pool, plan, config)
 
 
-def _launch(*tasks: _Task) -> list[Code]:
-    """The pools after one launch for all tasks; several tasks share a launch only if their plans are flat."""
+def _launch(*tasks: _Task) -> list[tuple[Code, Any]]:
+    """The pools after one launch for all tasks; several tasks share a launch only if their plans are flat.
+
+    Returns:
+        Of each task the pool, and that of its tokens in full precision, or None.
+    """
     plan, config = tasks[0].plan, tasks[0].config
     inputs = [task.inputs for task in tasks]
-    stored = [addressed(task.pool.arrays, task.pool.shapes)[0] for task in tasks]
+    stored = [(addressed(task.pool.arrays, task.pool.shapes)[0], task.exact) for task in tasks]
     first = len(jax.tree.leaves(inputs))
     blocks = pl.cdiv(plan.rows * plan.tokens if plan.flat else plan.tokens, config.tile)
     [new] = pl.pallas_call(
         functools.partial(encode_tiles, plans=tuple(task.plan for task in tasks)),
-        grid=(inputs[0].x.shape[2], blocks, len(tasks) if plan.flat else plan.rows),
+        grid=(tasks[0].pool.kv_heads, blocks, len(tasks) if plan.flat else plan.rows),
         out_shape=[jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), stored)],
         input_output_aliases={first + i: i for i in range(len(jax.tree.leaves(stored)))},
         compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=1),
         interpret=plan.interpret,
         name="encode",
     )(inputs, stored)
-    return [_in_place_of(task.pool.arrays, made) for task, made in zip(tasks, new, strict=True)]
+    return [(_in_place_of(task.pool.arrays, code), exact) for task, (code, exact) in zip(tasks, new, strict=True)]
 
 
 def _in_place_of(pool: Code, made: Code) -> Code:

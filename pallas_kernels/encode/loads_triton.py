@@ -115,6 +115,30 @@ def load_channels(x: EncodeInputs, at: Place, channel: jax.Array, plan: EncodePl
     return (out - statistic(x.mean)) * statistic(x.weight)
 
 
+def copy_tokens(x: EncodeInputs, exact: Any, at: Place, plan: EncodePlan) -> None:
+    """Copies the vectors of a tile as they are to their places among the tokens in full precision.
+
+    Args:
+        x: The inputs, with places.
+        exact: Reference [n, heads, dim].
+        at: Place of each vector.
+        plan: The plan.
+    """
+    dim = x.x.shape[3]
+    shape = (plan.tile, power_of_two(dim))
+    row = jnp.broadcast_to(at.row, at.token.shape)
+    place = plt.load(x.places.at[row, at.token, jnp.zeros_like(row)], mask=at.valid, other=-1)  # [tile]
+    # Behind the pool, interpreted stores of masked elements do no harm.
+    place = jnp.where(place >= 0, place, exact.shape[0])
+    channel = lax.broadcasted_iota(jnp.int32, shape, 1)
+    mask = (place < exact.shape[0])[:, None] & (channel < dim)
+    index = (jnp.broadcast_to(i, shape) for i in (row[:, None], at.token[:, None], at.head))
+    vectors = plt.load(x.x.at[(*index, channel)], mask=mask, other=0)
+    plt.store(
+        exact.at[jnp.broadcast_to(place[:, None], shape), jnp.broadcast_to(at.head, shape), channel], vectors, mask=mask
+    )
+
+
 def store_bytes(pool: PoolRef, data: jax.Array, size: int, byte: int, at: Place, *, channel_major: bool) -> None:
     """Writes bytes byte to byte + size of each vector.
 

@@ -64,6 +64,8 @@ class EncodeInputs:
         sketch: fp16 planes [padded dim, 8 * padded bytes] of the transposed sketch; columns in the order of the bits of
             their signs, bit 0 of every byte first; empty without a sketch.
         inverse: float32 [64], 1 / the multiples of a search; None without a search.
+        places: int32 [rows, tokens, 2], places of tokens in the pool of exact tokens, as the halves of an int64; None
+            without such a pool.
     """
 
     x: Any
@@ -75,3 +77,4 @@ class EncodeInputs:
     packers: tuple
     sketch: tuple
     inverse: Any
+    places: Any = None

@@ -233,8 +233,7 @@ class WindowStep:
             ends = torch.tensor(lengths, dtype=torch.int32, device=device)
             places = self.tables[device].update(step.table.to(device), ends, torch.cat(slots).to(device))
             with jax_on(device):
-                pool.write(k.to(device), v.to(device), torch.cat(slots).to(device))
-                pool.write_hot(k.to(device), v.to(device), places)
+                pool.write(k.to(device), v.to(device), torch.cat(slots).to(device), places)
         leaves = [jax.tree.leaves(step.pools[device].pages) for device in ("cpu", DEVICE)]
         for mine, theirs in zip(*leaves, strict=True):
             mine.copy_(theirs)
@@ -257,7 +256,7 @@ def test_windows(name):
     found = {}
     for device, pool in layer.step.pools.items():
         layer.step.random.manual_seed(1)
-        rows = layer.rows(device, lengths)
+        rows = layer.rows(device, lengths).map(lambda x: x[:5])
         few = layer.step.normal(5, 3, heads, case.key.dim).to(device, case.dtype)
         given = None if sinks is None else sinks.to(device)
         with jax_on(device):

@@ -1,5 +1,6 @@
 """Pages in memory of a serving engine: the codes and outputs of a torch cache, in any order of blocks and chunks."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,15 +14,14 @@ import tq_jax as tq  # noqa: E402
 from interop.launcher import program  # noqa: E402
 from interop.launcher.launches import ArrayPlace, plan_launches  # noqa: E402
 from interop.launcher.program import struct  # noqa: E402
-from interop.torch import paged_on_gpu  # noqa: E402
+from interop.torch import paged_dense, paged_on_gpu  # noqa: E402
 from interop.torch.attend_on_gpu import AttendOptions  # noqa: E402
 from interop.torch.blocks import TorchBlocks  # noqa: E402
 from interop.torch.cache import TorchCache  # noqa: E402
 from interop.torch.paged import PagedPool  # noqa: E402
-from interop.torch.paged_on_gpu import PagedAttend, PagedAttendBefore, PagedEncode  # noqa: E402
-from interop.torch.paged_rows import PagedRows  # noqa: E402
-from interop.vllm.calls import RowBuffers, UniformCall, empty_earlier, plan_earlier, split_runs  # noqa: E402
-from pallas_kernels.numerics import HIDDEN  # noqa: E402
+from interop.torch.paged_on_gpu import EncodePools, PagedAttend, PagedEncode  # noqa: E402
+from interop.torch.paged_rows import HotPool, PagedRows  # noqa: E402
+from interop.vllm.calls import RowBuffers, UniformCall, split_runs  # noqa: E402
 
 D, PAGE = 32, 32
 MSE, PROD = tq.QuantizerSpec(D, 4, scale="unbiased", search=True), tq.QuantizerSpec(D, 3, kind="prod")
@@ -80,29 +80,36 @@ def test_equal_to_a_cache(form, centred):
     torch.testing.assert_close(pool.attend(query[:, :1], shorter), want, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (60, 3.0)])
-def test_tokens_before_the_queries(window, softcap):
-    """A query behind all tokens sees them as one of their last, of a window as much smaller as it is further behind."""
+@pytest.mark.parametrize("centred", [False, True])
+def test_dense_tokens(centred, monkeypatch):
+    """What the codes stand for, of all heads and of one; the launches of a GPU write the same, interpreted."""
     random = torch.Generator().manual_seed(1)
-    statistics = torch.randn(2, D, generator=random), 0.5 + torch.rand(2, D, generator=random)
-    pool = make_pool(*FORMATS["mse"], statistics)
+    statistics = (torch.randn(2, 64, generator=random), 0.5 + torch.rand(2, 64, generator=random)) if centred else None
+    spec = tq.QuantizerSpec(64, 4)
+    quantizers = tq.make_quantizer(spec), tq.make_quantizer(spec, seed=1)
+    memory = torch.full((9, 2, PAGE, 68), 255, dtype=torch.uint8)
+    pool, tokens = PagedPool(memory, *quantizers, torch.float32, statistics), []
     for table, length in zip(TABLE, LENGTHS, strict=True):
-        k, v = torch.randn(2, length, 2, D, generator=random)
+        k, v = torch.randn(2, length, 2, 64, generator=random)
         position = torch.arange(length)
         pool.write(k, v, table[position // PAGE].long() * PAGE + position % PAGE)
-    query, sinks = torch.randn(2, 4, 8, D, generator=random), torch.randn(8, generator=random)
-    ahead = (0, 30)
-    given = AttendOptions(window, softcap)
-    out, log_sum_exp = pool.attend_before(query, PagedRows(TABLE, integers(*LENGTHS)), integers(*ahead), given)
-    with_sink = out * torch.sigmoid(log_sum_exp - sinks)[..., None]
-    for row, length in enumerate(LENGTHS):
-        rows = PagedRows(TABLE[row : row + 1].clone(), integers(length))
-        for i in range(4):
-            smaller = None if window is None else window - 1 - ahead[row] - i
-            want = pool.attend(query[row, i][None, None], rows, AttendOptions(smaller, softcap), sinks)
-            torch.testing.assert_close(with_sink[row, i], want[0, 0], rtol=0, atol=1e-6)
-    none = pool.attend_before(query, PagedRows(TABLE, integers(0, 37)), integers(*ahead), AttendOptions(31))
-    assert not none[0].any() and bool((none[1] == HIDDEN).all())
+        tokens.append((k, v))
+    monkeypatch.setattr(program, "TorchProgram", Interpreted)
+    real = paged_dense.dequantize_pages
+    monkeypatch.setattr(
+        paged_dense, "dequantize_pages", lambda x, *, interpret, **options: real(x, interpret=True, **options)
+    )
+    starts, rows = (40, 2), PagedRows(TABLE, integers(*LENGTHS))
+    for heads in ([0, 1], [1]):
+        dense = [torch.full((150, len(heads), 64), torch.nan) for _ in range(4)]
+        pool.dequantize(rows, integers(*starts), integers(*heads), (dense[0], dense[1]))
+        given = None if statistics is None else pool._statistics(2)
+        pool._kernels.dequantize(rows, integers(*starts), integers(*heads), given, (dense[2], dense[3]))
+        for start, (k, v) in zip(starts, tokens, strict=True):
+            part = slice(start, start + len(k))
+            for want, known, found in ((k, dense[0], dense[2]), (v, dense[1], dense[3])):
+                torch.testing.assert_close(found[part], known[part], rtol=0, atol=5e-3)
+                assert float((known[part] - want[:, heads]).norm() / want[:, heads].norm()) < (0.2 if centred else 0.11)
 
 
 def test_nothing_to_write():
@@ -155,31 +162,32 @@ def test_launches_on_a_gpu(centred):
     assert set().union(*read) == set(range(len(plan.inputs)))
     own_table = 1 + len(jax.tree.leaves(pool._kernels._arrays))
     assert own_table in read[1] and own_table not in read[0]
-    inputs = (*inputs[:-1], integers(0, 0, 0, 0))
-    plan = plan_launches(PagedAttendBefore(spec, spec, AttendOptions()), *jax.tree.map(struct, inputs))
-    assert [launch.kernel.name for launch in plan.launches] == ["prepare", "decode", "merge"]
-    assert plan.made == (((4, 2, 8, 64), "float32"), ((4, 2, 8), "float32"))
 
     tokens, slots = torch.zeros(16, 1, 2, 64, dtype=torch.bfloat16), torch.zeros(16, 1, dtype=torch.int32)
     given = [torch.ones(1, 2, 64)] * 2 + [integers(*[0] * 16)] if centred else [None] * 3
     encode = PagedEncode(*quantizers)
-    plan = plan_launches(encode, *jax.tree.map(struct, (pool._blocks.rows(), tokens, tokens, slots, *given)))
+    pools = EncodePools(pool._blocks.rows(), None, None)
+    plan = plan_launches(encode, *jax.tree.map(struct, (pools, tokens, tokens, slots, *given, None)))
     assert [launch.kernel.name for launch in plan.launches] == ["encode"] and plan.made == ()
     assert plan.outputs == tuple(ArrayPlace("input", i) for i in range(len(jax.tree.leaves(pool.pages))))
+    hot = torch.zeros(65, 2, 64, dtype=torch.bfloat16)
+    pools, places = dataclasses.replace(pools, exact_keys=hot, exact_values=hot), torch.zeros(16, 1, 2).int()
+    plan = plan_launches(encode, *jax.tree.map(struct, (pools, tokens, tokens, slots, *given, places)))
+    assert [launch.kernel.name for launch in plan.launches] == ["encode"] and plan.made == ()
+    assert plan.outputs == tuple(ArrayPlace("input", i) for i in range(len(jax.tree.leaves(pool.pages)) + 2))
     assert encode == PagedEncode(*quantizers) and hash(encode) == hash(PagedEncode(*quantizers))
     assert encode != PagedEncode(quantizers[1], quantizers[0])
 
 
-def test_long_chunks_take_their_kernel(monkeypatch):
-    """Lowered for a GPU, and launched by torch without one; few queries write where they are told to."""
+def test_outputs_go_where_they_are_told_to(monkeypatch):
+    """Lowered for a GPU, and launched by torch without one; many queries take their own kernel."""
     launched = record_launches(monkeypatch)
     spec = tq.QuantizerSpec(64, 4)
     quantizers = tq.make_quantizer(spec), tq.make_quantizer(spec, seed=1)
     kernels = PagedPool(torch.zeros(3, 2, 64, 68, dtype=torch.uint8), *quantizers, torch.bfloat16)._kernels
     query, zero = torch.zeros(1, 16, 4, 64, dtype=torch.bfloat16), integers(0)
-    out, sums = kernels.attend_before(query, PagedRows(TABLE[:1], zero), zero, AttendOptions(), None)
+    kernels.attend(query, PagedRows(TABLE[:1], zero), AttendOptions(), None, None)
     assert [call[0] for call in launched] == ["prepare", "prefill", "merge"]
-    assert (out.shape, sums.shape) == (query.shape, query.shape[:3]) and out.dtype == sums.dtype == torch.float32
     launched.clear()
     out = torch.zeros_like(query[:, :1])
     rows = PagedRows(TABLE[:1], zero)
@@ -201,7 +209,7 @@ def test_kernels_are_compiled_ahead(centred, monkeypatch):
     monkeypatch.setattr(paged_on_gpu, "WRITES", (16, 32))
     monkeypatch.setattr(pool, "device", torch.device("cuda"))
     query, rows, sinks = torch.zeros(3, 1, 4, 64).bfloat16(), PagedRows(TABLE[:1], integers(0)), torch.zeros(4)
-    pool.prepare_writes()
+    pool.prepare_writes(*torch.zeros(2, 1, 2, 64).bfloat16())
     pool.prepare_attend(3, query[:1], rows, AttendOptions(), sinks)
     known = program._shared_program.cache_info().misses
     assert not launched
@@ -222,67 +230,63 @@ def test_kernels_are_compiled_ahead(centred, monkeypatch):
 def test_kernels_write_what_the_cpu_does(centred, monkeypatch):
     """Interpreted: tokens between others in memory, padding to a size of the kernels, of which nothing is read."""
     monkeypatch.setattr(program, "TorchProgram", Interpreted)
-    real = paged_on_gpu.encode.encode_pages
+    real = paged_on_gpu.encode.encode_and_copy
     monkeypatch.setattr(
-        paged_on_gpu.encode, "encode_pages", lambda tokens, pages, interpret: real(tokens, pages, interpret=True)
+        paged_on_gpu.encode,
+        "encode_and_copy",
+        lambda tokens, pages, exact, interpret: real(tokens, pages, exact, interpret=True),
     )
     monkeypatch.setattr(paged_on_gpu, "WRITES", (16, 32))
     spec, random = tq.QuantizerSpec(64, 4), torch.Generator().manual_seed(0)
     quantizers = tq.make_quantizer(spec), tq.make_quantizer(spec, seed=1)
     statistics = (torch.randn(2, 64, generator=random), 0.5 + torch.rand(2, 64, generator=random)) if centred else None
+    hot = [HotPool(*torch.zeros(2, 65, 2, 64).unbind(), first=True) for _ in range(2)]
     want, found = (
-        PagedPool(torch.full((4, 2, 32, 68), 255, dtype=torch.uint8), *quantizers, torch.float32, statistics)
-        for _ in range(2)
+        PagedPool(torch.full((4, 2, 32, 68), 255, dtype=torch.uint8), *quantizers, torch.float32, statistics, pool)
+        for pool in hot
     )
     projected = torch.randn(43, 8, 64, generator=random)
     tokens = projected[:, 4:6], projected[:, 6:]
     slots = torch.randperm(128, generator=random)[:43]
-    slots[7] = -1
-    want.write(*tokens, slots)
+    places = torch.where(torch.arange(43) % 3 == 0, torch.arange(43), -1)
+    slots[7] = places[7] = -1
+    want.write(*tokens, slots, places)
     padded = torch.full((48,), -1, dtype=torch.int32)
     padded[:43] = slots
     for given in (slots, padded):
-        found._kernels.write(*tokens, given, found.statistics)
+        found._kernels.write(*tokens, given, found.statistics, places)
+        for mine, theirs in ((hot[1].keys, hot[0].keys), (hot[1].values, hot[0].values)):
+            assert torch.equal(mine[:43], theirs[:43]) and bool(mine[0].any())
+            mine.zero_()
         for mine, theirs in zip(jax.tree.leaves(found.pages), jax.tree.leaves(want.pages), strict=True):
             assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
             mine.view(torch.uint8).fill_(255)
 
 
 def test_kernels_compute_what_the_cpu_does(monkeypatch):
-    """Interpreted: a decode, and two ragged chunks over earlier tokens, centred, over pages that hold NaN."""
+    """Interpreted: a decode, centred, over pages that hold NaN."""
     monkeypatch.setattr(program, "TorchProgram", Interpreted)
-    for name, kind in (("PagedAttend", PagedAttend), ("PagedAttendBefore", PagedAttendBefore)):
-        monkeypatch.setattr(paged_on_gpu, name, functools.partial(kind, interpret=True))
+    monkeypatch.setattr(paged_on_gpu, "PagedAttend", functools.partial(PagedAttend, interpret=True))
     key, value = tq.QuantizerSpec(64, 4, scale="unbiased"), tq.QuantizerSpec(64, 4)
     quantizers, random = (tq.make_quantizer(key), tq.make_quantizer(value, seed=1)), torch.Generator().manual_seed(0)
     statistics = torch.randn(2, 64, generator=random), 0.5 + torch.rand(2, 64, generator=random)
     memory = torch.full((7, 2, 64, 68), 255, dtype=torch.uint8)
     pool = PagedPool(memory, *quantizers, torch.float32, statistics)
-    table, lengths = torch.tensor([[2, 5, 0], [3, 1, 6], [4, 0, 0]], dtype=torch.int32), [70, 150, 40]
+    table, lengths = torch.tensor([[2, 5, 0], [3, 1, 6]], dtype=torch.int32), [70, 150]
     for row, length in zip(table, lengths, strict=True):
         k, v = torch.randn(2, length, 2, 64, generator=random)
         pool.write(k, v, row[torch.arange(length) // 64] * 64 + torch.arange(length) % 64)
-    query, sinks = torch.randn(55, 4, 64, generator=random), torch.randn(4, generator=random)
+    query, sinks = torch.randn(2, 4, 64, generator=random), torch.randn(4, generator=random)
     options = AttendOptions(sliding_window=90, softcap=5.0, precise=True)
 
     class OnKernels:
         def attend(self, query, rows, options, sinks, *, out):
             return pool._kernels.attend(query, rows, options, pool._statistics(len(query)), sinks, out)
 
-        def attend_before(self, query, rows, ahead, options):
-            return pool._kernels.attend_before(query, rows, ahead, options, pool._statistics(len(query)))
-
-    [run], first = split_runs([0, 1, 25, 55], 1)
-    earlier = plan_earlier([0, 24, 54], [True, True], PagedRows(table[1:].clone(), integers(*lengths[1:])))
-    assert first == 1 and [call.ahead.tolist() for call in earlier] == [[0, 0]]
+    [run], _ = split_runs([0, 1, 2], 1)
     rows = RowBuffers(4).rows(run, PagedRows(table, integers(*lengths)))
-    results = []
-    for layer in (pool, OnKernels()):
-        output, (outputs, sums) = torch.zeros_like(query), empty_earlier(query[1:])
+    want, found = (torch.zeros_like(query) for _ in range(2))
+    for layer, output in ((pool, want), (OnKernels(), found)):
         UniformCall(run, rows).attend(layer, query, output, options, sinks)
-        for call in earlier:
-            call.attend(layer, query[1:], outputs, sums, options)
-        results.append((output, outputs, sums))
-    for want, found in zip(*results, strict=True):
-        assert bool(want.any()) and float((found - want).norm() / want.norm()) < 1e-3
-        assert float((found - want).abs().max()) < 5e-3
+    assert bool(want.any()) and float((found - want).norm() / want.norm()) < 1e-3
+    assert float((found - want).abs().max()) < 5e-3

@@ -18,7 +18,7 @@ from interop.launcher.program import struct  # noqa: E402
 from interop.torch import paged_on_gpu  # noqa: E402
 from interop.torch.attend_on_gpu import AttendOptions  # noqa: E402
 from interop.torch.paged import PagedPool  # noqa: E402
-from interop.torch.paged_on_gpu import PagedAttend, PagedAttendBefore  # noqa: E402
+from interop.torch.paged_on_gpu import PagedAttend  # noqa: E402
 from interop.torch.paged_rows import ExactRows, HotPool, PagedRows  # noqa: E402
 
 PAGE = 32
@@ -85,7 +85,9 @@ class Layer:
             entry = ((position - stop).clamp(0) // PAGE + case.first).clamp(max=entries - 1)
             place = exact[row, entry].long() * PAGE + (position - stop) % PAGE
             place = torch.where(position < begin, exact[row, 0].long() * PAGE + position, place)
-            self.pool.write_hot(k, v, torch.where(code, -1, place))
+            place = torch.where(code, -1, place)
+            for pool, tokens in ((self.hot.keys, k), (self.hot.values, v)):
+                pool[place] = tokens
         lengths, begin, packed = (torch.tensor(x, dtype=torch.int32) for x in zip(*case.sequences, strict=True))
         self.rows = PagedRows(self.table, lengths, ExactRows(exact, begin, packed))
 
@@ -103,8 +105,7 @@ class Layer:
 @pytest.fixture
 def interpreted(monkeypatch):
     monkeypatch.setattr(program, "TorchProgram", Interpreted)
-    for name, kind in (("PagedAttend", PagedAttend), ("PagedAttendBefore", PagedAttendBefore)):
-        monkeypatch.setattr(paged_on_gpu, name, functools.partial(kind, interpret=True))
+    monkeypatch.setattr(paged_on_gpu, "PagedAttend", functools.partial(PagedAttend, interpret=True))
 
 
 def assert_alike(found, want, tolerance=2e-3):
@@ -122,19 +123,6 @@ def test_few_queries(name, count, interpreted):
     short = layer.rows.lengths < count  # queries before the first token
     assert_alike(found[~short], want[~short], 2e-3 if layer.case.dtype == torch.float32 else 6e-3)
     assert torch.equal(found, again)
-
-
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "no sinks"])
-@pytest.mark.parametrize("count", [2, 20])
-def test_tokens_before_the_queries(name, count, interpreted):
-    """Sliding windows and soft-caps over both kinds of tokens."""
-    layer = Layer(CASES[name])
-    query, options = layer.query(count), AttendOptions(sliding_window=90, softcap=5.0, precise=True)
-    ahead = torch.arange(len(layer.rows.lengths), dtype=torch.int32)
-    want, want_sums = layer.pool.attend_before(query, layer.rows, ahead, options)
-    found, sums = layer.pool._kernels.attend_before(query, layer.rows, ahead, options, layer.statistics())
-    assert_alike(found, want)
-    torch.testing.assert_close(sums, want_sums, rtol=1e-3, atol=1e-2)
 
 
 def test_reference_is_attention():
@@ -155,15 +143,14 @@ def test_reference_is_attention():
 def test_no_launch_is_added():
     layer = Layer(BFLOAT16)
     spec = layer.pool.quantizers[0].spec, layer.pool.quantizers[1].spec
-    for kind, last in ((PagedAttend, None), (PagedAttendBefore, layer.rows.lengths)):
-        table, lengths, *exact = layer.rows.tensors
-        inputs = layer.pool._kernels._arrays, layer.query(1), table, lengths, *layer.statistics(), last, *exact
-        plan = plan_launches(kind(*spec, AttendOptions(), first=True), *jax.tree.map(struct, inputs))
-        assert [launch.kernel.name for launch in plan.launches] == ["prepare", "decode", "merge"]
-        read = [{place.index for place in launch.arguments if place.kind == "input"} for launch in plan.launches]
-        assert set().union(*read) == set(range(len(plan.inputs)))
-        last_two = [len(jax.tree.leaves(inputs[0])) - i for i in (1, 2)]
-        assert read[1].issuperset(last_two)  # decode has room for blocks of bfloat16
+    table, lengths, *exact = layer.rows.tensors
+    inputs = layer.pool._kernels._arrays, layer.query(1), table, lengths, *layer.statistics(), None, *exact
+    plan = plan_launches(PagedAttend(*spec, AttendOptions(), first=True), *jax.tree.map(struct, inputs))
+    assert [launch.kernel.name for launch in plan.launches] == ["prepare", "decode", "merge"]
+    read = [{place.index for place in launch.arguments if place.kind == "input"} for launch in plan.launches]
+    assert set().union(*read) == set(range(len(plan.inputs)))
+    last_two = [len(jax.tree.leaves(inputs[0])) - i for i in (1, 2)]
+    assert read[1].issuperset(last_two)  # decode has room for blocks of bfloat16
 
 
 def test_kernels_are_compiled_ahead(monkeypatch):

@@ -1,12 +1,9 @@
 """Options and plans, which need no vLLM."""
 
-import itertools
-
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from interop.torch.paged_rows import PagedRows  # noqa: E402
 from interop.vllm import calls  # noqa: E402
 from interop.vllm.options import Options  # noqa: E402
 
@@ -54,34 +51,6 @@ def test_boundary_layers():
 def test_wrong_options_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         Options.from_config({"tq_jax": given})
-
-
-@pytest.mark.parametrize("device", calls.SIZES)
-def test_calls_cover_every_query_once(device, monkeypatch):
-    """Short and long chunks, with and without earlier tokens: each query is asked once, at its place in its request."""
-    for name in ("SIZES", "QUERIES"):
-        monkeypatch.setitem(getattr(calls, name), "cpu", getattr(calls, name)[device])
-    counts, earlier = [9, 300, 1, 8, 2070, 70, 3], [50, 0, 1, 9, 600, 70, 7]
-    starts = [0, *itertools.accumulate(counts)]
-    table = torch.arange(7 * 20, dtype=torch.int32).view(7, 20)
-    own = torch.cat([torch.arange(count) for count in counts])
-    request = torch.repeat_interleave(torch.arange(7), torch.tensor(counts))
-    asked = torch.zeros(starts[-1], dtype=torch.int64)
-    lengths = torch.tensor(earlier, dtype=torch.int32)
-    for call in calls.plan_earlier(starts, [x > 0 for x in earlier], PagedRows(table, lengths)):
-        batch = call.ahead.shape[0]
-        size = call.tokens.shape[0] // batch
-        assert size in calls.SIZES[device] and batch & (batch - 1) == 0 and batch * size <= 1024
-        real = torch.arange(batch * size) if call.real is None else call.real
-        row, tokens = real // size, call.tokens[real]
-        asked[tokens] += 1
-        assert torch.equal(call.ahead[row] + real % size, own[tokens])
-        assert torch.equal(call.rows.lengths[row], lengths[request[tokens]])
-        assert torch.equal(call.rows.table[row], table[request[tokens]])
-        padding = torch.ones(batch, dtype=torch.bool)
-        padding[row] = False
-        assert not call.rows.lengths[padding].any()
-    assert torch.equal(asked, (lengths > 0).long()[request])
 
 
 def test_runs():
