@@ -335,13 +335,13 @@ class BoundProgram:
             self._programs[key] = self._make(key, given)
         return self._programs[key]
 
-    def prepare(self, *shapes: torch.Tensor | None) -> None:
+    def prepare(self, *shapes: torch.Tensor | FirstPart | None) -> None:
         """Lowers the function for arguments of such shapes and starts to compile it; their first call waits less.
 
         Args:
             *shapes: The remaining arguments; meta tensors will do.
         """
-        self._program(tuple(None if x is None else (x.shape, x.dtype) for x in shapes))
+        self._program(tuple(None if x is None else (x.shape, _dtype(x)) for x in shapes))
 
     def _program(self, key: tuple[Any, ...]) -> Program:
         fixed = tuple((x.shape, x.dtype) for x in self._fixed)

@@ -23,6 +23,7 @@ from interop.torch.attend_on_gpu import AttendOptions
 from interop.torch.paged import PagedPool
 from interop.torch.paged_rows import HotPool
 from interop.vllm.bias_statistics import Owner, bias_statistics
+from interop.vllm.calls import UniformCall
 from interop.vllm.dense_space import DenseSpace
 from interop.vllm.metadata import TurboQuantBuilder, TurboQuantMetadata
 from interop.vllm.options import Options
@@ -262,10 +263,12 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         """Compresses the tokens of a step into their page slots, and copies those of the window to the hot pool."""
         if kv_cache.numel() == 0:  # while vLLM measures memory
             return
+        count, metadata, slots, places = slot_mapping.shape[0], _metadata_of(layer), slot_mapping, None
         if self._memory != (kv_cache.data_ptr(), kv_cache.shape):
             self._pool, self._memory = self._make_pool(kv_cache, key, value), (kv_cache.data_ptr(), kv_cache.shape)
+            for call in () if metadata is None else metadata.uniform:
+                self._prepare(call, key.dtype)  # they compile while the first write waits for its own kernels
         assert self._pool is not None
-        count, metadata, slots, places = slot_mapping.shape[0], _metadata_of(layer), slot_mapping, None
         if metadata is not None and metadata.count == count:
             slots, places = metadata.slots, metadata.places
         self._pool.write(key[:count], value[:count], slots, places)
@@ -292,17 +295,23 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             return output.zero_()
         for call in attn_metadata.uniform:
             assert self._pool is not None
-            if call.run.queries not in self._prepared:  # the first layer compiles for all
-                asked = query[: call.run.queries].unsqueeze(0)
-                most = self._config.scheduler_config.max_num_seqs
-                self._pool.prepare_attend(most, asked, call.rows, self._attend_options, self._sink_logits)
-                self._prepared.add(call.run.queries)
+            self._prepare(call, query.dtype)
             call.attend(self._pool, query, output, self._attend_options, self._sink_logits)
             self.attended += call.run.requests * call.run.queries
         for chunks in attn_metadata.prompts:
             self._attend_prompts(self._pool, chunks, query, key, value, output, self._sink_logits)
             self.attended += chunks.starts[-1]
         return output
+
+    def _prepare(self, call: UniformCall, dtype: torch.dtype) -> None:
+        """Starts to compile the kernels of calls with as many queries, once; the first layer compiles for all."""
+        if (queries := call.run.queries) in self._prepared:
+            return
+        assert self._pool is not None
+        asked = torch.empty((1, queries, self.num_heads, self.head_size), dtype=dtype, device="meta")
+        most = self._config.scheduler_config.max_num_seqs
+        self._pool.prepare_attend(most, asked, call.rows, self._attend_options, self._sink_logits)
+        self._prepared.add(queries)
 
     @property
     def attends_prompts_by(self) -> str:

@@ -57,6 +57,9 @@ class KernelTables(HotTables):
         )
         functions = {"update": _Update(plan), "read": _Read(plan)}
         self._programs = {name: BoundProgram(function, tables) for name, function in functions.items()}
+        table, lengths = (FirstPart(x, self._rows) for x in (self._table, self._lengths))
+        self._programs["update"].prepare(table, lengths, FirstPart(_halves(self._places), len(filled)))
+        self._programs["read"].prepare(table, lengths)
 
     def update(
         self, table: Int[torch.Tensor, "b n"], lengths: Int[torch.Tensor, "b"], slots: Int[torch.Tensor, "t"]

@@ -312,3 +312,24 @@ def test_graphs_of_drafts():
         builder = make_builder(drafts)
         assert builder.get_cudagraph_support(builder.vllm_config, None) == AttentionCGSupport[support]
         assert builder.reorder_batch_threshold == min(1 + drafts, 8)
+
+
+def test_attention_compiles_while_the_first_write_waits(config, monkeypatch):
+    """All batches of the step's number of queries, before the first write; a later step with others adds these."""
+    from interop.torch.paged import PagedPool
+
+    seen, layer = [], Layer(config, drafts=1)
+
+    def note(name, method):
+        def run(pool, *given, **options):
+            seen.append((name, *given[1].shape[:2]) if name == "prepare_attend" else name)
+            return method(pool, *given, **options)
+
+        monkeypatch.setattr(PagedPool, name, run)
+
+    for name in ("prepare_writes", "prepare_attend", "write", "attend"):
+        note(name, getattr(PagedPool, name))
+    for count in (1, 1, 2):
+        layer.step([("a", count)])
+    one, two = (("prepare_attend", 1, count) for count in (1, 2))
+    assert seen == ["prepare_writes", one, *["write", "attend"] * 2, "write", two, "attend"]
