@@ -365,7 +365,7 @@ def _read_request(row: jax.Array, run: jax.Array, x: Requests, out: HotBlocks, p
     cold = jnp.zeros_like(length)  # entries of the window up to the last one without a slot
     if plan.entries > plan.first:
         cold = jnp.max(jnp.where(entries.there & (slot < 0) & (behind > 0), behind, 0))
-        start, _ = _divided(jnp.maximum(length - plan.window, 0), plan.size)
+        start = _divided(jnp.maximum(length - plan.window, 0), plan.size)[0]
         stop = jnp.minimum((start + cold) * plan.size, length)
     exact = jnp.zeros_like(length)
     if plan.first:

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 import hypothesis.strategies as st  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
-from interpreted import Interpreted  # noqa: E402
+from interpreted import Interpreted, record_launches  # noqa: E402
 from window_model import Model  # noqa: E402
 
 from interop.launcher import program  # noqa: E402
@@ -242,6 +242,23 @@ def compare(mine, want, table, lengths, slots):
     for name in ("_hot", "_owner", "_used"):
         assert torch.equal(getattr(mine, name)[:-1].long(), getattr(want, name)[:-1])
     assert torch.equal(mine._filled, want._filled) and torch.equal(mine._cold, want._cold)
+
+
+def test_a_step_is_five_launches(monkeypatch):
+    """In place, at the same addresses whatever the step holds; on GPUs, what it holds is told by one fill."""
+    launched = record_launches(monkeypatch)
+    tables = tables_of(KernelTables, WindowSpec(8, 2, 4), blocks=9, requests=3, tokens=16, width=3)
+    table, lengths = torch.tensor([[3, 4, 5]] * 3, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
+    seen, slots = [], torch.arange(3)
+    for count in (3, 2, 2):
+        places = tables.update(table[:count], lengths[:count], slots[:count])
+        rows = tables.read(table[:count], lengths[:count])
+        assert tables._counts.view(torch.int32).tolist() == [count, count] and len(places) == count
+        seen.append((launched[:], rows.table.data_ptr()))
+        launched.clear()
+    names = [f"{name}_hot_blocks" for name in ("mark", "choose", "give", "place", "read")]
+    assert [name for name, *_ in seen[0][0]] == names
+    assert seen[1] == seen[2]
 
 
 def test_a_shared_block_keeps_its_slot():
