@@ -23,18 +23,12 @@ from benchmarks import jobs
 from interop.torch.attend_on_gpu import AttendOptions
 from interop.torch.paged import PagedPool
 from interop.torch.paged_rows import PagedRows
-from interop.vllm.calls import EarlierCall, RowBuffers, UniformCall, empty_earlier, plan_earlier, split_runs
-from pallas_kernels.attention.decode.launch_triton import MAX_QUERY_TOKENS
+from interop.vllm.calls import RowBuffers, UniformCall, split_runs
 
 DEVICE = "cuda"
 KV_HEADS, GROUP, PAGE_SIZE, DIM = 8, 4, 64, 128
-SHAPES = {
-    "decode 8": (8192, 8, 1),
-    "decode 64": (8192, 64, 1),
-    "chunk 1024": (8192, 1, 1024),
-    "four chunks 200": (8192, 4, 200),
-}
-"""Tokens of each sequence, sequences, and queries of each sequence."""
+SHAPES = {"decode 8": (8192, 8), "decode 64": (8192, 64), "one long sequence": (131072, 1)}
+"""Tokens of each sequence, and sequences."""
 
 
 def milliseconds(function: Callable[[], object]) -> float:
@@ -50,11 +44,9 @@ def milliseconds(function: Callable[[], object]) -> float:
     return float(np.median(times[3:]))
 
 
-def time_calls(context: int, batch: int, chunk: int) -> dict[str, Any]:
-    """Times of attending, of writing the new tokens and of planning a step, with K4/V4.
-
-    Chunks attend to the tokens before them; a few queries attend to their own tokens, too.
-    """
+def time_calls(context: int, batch: int) -> dict[str, Any]:
+    """Times of attending with a query per sequence, of writing its token, of reading all tokens as dense ones, and of
+    planning a step, with K4/V4."""
     key, value = tq.QuantizerSpec(DIM, 4, search=True, scale="unbiased"), tq.QuantizerSpec(DIM, 4, search=True)
     quantizers = tq.make_quantizer(key), tq.make_quantizer(value, seed=1)
     width = context // PAGE_SIZE
@@ -64,32 +56,24 @@ def time_calls(context: int, batch: int, chunk: int) -> dict[str, Any]:
     pool.write(tokens, tokens, torch.arange(batch * context, device=DEVICE))
     table = torch.randperm(batch * width, device=DEVICE).int().view(batch, width)
     lengths = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
-    query = torch.randn(batch * chunk, KV_HEADS * GROUP, DIM, device=DEVICE, dtype=torch.bfloat16)
-    starts, output = list(range(0, batch * chunk + 1, chunk)), torch.empty_like(query)
-    new, slots = tokens[: batch * chunk], torch.arange(batch * chunk, device=DEVICE)
-    options, buffers = AttendOptions(), RowBuffers(batch)
-    _, sums = empty_earlier(query)
+    query = torch.randn(batch, KV_HEADS * GROUP, DIM, device=DEVICE, dtype=torch.bfloat16)
+    new, slots, output = tokens[:batch], torch.arange(batch, device=DEVICE), torch.empty_like(query)
+    options, buffers, rows = AttendOptions(), RowBuffers(batch), PagedRows(table, lengths)
+    begin, heads = (torch.arange(n, dtype=torch.int32, device=DEVICE) for n in (batch, KV_HEADS))
+    dense = torch.empty_like(tokens), torch.empty_like(tokens)
 
-    def plan() -> list[UniformCall | EarlierCall]:
-        runs, first = split_runs(starts, MAX_QUERY_TOKENS)
-        if first:
-            return [UniformCall(run, buffers.rows(run, PagedRows(table, lengths))) for run in runs]
-        return [*plan_earlier(starts, [True] * batch, PagedRows(table, lengths - chunk))]
+    def plan() -> UniformCall:
+        [run], _ = split_runs(list(range(batch + 1)), 1)
+        return UniformCall(run, buffers.rows(run, rows))
 
-    def attend(calls: list[UniformCall | EarlierCall]) -> None:
-        for call in calls:
-            if isinstance(call, UniformCall):
-                call.attend(pool, query, output, options, None)
-            else:
-                call.attend(pool, query, output, sums, options)
-
-    calls = plan()
+    call = plan()
     measured = {
-        "attend": milliseconds(lambda: attend(calls)),
+        "attend": milliseconds(lambda: call.attend(pool, query, output, options, None)),
         "write": milliseconds(lambda: pool.write(new, new, slots)),
+        "dense": milliseconds(lambda: pool.dequantize(rows, begin * context, heads, dense)),
         "plan a step": milliseconds(plan),
     }
-    return {"context": context, "batch": batch, "chunk": chunk, "ms": measured}
+    return {"context": context, "batch": batch, "ms": measured}
 
 
 def main() -> None:

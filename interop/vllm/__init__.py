@@ -28,7 +28,7 @@ model's weights (see `interop.vllm.bias_statistics`), and keys without a bias ar
 
 Devices. On a CPU JAX computes and torch writes; the stock CPU platform of vLLM ignores `--attention-backend CUSTOM`, so
 the plugin replaces it by a platform that honours it. On an NVIDIA GPU torch launches the Pallas kernels: the decode
-kernel for few queries, the prefill kernel for prompts over earlier tokens; FlashAttention attends within a chunk. CUDA
+kernel for few queries. FlashAttention attends with prompts, over dense copies of earlier tokens. CUDA
 graphs hold whole steps of uniform batches, of one query per request or with drafts.
 
 The option `boundary_layers` keeps the first and last layers in full precision, in vLLM's own attention.

@@ -116,7 +116,6 @@ def attend_block_table(
     plan: AttendPlan,
     *,
     counts: Int[Array, "b"] | None = None,
-    back: Int[Array, "b"] | None = None,
     statistics: tuple[Float[Array, "b h_kv d"], Float[Array, "b h_kv d"]] | None = None,
     segment: FullPrecisionSegment | FullPrecisionBlocks | None = None,
     sink_logits: Float[Array, "h_q"] | None = None,
@@ -131,8 +130,6 @@ def attend_block_table(
         lengths: int32, tokens of each sequence, those of the queries included.
         plan: The configuration; `sink_slots` is 0 without a segment.
         counts: int32, queries of each sequence, right-padded: its last `counts` tokens; t by default.
-        back: int32, tokens from the first query of each sequence to its end: 0 if the queries follow its tokens; None
-            for queries that are its last tokens.
         statistics: Mean and channel weights of the keys of each sequence; None for keys that are stored as they are.
         segment: Tokens in full precision; None if all tokens are read from the pages.
         sink_logits: Learned logits without a value.
@@ -150,7 +147,7 @@ def attend_block_table(
     page_size = x.pages.page_size
     if isinstance(segment, FullPrecisionBlocks) and plan.sink_slots not in (0, page_size):
         raise ValueError(f"expected sink_slots of 0 or a block, {page_size}, got {plan.sink_slots}")
-    inputs = prepare_inputs(x, lengths, segment, statistics, query=query, counts=counts, back=back)
+    inputs = prepare_inputs(x, lengths, segment, statistics, query=query, counts=counts)
     return attend_prepared(
         inputs,
         x.pages,

@@ -73,7 +73,7 @@ def test_windows_caps_and_sinks_are_honoured(make_impl, dtype):
     assert not impl.forward(None, query, k, v, memory, None, output.clone()).any()
     [run], _ = split_runs([0, 8], 8)
     rows = RowBuffers(1).rows(run, PagedRows(table, torch.tensor([70], dtype=torch.int32)))
-    metadata = TurboQuantMetadata((UniformCall(run, rows),), None, position, 70)
+    metadata = TurboQuantMetadata((UniformCall(run, rows),), (), position, 70)
     impl.forward(None, query, k, v, memory, metadata, output)
     quantizers = tq.QuantizerSpec(D, 4, scale="unbiased"), tq.QuantizerSpec(D, 4)
     spec = tq.CacheSpec(
@@ -212,7 +212,8 @@ def test_what_the_builder_refuses(monkeypatch):
             parallel_config=types.SimpleNamespace(decode_context_parallel_size=1),
             scheduler_config=types.SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=64),
         )  # fmt: skip
-        spec = types.SimpleNamespace(state_content_bytes=spec_bytes, block_size=32, head_size=D, num_kv_heads=2)
+        sizes = {"block_size": 32, "head_size": D, "num_kv_heads": 2, "dtype": torch.float32}
+        spec = types.SimpleNamespace(state_content_bytes=spec_bytes, **sizes)
         return metadata.TurboQuantBuilder(spec, ["layer"], config, torch.device("cpu"))
 
     with pytest.raises(RuntimeError, match="does not say how many bytes"):
