@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.encode import launch_triton
-from pallas_kernels.encode.arguments import EncodeArguments
+from pallas_kernels.encode.arguments import EncodeArguments, ExactTokens
 from pallas_kernels.encode.config import default_config, takes_one_token
 from pallas_kernels.pages import empty_pages
 from tq_jax.commands.gate.case import Case
@@ -42,7 +42,8 @@ def cases() -> Iterator[Case]:
     yield case("V4, pools of 3 GiB", spec(128, 4), pages=BATCH * LARGE)
     for bits in (2, 3, 4):
         yield together(bits, quick=bits == 4)
-        yield together(bits, quick=False, blocks=True)
+        yield together(bits, quick=bits == 4, blocks=True)
+        yield together(bits, quick=False, rows=4096, blocks=True)
     for dim in (64, 256):
         yield case(f"V3 dim {dim}, 32 rows", spec(dim, 3), rows=32, tokens=1)
     for rows in (32, 512):
@@ -95,22 +96,48 @@ def case(
     )
 
 
-def together(bits: int, *, quick: bool, blocks: bool = False) -> Case:
-    """Encodes keys and values of several rows, one token each, in one launch."""
-    spec, rows = QuantizerSpec(128, bits, search=True), 32
+def together(bits: int, *, quick: bool, rows: int = 32, blocks: bool = False) -> Case:
+    """Encodes keys and values of several rows, one token each, in one launch.
+
+    Args:
+        bits: Bits of keys and values.
+        quick: Whether the case is compiled by default.
+        rows: Rows of the batch.
+        blocks: Whether all arrays of a page lie side by side, as in a serving engine: then tokens of the window are
+            copied as they are, and values are heads of a joint product.
+    """
+    spec = QuantizerSpec(128, bits, search=True)
     shape = jax.ShapeDtypeStruct
     pools = jax.eval_shape(lambda: empty_pages(PAGES, KV_HEADS, PAGE_SIZE, spec.format, spec.format))
+    exact = None
     if blocks:
-        pools = in_blocks(pools, spec, spec)
+        pools, pool = in_blocks(pools, spec, spec), shape((1025, KV_HEADS, 128), jnp.bfloat16)
+        exact = ExactTokens(pool, pool, shape((rows, 1, 2), jnp.int32))
     encoded = jax.eval_shape(lambda: encoder(make_quantizer(spec)))
 
-    def run(tokens: Any, pages: Any, slots: Any, encoder: Any, statistics: Any, rows: Any) -> Any:
+    def run(
+        keys: Any, values: Any, pages: Any, slots: Any, encoder: Any, statistics: Any, number: Any, copies: Any
+    ) -> Any:
         options = {"key": encoder, "value": encoder, "mean": statistics, "weight": statistics}
-        arguments = EncodeArguments(tokens, tokens, slots, rows=rows, **options)
-        return launch_triton.encode_pages(arguments, pages, interpret=False)
+        arguments = EncodeArguments(keys, values, slots, rows=number, **options)
+        return launch_triton.encode_and_copy(arguments, pages, copies, interpret=False)
 
-    tokens, slots = shape((rows, 1, KV_HEADS, spec.dim), jnp.bfloat16), shape((rows, 1), jnp.int32)
-    statistics = shape((2 * rows, KV_HEADS, spec.dim), jnp.float32)
-    arguments = (tokens, pools, slots, encoded, statistics, shape((rows,), jnp.int32))
-    name = f"K{bits}/V{bits} search, 32 rows{', in blocks' if blocks else ''}"
-    return Case(name, run, arguments, donated=(1,), quick=quick)
+    keys, values = (
+        shape((rows, 1, heads, 128), jnp.bfloat16) for heads in (KV_HEADS, 6 * KV_HEADS if blocks else KV_HEADS)
+    )
+    return Case(
+        f"K{bits}/V{bits} search, {rows} rows" + (" in blocks" if blocks else ""),
+        run,
+        (
+            keys,
+            values,
+            pools,
+            shape((rows, 1), jnp.int32),
+            encoded,
+            shape((rows, KV_HEADS, 128), jnp.float32),
+            shape((rows,), jnp.int32),
+            exact,
+        ),
+        donated=(2,),
+        quick=quick,
+    )
