@@ -32,6 +32,14 @@ LLAMA3 = dict(
     rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=64,
 )  # fmt: skip
+LONGROPE = dict(
+    rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=8, short_factor=[1.0] * 8,
+    long_factor=[1.0 + i for i in range(8)],
+)  # fmt: skip
+YARN = dict(
+    rope_type="yarn", rope_theta=1e4, factor=8.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+    original_max_position_embeddings=64,
+)  # fmt: skip
 CASES = {
     "llama3": ("Llama", dict(rope_parameters=LLAMA3, tie_word_embeddings=True)),
     "linear": ("Llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0))),
@@ -39,6 +47,30 @@ CASES = {
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
     "qwen2_local": ("Qwen2", dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)),
     "qwen3": ("Qwen3", dict(tie_word_embeddings=True)),
+    "yarn": (
+        "Qwen2",
+        dict(rope_parameters=YARN | dict(truncate=True, original_max_position_embeddings=8)),
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=False),
+    ),
+    "mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None)),
+    "phi3": ("Phi3", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.75))),
+    "phi3_long": (
+        "Phi3",
+        dict(rope_parameters=LONGROPE, sliding_window=WINDOW, hidden_size=64, original_max_position_embeddings=8),
+    ),
+    "smollm3": ("SmolLM3", dict(no_rope_layers=[1, 0, 1])),
+    "olmo2": ("Olmo2", {}),
+    "gemma2": (
+        "Gemma2",
+        dict(sliding_window=WINDOW, query_pre_attn_scalar=20, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
+    ),
+    "gpt_oss": (
+        "GptOss",
+        dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW, rope_parameters=YARN),
+    ),
     "gemma3": (
         "Gemma3",
         dict(
@@ -65,7 +97,7 @@ def pair(request, tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config_class = getattr(transformers, f"{name}{'Text' if name == 'Gemma3' else ''}Config")
-        config = config_class(**SIZES, **options)
+        config = config_class(**SIZES | options)
         oracle = getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation="eager").eval()
         with torch.no_grad():
             for parameter in oracle.parameters():  # norms and biases too, which start as ones and zeros
