@@ -66,30 +66,22 @@ _NO_ROPE_INTERVAL = 4
 """Of so many layers of SmolLM3 the last one has no positions."""
 
 
-@dataclasses.dataclass(frozen=True)
-class RopeFactors:
-    """Divisors of the rotary frequencies that a GGUF file holds as tensors, float32 [rotary channels / 2] each.
-
-    Attributes:
-        one: `rope_freqs.weight`, those of Llama 3; None if the file has none.
-        long: `rope_factors_long.weight`, those of "longrope".
-        short: `rope_factors_short.weight`, those for short contexts.
-    """
-
-    one: np.ndarray | None = None
-    long: np.ndarray | None = None
-    short: np.ndarray | None = None
-
-
 def config_from_gguf(
-    metadata: Mapping[str, Any], *, tied_head: bool, rope_factors: RopeFactors | None = None
+    metadata: Mapping[str, Any],
+    *,
+    tied_head: bool,
+    rope_factors: np.ndarray | None = None,
+    longrope_factors: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> DecoderConfig:
     """Read a `DecoderConfig` from GGUF metadata.
 
     Args:
         metadata: Name to value, as `gguf_file.read_gguf` returns it.
         tied_head: Whether the file has no tensor `output.weight`.
-        rope_factors: Divisors of the rotary frequencies that the file holds as tensors.
+        rope_factors: float32 [head_dim / 2], divisors of the rotary frequencies: the tensor `rope_freqs.weight`, None
+            if the file has none.
+        longrope_factors: float32 [rotary channels / 2] each, those for long and for short contexts: the tensors
+            `rope_factors_long.weight` and `rope_factors_short.weight`, None if the file has none.
 
     Returns:
         The config.
@@ -114,6 +106,10 @@ def config_from_gguf(
             raise NotImplementedError(f"GGUF field {prefix}{name}={fields[name]}: supported is head_dim={head_dim}")
     base, context = float(fields.get("rope.freq_base", 10000.0)), required("context_length")
     experts = fields.get("expert_count", 0)
+    if longrope_factors is None:
+        scaling = _scaling(architecture, prefix, fields, rope_factors, head_dim=rotary_dim, base=base)
+    else:
+        scaling = _longrope(prefix, fields, *longrope_factors, context=context)
     config = DecoderConfig(
         architecture=architecture,
         vocab_size=fields.get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
@@ -124,7 +120,7 @@ def config_from_gguf(
         head_dim=head_dim,
         ffn_dim=fields.get("expert_feed_forward_length") or required("feed_forward_length"),
         rope_base=base,
-        rope_scaling=_scaling(architecture, prefix, fields, rope_factors or RopeFactors(), rotary_dim, base, context),
+        rope_scaling=scaling,
         num_experts=experts,
         experts_per_token=required("expert_used_count") if experts else 0,
         norm_eps=float(required("attention.layer_norm_rms_epsilon")),
@@ -199,22 +195,20 @@ def _scaling(
     architecture: str,
     prefix: str,
     fields: Mapping[str, Any],
-    factors: RopeFactors,
-    rotary_dim: int,
+    factors: np.ndarray | None,
+    *,
+    head_dim: int,
     base: float,
-    context: int,
 ) -> RopeScaling | None:
     """The scaling of the rotary frequencies, from the metadata or from the divisors."""
-    if factors.long is not None or factors.short is not None:
-        return _longrope(prefix, fields, factors, context)
     kind = fields.get("rope.scaling.type", "none")
     if kind not in ("none", "linear", "yarn"):
         raise NotImplementedError(
             f"GGUF field {prefix}rope.scaling.type={kind!r}: supported is 'none' or 'linear' or 'yarn'"
         )
     if kind == "none":
-        return None if factors.one is None else llama3_scaling(factors.one, head_dim=rotary_dim, base=base)
-    if factors.one is not None:
+        return None if factors is None else llama3_scaling(factors, head_dim=head_dim, base=base)
+    if factors is not None:
         raise NotImplementedError(
             f"GGUF tensor 'rope_freqs.weight' beside rope.scaling.type={kind!r}: supported is one of them"
         )
@@ -231,21 +225,18 @@ def _scaling(
     )
 
 
-def _longrope(prefix: str, fields: Mapping[str, Any], factors: RopeFactors, context: int) -> RopeScaling:
+def _longrope(
+    prefix: str, fields: Mapping[str, Any], long: np.ndarray, short: np.ndarray, *, context: int
+) -> RopeScaling:
     """The scaling of a Phi-3 file with divisors for long and for short contexts."""
-    if factors.long is None or factors.short is None or factors.one is not None:
-        raise NotImplementedError(
-            "GGUF tensors 'rope_factors_long.weight' and 'rope_factors_short.weight': supported are both, and no "
-            "'rope_freqs.weight' beside them"
-        )
     original, length = _required(prefix, fields, "rope.scaling.original_context_length"), "rope.scaling.attn_factor"
     return RopeScaling(
         kind="longrope",
         factor=max(context / original, 1.0),
         original_context=original,
         attention_factor=float(fields[length]) if length in fields else None,
-        divisors=tuple(map(float, factors.long)),
-        short_divisors=tuple(map(float, factors.short)),
+        divisors=tuple(map(float, long)),
+        short_divisors=tuple(map(float, short)),
     )
 
 

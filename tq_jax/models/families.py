@@ -11,7 +11,6 @@ from tq_jax.models.config import DecoderConfig
 from tq_jax.models.mixture import GptOssBlock, MixtralBlock, Qwen3MoeBlock
 from tq_jax.models.tensors import EXPERT, LAYER, FileKind, GgufLayout, HfLayout, Part, Tensor
 
-
 _HEAD = Tensor("head.kernel", "lm_head.weight", "output.weight")
 
 

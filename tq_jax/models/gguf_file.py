@@ -11,15 +11,12 @@ from typing import Any
 import numpy as np
 
 from tq_jax.models.config import DecoderConfig
-from tq_jax.models.config_gguf import RopeFactors, config_from_gguf
+from tq_jax.models.config_gguf import config_from_gguf
 from tq_jax.models.families import FAMILIES, check_tensor_names
 from tq_jax.models.tensors import EXPERT, Tensor
 
-_ROPE_FACTORS = {
-    "one": "rope_freqs.weight",
-    "long": "rope_factors_long.weight",
-    "short": "rope_factors_short.weight",
-}
+_ROPE_FACTORS = "rope_freqs.weight"
+_LONGROPE_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 
 
 @dataclass(frozen=True)
@@ -65,11 +62,15 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
         raise ValueError(f"{path}: expected a complete GGUF file, got a corrupt or truncated one ({error})") from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     # The divisors of the rotary frequencies belong to the config, not to the parameters.
-    held = {kind: tensors.pop(name) for kind, name in _ROPE_FACTORS.items() if name in tensors}
+    factors = tensors.pop(_ROPE_FACTORS, None)
+    pair = [np.asarray(tensors.pop(name).data) for name in _LONGROPE_FACTORS if name in tensors]
+    if len(pair) == 1:
+        raise ValueError(f"{path}: expected both tensors {' and '.join(_LONGROPE_FACTORS)} or none, got one")
     config = config_from_gguf(
         metadata,
         tied_head="output.weight" not in tensors,
-        rope_factors=RopeFactors(**{kind: np.asarray(tensor.data) for kind, tensor in held.items()}),
+        rope_factors=None if factors is None else np.asarray(factors.data),
+        longrope_factors=(pair[0], pair[1]) if pair else None,
     )
     check_tensor_names(path, config, set(tensors), kind="gguf")
     return GgufFile(path=path, config=config, metadata=metadata, tensors=tensors)

@@ -92,21 +92,29 @@ class RopeScaling:
         return dataclasses.replace(self, divisors=self.short_divisors)
 
 
-def rotary_frequencies(*, head_dim: int, base: float, scaling: RopeScaling | None = None) -> jax.Array:
+def rotary_frequencies(
+    *, head_dim: int, base: float, scaling: RopeScaling | None = None, rotary_dim: int | None = None
+) -> jax.Array:
     """Angles by which each channel pair turns from one token to the next.
 
     Args:
-        head_dim: Channels of one head that turn; even.
+        head_dim: Channels of one head; even.
         base: Base of the geometric progression of frequencies.
         scaling: How the frequencies are stretched; None if they are not.
+        rotary_dim: Channels that turn, see `partial_order`; None for all.
 
     Returns:
-        float32 [head_dim / 2], radians per token.
+        float32 [head_dim / 2], radians per token; zero for pairs that do not turn.
 
     Example:
         >>> rotary_frequencies(head_dim=4, base=100.0, scaling=RopeScaling(kind="linear", factor=2.0)).tolist()
         [0.5, 0.05000000074505806]
     """
+    if rotary_dim is not None and rotary_dim < head_dim:
+        still = jnp.zeros((head_dim - rotary_dim) // 2, jnp.float32)
+        if rotary_dim == 0:
+            return still
+        return jnp.concatenate([rotary_frequencies(head_dim=rotary_dim, base=base, scaling=scaling), still])
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / jnp.float32(head_dim)
     frequency = jnp.float32(1.0) / jnp.float32(base) ** exponent
     if scaling is None:
@@ -166,17 +174,13 @@ def rotary_turn(
         >>> bool(jnp.allclose(jnp.arctan2(sin, cos)[0, 1], jnp.array([3.0, 0.3])))
         True
     """
-    turning = head_dim if rotary_dim is None else rotary_dim
-    scaling = scaling if turning else None
-    frequency = rotary_frequencies(head_dim=turning, base=base, scaling=scaling)
+    frequency = rotary_frequencies(head_dim=head_dim, base=base, scaling=scaling, rotary_dim=rotary_dim)
     angles = positions.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
-    turn = jnp.cos(angles), jnp.sin(angles)
-    if scaling is not None and scaling.length != 1:
-        turn = turn[0] * jnp.float32(scaling.length), turn[1] * jnp.float32(scaling.length)
-    if turning == head_dim:
-        return turn
-    still = jnp.zeros((*positions.shape, (head_dim - turning) // 2), jnp.float32)
-    return jnp.concatenate([turn[0], still + 1], axis=-1), jnp.concatenate([turn[1], still], axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if scaling is None or scaling.length == 1:
+        return cos, sin
+    length = jnp.where(frequency > 0, jnp.float32(scaling.length), 1.0)[None, None, :]
+    return cos * length, sin * length
 
 
 def partial_order(*, head_dim: int, rotary_dim: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,20 @@ import numpy as np
 from flax import nnx
 
 from tq_jax.files import save_readable
+from tq_jax.models.checkpoint import WEIGHTS, open_tensors
 from tq_jax.models.config import DecoderConfig, Run
 from tq_jax.models.config_hf import config_from_hf, config_to_hf
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.dequantize import dequantized
 from tq_jax.models.families import FAMILIES, check_tensor_names, tensor_names
 from tq_jax.models.fetch import cache_dir
-from tq_jax.models.fields import FILES, check_fields, read_json
+from tq_jax.models.fields import read_json
 from tq_jax.models.gguf_file import hf_tensors, read_gguf
 from tq_jax.models.quantization import quantization_from_hf
 from tq_jax.models.sharding import AXES, Layout, MeshAxes, place
 from tq_jax.models.tensors import Tensor
 from tq_jax.models.tokenizer_gguf import tokenizer_from_gguf
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights, as safetensors writes them."""
 
@@ -76,7 +76,7 @@ def load_decoder(
     directory = Path(directory)
     config = _within(read_config(directory), max_context)
     quantization = quantization_from_hf(read_json(directory / "config.json"))
-    with _open_tensors(directory) as (types, read):
+    with open_tensors(directory) as (types, read):
         if quantization is not None:
             types, read = dequantized(quantization, types, read, expected=tensor_names(config, kind="hf"))
         check_tensor_names(directory, config, set(types), kind="hf")
@@ -131,7 +131,7 @@ def convert_gguf(path: str | os.PathLike[str]) -> Path:
     tokenizer = tokenizer_from_gguf(file.metadata)
     tensors = hf_tensors(file)
     with publish(directory) as building:
-        save_readable(building / _WEIGHTS, tensors)
+        save_readable(building / WEIGHTS, tensors)
         (building / "config.json").write_text(json.dumps(config_to_hf(file.config), indent=2), encoding="utf-8")
         tokenizer.save(building)
     return directory
@@ -156,37 +156,6 @@ def publish(directory: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-@contextmanager
-def _open_tensors(directory: Path) -> Iterator[tuple[dict[str, str], Callable[[str], np.ndarray]]]:
-    """Yield the types of the tensors in a directory by their names, and a function that reads a tensor by its name."""
-    from safetensors import SafetensorError, safe_open
-
-    single, index = directory / _WEIGHTS, directory / _INDEX
-    if single.is_file():  # transformers leaves an old index behind when it writes a single file
-        where, files = {}, [single]
-    elif index.is_file():
-        contents = read_json(index)
-        check_fields(str(index), contents, {"weight_map": FILES})
-        where = {name: directory / file for name, file in (contents.get("weight_map") or {}).items()}
-        files = sorted(set(where.values()))
-    else:
-        raise FileNotFoundError(f"neither {_WEIGHTS} nor {_INDEX} in {directory}")
-    with ExitStack() as stack:
-        holders = {}
-        for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(f"{_INDEX} names {file.name}, which is not in {directory}")
-            try:
-                handle = stack.enter_context(safe_open(file, framework="numpy"))
-            except SafetensorError as error:
-                raise ValueError(f"{file}: expected safetensors, got a corrupt or truncated file ({error})") from error
-            holders |= {name: handle for name in handle.keys() if where.get(name, file) == file}  # noqa: SIM118
-        if lost := sorted(where.keys() - holders.keys()):
-            raise ValueError(f"{index}: expected {where[lost[0]].name} to hold {lost[0]!r}, got a file without it")
-        types = {name: handle.get_slice(name).get_dtype() for name, handle in holders.items()}
-        yield types, lambda name: holders[name].get_tensor(name)
 
 
 def _require_float_types(directory: Path, types: Mapping[str, str]) -> None:

@@ -167,8 +167,8 @@ def test_divisors_of_rotary_frequencies_are_a_scaling(tmp_path):
 
 
 def test_unknown_options_and_tokenizers_are_refused(tmp_path):
-    with pytest.raises(NotImplementedError, match="llama.expert_count=4"):
-        read_gguf(write(tmp_path / "experts.gguf", weights(), extra={"llama.expert_count": 4}))
+    with pytest.raises(NotImplementedError, match="llama.expert_group_count=4"):
+        read_gguf(write(tmp_path / "experts.gguf", weights(), extra={"llama.expert_group_count": 4}))
     with pytest.raises(NotImplementedError, match="tokenizer.ggml.pre='tekken'"):
         convert_gguf(write(tmp_path / "pre.gguf", weights(), pre="tekken"))
 
