@@ -187,7 +187,7 @@ class Block(nnx.Module):
     norm: ClassVar[type[RMSNorm]] = RMSNorm
     pre_norms: ClassVar[bool] = True
     post_norms: ClassVar[bool] = False
-    feed_forward: ClassVar[Callable[..., Any]] = GatedMLP
+    feed_forward: ClassVar[type[nnx.Module]] = GatedMLP
     gate: ClassVar[Gate] = staticmethod(swiglu)
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -197,7 +197,8 @@ class Block(nnx.Module):
         self.attention_norm, self.mlp_norm = norm(self.pre_norms), norm(self.pre_norms)
         self.attention_post_norm, self.mlp_post_norm = norm(self.post_norms), norm(self.post_norms)
         self.attention = Attention(config, parts=self.parts, dtype=dtype, rngs=rngs)
-        self.mlp = self.feed_forward(config, gate=self.gate, dtype=dtype, rngs=rngs)
+        feed_forward: Any = self.feed_forward
+        self.mlp = feed_forward(config, gate=self.gate, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, hidden: jax.Array, added: jax.Array, turn: Turn, mix: Mix, *, only: jax.Array | None = None

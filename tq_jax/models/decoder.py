@@ -27,7 +27,7 @@ from tq_jax.attention import Implementation, attend_joint
 from tq_jax.models.blocks import linear
 from tq_jax.models.causal import causal_attention
 from tq_jax.models.config import DecoderConfig, Run, runs_of
-from tq_jax.models.families import FAMILIES
+from tq_jax.models.families import family_of
 from tq_jax.models.last_token import last_places, token_of
 from tq_jax.models.layer_caches import (
     Caches,
@@ -62,6 +62,7 @@ class Decoder(nnx.Module):
 
     Raises:
         NotImplementedError: If the family is not in `families.FAMILIES`.
+        ValueError: If the config has experts and the family has none, or the other way round.
 
     Example:
         >>> config = DecoderConfig(vocab_size=64, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -72,9 +73,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs, unroll: bool | None = None):
-        if config.architecture not in FAMILIES:
-            raise NotImplementedError(f"architecture {config.architecture!r}: supported are {sorted(FAMILIES)}")
-        family, dtype = FAMILIES[config.architecture], jnp.dtype(dtype)
+        family, dtype = family_of(config), jnp.dtype(dtype)
         self.config = config
         self.embedding_scale = config.dim**0.5 if family.scaled_embedding else None
         self.embedding = nnx.Embed(config.vocab_size, config.dim, dtype=dtype, param_dtype=dtype, rngs=rngs)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from tq_jax.models.blocks import Block, Gemma2Block, Gemma3Block, Olmo2Block, Qwen2Block, Qwen3Block
 from tq_jax.models.config import DecoderConfig
-from tq_jax.models.mixture import GptOssBlock, MixtralBlock, Qwen3MoeBlock
+from tq_jax.models.mixture import GptOssBlock, MixtralBlock, Mixture, Qwen3MoeBlock
 from tq_jax.models.tensors import EXPERT, LAYER, FileKind, GgufLayout, HfLayout, Part, Tensor
 
 _HEAD = Tensor("head.kernel", "lm_head.weight", "output.weight")
@@ -239,6 +239,23 @@ FAMILIES = {
         shares_heads=False,  # the biases of its outputs would be added once per device
     ),
 }
+
+
+def family_of(config: DecoderConfig) -> Family:
+    """The family of a decoder.
+
+    Raises:
+        NotImplementedError: If the family is not in `FAMILIES`.
+        ValueError: If the config has experts and the family has none, or the other way round.
+    """
+    if config.architecture not in FAMILIES:
+        raise NotImplementedError(f"architecture {config.architecture!r}: supported are {sorted(FAMILIES)}")
+    family = FAMILIES[config.architecture]
+    mixed = issubclass(family.block.feed_forward, Mixture)
+    if mixed != (config.num_experts > 0):
+        wanted = "at least 1" if mixed else "0"
+        raise ValueError(f"num_experts: expected {wanted} for {config.architecture}, got {config.num_experts}")
+    return family
 
 
 def tensor_names(config: DecoderConfig, *, kind: FileKind) -> set[str]:

@@ -152,7 +152,9 @@ def test_logits_and_greedy_text(pair):
 
 
 def test_a_compressed_cache_whose_window_holds_all_tokens_gives_the_same_text(pair):
-    _, decoder, oracle, _ = pair
+    name, decoder, oracle, _ = pair
+    if name not in ("qwen3_moe", "phi3_long", "smollm3", "olmo2", "gemma2", "gpt_oss"):
+        pytest.skip("the parts of these layers are those of others")
     quantizer = tq.QuantizerSpec(dim=16, bits=3)
     spec = tq.CacheSpec(
         num_kv_heads=2, head_dim=16, max_tokens=64, key=quantizer, value=quantizer, window=32, page_size=16,
