@@ -447,3 +447,31 @@ def test_whatever_gguf_metadata_holds_is_read_or_refused(metadata, data):
 def test_fields_of_another_type_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf(config_to_hf(EXPECTED) | change)
+
+
+def test_gguf_files_of_experts_say_how_many_a_token_takes():
+    with pytest.raises(ValueError, match="expected the field llama.expert_used_count, got none"):
+        config_from_gguf(GGUF | {"llama.expert_count": 4}, tied_head=True)
+    found = config_from_gguf(GGUF | {"llama.expert_count": 4, "llama.expert_used_count": 2}, tied_head=True)
+    assert (found.architecture, found.num_experts, found.experts_per_token) == ("mixtral", 4, 2)
+    assert config_from_gguf(GGUF | {"llama.expert_count": 0}, tied_head=True) == EXPECTED
+
+
+def test_the_scale_of_the_largest_gemma_2():
+    fields = {key.replace("llama", "gemma2"): value for key, value in GGUF.items()}
+    fields |= {"general.architecture": "gemma2", "gemma2.attention.key_length": 16, "gemma2.attention.value_length": 16}
+    fields |= {"gemma2.attention.sliding_window": 8, "gemma2.attn_logit_softcapping": 50.0}
+    with pytest.raises(ValueError, match="expected the field gemma2.final_logit_softcapping, got none"):
+        config_from_gguf(fields, tied_head=True)
+    fields |= {"gemma2.final_logit_softcapping": 30.0}
+    assert config_from_gguf(fields, tied_head=True).query_scalar == 16
+    assert config_from_gguf(fields | {"gemma2.block_count": 46}, tied_head=True).query_scalar == 32 / 4
+
+
+def test_yarn_of_gguf_files():
+    fields = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    with pytest.raises(ValueError, match="expected the field llama.rope.scaling.original_context_length, got none"):
+        config_from_gguf(GGUF | fields, tied_head=True)
+    fields |= {"llama.rope.scaling.original_context_length": 16}
+    expected = RopeScaling(kind="yarn", factor=4.0, original_context=16)
+    assert config_from_gguf(GGUF | fields, tied_head=True).rope_scaling == expected

@@ -246,3 +246,20 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, good, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         convert_gguf(good)
     assert not list((tmp_path / "cache" / "converted").iterdir())
+
+
+def test_experts_and_divisors_that_contradict_the_metadata_are_refused(tmp_path):
+    tensors = {name: array for name, array in weights().items() if "ffn_" not in name or "norm" in name}
+    for layer in range(LAYERS):
+        tensors[f"blk.{layer}.ffn_gate_inp.weight"] = np.ones((4, DIM), np.float32)
+        for name, shape in {"gate": (3, FFN, DIM), "up": (3, FFN, DIM), "down": (3, DIM, FFN)}.items():
+            tensors[f"blk.{layer}.ffn_{name}_exps.weight"] = np.ones(shape, np.float32)
+    fields = {"llama.expert_count": 4, "llama.expert_used_count": 2}
+    file = read_gguf(write(tmp_path / "experts.gguf", tensors, extra=fields))
+    with pytest.raises(ValueError, match=r"blk.0.ffn_gate_exps.weight: expected 4 experts, got \(3, 96, 64\)"):
+        hf_tensors(file)
+    one = weights() | {"rope_factors_long.weight": np.ones(8, np.float32)}
+    with pytest.raises(
+        ValueError, match=r"expected both tensors rope_factors_long.weight and rope_factors_short.weight"
+    ):
+        read_gguf(write(tmp_path / "one.gguf", one))
