@@ -151,10 +151,13 @@ def test_logits_and_greedy_text(pair):
     assert text == greedy(oracle, TEXT)
 
 
+UNLIKE = ["qwen3_moe", "phi3_long", "smollm3", "olmo2", "gemma2", "gpt_oss"]
+"""Cases with a part that no other case has."""
+
+
+@pytest.mark.parametrize("pair", UNLIKE, indirect=True)
 def test_a_compressed_cache_whose_window_holds_all_tokens_gives_the_same_text(pair):
-    name, decoder, oracle, _ = pair
-    if name not in ("qwen3_moe", "phi3_long", "smollm3", "olmo2", "gemma2", "gpt_oss"):
-        pytest.skip("the parts of these layers are those of others")
+    _, decoder, oracle, _ = pair
     quantizer = tq.QuantizerSpec(dim=16, bits=3)
     spec = tq.CacheSpec(
         num_kv_heads=2, head_dim=16, max_tokens=64, key=quantizer, value=quantizer, window=32, page_size=16,
@@ -165,12 +168,11 @@ def test_a_compressed_cache_whose_window_holds_all_tokens_gives_the_same_text(pa
     assert [TEXT + found[0], TEXT[:SHORT] + found[1]] == [greedy(oracle, TEXT), greedy(oracle, TEXT[:SHORT])]
 
 
+@pytest.mark.parametrize("pair", ["phi3_long"], indirect=True)
 def test_short_contexts_of_longrope(pair):
     import torch
 
-    name, _, oracle, path = pair
-    if name != "phi3_long":
-        pytest.skip("no longrope")
+    _, _, oracle, path = pair
     decoder, tokens = load_decoder(path, max_context=ORIGINAL), TEXT[:ORIGINAL]
     with torch.no_grad():
         expected = oracle(torch.tensor([tokens])).logits[0].numpy()
@@ -224,6 +226,7 @@ ARCHITECTURES = {
     "llama": "LLAMA", "mixtral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "qwen3_moe": "QWEN3MOE", "phi3": "PHI3",
     "smollm3": "SMOLLM3", "olmo2": "OLMO2", "gemma2": "GEMMA2", "gemma3": "GEMMA3", "gpt_oss": "GPT_OSS",
 }  # fmt: skip
+NO_GGUF = ("llama3", "mistral", "qwen2_local")
 EXPERTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 
 
@@ -315,10 +318,9 @@ def write_gguf(path, config, state) -> None:
     writer.close()
 
 
+@pytest.mark.parametrize("pair", [name for name in CASES if name not in NO_GGUF], indirect=True)
 def test_gguf_files_hold_the_same_decoder(pair, tmp_path):
-    name, decoder, _, path = pair
-    if name in ("llama3", "mistral", "qwen2_local"):
-        pytest.skip("no such GGUF files")
+    _, decoder, _, path = pair
     config = decoder.config
     write_gguf(tmp_path / "x.gguf", config, state := load_file(path / "model.safetensors"))
     file = read_gguf(tmp_path / "x.gguf")
