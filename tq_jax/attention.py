@@ -111,6 +111,8 @@ def attend_joint(
     *,
     implementation: Implementation = "auto",
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: Float[Array, "h_q"] | None = None,
     scale: float | None = None,
     lengths: Int[Array, "b"] | None = None,
     rows: Int[Array, "b"] | None = None,
@@ -123,6 +125,8 @@ def attend_joint(
         cache: The cache.
         implementation: See `attend`, as are the others.
         sliding_window: Tokens that a query sees.
+        softcap: Bound of logits.
+        sink_logits: Learned logits without a value.
         scale: Factor of <q, k>.
         lengths: Tokens of each row that exist.
         rows: The cache rows.
@@ -136,23 +140,29 @@ def attend_joint(
         NotImplementedError: For an implementation that does not exist or does not support the case.
     """
     query = jax.ShapeDtypeStruct(joint.query_shape, joint.product.dtype)
-    above_zero: dict[str, Any] = {"sliding_window": sliding_window, "softcap": None, "scale": scale}
-    rows, lengths, _ = checked(query, cache, None, lengths, rows, None, None, **above_zero)
+    above_zero: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap, "scale": scale}
+    rows, lengths, _ = checked(query, cache, None, lengths, rows, None, sink_logits, **above_zero)
     above_zero["sliding_window"] = visible_tokens(cache.spec, sliding_window, appended=0)
     plan = _plan(query, cache, config=None, precise=precise, implementation=implementation, **above_zero)
     chosen = choose(implementation, op="attend", check=functools.partial(check_attend, query.shape, cache.pages, plan))
     if chosen == "triton" and fuses_heads(joint, cache.pages):
-        return _attend_joint(joint, cache, lengths, rows, plan=plan)
+        return _attend_joint(joint, cache, lengths, rows, sink_logits, plan=plan)
     heads = joint.split()
     chunk = heads.key, heads.value
-    return _attend(heads.query, cache, lengths, rows, None, None, chunk, plan=plan, chosen=chosen), heads
+    return _attend(heads.query, cache, lengths, rows, None, sink_logits, chunk, plan=plan, chosen=chosen), heads
 
 
 @functools.partial(jax.jit, static_argnames="plan")
 def _attend_joint(
-    joint: JointHeads, cache: Cache, lengths: Array | None, rows: Array | None, *, plan: AttendPlan
+    joint: JointHeads,
+    cache: Cache,
+    lengths: Array | None,
+    rows: Array | None,
+    sink_logits: Array | None,
+    *,
+    plan: AttendPlan,
 ) -> tuple[Any, Heads]:
-    return attend_cache_joint(joint, arrays_of(cache), plan, rows=rows, counts=lengths)
+    return attend_cache_joint(joint, arrays_of(cache), plan, rows=rows, counts=lengths, sink_logits=sink_logits)
 
 
 def attend_plan(

@@ -30,6 +30,7 @@ def attend_chunk(
     *,
     options: LogitOptions,
     implementation: Implementation = "auto",
+    block: int = BLOCK,
 ) -> Partial:
     """Attention of every token over itself and the tokens before it, to be merged with that over other tokens.
 
@@ -40,13 +41,14 @@ def attend_chunk(
         options: Logit options.
         implementation: "reference" is jnp; "triton" is a kernel; "auto" is, on a GPU, cuDNN where it takes the case and
             the kernel where it does not.
+        block: Tokens per block of the reference.
 
     Returns:
         The attention, already normalized if cuDNN attends.
     """
     chosen = _chosen(query, options, implementation)
     if chosen != "cudnn":
-        return _without_cudnn(chosen, query, key, value, options=options, block=BLOCK)
+        return _without_cudnn(chosen, query, key, value, options=options, block=block)
     out, log_sum_exp = cudnn.attend_causal(
         query, key, value, scale=options.scale, sliding_window=options.sliding_window
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -14,8 +15,11 @@ from tq_jax.models.config import DecoderConfig
 from tq_jax.models.last_token import token_of
 from tq_jax.models.rope import Turn
 
-# heads, not split yet -> (mixed values [b, t or 1, h_q, d], the cache afterwards)
-Mix = Callable[[JointHeads], tuple[jax.Array, Any]]
+# (heads, not split yet; sink_logits: [h_q], if the layer has them) -> (mixed values [b, t or 1, h_q, d], the cache
+# afterwards)
+Mix = Callable[..., tuple[jax.Array, Any]]
+Gate = Callable[[jax.Array, jax.Array], jax.Array]
+"""Joins gate and up of a feed-forward block."""
 
 
 class RMSNorm(nnx.Module):
@@ -52,6 +56,25 @@ class CenteredRMSNorm(RMSNorm):
     centered = True
 
 
+@dataclass(frozen=True)
+class AttentionParts:
+    """The parts that attention has in some families only.
+
+    Attributes:
+        bias: Whether the projections to queries, keys and values have biases.
+        output_bias: Whether the projection of the outputs has a bias.
+        head_norm: Norm of each query head and key head before rotary embedding; None for no norm.
+        joint_norm: Whether the channels of all query heads have one norm, and those of all key heads another.
+        sinks: Whether each query head has a learned logit without a value.
+    """
+
+    bias: bool = False
+    output_bias: bool = False
+    head_norm: type[RMSNorm] | None = None
+    joint_norm: bool = False
+    sinks: bool = False
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions; the caller's `Mix` decides how tokens mix.
 
@@ -60,29 +83,26 @@ class Attention(nnx.Module):
 
     Args:
         config: Sizes of the decoder.
-        bias: Whether the projections to queries, keys and values have biases.
-        head_norm: Norm of each query head and key head before rotary embedding; None for no norm.
+        parts: The parts that only some families have.
         dtype: Type of parameters and activations.
         rngs: Source of random initial parameters.
     """
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        *,
-        bias: bool,
-        head_norm: type[RMSNorm] | None,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: DecoderConfig, *, parts: AttentionParts, dtype: jnp.dtype, rngs: nnx.Rngs):
         group = config.num_heads // config.num_kv_heads
-        heads = (config.num_kv_heads, group + 2, config.head_dim)
-        self.qkv = linear(config.dim, heads, bias=bias, dtype=dtype, rngs=rngs)
-        self.output = linear(config.num_heads * config.head_dim, (config.dim,), dtype=dtype, rngs=rngs)
-        self.query_norm, self.key_norm = nnx.data(None), nnx.data(None)
-        if head_norm is not None:
-            self.query_norm = head_norm(config.head_dim, epsilon=config.norm_eps, dtype=dtype)
-            self.key_norm = head_norm(config.head_dim, epsilon=config.norm_eps, dtype=dtype)
+        heads, channels = (config.num_kv_heads, group + 2, config.head_dim), config.num_heads * config.head_dim
+        self.qkv = linear(config.dim, heads, bias=parts.bias, dtype=dtype, rngs=rngs)
+        self.output = linear(channels, (config.dim,), bias=parts.output_bias, dtype=dtype, rngs=rngs)
+        self.query_norm, self.key_norm, self.sinks = nnx.data(None), nnx.data(None), nnx.data(None)
+        self.joint_norm = parts.joint_norm
+        norm, widths = parts.head_norm, (config.head_dim, config.head_dim)
+        if parts.joint_norm:
+            norm, widths = RMSNorm, (channels, config.num_kv_heads * config.head_dim)
+        if norm is not None:
+            self.query_norm = norm(widths[0], epsilon=config.norm_eps, dtype=dtype)
+            self.key_norm = norm(widths[1], epsilon=config.norm_eps, dtype=dtype)
+        if parts.sinks:
+            self.sinks = nnx.Param(jnp.zeros(config.num_heads, dtype))
 
     def __call__(self, hidden: jax.Array, turn: Turn, mix: Mix) -> tuple[jax.Array, Any]:
         """Attention over hidden states.
@@ -96,10 +116,23 @@ class Attention(nnx.Module):
             [b, t or 1, dim], for as many tokens as `mix` returns, and the cache afterwards.
         """
         norms: dict[str, Any] = {}
+        product = self.qkv(hidden)
         if self.query_norm is not None and self.key_norm is not None:
-            norms = {"query_norm": self.query_norm.weights, "key_norm": self.key_norm.weights}
-        mixed, cache = mix(JointHeads(self.qkv(hidden), turn, **norms))
+            if self.joint_norm:
+                product = _normed_together(product, self.query_norm, self.key_norm)
+            else:
+                norms = {"query_norm": self.query_norm.weights, "key_norm": self.key_norm.weights}
+        own = {} if self.sinks is None else {"sink_logits": self.sinks[...]}
+        mixed, cache = mix(JointHeads(product, turn, **norms), **own)
         return self.output(mixed.reshape(*mixed.shape[:2], -1)), cache
+
+
+def _normed_together(product: jax.Array, query_norm: RMSNorm, key_norm: RMSNorm) -> jax.Array:
+    """A joint product [b, t, h_kv, g + 2, d] with a norm of all query heads together, and one of all key heads."""
+    parts = [product[:, :, :, :-2], product[:, :, :, -2:-1]]
+    for place, norm in enumerate((query_norm, key_norm)):
+        parts[place] = norm(parts[place].reshape(*product.shape[:2], -1))[1].reshape(parts[place].shape)
+    return jnp.concatenate([*parts, product[:, :, :, -1:]], axis=3)
 
 
 class GatedMLP(nnx.Module):
@@ -107,27 +140,30 @@ class GatedMLP(nnx.Module):
 
     Args:
         config: Sizes of the decoder.
-        activation: Activation of the gate.
+        gate: Joins gate and up.
         dtype: Type of parameters and activations.
         rngs: Source of random initial parameters.
     """
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        *,
-        activation: Callable[..., jax.Array],
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: DecoderConfig, *, gate: Gate, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.gate_up = linear(config.dim, (2, config.ffn_dim), dtype=dtype, rngs=rngs)
         self.down = linear(config.ffn_dim, (config.dim,), dtype=dtype, rngs=rngs)
-        self.activation = activation
+        self.gate = gate
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Feed-forward of hidden states [b, t, dim]."""
         both = self.gate_up(hidden)  # [b, t, 2, ffn_dim]
-        return self.down(self.activation(both[:, :, 0]) * both[:, :, 1])
+        return self.down(self.gate(both[:, :, 0], both[:, :, 1]))
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Gate and up joined by SiLU."""
+    return jax.nn.silu(gate) * up
+
+
+def geglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Gate and up joined by GELU in its tanh approximation, which is JAX's default."""
+    return jax.nn.gelu(gate) * up
 
 
 class Block(nnx.Module):
@@ -139,22 +175,30 @@ class Block(nnx.Module):
         rngs: Source of random initial parameters.
 
     Attributes:
-        bias: Whether the projections to queries, keys and values have biases.
-        head_norm: Norm of query heads and key heads; None for no norm.
+        parts: Parts of attention.
         norm: Norm of hidden states.
-        activation: Activation of the feed-forward block.
+        pre_norms: Whether the inputs of attention and feed-forward have norms.
+        post_norms: Whether their outputs have norms.
+        feed_forward: The feed-forward block.
+        gate: Joins gate and up in it.
     """
 
-    bias: ClassVar[bool] = False
-    head_norm: ClassVar[type[RMSNorm] | None] = None
+    parts: ClassVar[AttentionParts] = AttentionParts()
     norm: ClassVar[type[RMSNorm]] = RMSNorm
-    activation: ClassVar[Callable[..., jax.Array]] = staticmethod(jax.nn.silu)
+    pre_norms: ClassVar[bool] = True
+    post_norms: ClassVar[bool] = False
+    feed_forward: ClassVar[type[nnx.Module]] = GatedMLP
+    gate: ClassVar[Gate] = staticmethod(swiglu)
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.attention_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
-        self.attention = Attention(config, bias=self.bias, head_norm=self.head_norm, dtype=dtype, rngs=rngs)
-        self.mlp_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
-        self.mlp = GatedMLP(config, activation=self.activation, dtype=dtype, rngs=rngs)
+        def norm(exists: bool) -> Any:
+            return self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype) if exists else nnx.data(None)
+
+        self.attention_norm, self.mlp_norm = norm(self.pre_norms), norm(self.pre_norms)
+        self.attention_post_norm, self.mlp_post_norm = norm(self.post_norms), norm(self.post_norms)
+        self.attention = Attention(config, parts=self.parts, dtype=dtype, rngs=rngs)
+        feed_forward: Any = self.feed_forward
+        self.mlp = feed_forward(config, gate=self.gate, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, hidden: jax.Array, added: jax.Array, turn: Turn, mix: Mix, *, only: jax.Array | None = None
@@ -174,44 +218,56 @@ class Block(nnx.Module):
         Returns:
             Hidden states and what is to be added to them, [b, t or 1, dim] each, and the cache afterwards.
         """
-        hidden, normed = self.attention_norm(hidden, added)
+        hidden, normed = _before(self.attention_norm, hidden, added)
         mixed, cache = self.attention(normed, turn, mix)
-        hidden, normed = self.mlp_norm(token_of(hidden, only), mixed)
-        return hidden, self.mlp(normed), cache
+        hidden, normed = _before(self.mlp_norm, token_of(hidden, only), _after(self.attention_post_norm, mixed))
+        return hidden, _after(self.mlp_post_norm, self.mlp(normed)), cache
+
+
+def _before(norm: RMSNorm | None, hidden: jax.Array, added: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Hidden states with what is added to them, and the input of the next part, which may have a norm."""
+    if norm is not None:
+        return norm(hidden, added)
+    return hidden + added, hidden + added
+
+
+def _after(norm: RMSNorm | None, output: jax.Array) -> jax.Array:
+    """The output of a part, which may have a norm."""
+    return output if norm is None else norm(output)[1]
 
 
 class Qwen2Block(Block):
     """Layer of Qwen 2: biases of queries, keys and values."""
 
-    bias = True
+    parts = AttentionParts(bias=True)
 
 
 class Qwen3Block(Block):
     """Layer of Qwen 3: norms of query heads and key heads."""
 
-    head_norm = RMSNorm
+    parts = AttentionParts(head_norm=RMSNorm)
 
 
-class Gemma3Block(Block):
-    """Layer of Gemma 3: norms of query heads and key heads, and of the outputs of attention and feed-forward."""
+class Gemma2Block(Block):
+    """Layer of Gemma 2: norms of the outputs of attention and feed-forward too."""
 
-    head_norm = CenteredRMSNorm
     norm = CenteredRMSNorm
-    activation = staticmethod(jax.nn.gelu)  # the tanh approximation, its default
+    post_norms = True
+    gate = staticmethod(geglu)
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        super().__init__(config, dtype=dtype, rngs=rngs)
-        self.attention_post_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
-        self.mlp_post_norm = self.norm(config.dim, epsilon=config.norm_eps, dtype=dtype)
 
-    def __call__(
-        self, hidden: jax.Array, added: jax.Array, turn: Turn, mix: Mix, *, only: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array, Any]:
-        """Apply the layer, with the arguments and results of `Block`."""
-        hidden, normed = self.attention_norm(hidden, added)
-        mixed, cache = self.attention(normed, turn, mix)
-        hidden, normed = self.mlp_norm(token_of(hidden, only), self.attention_post_norm(mixed)[1])
-        return hidden, self.mlp_post_norm(self.mlp(normed))[1], cache
+class Gemma3Block(Gemma2Block):
+    """Layer of Gemma 3: that of Gemma 2 with norms of query heads and key heads."""
+
+    parts = AttentionParts(head_norm=CenteredRMSNorm)
+
+
+class Olmo2Block(Block):
+    """Layer of OLMo 2: norms of the outputs of attention and feed-forward only, and of all query or key heads."""
+
+    parts = AttentionParts(joint_norm=True)
+    pre_norms = False
+    post_norms = True
 
 
 def linear(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.attention.chunk import BLOCK, attend_only, attend_prompt
+from pallas_kernels.attention.chunk import BLOCK, attend_chunk, attend_only, attend_prompt
 from pallas_kernels.attention.options import LogitOptions
+from tq_jax.paged import finish
 
 
 def causal_attention(
@@ -15,6 +17,8 @@ def causal_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
+    sink_logits: jax.Array | None = None,
     only: jax.Array | None = None,
     block: int = BLOCK,
 ) -> jax.Array:
@@ -29,6 +33,8 @@ def causal_attention(
         value: [b, t, h_kv, d], values.
         scale: Factor on the scores; None means 1 / sqrt(d).
         window: A query sees itself and the window - 1 tokens before it; None means all tokens before it.
+        softcap: Scores x become softcap * tanh(x / softcap).
+        sink_logits: [h_q], a learned logit per head that takes part in the softmax and has no value.
         only: int32 [b], the place of each sequence's one query; None for a query per token.
         block: Tokens per block of queries and per block of keys where cuDNN does not attend.
 
@@ -39,11 +45,16 @@ def causal_attention(
         ValueError: If the shapes contradict each other, or the window is not positive.
     """
     _check(query, key, value, window, single=only is not None)
-    options = LogitOptions.for_head_dim(query.shape[3], scale=scale, softcap=None, sliding_window=window)
-    if only is not None:
+    options = LogitOptions.for_head_dim(query.shape[3], scale=scale, softcap=softcap, sliding_window=window)
+    if only is None and sink_logits is None:
+        return attend_prompt(query, key, value, options=options, block=block)
+    if only is None:
+        found = attend_chunk(query, key, value, options=options, block=block)
+    else:
         found = attend_only(query, key, value, only, options=options)
+    if sink_logits is None:
         return (found.acc / found.total[..., None]).astype(query.dtype)
-    return attend_prompt(query, key, value, options=options, block=block)
+    return finish(found, sink_logits, jnp.ones(query.shape[:2], bool)).astype(query.dtype)
 
 
 def _check(query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, *, single: bool) -> None:

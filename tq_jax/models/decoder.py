@@ -27,7 +27,7 @@ from tq_jax.attention import Implementation, attend_joint
 from tq_jax.models.blocks import linear
 from tq_jax.models.causal import causal_attention
 from tq_jax.models.config import DecoderConfig, Run, runs_of
-from tq_jax.models.families import FAMILIES
+from tq_jax.models.families import family_of
 from tq_jax.models.last_token import last_places, token_of
 from tq_jax.models.layer_caches import (
     Caches,
@@ -42,9 +42,9 @@ from tq_jax.models.layer_caches import (
 from tq_jax.models.rope import Turn, rotary_turn
 
 # (heads, not split yet, carry, cache rows int32 [b]; window: int or None, tokens that a query sees, itself included;
-# scale: float; only: int32 [b], if `run` was given it and only that token of each sequence is wanted of this layer) ->
-# mixed values [b, t, h_q, d], [b, 1, h_q, d] with `only`, the carry for the next layer, and arrays that are kept of
-# every layer
+# scale: float; softcap: float and sink_logits: [h_q], see `tq_jax.attend`, if the layer has them; only: int32 [b], if
+# `run` was given it and only that token of each sequence is wanted of this layer) -> mixed values [b, t, h_q, d],
+# [b, 1, h_q, d] with `only`, the carry for the next layer, and arrays that are kept of every layer
 LayerMix = Callable[..., tuple[jax.Array, Any, Any]]
 
 FEW_TOKENS = MAX_QUERY_TOKENS
@@ -62,6 +62,7 @@ class Decoder(nnx.Module):
 
     Raises:
         NotImplementedError: If the family is not in `families.FAMILIES`.
+        ValueError: If the config has experts and the family has none, or the other way round.
 
     Example:
         >>> config = DecoderConfig(vocab_size=64, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -72,9 +73,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: DecoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs, unroll: bool | None = None):
-        if config.architecture not in FAMILIES:
-            raise NotImplementedError(f"architecture {config.architecture!r}: supported are {sorted(FAMILIES)}")
-        family, dtype = FAMILIES[config.architecture], jnp.dtype(dtype)
+        family, dtype = family_of(config), jnp.dtype(dtype)
         self.config = config
         self.embedding_scale = config.dim**0.5 if family.scaled_embedding else None
         self.embedding = nnx.Embed(config.vocab_size, config.dim, dtype=dtype, param_dtype=dtype, rngs=rngs)
@@ -311,7 +310,9 @@ class Decoder(nnx.Module):
             float32 [b, t, vocab_size].
         """
         table = self.embedding.embedding if self.head is None else self.head.kernel
-        return jnp.einsum("btc,vc->btv", hidden, table[...], preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btc,vc->btv", hidden, table[...], preferred_element_type=jnp.float32)
+        softcap = self.config.final_softcap
+        return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
     def run(
         self,
@@ -341,12 +342,14 @@ class Decoder(nnx.Module):
         b, t = tokens.shape
         positions = start[:, None] + stride * jnp.arange(t, dtype=jnp.int32)[None, :]
         sequences = jnp.arange(b, dtype=jnp.int32)
-        turns = {window: self._turn(positions, window) for window in set(self.config.layer_windows)}
+        softcap = self.config.attention_softcap
+        options = {"scale": self.config.attention_scale} | ({} if softcap is None else {"softcap": softcap})
+        turns = {kind: self._turn(positions, *kind) for kind in {(run.window, run.rotary) for run in self.runs}}
         hidden = self._embed(tokens)
         state, kept = (hidden, jnp.zeros_like(hidden), carry), []
         for run, blocks in zip(self.runs, self.blocks, strict=True):
-            mix_run = partial(mix, window=run.window, scale=self.config.attention_scale)
-            layer = partial(_layer, turn=turns[run.window], mix=mix_run, sequences=sequences)
+            mix_run = partial(mix, window=run.window, **options)
+            layer = partial(_layer, turn=turns[run.window, run.rotary], mix=mix_run, sequences=sequences)
             if run.count == 1:
                 graph, arrays = nnx.split(blocks)
                 alone = nnx.merge(graph, jax.tree.map(lambda x: x[0], arrays))
@@ -365,9 +368,10 @@ class Decoder(nnx.Module):
         hidden = self.embedding(tokens)
         return hidden if self.embedding_scale is None else hidden * jnp.asarray(self.embedding_scale, hidden.dtype)
 
-    def _turn(self, positions: jax.Array, window: int | None) -> Turn:
-        base, scaling = self.config.rope(window)
-        return rotary_turn(positions, head_dim=self.config.head_dim, base=base, scaling=scaling)
+    def _turn(self, positions: jax.Array, window: int | None, rotary: bool) -> Turn:
+        config, (base, scaling) = self.config, self.config.rope(window)
+        turning = config.rotary_dim if rotary else 0
+        return rotary_turn(positions, head_dim=config.head_dim, base=base, scaling=scaling, rotary_dim=turning)
 
     def require_rows(self, cache: Caches, *, batch: int) -> None:
         """Raises ValueError if a cache lacks rows (there are `num_layers * batch`) or tokens that layers see."""
@@ -387,8 +391,8 @@ def _layer(
     (hidden, added, carry), (index, block) = state, inputs
     rows = index * sequences.shape[0] + sequences
 
-    def mix_here(joint: JointHeads) -> tuple[jax.Array, tuple[Any, Any]]:
-        mixed, after, kept = mix(joint, carry, rows, **({} if only is None else {"only": only}))
+    def mix_here(joint: JointHeads, **own: Any) -> tuple[jax.Array, tuple[Any, Any]]:
+        mixed, after, kept = mix(joint, carry, rows, **own, **({} if only is None else {"only": only}))
         return mixed, (after, kept)
 
     hidden, added, (carry, kept) = block(hidden, added, turn, mix_here, only=only)

@@ -89,6 +89,33 @@ def check_fields(source: str, fields: Mapping[str, Any], kinds: Mapping[str, Kin
             raise ValueError(f"{source}: expected {name} to be {kind.words}, got {reprlib.repr(value)}")
 
 
+def required(config: Mapping[str, Any], name: str, *, default: Any = None) -> Any:
+    """The value of a field of a `config.json`, or its default.
+
+    Raises:
+        ValueError: If the field is missing or null, and has no default.
+    """
+    value = given(config, name, default)
+    if value is None:
+        raise ValueError(f"config.json: expected the field {name!r}, got none")
+    return value
+
+
+def given(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of a field; the default if it is missing or null."""
+    return default if config.get(name) is None else config[name]
+
+
+def refuse(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Refuse the value of a field of a `config.json` unless it is one of those allowed.
+
+    Raises:
+        NotImplementedError: If it is another one.
+    """
+    if value not in allowed:
+        raise NotImplementedError(f"config.json {name}={value!r}: supported is {' or '.join(map(repr, allowed))}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a file that holds one JSON object.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ import numpy as np
 from tq_jax.models.config import DecoderConfig
 from tq_jax.models.config_gguf import config_from_gguf
 from tq_jax.models.families import FAMILIES, check_tensor_names
+from tq_jax.models.tensors import EXPERT, Tensor
 
 _ROPE_FACTORS = "rope_freqs.weight"
+_LONGROPE_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,14 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     # The divisors of the rotary frequencies belong to the config, not to the parameters.
     factors = tensors.pop(_ROPE_FACTORS, None)
+    pair = [np.asarray(tensors.pop(name).data) for name in _LONGROPE_FACTORS if name in tensors]
+    if len(pair) == 1:
+        raise ValueError(f"{path}: expected both tensors {' and '.join(_LONGROPE_FACTORS)} or none, got one")
     config = config_from_gguf(
         metadata,
         tied_head="output.weight" not in tensors,
         rope_factors=None if factors is None else np.asarray(factors.data),
+        longrope_factors=(pair[0], pair[1]) if pair else None,
     )
     check_tensor_names(path, config, set(tensors), kind="gguf")
     return GgufFile(path=path, config=config, metadata=metadata, tensors=tensors)
@@ -83,17 +90,23 @@ def hf_tensors(file: GgufFile) -> dict[str, np.ndarray]:
         ValueError: If a tensor has another shape than the metadata says, or holds values that are not finite.
     """
     config = file.config
-    out = {}
+    out: dict[str, np.ndarray] = {}
     for tensor in FAMILIES[config.architecture].stored(tied_head=config.tied_head):
-        names = (tensor.names(kind, num_layers=config.num_layers) for kind in ("gguf", "hf"))
-        for gguf_name, hf_name in zip(*names, strict=True):
-            array = _dequantize(file, gguf_name)
-            if tensor.gguf_layout == "rope_pairs":
-                array = split_rope_pairs(array, head_dim=config.head_dim)
-            elif tensor.gguf_layout == "plus_one":
-                array = array - np.float32(1)
-            out[hf_name] = array
+        for layer, slots in itertools.groupby(tensor.slots(config), lambda slot: slot.layer):
+            names = tensor.gguf_names(layer)
+            array = tensor.to_checkpoint([_in_hf_rows(file, tensor, name) for name in names])
+            if EXPERT in tensor.hf and array.shape[0] != config.num_experts:
+                raise ValueError(f"{file.path}: {names[0]}: expected {config.num_experts} experts, got {array.shape}")
+            out |= {slot.name: array if slot.expert is None else array[slot.expert] for slot in slots}
     return out
+
+
+def _in_hf_rows(file: GgufFile, tensor: Tensor, name: str) -> np.ndarray:
+    """A tensor of a file, dequantized, with rows in the order of Hugging Face checkpoints."""
+    array = _dequantize(file, name)
+    if tensor.gguf_layout == "rope_pairs":
+        return split_rope_pairs(array, head_dim=file.config.head_dim)
+    return array - np.float32(1) if tensor.gguf_layout == "plus_one" else array
 
 
 def split_rope_pairs(rows: np.ndarray, *, head_dim: int) -> np.ndarray:

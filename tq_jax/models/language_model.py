@@ -79,7 +79,11 @@ class LanguageModel:
 
 
 def load_model(
-    path: str | os.PathLike[str] | None = None, *, dtype: Any = "float32", mesh: jax.sharding.Mesh | None = None
+    path: str | os.PathLike[str] | None = None,
+    *,
+    dtype: Any = "float32",
+    max_context: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> LanguageModel:
     """Load a decoder and its tokenizer.
 
@@ -87,6 +91,7 @@ def load_model(
         path: A Hugging Face directory (safetensors) or a GGUF file; None is SmolLM2-135M-Instruct, downloaded once.
             GGUF files are dequantized once, to a directory below `cache_dir`.
         dtype: Type of parameters and activations.
+        max_context: Tokens that are ever attended over, see `load_decoder`.
         mesh: Devices on which the parameters are placed, see `load_decoder`.
 
     Returns:
@@ -100,4 +105,5 @@ def load_model(
     """
     path = fetch_default_model() if path is None else Path(path)
     directory = path if path.is_dir() else convert_gguf(path)
-    return LanguageModel(decoder=load_decoder(directory, dtype=dtype, mesh=mesh), tokenizer=load_tokenizer(directory))
+    decoder = load_decoder(directory, dtype=dtype, max_context=max_context, mesh=mesh)
+    return LanguageModel(decoder=decoder, tokenizer=load_tokenizer(directory))

@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import tq_jax as tq
 from tq_jax.models.config import DecoderConfig
 from tq_jax.models.decoder import Decoder
+from tq_jax.models.families import FAMILIES
 from tq_jax.models.layer_caches import Caches, map_caches
 from tq_jax.shares import share_spec
 
@@ -96,8 +97,19 @@ class Layout:
 
         Raises:
             NotImplementedError: If the number of devices of the heads axis does not divide `num_kv_heads` and
-                `ffn_dim`, or if tokens are spread and a layer has a sliding window.
+                `ffn_dim`, if the family does not share out heads, or if tokens are spread and a layer has a sliding
+                window or scores have a soft-cap.
         """
+        name = config.architecture
+        if self.heads > 1 and not FAMILIES[name].shares_heads:
+            raise NotImplementedError(
+                f"mesh axis {self.axes.heads!r}: for {name} decoders size 1 is supported, got {self.heads}"
+            )
+        if self.shares > 1 and config.attention_softcap is not None:
+            raise NotImplementedError(
+                f"mesh axis {self.axes.sequence!r}: with a soft-cap of attention scores, which is "
+                f"{config.attention_softcap} here, size 1 is supported, got {self.shares}"
+            )
         for name in ("num_kv_heads", "ffn_dim"):
             if getattr(config, name) % self.heads:
                 raise NotImplementedError(
@@ -117,10 +129,12 @@ class Layout:
             path: Its path in the decoder: names of attributes and numbers of runs of layers.
             config: The decoder.
         """
-        heads = self.axes.heads
+        heads, experts = self.axes.heads, config.num_experts > 0
         match [str(name) for name in path]:
             case ["blocks", _, "attention", "qkv", _]:
                 return self.named(None, heads)  # [layers, h_kv, g + 2, d, dim], the bias without dim
+            case ["blocks", _, "mlp", "gate_up" | "down", "kernel"] if experts:
+                return self.named(None, None, None, heads)  # [layers, experts, 2, ffn_dim, dim], [.., dim, ffn_dim]
             case ["blocks", _, "mlp", "gate_up", _]:
                 return self.named(None, None, heads)  # [layers, 2, ffn_dim, dim]
             case ["blocks", _, "attention", "output", _] | ["blocks", _, "mlp", "down", _]:

@@ -14,18 +14,19 @@ from pallas_kernels.layer import Heads, JointHeads
 from tq_jax.models.decoder import Decoder
 from tq_jax.models.last_token import last_places, token_of
 from tq_jax.models.layer_caches import Caches
+from tq_jax.models.mixture import Mixture
 from tq_jax.shares import append_share, attend_shares, attend_stripes, own_counts
 
 
 class Summed(nnx.Module):
-    """A projection whose inputs are spread over a mesh axis: its outputs are summed over it.
+    """A projection whose inputs are spread over a mesh axis, or a mixture of such ones: its outputs are summed over it.
 
     Args:
-        inner: The projection of this device's inputs, without a bias.
+        inner: The module with this device's inputs, without a bias of its outputs.
         axis: The mesh axis.
     """
 
-    def __init__(self, inner: nnx.Einsum, axis: str):
+    def __init__(self, inner: nnx.Einsum | Mixture, axis: str):
         self.inner, self.axis = inner, axis
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -61,7 +62,10 @@ class SplitEmbed(nnx.Module):
 def _sum_outputs(block: Any, axis: str) -> None:
     """Lets a layer with this device's heads and channels give the outputs of the whole layer."""
     block.attention.output = Summed(block.attention.output, axis)
-    block.mlp.down = Summed(block.mlp.down, axis)
+    if isinstance(block.mlp, Mixture):
+        block.mlp = Summed(block.mlp, axis)
+    else:
+        block.mlp.down = Summed(block.mlp.down, axis)
     # A bias is broadcast to the shape of a layer's kernel that the projection was made with.
     block.attention.qkv.kernel_shape = block.attention.qkv.kernel.shape[1:]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,20 @@ import numpy as np
 from flax import nnx
 
 from tq_jax.files import save_readable
+from tq_jax.models.checkpoint import WEIGHTS, open_tensors
 from tq_jax.models.config import DecoderConfig, Run
 from tq_jax.models.config_hf import config_from_hf, config_to_hf
 from tq_jax.models.decoder import Decoder
-from tq_jax.models.families import FAMILIES, Tensor, check_tensor_names
+from tq_jax.models.dequantize import dequantized
+from tq_jax.models.families import FAMILIES, check_tensor_names, tensor_names
 from tq_jax.models.fetch import cache_dir
-from tq_jax.models.fields import FILES, check_fields, read_json
+from tq_jax.models.fields import read_json
 from tq_jax.models.gguf_file import hf_tensors, read_gguf
+from tq_jax.models.quantization import quantization_from_hf
 from tq_jax.models.sharding import AXES, Layout, MeshAxes, place
+from tq_jax.models.tensors import Tensor
 from tq_jax.models.tokenizer_gguf import tokenizer_from_gguf
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights, as safetensors writes them."""
 
@@ -43,6 +47,7 @@ def load_decoder(
     directory: str | os.PathLike[str],
     *,
     dtype: Any = "float32",
+    max_context: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
     axes: MeshAxes = AXES,
 ) -> Decoder:
@@ -52,6 +57,8 @@ def load_decoder(
         directory: Holds `config.json`, and `model.safetensors` or `model.safetensors.index.json` with its shards. The
             single file counts where there is one, whatever an index beside it names.
         dtype: Type of parameters and activations.
+        max_context: Tokens that are ever attended over, at most those of the model, which are the default. Models with
+            "longrope" scaling have other frequencies for contexts that are no longer than their original one.
         mesh: Devices on which the parameters are placed as they are read, see `sharding.decoder_shardings`; no device
             ever holds more than its part. On several hosts each of them reads the directory. None for one device.
         axes: Names of the mesh's axes.
@@ -61,19 +68,32 @@ def load_decoder(
 
     Raises:
         FileNotFoundError: If a file is missing.
-        NotImplementedError: For an architecture, option, tensor or type of tensor that `Decoder` does not support, or a
-            mesh over which the decoder cannot be spread.
-        ValueError: If a file is corrupt or truncated, or if tensors are missing or of the wrong shape.
+        NotImplementedError: For an architecture, option, quantization, tensor or type of tensor that `Decoder` does not
+            support, or a mesh over which the decoder cannot be spread.
+        ValueError: If a file is corrupt or truncated, if tensors are missing or of the wrong shape, or if the model has
+            no such context.
     """
     directory = Path(directory)
-    config = read_config(directory)
-    with _open_tensors(directory) as (types, read):
+    config = _within(read_config(directory), max_context)
+    quantization = quantization_from_hf(read_json(directory / "config.json"))
+    with open_tensors(directory) as (types, read):
+        if quantization is not None:
+            types, read = dequantized(quantization, types, read, expected=tensor_names(config, kind="hf"))
         check_tensor_names(directory, config, set(types), kind="hf")
         _require_float_types(directory, types)
         layout = None if mesh is None else Layout(mesh, axes)
         if layout is not None:
             layout.require(config)
         return _build(directory, config, read, jnp.dtype(dtype), layout)
+
+
+def _within(config: DecoderConfig, max_context: int | None) -> DecoderConfig:
+    """The config of a decoder that attends over fewer tokens."""
+    if max_context is None:
+        return config
+    if not 1 <= max_context <= config.max_context:
+        raise ValueError(f"max_context: expected 1 to the model's {config.max_context} tokens, got {max_context}")
+    return dataclasses.replace(config, max_context=max_context)
 
 
 def read_config(directory: Path) -> DecoderConfig:
@@ -111,7 +131,7 @@ def convert_gguf(path: str | os.PathLike[str]) -> Path:
     tokenizer = tokenizer_from_gguf(file.metadata)
     tensors = hf_tensors(file)
     with publish(directory) as building:
-        save_readable(building / _WEIGHTS, tensors)
+        save_readable(building / WEIGHTS, tensors)
         (building / "config.json").write_text(json.dumps(config_to_hf(file.config), indent=2), encoding="utf-8")
         tokenizer.save(building)
     return directory
@@ -136,37 +156,6 @@ def publish(directory: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-@contextmanager
-def _open_tensors(directory: Path) -> Iterator[tuple[dict[str, str], Callable[[str], np.ndarray]]]:
-    """Yield the types of the tensors in a directory by their names, and a function that reads a tensor by its name."""
-    from safetensors import SafetensorError, safe_open
-
-    single, index = directory / _WEIGHTS, directory / _INDEX
-    if single.is_file():  # transformers leaves an old index behind when it writes a single file
-        where, files = {}, [single]
-    elif index.is_file():
-        contents = read_json(index)
-        check_fields(str(index), contents, {"weight_map": FILES})
-        where = {name: directory / file for name, file in (contents.get("weight_map") or {}).items()}
-        files = sorted(set(where.values()))
-    else:
-        raise FileNotFoundError(f"neither {_WEIGHTS} nor {_INDEX} in {directory}")
-    with ExitStack() as stack:
-        holders = {}
-        for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(f"{_INDEX} names {file.name}, which is not in {directory}")
-            try:
-                handle = stack.enter_context(safe_open(file, framework="numpy"))
-            except SafetensorError as error:
-                raise ValueError(f"{file}: expected safetensors, got a corrupt or truncated file ({error})") from error
-            holders |= {name: handle for name in handle.keys() if where.get(name, file) == file}  # noqa: SIM118
-        if lost := sorted(where.keys() - holders.keys()):
-            raise ValueError(f"{index}: expected {where[lost[0]].name} to hold {lost[0]!r}, got a file without it")
-        types = {name: handle.get_slice(name).get_dtype() for name, handle in holders.items()}
-        yield types, lambda name: holders[name].get_tensor(name)
 
 
 def _require_float_types(directory: Path, types: Mapping[str, str]) -> None:
@@ -196,14 +185,11 @@ def _build(
     for path, slots in _stored_in(config, abstract.runs).items():
         variable = leaves.pop(path)
         buffer = np.empty(variable.shape, dtype)
-        for layer, tensor, name in slots:
-            slot, array = tensor.view(buffer if layer is None else buffer[layer]), read(name)
-            # Files know no axes of heads and parts: they have [outputs, inputs] and [outputs].
-            axes = (-1, slot.shape[-1]) if path[-1] == "kernel" else (-1,)
-            shape = slot.shape if tensor.part is None else slot.reshape(axes).shape
-            if array.shape != shape:
+        for index, tensor, name in slots:
+            parameter, array = buffer[index], read(name)
+            if array.shape != (shape := tensor.stored_shape(parameter)):
                 raise ValueError(f"{directory}: {name}: expected shape {shape}, got {array.shape}")
-            slot[...] = array.reshape(slot.shape)
+            tensor.fill(parameter, array, config)
         sharding = None if layout is None else layout.parameter(path, config)
         variable.set_value(jnp.asarray(buffer) if sharding is None else place(buffer, sharding))
     if leaves:
@@ -211,15 +197,19 @@ def _build(
     return nnx.merge(graph, state)
 
 
-def _stored_in(config: DecoderConfig, runs: Sequence[Run]) -> dict[ParameterPath, list[tuple[int | None, Tensor, str]]]:
-    """What fills each parameter: the layer of its run, the tensor, and the tensor's name in a checkpoint."""
-    found: dict[ParameterPath, list[tuple[int | None, Tensor, str]]] = {}
+def _stored_in(
+    config: DecoderConfig, runs: Sequence[Run]
+) -> dict[ParameterPath, list[tuple[tuple[int, ...], Tensor, str]]]:
+    """What fills each parameter: the layer of its run and the expert, the tensor, and its name in a checkpoint."""
+    found: dict[ParameterPath, list[tuple[tuple[int, ...], Tensor, str]]] = {}
+    run_of = {run.first + i: (number, i) for number, run in enumerate(runs) for i in range(run.count)}
     for tensor in FAMILIES[config.architecture].stored(tied_head=config.tied_head):
-        names, path = tensor.names("hf", num_layers=config.num_layers), tensor.path.split(".")
-        if not tensor.per_layer:
-            found.setdefault(tuple(path), []).append((None, tensor, names[0]))
-            continue
-        for number, run in enumerate(runs):
-            slots = found.setdefault(("blocks", number, *path), [])
-            slots += [(layer, tensor, names[run.first + layer]) for layer in range(run.count)]
+        path = tuple(tensor.path.split("."))
+        for slot in tensor.slots(config):
+            expert = () if slot.expert is None else (slot.expert,)
+            if slot.layer is None:
+                found.setdefault(path, []).append((expert, tensor, slot.name))
+                continue
+            number, layer = run_of[slot.layer]
+            found.setdefault(("blocks", number, *path), []).append(((layer, *expert), tensor, slot.name))
     return found

@@ -1,11 +1,13 @@
 """`tq-jax bench model` on a CPU: a tiny decoder runs for real; plans, floors, claims and fits are judged on numbers."""
 
+import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 import typer
+from flax import nnx
 from typer.testing import CliRunner
 
 from tq_jax.commands import cli, inputs
@@ -325,6 +327,15 @@ def test_a_step_reads_all_weights_but_an_embedding_that_is_no_head(tiny):
     table, norms = 97 * 64, (2 * 2 + 1) * 64
     assert floors.read_weights(tiny) == floors.all_weights(tiny) - 4 * table
     assert floors.all_weights(tiny) == 4 * (floors.layer_weights(TINY) + 2 * table + norms)
+
+
+def test_of_a_mixture_a_step_reads_the_experts_of_one_token():
+    config = dataclasses.replace(TINY, architecture="mixtral", num_experts=8, experts_per_token=3)
+    mixed = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    expert = 3 * config.dim * config.ffn_dim
+    assert floors.all_weights(mixed) - floors.read_weights(mixed) == 4 * (97 * 64 + config.num_layers * 5 * expert)
+    more = config.num_layers * (2 * expert + config.dim * 8)
+    assert floors.layer_weights(config) - floors.layer_weights(TINY) == more
 
 
 def test_a_step_reads_tokens_in_use():

@@ -71,6 +71,27 @@ def test_attention_of_exact_and_of_coarse_caches(decoder, reference):
     assert errors[0][1] < errors[1][1]
 
 
+def test_parts_of_some_families_are_measured(decoder):
+    """Sink logits, soft-caps, experts, a layer without positions: a rival that rounds nothing changes nothing."""
+    config = dataclasses.replace(
+        decoder.config, architecture="gpt_oss", num_layers=2, num_experts=3, experts_per_token=2,
+        no_rope_layers=(False, True), attention_softcap=2.0, final_softcap=5.0,
+    )  # fmt: skip
+    other = Decoder(config, rngs=nnx.Rngs(1))
+    for block in other.blocks:
+        block.attention.sinks[...] = jax.random.normal(jax.random.key(2), block.attention.sinks.shape)
+    ids = np.random.default_rng(3).integers(0, 97, CHUNK + 41).tolist()
+    reference = make_reference(other, ids, positions=CHUNK)
+    none = Rounded(Rival("none", "none", Float8(), Float8(), exact_layers=1), 128, 128, 0)
+    expected = jax.nn.log_softmax(other.logits(other.forward(jnp.asarray([ids])))[0, 40:-1])
+    np.testing.assert_allclose(reference.log_probs[0], expected, atol=1e-4)
+    logits, _ = none.extend(other, jnp.asarray([ids[40:-1]]), none.start(other, reference))
+    np.testing.assert_allclose(jax.nn.log_softmax(logits), expected, atol=0.05)  # it holds bfloat16
+    found = attention_quality(other, reference, none, window=128, sinks=0)
+    assert found.error.shape == (2, 4)
+    assert found.error.max() < 0.01
+
+
 def test_candidates_say_what_they_store(decoder):
     described = {
         c.describe(decoder)["label"]: c.describe(decoder) for c in candidates(decoder, 400, bits=[(4, 4)], window=128)

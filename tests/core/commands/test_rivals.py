@@ -151,6 +151,16 @@ def test_dense_attention():
             np.testing.assert_allclose(out[0, t, h], p @ v[0, seen, h // 2], atol=1e-5)
 
 
+def test_dense_attention_with_a_soft_cap_and_sink_logits():
+    q, k, v = tokens(4, 1, 1, 4, 8), tokens(5, 1, 6, 2, 8), tokens(6, 1, 6, 2, 8)
+    sinks = tokens(7, 4)
+    out = attend_dense(q, k, v, jnp.int32(5), scale=0.3, softcap=0.5, sink_logits=sinks)
+    for h in range(4):
+        logits = 0.5 * jnp.tanh(k[0, :, h // 2] @ q[0, 0, h] * 0.3 / 0.5)
+        p = jax.nn.softmax(jnp.append(logits, sinks[h]))[:-1]
+        np.testing.assert_allclose(out[0, 0, h], p @ v[0, :, h // 2], atol=1e-5)
+
+
 def test_odd_dimensions_of_a_plain_transform_are_refused():
     x = jnp.ones((1, 2, 1, 48))
     with pytest.raises(NotImplementedError, match="plain Hadamard transform has a power of two channels, got 48"):

@@ -52,8 +52,8 @@ def test_stop_tokens_of_both_files():
     ("field", "value"),
     [
         ("general.architecture", "mamba"),
-        ("llama.rope.scaling.type", "yarn"),
-        ("llama.expert_count", 8),
+        ("llama.rope.scaling.type", "longrope"),
+        ("llama.expert_group_count", 8),
         ("llama.rope.dimension_count", 4),
         ("llama.attention.value_length", 16),
     ],
@@ -66,7 +66,7 @@ def test_gguf_options_that_change_the_arithmetic_are_refused(field, value):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model_type", "phi3"),
+        ("model_type", "mamba"),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("mlp_bias", True),
@@ -77,7 +77,8 @@ def test_gguf_options_that_change_the_arithmetic_are_refused(field, value):
         ("final_logit_softcapping", 30.0),
         ("attn_logit_softcapping", 50.0),
         ("use_bidirectional_attention", True),
-        ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+        ("rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0}),
         ("partial_rotary_factor", 0.5),
         ("quantization_config", {"quant_method": "gptq"}),
         ("sliding_window", 128),
@@ -148,6 +149,87 @@ GEMMA3 = COMMON | {
 }
 
 
+LONG = {"rope_type": "longrope", "long_factor": [2.0] * 12, "short_factor": [1.0] * 12}
+LONG |= {"original_max_position_embeddings": 256}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+QWEN3_MOE = COMMON | {
+    "model_type": "qwen3_moe",
+    "rope_theta": 1e6,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "max_window_layers": 8,
+}
+MIXTRAL = COMMON | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None}
+PHI3 = COMMON | {"model_type": "phi3", "partial_rotary_factor": 0.75, "sliding_window": 512}
+GEMMA2 = COMMON | {
+    "model_type": "gemma2",
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 512,
+    "rope_theta": 10000.0,
+}
+OLMO2 = COMMON | {"model_type": "olmo2", "rope_theta": 5e5}
+SMOLLM3 = COMMON | {"model_type": "smollm3", "no_rope_layer_interval": 4, "use_sliding_window": False}
+GPT_OSS = COMMON | {
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "swiglu_limit": 7.0,
+    "num_local_experts": 16,
+    "num_experts_per_tok": 4,
+    "experts_per_token": 4,
+    "sliding_window": 128,
+    "rope_theta": 150000,
+    "rope_scaling": YARN | {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+}
+
+
+def test_released_files_of_experts():
+    qwen, mixtral, gpt = (config_from_hf(fields) for fields in (QWEN3_MOE, MIXTRAL, GPT_OSS))
+    assert (qwen.num_experts, qwen.experts_per_token, qwen.ffn_dim, qwen.normalized_experts) == (16, 4, 24, True)
+    assert (mixtral.num_experts, mixtral.ffn_dim, mixtral.rope_base, mixtral.sliding_window) == (8, 96, 1e6, None)
+    assert gpt.layer_windows == (128, None) * 4
+    scaling = RopeScaling(kind="yarn", factor=4.0, original_context=256, whole_pairs=False)
+    assert gpt.rope(128) == gpt.rope(None) == (150000.0, scaling)
+    assert scaling.length == pytest.approx(0.1 * math.log(4) + 1)
+    for config in (qwen, mixtral, gpt):
+        assert config_from_hf(config_to_hf(config)) == config
+
+
+def test_released_files_of_other_families():
+    phi, gemma, olmo, smol = (
+        config_from_hf(fields) for fields in (PHI3 | {"rope_scaling": LONG}, GEMMA2, OLMO2, SMOLLM3)
+    )
+    assert (phi.rotary_dim, phi.layer_windows, phi.tied_head) == (24, (512,) * 8, False)
+    assert (gemma.attention_softcap, gemma.final_softcap, gemma.attention_scale) == (50.0, 30.0, 1 / 16)
+    assert gemma.layer_windows == (512, None) * 4
+    assert gemma.tied_head
+    assert (olmo.layer_windows, olmo.layer_positions) == ((None,) * 8, (True,) * 8)
+    assert smol.layer_positions == (True, True, True, False) * 2
+    assert (smol.tied_head, smol.rope_base) == (True, 2e6)
+    local = config_from_hf(SMOLLM3 | {"use_sliding_window": True, "sliding_window": 64})
+    assert local.layer_windows == (None, None, None, 64) * 2
+    for config in (phi, gemma, olmo, smol, local):
+        assert config_from_hf(config_to_hf(config)) == config
+
+
+def test_the_context_chooses_the_divisors_of_longrope():
+    phi = config_from_hf(PHI3 | {"rope_scaling": LONG})
+    long, short = phi.rope(None)[1], dataclasses.replace(phi, max_context=256).rope(None)[1]
+    assert (long.divisors[0], short.divisors[0]) == (2.0, 1.0)
+    assert long.length == short.length == math.sqrt(1 + math.log(1024 / 256) / math.log(256))
+    assert config_from_hf(PHI3 | {"rope_scaling": LONG | {"rope_type": "su"}}) == phi
+
+
 def test_released_qwen_and_mistral_files():
     qwen = config_from_hf(QWEN2)
     assert (qwen.architecture, qwen.sliding_window, qwen.local_layers, qwen.rope_base) == ("qwen2", None, (), 1e6)
@@ -177,9 +259,16 @@ def test_a_released_gemma_file():
         (GEMMA3, {"hidden_activation": "gelu"}, "hidden_activation='gelu': supported is 'gelu_pytorch_tanh'"),
         (GEMMA3, {"layer_types": ["chunked_attention"] * 8}, "layer_types='chunked_attention'"),
         (GEMMA3, {"rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}}, "of sliding_attention='yarn'"),
-        (QWEN2, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn': supported is 'default' or"),
+        (QWEN2, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic': supported is 'default' or"),
         (MISTRAL, {"layer_types": ["full_attention"] * 8}, "layer_types=.*supported is None"),
-        (MISTRAL, {"model_type": "gemma2"}, "model_type='gemma2': supported is 'llama' or 'mistral' or 'qwen2'"),
+        (MISTRAL, {"model_type": "mamba"}, "model_type='mamba': supported is 'llama' or 'mistral' or 'mixtral'"),
+        (QWEN3_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step=2: supported is 1"),
+        (QWEN3_MOE, {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]: supported is \[\]"),
+        (PHI3, {"rope_scaling": LONG | {"rope_type": "dynamic"}}, "rope_type='dynamic'"),
+        (PHI3, {"rope_scaling": LONG | {"mscale": 1.0}}, "rope_parameters mscale=1.0"),
+        (GPT_OSS, {"swiglu_limit": 5.0}, "swiglu_limit=5.0: supported is 7.0"),
+        (GPT_OSS, {"attention_bias": False}, "attention_bias=False: supported is True"),
+        (OLMO2, {"sliding_window": 64}, "sliding_window=64: supported is None"),
     ],
 )
 def test_options_of_families_are_refused(base, change, message):
@@ -197,6 +286,13 @@ def test_options_of_families_are_refused(base, change, message):
         (MISTRAL, "num_key_value_heads"),
         (QWEN2 | {"use_sliding_window": True}, "max_window_layers"),
         (MISTRAL | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0} | ROTARY}, "low_freq_factor"),
+        (QWEN2 | {"rope_scaling": YARN}, "original_max_position_embeddings"),
+        (QWEN3_MOE, "moe_intermediate_size"),
+        (QWEN3_MOE, "num_experts"),
+        (MIXTRAL, "num_experts_per_tok"),
+        (PHI3 | {"rope_scaling": LONG}, "long_factor"),
+        (GEMMA2, "attn_logit_softcapping"),
+        (GPT_OSS, "rope_theta"),
     ],
 )
 def test_families_name_what_they_miss(base, field):
@@ -212,6 +308,9 @@ def test_families_name_what_they_miss(base, field):
         ({"local_layers": (True,), "sliding_window": 4}, "local_layers: expected 2 flags, one per layer, got 1"),
         ({"local_layers": (True, False)}, "sliding_window: expected a number of tokens for the local layers, got None"),
         ({"sliding_window": 0}, "sliding_window: expected a positive number, got 0"),
+        ({"no_rope_layers": (True,)}, "no_rope_layers: expected 2 flags, one per layer, got 1"),
+        ({"rotary_dim": 10}, "rotary_dim: expected an even number up to head_dim=8, got 10"),
+        ({"num_experts": 4}, "experts_per_token: expected 1 to num_experts=4, got 0"),
     ],
 )
 def test_layers_and_windows_agree(change, message):
@@ -222,7 +321,10 @@ def test_layers_and_windows_agree(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "yarn"}, "expected 'linear' or 'llama3', got 'yarn'"),
+        ({"kind": "dynamic"}, "expected 'linear' or 'llama3' or 'yarn' or 'longrope', got 'dynamic'"),
+        ({"kind": "yarn", "beta_fast": 0.5}, "expected 0 < beta_slow < beta_fast and a positive original_context, got"),
+        ({"kind": "longrope"}, r"expected positive divisors for 'longrope' only, got \(\)"),
+        ({"divisors": (1.0,)}, r"expected positive divisors for 'longrope' only, got \(1.0,\)"),
         ({"factor": 0.5}, "expected a factor of at least 1, got 0.5"),
         ({"low_freq_factor": 4.0}, "expected 0 < low_freq_factor < high_freq_factor"),
     ],
@@ -345,3 +447,31 @@ def test_whatever_gguf_metadata_holds_is_read_or_refused(metadata, data):
 def test_fields_of_another_type_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf(config_to_hf(EXPECTED) | change)
+
+
+def test_gguf_files_of_experts_say_how_many_a_token_takes():
+    with pytest.raises(ValueError, match="expected the field llama.expert_used_count, got none"):
+        config_from_gguf(GGUF | {"llama.expert_count": 4}, tied_head=True)
+    found = config_from_gguf(GGUF | {"llama.expert_count": 4, "llama.expert_used_count": 2}, tied_head=True)
+    assert (found.architecture, found.num_experts, found.experts_per_token) == ("mixtral", 4, 2)
+    assert config_from_gguf(GGUF | {"llama.expert_count": 0}, tied_head=True) == EXPECTED
+
+
+def test_the_scale_of_the_largest_gemma_2():
+    fields = {key.replace("llama", "gemma2"): value for key, value in GGUF.items()}
+    fields |= {"general.architecture": "gemma2", "gemma2.attention.key_length": 16, "gemma2.attention.value_length": 16}
+    fields |= {"gemma2.attention.sliding_window": 8, "gemma2.attn_logit_softcapping": 50.0}
+    with pytest.raises(ValueError, match="expected the field gemma2.final_logit_softcapping, got none"):
+        config_from_gguf(fields, tied_head=True)
+    fields |= {"gemma2.final_logit_softcapping": 30.0}
+    assert config_from_gguf(fields, tied_head=True).query_scalar == 16
+    assert config_from_gguf(fields | {"gemma2.block_count": 46}, tied_head=True).query_scalar == 32 / 4
+
+
+def test_yarn_of_gguf_files():
+    fields = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    with pytest.raises(ValueError, match="expected the field llama.rope.scaling.original_context_length, got none"):
+        config_from_gguf(GGUF | fields, tied_head=True)
+    fields |= {"llama.rope.scaling.original_context_length": 16}
+    expected = RopeScaling(kind="yarn", factor=4.0, original_context=16)
+    assert config_from_gguf(GGUF | fields, tied_head=True).rope_scaling == expected

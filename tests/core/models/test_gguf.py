@@ -35,7 +35,15 @@ def weights(*, tied: bool = True) -> dict[str, np.ndarray]:
     return {f"{name}.weight": rng.standard_normal(shape, np.float32) / 8 for name, shape in shapes.items()}
 
 
-def write(path: Path, tensors: dict[str, np.ndarray], *, pre: str = "smollm", extra: dict | None = None) -> Path:
+def write(
+    path: Path,
+    tensors: dict[str, np.ndarray],
+    *,
+    pre: str = "smollm",
+    extra: dict | None = None,
+    raw: dict | None = None,
+) -> Path:
+    """A file of these tensors; those of `raw` are bytes of a type."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
@@ -43,6 +51,7 @@ def write(path: Path, tensors: dict[str, np.ndarray], *, pre: str = "smollm", ex
     writer.add_feed_forward_length(FFN)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
+    writer.add_key_length(HEAD_DIM)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(TOKENS))
     writer.add_tokenizer_model("gpt2")
@@ -54,7 +63,9 @@ def write(path: Path, tensors: dict[str, np.ndarray], *, pre: str = "smollm", ex
     for name, value in (extra or {}).items():
         writer.add_uint32(name, value)
     for name, array in tensors.items():
-        if array.ndim == 2:
+        if name in (raw or {}):
+            writer.add_tensor(name, raw[name][0], raw_dtype=raw[name][1])
+        elif array.ndim == 2:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
         else:
@@ -84,6 +95,60 @@ def test_reads_what_was_written(good):
     np.testing.assert_allclose(found["model.layers.1.mlp.gate_proj.weight"], gate, atol=np.abs(gate).max() / 100)
     query = split_rope_pairs(weights()["blk.0.attn_q.weight"], head_dim=HEAD_DIM)
     np.testing.assert_allclose(found["model.layers.0.self_attn.q_proj.weight"], query, atol=0.01)
+
+
+def _finite(rng, kind: gguf.GGMLQuantizationType, rows: int, columns: int) -> np.ndarray:
+    """Random bytes of a type whose values are all finite."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    data = rng.integers(0, 256, (rows, columns // block * size), np.uint8)
+    with np.errstate(all="ignore"):
+        broken = ~np.isfinite(gguf.quants.dequantize(data, kind)).all(1)
+    data[broken] &= 0x3B  # no float of any width has all bits of its exponent set
+    return data
+
+
+@pytest.mark.parametrize("kind", sorted(gguf.quants._type_traits), ids=lambda kind: kind.name)
+def test_every_type_that_the_package_gguf_dequantizes(tmp_path, monkeypatch, kind):
+    for name, value in {"DIM": 256, "HEAD_DIM": 64}.items():
+        monkeypatch.setitem(globals(), name, value)
+    name, rng = "blk.1.ffn_up.weight", np.random.default_rng(0)
+    data = _finite(rng, kind, FFN, 256)
+    path = write(tmp_path / "x.gguf", weights(), raw={name: (data, kind)})
+    found = hf_tensors(read_gguf(path))["model.layers.1.mlp.up_proj.weight"]
+    assert (found.dtype, found.shape) == (np.float32, (FFN, 256))
+    np.testing.assert_array_equal(found, gguf.quants.dequantize(data, kind))
+    assert len(np.unique(found)) > 8
+
+
+def test_q4_k_by_its_definition(tmp_path, monkeypatch):
+    """A block of 256 values: d, dmin, eight scales and minima of six bits in twelve bytes, 128 bytes of four bits."""
+    for name, value in {"DIM": 256, "HEAD_DIM": 64}.items():
+        monkeypatch.setitem(globals(), name, value)
+    rng = np.random.default_rng(0)
+    scales, minima, codes = (
+        rng.integers(0, 64, (FFN, 8)),
+        rng.integers(0, 64, (FFN, 8)),
+        rng.integers(0, 16, (FFN, 256)),
+    )
+    d, low = (rng.uniform(0.01, 0.1, (FFN, 1)).astype(np.float16) for _ in range(2))
+    first = [scales[:, :4] | (scales[:, 4:] >> 4 << 6), minima[:, :4] | (minima[:, 4:] >> 4 << 6)]
+    packed = np.concatenate([*first, (scales[:, 4:] & 15) | (minima[:, 4:] & 15) << 4], axis=1)
+    halves = codes.reshape(FFN, 4, 2, 32)  # 32 bytes hold 32 values in their lower bits and the next 32 in the others
+    nibbles = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(FFN, 128)
+    data = np.concatenate([d.view(np.uint8), low.view(np.uint8), packed, nibbles], axis=1).astype(np.uint8)
+    name = "blk.0.ffn_gate.weight"
+    path = write(tmp_path / "x.gguf", weights(), raw={name: (data, gguf.GGMLQuantizationType.Q4_K)})
+    found = hf_tensors(read_gguf(path))["model.layers.0.mlp.gate_proj.weight"]
+    wide = [np.repeat(x, 32, axis=1) for x in (scales, minima)]
+    expected = d.astype(np.float32) * wide[0] * codes - low.astype(np.float32) * wide[1]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_other_types_are_refused_by_name(tmp_path, monkeypatch):
+    kind = gguf.GGMLQuantizationType.I16
+    path = write(tmp_path / "x.gguf", weights(), raw={"output_norm.weight": (np.ones(DIM, np.int16), kind)})
+    with pytest.raises(NotImplementedError, match="output_norm.weight has type I16"):
+        hf_tensors(read_gguf(path))
 
 
 def test_rope_rows_are_the_inverse_of_the_converters_permutation():
@@ -167,8 +232,8 @@ def test_divisors_of_rotary_frequencies_are_a_scaling(tmp_path):
 
 
 def test_unknown_options_and_tokenizers_are_refused(tmp_path):
-    with pytest.raises(NotImplementedError, match="llama.expert_count=4"):
-        read_gguf(write(tmp_path / "experts.gguf", weights(), extra={"llama.expert_count": 4}))
+    with pytest.raises(NotImplementedError, match="llama.expert_group_count=4"):
+        read_gguf(write(tmp_path / "experts.gguf", weights(), extra={"llama.expert_group_count": 4}))
     with pytest.raises(NotImplementedError, match="tokenizer.ggml.pre='tekken'"):
         convert_gguf(write(tmp_path / "pre.gguf", weights(), pre="tekken"))
 
@@ -181,3 +246,20 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, good, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         convert_gguf(good)
     assert not list((tmp_path / "cache" / "converted").iterdir())
+
+
+def test_experts_and_divisors_that_contradict_the_metadata_are_refused(tmp_path):
+    tensors = {name: array for name, array in weights().items() if "ffn_" not in name or "norm" in name}
+    for layer in range(LAYERS):
+        tensors[f"blk.{layer}.ffn_gate_inp.weight"] = np.ones((4, DIM), np.float32)
+        for name, shape in {"gate": (3, FFN, DIM), "up": (3, FFN, DIM), "down": (3, DIM, FFN)}.items():
+            tensors[f"blk.{layer}.ffn_{name}_exps.weight"] = np.ones(shape, np.float32)
+    fields = {"llama.expert_count": 4, "llama.expert_used_count": 2}
+    file = read_gguf(write(tmp_path / "experts.gguf", tensors, extra=fields))
+    with pytest.raises(ValueError, match=r"blk.0.ffn_gate_exps.weight: expected 4 experts, got \(3, 96, 64\)"):
+        hf_tensors(file)
+    one = weights() | {"rope_factors_long.weight": np.ones(8, np.float32)}
+    with pytest.raises(
+        ValueError, match=r"expected both tensors rope_factors_long.weight and rope_factors_short.weight"
+    ):
+        read_gguf(write(tmp_path / "one.gguf", one))

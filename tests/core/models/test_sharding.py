@@ -222,8 +222,10 @@ def test_shardings_by_name(decoder):
         ({"architecture": "qwen2", "vocab_size": 301}, False, 64),  # biases; a vocabulary that is on every device
         ({"architecture": "qwen3", "tied_head": True}, True, 32),  # head norms; a run of its own for every layer
         ({"architecture": "gemma3", "sliding_window": 12, "local_layers": (True, False)}, False, 64),
+        # The kernels of every expert are spread; prompts take tiles of rows, single tokens an expert per row.
+        ({"architecture": "qwen3_moe", "num_experts": 8, "experts_per_token": 2}, False, 64),
     ],
-    ids=["qwen2", "qwen3", "gemma3"],
+    ids=["qwen2", "qwen3", "gemma3", "qwen3_moe"],
 )
 def test_families(ragged, fields, unroll, chunk):
     decoder = Decoder(dataclasses.replace(CONFIG, **fields), rngs=nnx.Rngs(0), unroll=unroll)
@@ -249,6 +251,17 @@ def test_sampling_and_stop_tokens(decoder, ragged, alone):
             {"sliding_window": 12},
             "2 shares",
             r"mesh axis 'sequence': with a sliding window, which is 12 tokens here, size 1 is supported, got 2",
+        ),
+        (
+            {"attention_softcap": 50.0},
+            "2 shares",
+            r"mesh axis 'sequence': with a soft-cap of attention scores, which is 50.0 here, size 1 is supported",
+        ),
+        ({"architecture": "olmo2"}, "2 heads", r"mesh axis 'heads': for olmo2 decoders size 1 is supported, got 2"),
+        (
+            {"architecture": "gpt_oss", "num_experts": 4, "experts_per_token": 2},
+            "2 heads",
+            r"mesh axis 'heads': for gpt_oss decoders size 1 is supported, got 2",
         ),
     ],
 )

@@ -29,9 +29,8 @@ def hf_arrays(decoder) -> dict[str, np.ndarray]:
             continue
         for number, run in enumerate(decoder.runs):
             for layer, parameter in enumerate(leaves["blocks", number, *path]):
-                part = tensor.view(parameter)
-                flat = part if tensor.part is None else part.reshape(-1, part.shape[-1])
-                out[tensor.hf.format(layer=run.first + layer)] = flat
+                [part] = tensor.views(parameter)
+                out[tensor.hf.format(layer=run.first + layer)] = part.reshape(tensor.stored_shape(parameter))
     return out
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,15 +48,17 @@ class AttentionQuality:
         }
 
 
-@functools.partial(jax.jit, static_argnames="scale")
+@functools.partial(jax.jit, static_argnames=("scale", "softcap"))
 def compare_attention(
     projections: tuple[Array, Array, Array],
     keys: Float[Array, "rows n h_kv d"],
     values: Float[Array, "rows n h_kv d"],
     coded: Bool[Array, "n"],
     windows: Int[Array, "rows"],
+    sink_logits: Float[Array, "rows h_q"] | None = None,
     *,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Float[Array, "rows h_q"], Float[Array, "rows"]]:
     """Errors of the outputs and correlations of the logits, layer by layer; see `AttentionQuality`.
 
@@ -65,15 +68,19 @@ def compare_attention(
         values: Values as they are read from a cache.
         coded: Whether each token is compressed.
         windows: Sliding window of each layer, tokens.
+        sink_logits: Learned logits of each layer; None if there are none.
         scale: Factor of <q, k>.
+        softcap: Bound of logits; None if there is none.
     """
     start = jnp.int32(max(keys.shape[1] - LAST_QUERIES, 0))
 
-    def layer(arrays: tuple[Array, ...]) -> tuple[Array, Array]:
+    def layer(inputs: tuple[tuple[Array, ...], Array | None]) -> tuple[Array, Array]:
+        arrays, sinks = inputs
+        how: dict[str, Any] = {"scale": scale, "softcap": softcap, "sink_logits": sinks}
         query, key, value, seen_key, seen_value = (x[None] for x in arrays[:5])
         query = query[:, -LAST_QUERIES:]
         exact, seen = (
-            attend_dense(query, *pair, start, scale=scale, sliding_window=arrays[5])[0]
+            attend_dense(query, *pair, start, sliding_window=arrays[5], **how)[0]
             for pair in ((key, value), (seen_key, seen_value))
         )
         errors = jnp.sum(jnp.square(seen - exact), axis=(0, 2)) / jnp.sum(jnp.square(exact), axis=(0, 2))
@@ -83,7 +90,7 @@ def compare_attention(
         product = jnp.sum(logits[0] * logits[1])
         return jnp.sqrt(errors), product / jnp.sqrt(jnp.sum(logits[0] ** 2) * jnp.sum(logits[1] ** 2))
 
-    return lax.map(layer, (*projections, keys, values, windows))
+    return lax.map(layer, ((*projections, keys, values, windows), sink_logits))
 
 
 def _centred(logits: Float[Array, "b h g t n"], mask: Bool[Array, "t n"]) -> Float[Array, "b h g t n"]:

@@ -157,6 +157,15 @@ def attention_quality(
     keys, values = candidate.read(decoder, reference)
     coded = (place >= sinks) & (place < reference.prefix - window)
     error, correlation = compare_attention(
-        reference.projections, keys, values, coded, jnp.asarray(windows, jnp.int32), scale=config.attention_scale
+        *(reference.projections, keys, values, coded, jnp.asarray(windows, jnp.int32)),
+        _sink_logits(decoder),
+        scale=config.attention_scale,
+        softcap=config.attention_softcap,
     )
     return AttentionQuality(jax.device_get(error), jax.device_get(correlation))
+
+
+def _sink_logits(decoder: Decoder) -> Float[Array, "rows h_q"] | None:
+    """The learned logits of all layers; None if there are none."""
+    found: list[Any] = [getattr(block, "attention").sinks for block in decoder.blocks]  # noqa: B009
+    return None if found[0] is None else jnp.concatenate([sinks[...] for sinks in found])

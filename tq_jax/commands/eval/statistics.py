@@ -20,7 +20,7 @@ from pallas_kernels.pytree import pytree
 from tq_jax.commands.divergence import Reference, fill_cache
 from tq_jax.commands.eval.schemes import Packed
 from tq_jax.commands.rivals.cache import KeptTokens, extend_dense
-from tq_jax.models import Decoder
+from tq_jax.models import Decoder, DecoderConfig
 from tq_jax.models.rope import rotary_frequencies
 from tq_jax.quantizer import Quantizer
 from tq_jax.statistics import BALANCE
@@ -108,8 +108,7 @@ def _start(
 ) -> TurnedCache:
     query, key, value = projections
     config = decoder.config
-    ropes = [config.rope(window) for window in config.layer_windows]
-    frequency = jnp.stack([rotary_frequencies(head_dim=config.head_dim, base=b, scaling=s) for b, s in ropes])
+    frequency = jnp.stack([_frequencies(config, layer) for layer in range(config.num_layers)])
     mean = jnp.mean(_turn(key, -frequency)[:, spec.sinks :], axis=1)
     rest = key - _turn(jnp.broadcast_to(mean[:, None], key.shape), frequency)
     _, weight = channel_statistics(query, rest[:, spec.sinks :], (BALANCE, BALANCE))
@@ -118,6 +117,13 @@ def _start(
     assert spec.key is not None and spec.value is not None
     quantizers = tq.make_quantizer(spec.key, seed=0), tq.make_quantizer(spec.value, seed=1)
     return TurnedCache(keys, values, length, mean, weight, frequency, quantizers, spec)
+
+
+def _frequencies(config: DecoderConfig, layer: int) -> Float[Array, "half"]:
+    """The rotary frequencies of a layer."""
+    base, scaling = config.rope(config.layer_windows[layer])
+    turning = config.rotary_dim if config.layer_positions[layer] else 0
+    return rotary_frequencies(head_dim=config.head_dim, base=base, scaling=scaling, rotary_dim=turning)
 
 
 @functools.partial(jax.jit, donate_argnums=2)

@@ -7,7 +7,7 @@ given to the quantizer, the same chunks. Only the tokens in between differ.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -127,11 +127,11 @@ def extend_dense(
     """
     start = cache.length
 
-    def mix(joint: JointHeads, carried: Kept, rows: Array, *, window: int | None, scale: float):
+    def mix(joint: JointHeads, carried: Kept, rows: Array, *, window: int | None, **options: Any):
         heads = joint.split()
         stored = with_tokens(carried, heads.key, heads.value, rows[0], start)
         keys, values = read(stored, rows)
-        mixed = attend_dense(heads.query, keys, values, start, scale=scale, sliding_window=window)
+        mixed = attend_dense(heads.query, keys, values, start, sliding_window=window, **options)
         return mixed.astype(heads.query.dtype), stored, None
 
     cache = dataclasses.replace(cache, length=start + (tokens.shape[1] if count is None else count))
@@ -192,13 +192,20 @@ def attend_dense(
     start: Int[Array, ""],
     *,
     scale: float,
+    softcap: float | None = None,
+    sink_logits: Float[Array, "h_q"] | None = None,
     sliding_window: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "b t h_q d"]:
     """Causal attention of t tokens at positions start, start + 1, ... to tokens 0, 1, ..., without compression."""
     logits = dense_logits(query, keys) * scale
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     age = start + jnp.arange(query.shape[1])[:, None] - jnp.arange(keys.shape[1])[None]
     visible = (age >= 0) if sliding_window is None else (age >= 0) & (age < sliding_window)
-    weight = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+    logits = jnp.where(visible, logits, -jnp.inf)
+    if sink_logits is not None:
+        sinks = sink_logits.astype(jnp.float32).reshape(1, *logits.shape[1:3], 1, 1)
+        logits = jnp.concatenate([logits, jnp.broadcast_to(sinks, (*logits.shape[:4], 1))], axis=-1)
+    weight = jax.nn.softmax(logits, axis=-1)[..., : keys.shape[1]]
     return jnp.einsum("bhgtn,bnhd->bthgd", weight, values).reshape(query.shape)
 
 

@@ -1,6 +1,7 @@
 """What a decoding step must read and a prompt must compute: the floors of their times."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,22 +31,31 @@ def weight_dtype(decoder: Decoder) -> jnp.dtype:
 def read_weights(decoder: Decoder) -> int:
     """Bytes of the parameters that a decoding step reads on one device: all but an embedding that is not also the head.
 
-    From such an embedding a step gathers one vector per sequence, which does not count.
+    From such an embedding a step gathers one vector per sequence, which does not count. Of a mixture of experts at
+    least those of one token are read, which is all if the tokens of a batch agree.
 
     Args:
         decoder: The decoder.
     """
-    return all_weights(decoder) - (0 if decoder.config.tied_head else device_bytes(decoder.embedding))
+    config, unread = decoder.config, 0 if decoder.config.tied_head else device_bytes(decoder.embedding)
+    if config.num_experts:
+        mixtures: list[Any] = [getattr(block, "mlp") for block in decoder.blocks]  # noqa: B009
+        experts = sum(device_bytes(part) for mlp in mixtures for part in (mlp.gate_up, mlp.down))
+        unread += experts * (config.num_experts - config.experts_per_token) // config.num_experts
+    return all_weights(decoder) - unread
 
 
 def layer_weights(config: DecoderConfig) -> int:
-    """Numbers in the matrices of all layers, which multiply every token.
+    """Numbers in the matrices of all layers that multiply a token: of a mixture, its router and the token's experts.
 
     Args:
         config: Sizes of the decoder.
     """
     projections = 2 * config.dim * (config.num_heads + config.num_kv_heads) * config.head_dim
-    return config.num_layers * (projections + 3 * config.dim * config.ffn_dim)
+    feed_forward = 3 * config.dim * config.ffn_dim
+    if config.num_experts:
+        feed_forward = feed_forward * config.experts_per_token + config.dim * config.num_experts
+    return config.num_layers * (projections + feed_forward)
 
 
 def prompt_operations(config: DecoderConfig, tokens: int, batch: int) -> int:

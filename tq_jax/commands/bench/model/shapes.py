@@ -34,6 +34,10 @@ SHAPES: dict[str, DecoderConfig] = {
     "llama3-1b": _LLAMA3(dim=2048, num_layers=16, num_heads=32, head_dim=64, ffn_dim=8192, tied_head=True),
     "qwen3-8b": _QWEN3(dim=4096, ffn_dim=12288),
     "qwen3-4b": _QWEN3(dim=2560, ffn_dim=9728, tied_head=True),
+    "qwen3-30b-a3b": _QWEN3(
+        dim=2048, num_layers=48, num_kv_heads=4, ffn_dim=768, num_experts=128, experts_per_token=8,
+        architecture="qwen3_moe",
+    ),
     "mistral-7b": DecoderConfig(
         vocab_size=32768, dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, ffn_dim=14336,
         rope_base=1e6, max_context=32768,
@@ -43,7 +47,8 @@ SHAPES: dict[str, DecoderConfig] = {
         rope_base=1e5, tied_head=True, max_context=8192,
     ),
 }  # fmt: skip
-"""Published sizes of Llama-3.1-8B and 70B, Llama-3.2-3B and 1B, Qwen3-8B and 4B, Mistral-7B-v0.3 and SmolLM2-135M."""
+"""Published sizes of Llama-3.1-8B and 70B, Llama-3.2-3B and 1B, Qwen3-8B, 4B and 30B-A3B, Mistral-7B-v0.3 and
+SmolLM2-135M."""
 
 
 def random_decoder(config: DecoderConfig, dtype: Any, *, layout: Layout | None = None) -> Decoder:
