@@ -19,11 +19,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 import interop.hf.attention  # noqa: F401  (registers the attention function)
 import tq_jax as tq
+from interop.hf.dense import COST
 from interop.hf.layer import CACHE_ARGUMENT, VERSION, CompressedLayer, Compression, layer_bytes
 from interop.hf.models import cross_attention_layers, require_supported
 from tq_jax.statistics_files import find_statistics, identify, missing_statistics, read_statistics
 
-OWN_OPTIONS = ("key_bits", "value_bits", "max_tokens", "seed", "exact_prompt", "statistics")
+OWN_OPTIONS = ("key_bits", "value_bits", "max_tokens", "seed", "exact_prompt", "statistics", "dense")
 """Options of `TurboQuantCache` besides the fields of `tq_jax.CacheSpec`."""
 
 OF_THE_MODEL = ("num_kv_heads", "head_dim", "max_tokens", "sliding_window")
@@ -52,6 +53,9 @@ class TurboQuantCache(Cache):
             prompt is cut into chunks.
         statistics: Key statistics that are known before the first token: a file of `tq-jax calibrate`, or True for the
             file that it wrote for this model (see `tq_jax.statistics_files`). By default they are those of the prompt.
+        dense: Whether layers return all keys and values, decompressed, so that any attention of a model can read them:
+            it saves storage only, at a cost in time. Padding is stored then, and keys are not smoothed. Without it,
+            attention reads the codes, and has to be "tq_jax".
         options: Further fields of `tq_jax.CacheSpec`: window, sink_tokens, dtype ..., or whole key and value specs in
             place of the bits.
 
@@ -64,7 +68,7 @@ class TurboQuantCache(Cache):
 
     Warns:
         UserWarning: If only some layers are compressed; it says which. Also if transformers discards the caches of this
-            model when a text passes some length.
+            model when a text passes some length, and of the cost of a dense cache.
     """
 
     def __init__(
@@ -77,12 +81,13 @@ class TurboQuantCache(Cache):
         seed: int = 0,
         exact_prompt: bool = True,
         statistics: bool | str | Path = False,
+        dense: bool = False,
         **options: Any,
     ) -> None:
         _require_config(config)
         _require_known(options)
-        model = require_supported(config, version=VERSION)
-        compression = Compression(key_bits, value_bits, max_tokens, seed, options, exact_prompt, model)
+        model = require_supported(config, version=VERSION, dense=dense)
+        compression = Compression(key_bits, value_bits, max_tokens, seed, options, exact_prompt, model, dense)
         compression.describe()
         layers: list[Any] = list(DynamicCache(config=config).layers)
         text = config.get_text_config(decoder=True)
@@ -97,6 +102,8 @@ class TurboQuantCache(Cache):
         super().__init__(layers=layers)
         for i in full:
             layers[i].peers = self.layers
+        if dense:
+            warnings.warn(COST, stacklevel=2)
         if len(full) < len(layers):
             warnings.warn(self.summary(), stacklevel=2)
         if discarded := discarded_above(config):

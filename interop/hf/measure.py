@@ -15,7 +15,7 @@ import transformers
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-from interop.hf.attention import ATTENTION
+from interop.hf.handle import ATTENTION
 from interop.hf.cache import TurboQuantCache
 from interop.hf.decoding_graphs import decoding_graphs
 from interop.hf.layer import CACHE_ARGUMENT, layer_bytes

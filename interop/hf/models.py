@@ -12,37 +12,44 @@ ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "
 """Entries of `layer_types` whose layers hold nothing but keys and values."""
 
 
-def require_supported(config: PretrainedConfig, *, version: tuple[int, ...]) -> str:
+SHARES_IN_A_PASS = (5, 17)
+"""Release of transformers from which layers that share keys and values get them from each other."""
+
+
+def require_supported(config: PretrainedConfig, *, version: tuple[int, ...], dense: bool = False) -> str:
     """Refuses models whose layers cannot be compressed.
 
     Args:
         config: Configuration of the model.
         version: Major and minor version of transformers.
+        dense: Whether layers return all keys and values as tensors, so that any attention can read them.
 
     Returns:
         Name of the model's class, for messages.
 
     Raises:
-        NotImplementedError: For attention outside AttentionInterface, latents in place of keys and values, layers that
-            share keys and values, and hybrids before transformers 5.
+        NotImplementedError: For attention outside AttentionInterface and latents in place of keys and values; and, in
+            older releases of transformers, for hybrids and layers that share keys and values.
     """
     text = config.get_text_config(decoder=True)
     decoder = _decoder(text)
     name = _name(config, decoder if text is config else None)
-    if decoder is not None and not decoder._can_set_attn_implementation():
+    if not dense and decoder is not None and not decoder._can_set_attn_implementation():
         raise NotImplementedError(
             f"expected a model whose attention goes through transformers' AttentionInterface, got {name} with "
-            f"{decoder.__name__}: use DynamicCache"
+            f"{decoder.__name__}: use DynamicCache, or dense=True, which saves storage only"
         )
     if rank := getattr(text, "kv_lora_rank", None):
         raise NotImplementedError(
             f"multi-head latent attention keeps latents and no keys and values, got {name} with kv_lora_rank={rank}: "
             "use DynamicCache"
         )
-    if shared := getattr(text, "num_kv_shared_layers", 0):
+    shared = getattr(text, "num_kv_shared_layers", 0)
+    if shared and version < SHARES_IN_A_PASS:
         raise NotImplementedError(
-            f"layers that share keys and values are not compressed, got {name} with num_kv_shared_layers={shared}: "
-            "use DynamicCache"
+            f"layers of a forward pass hand each other their keys and values from transformers "
+            f"{SHARES_IN_A_PASS[0]}.{SHARES_IN_A_PASS[1]} on; before, the cache keeps them in full precision, got "
+            f"{name} with num_kv_shared_layers={shared}: pip install 'transformers>=5'"
         )
     others = _other_states(text)
     if others and version < (5, 0):
