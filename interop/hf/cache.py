@@ -21,7 +21,7 @@ import interop.hf.attention  # noqa: F401  (registers the attention function)
 import tq_jax as tq
 from interop.hf.dense import COST
 from interop.hf.layer import CACHE_ARGUMENT, VERSION, CompressedLayer, Compression, layer_bytes
-from interop.hf.models import cross_attention_layers, require_supported
+from interop.hf.models import cross_attention_layers, kept_layers, require_supported
 from tq_jax.statistics_files import find_statistics, identify, missing_statistics, read_statistics
 
 OWN_OPTIONS = ("key_bits", "value_bits", "max_tokens", "seed", "exact_prompt", "statistics", "dense")
@@ -58,6 +58,9 @@ class TurboQuantCache(Cache):
             attention reads the codes, and has to be "tq_jax".
         options: Further fields of `tq_jax.CacheSpec`: window, sink_tokens, dtype ..., or whole key and value specs in
             place of the bits.
+
+    Attributes:
+        kept_layers: Why each of the other layers is not compressed, by its index.
 
     Raises:
         ValueError: If `config` is no configuration, if the model has no full-attention layer, or for a file of key
@@ -97,6 +100,7 @@ class TurboQuantCache(Cache):
             kinds = sorted({type(layer).__name__ for layer in layers})
             raise ValueError(f"expected a model with full-attention layers, got {kinds} in {model}")
         given = _known_statistics(config, statistics)
+        self.kept_layers = kept_layers(config, layers, full)
         for i in full:
             layers[i] = _compressed(layers[i], compression, None if given is None else (given[0][i], given[1][i]))
         super().__init__(layers=layers)
@@ -104,7 +108,7 @@ class TurboQuantCache(Cache):
             layers[i].peers = self.layers
         if dense:
             warnings.warn(COST, stacklevel=2)
-        if len(full) < len(layers):
+        if self.kept_layers:
             warnings.warn(self.summary(), stacklevel=2)
         if discarded := discarded_above(config):
             warnings.warn(
@@ -136,10 +140,13 @@ class TurboQuantCache(Cache):
         """Says which layers are compressed, and how."""
         chosen = self.compressed_layers
         how = cast(CompressedLayer, self.layers[chosen[0]]).compression
-        others = sorted({type(layer).__name__ for layer in self.layers if not isinstance(layer, CompressedLayer)})
-        rest = f"; the others are kept as {', '.join(others)}" if others else ""
+        reasons: dict[str, list[int]] = {}
+        for i, reason in self.kept_layers.items():
+            reasons.setdefault(reason, []).append(i)
+        rest = "".join(f"; not layers {indices}: each {reason}" for reason, indices in reasons.items())
         return (
-            f"TurboQuantCache compresses {len(chosen)} of {len(self.layers)} layers {chosen} to {how.describe()}{rest}"
+            f"TurboQuantCache compresses {len(chosen)} of {len(chosen) + len(self.kept_layers)} layers {chosen} to "
+            f"{how.describe()}{rest}"
         )
 
 

@@ -23,9 +23,7 @@ COST = (
 
 
 @torch.compiler.disable  # the host counts the tokens of a cache
-def store_and_read(
-    layer: "CompressedLayer", k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def store_and_read(layer: "CompressedLayer", k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Stores new tokens in a layer and returns all of its tokens, padding included, as transformers' caches do.
 
     Args:

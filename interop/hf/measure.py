@@ -15,9 +15,9 @@ import transformers
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-from interop.hf.handle import ATTENTION
 from interop.hf.cache import TurboQuantCache
 from interop.hf.decoding_graphs import decoding_graphs
+from interop.hf.handle import ATTENTION
 from interop.hf.layer import CACHE_ARGUMENT, layer_bytes
 from tq_jax.commands.inputs import CHARACTERS_PER_TOKEN, require_tokens
 from tq_jax.commands.options import refusing

@@ -3,6 +3,7 @@
 A model can have one if its attention goes through transformers' AttentionInterface and its cache holds keys and values.
 """
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import transformers
@@ -89,3 +90,39 @@ def _other_states(text: PretrainedConfig) -> list[str]:
         return ["mamba"]
     kinds = kinds or getattr(text, "layers_block_type", None) or ()
     return sorted(set(kinds) - set(ATTENTION_TYPES))
+
+
+KEPT = {
+    "DynamicSlidingWindowLayer": "keeps the latest tokens of its sliding window only",
+    "LinearAttentionLayer": "keeps a state, which does not grow, and no keys and values",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "keeps a state and the latest tokens of its sliding window only",
+    "DummyLayer": "has no attention",
+}
+"""Why a layer is not compressed, by the name of its class in transformers."""
+
+
+def kept_layers(config: PretrainedConfig, layers: Sequence[Any], compressed: Collection[int]) -> dict[int, str]:
+    """Why layers are not compressed.
+
+    Args:
+        config: Configuration of the model.
+        layers: The layers of transformers' cache for it.
+        compressed: Indices of those that are compressed.
+
+    Returns:
+        The reason of each other layer, by its index.
+    """
+    text = config.get_text_config(decoder=True)
+    owners, cross = _owners(text), cross_attention_layers(text)
+    reasons = {i: KEPT.get(type(layer).__name__, f"is a {type(layer).__name__}") for i, layer in enumerate(layers)}
+    reasons |= dict.fromkeys(cross, "keeps keys and values of an image or a sound, not of the text")
+    reasons |= {i: f"attends over the keys and values of layer {owner}" for i, owner in owners.items()}
+    return {i: reason for i, reason in sorted(reasons.items()) if i not in compressed}
+
+
+def _owners(text: PretrainedConfig) -> dict[int, int]:
+    """Layers that have no keys and values of their own, and the layer of each whose keys and values it reads."""
+    shared, count = getattr(text, "num_kv_shared_layers", None) or 0, text.num_hidden_layers
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * count
+    own = kinds[: count - shared]
+    return {i: len(own) - 1 - own[::-1].index(kinds[i]) for i in range(len(own), count)} if own else {}

@@ -112,7 +112,7 @@ def test_sliding_layers_stay_as_they_are(ids):
     kind = dict(sliding_window=12, layer_types=["sliding_attention", "full_attention"], use_sliding_window=True)
     ours, theirs = tiny("Qwen3", **kind), tiny("Qwen3", attention="sdpa", **kind)
     with pytest.warns(
-        UserWarning, match=r"compresses 1 of 2 layers \[1\] to K2/V2; the others are kept as DynamicSlid"
+        UserWarning, match=r"compresses 1 of 2 layers \[1\] to K2/V2; not layers \[0\]: each keeps the latest"
     ):
         cache = TurboQuantCache(ours.config, max_tokens=128, **OPTIONS)
     options = dict(max_new_tokens=NEW, do_sample=False)

@@ -10,7 +10,7 @@ from tiny_hf import tiny  # noqa: E402
 
 from interop.hf import CompressedLayer, TurboQuantCache  # noqa: E402
 from interop.hf.layer import layer_bytes  # noqa: E402
-from interop.hf.models import require_supported  # noqa: E402
+from interop.hf.models import SHARES_IN_A_PASS, require_supported  # noqa: E402
 
 LATENTS = dict(kv_lora_rank=32, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32, q_lora_rank=None)
 
@@ -29,7 +29,6 @@ def ids():
             dict(model_type="deepseek_v3", **LATENTS),
             "latents and no keys .* DeepseekV3ForCausalLM with kv_lora_rank=32",
         ),
-        (dict(model_type="gemma3n"), "share keys and values are not compressed, got Gemma3nConfig with num_kv_shared"),
     ],
 )
 def test_models_that_cannot_have_the_cache(config, message):
@@ -55,6 +54,14 @@ def test_hybrids_need_transformers_5(kind, given, named):
     assert require_supported(transformers.LlamaConfig(), version=(4, 57)) == "LlamaForCausalLM"
     attention = transformers.GraniteMoeHybridConfig(num_hidden_layers=2, layer_types=["attention"] * 2)
     assert require_supported(attention, version=(4, 57)) == "GraniteMoeHybridForCausalLM"
+
+
+@pytest.mark.parametrize("kind", ["gemma3n", "gemma3n_text"])
+def test_layers_that_share_need_a_newer_release(kind):
+    config = transformers.AutoConfig.for_model(kind)
+    with pytest.raises(NotImplementedError, match="hand each other .* got Gemma3n.* num_kv_shared_layers=15: pip inst"):
+        require_supported(config, version=(5, 5))
+    assert "Gemma3n" in require_supported(config, version=SHARES_IN_A_PASS)
 
 
 SMALL = dict(mamba_d_state=16, mamba_chunk_size=16, chunk_size=16, mamba_n_groups=1)
