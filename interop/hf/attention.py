@@ -7,9 +7,11 @@ tensors, which are those of encoders, stock caches and layers that are not compr
 """
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
+import transformers
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,6 +23,9 @@ WITHOUT_MEANING = (
     "position_ids", "cache_position", "use_cache", "num_items_in_batch", "output_hidden_states", "logits_to_keep",
 )  # fmt: skip
 """Arguments that attention does not depend on: rotary embedding has applied the positions already."""
+
+SDPA_TAKES_BIASES = "position_bias" in inspect.signature(ALL_ATTENTION_FUNCTIONS["sdpa"]).parameters
+"""Whether SDPA adds a bias of positions to the logits: that of transformers 4 ignores it."""
 
 MASK_ROWS = 256
 """Queries whose mask is checked at once."""
@@ -107,8 +112,8 @@ def _attend_packed(
     if exact:  # a prompt attends to its keys before compression
         if mask is None and is_causal:
             mask = _mask_of_latest(query, key.tokens)
-        without_mask = {} if mask is not None else dict(is_causal=is_causal)  # SDPA of transformers 4 takes one of both
-        out = exact_attention(module, query, key.tokens, value.tokens, mask, logits, **without_mask)
+        is_causal = is_causal and query.shape[2] > 1  # one query is that of the latest token, which sees all
+        out = exact_attention(module, query, key.tokens, value.tokens, mask, logits, is_causal=is_causal)
         if again:
             layer.require_consistent(real)
         else:
@@ -154,8 +159,16 @@ def exact_attention(
         Outputs [b, t, h_q, d].
 
     Raises:
-        NotImplementedError: For dropout or an argument that plain torch does not know.
+        NotImplementedError: For dropout or an argument that plain torch does not know, and for a bias that SDPA of
+            older releases of transformers ignores.
     """
+    if mask is not None:
+        others.pop("is_causal", None)  # the mask says it, and SDPA of transformers 4 takes one of both
+    if others.get("position_bias") is not None and not SDPA_TAKES_BIASES:
+        raise NotImplementedError(
+            f"SDPA of transformers {transformers.__version__} ignores position_bias="
+            f"{_short(others['position_bias'])}: pip install 'transformers>=5'"
+        )
     scaling, softcap, s_aux = arguments.scaling, arguments.softcap, arguments.s_aux
     if softcap is None and s_aux is None:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
