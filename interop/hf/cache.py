@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import transformers
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -165,9 +166,18 @@ def discarded_above(config: PretrainedConfig) -> int | None:
 def _compressed(
     layer: Any, compression: Compression, statistics: tuple[np.ndarray, np.ndarray] | None
 ) -> CompressedLayer:
-    """A compressed layer in place of one of transformers."""
+    """A compressed layer in place of one of transformers.
+
+    Raises:
+        NotImplementedError: For a layer with states in a release of transformers that holds them otherwise.
+    """
     if type(layer) is DynamicLayer:
         return CompressedLayer(compression, statistics)
+    if not hasattr(layer, "number_of_states"):
+        raise NotImplementedError(
+            f"states of layers that are attention and state space at once are read as transformers 5.14 and newer hold "
+            f"them, got {compression.model} in transformers {transformers.__version__}: pip install -U transformers"
+        )
     from interop.hf.state_layer import CompressedLayerWithState  # transformers 5 only
 
     return CompressedLayerWithState(compression, statistics, layer.number_of_states)

@@ -147,7 +147,7 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.compression.dense:
-            return store_and_read(self, key_states, value_states)
+            return store_and_read(self, key_states, value_states)  # pyright: ignore[reportCallIssue]
         return Handle(self, key_states), Handle(self, value_states)
 
     def store(self, query: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None) -> None:

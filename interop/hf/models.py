@@ -13,7 +13,7 @@ ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "
 """Entries of `layer_types` whose layers hold nothing but keys and values."""
 
 
-SHARES_IN_A_PASS = (5, 17)
+SHARES_IN_A_PASS = (5, 10)
 """Release of transformers from which layers that share keys and values get them from each other."""
 
 

@@ -72,7 +72,8 @@ class Verification:
         cache: TurboQuantCache = self.cache(EIGHT)
         ours = generate(task.network, task.asked, cache, task.new_tokens)[0]
         same = next((i for i, (a, b) in enumerate(zip(exact, ours, strict=True)) if a != b), len(exact))
-        read = min(max(layer.cache.compressed) for i, layer in enumerate(cache.layers) if i in cache.compressed_layers)
+        layers: list[Any] = [cache.layers[i] for i in cache.compressed_layers]
+        read = min(max(layer.cache.compressed) for layer in layers)
         self.payload["tokens"] = {"DynamicCache": exact, label(EIGHT): ours}
         prompt = task.asked.shape[1]
         return [
