@@ -5,14 +5,11 @@ and for attention functions other than the cache's own. It saves storage only: e
 and values of a layer, into tensors that live until the layer has attended.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from interop.torch.custom_ops import refuse_gradient
-
-if TYPE_CHECKING:
-    from interop.hf.layer import CompressedLayer
 
 COST = (
     "TurboQuantCache(dense=True) saves storage only: every forward pass decompresses all keys and values of each "
@@ -23,11 +20,11 @@ COST = (
 
 
 @torch.compiler.disable  # the host counts the tokens of a cache
-def store_and_read(layer: "CompressedLayer", k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def store_and_read(layer: Any, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Stores new tokens in a layer and returns all of its tokens, padding included, as transformers' caches do.
 
     Args:
-        layer: The layer.
+        layer: The `CompressedLayer`.
         k: Keys [b, h_kv, t, d].
         v: Values, shaped like the keys.
 
@@ -39,6 +36,5 @@ def store_and_read(layer: "CompressedLayer", k: torch.Tensor, v: torch.Tensor) -
     layer.store(None, k, v, None)
     if exact:
         return k, v
-    assert layer.cache is not None
     keys, values = layer.cache.read(k.dtype)
     return refuse_gradient(keys, k), refuse_gradient(values, v)

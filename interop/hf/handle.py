@@ -1,13 +1,10 @@
 """Handles that stand for the keys and values of a compressed layer, and the arguments that change the logits."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import torch
-
-if TYPE_CHECKING:
-    from interop.hf.layer import CompressedLayer
 
 ATTENTION = "tq_jax"
 """Name of the attention implementation in transformers."""
@@ -34,12 +31,12 @@ class Handle:
     A model whose later layers reuse keys and values hands them the handles of the layer that owns these.
 
     Attributes:
-        layer: The layer that holds the tokens so far.
+        layer: The `CompressedLayer` that holds the tokens so far.
         tokens: New keys or values [b, h_kv, t, d].
         attends_exactly: Whether the new tokens are a prompt that attends to them before compression.
     """
 
-    def __init__(self, layer: "CompressedLayer", tokens: torch.Tensor) -> None:
+    def __init__(self, layer: Any, tokens: torch.Tensor) -> None:
         self.layer, self.tokens = layer, tokens
         self.dtype, self.device = tokens.dtype, tokens.device
         self.attends_exactly = layer.attends_exactly

@@ -132,7 +132,7 @@ def seeing(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     size = dict(size={"shortest_edge": 280}, crop_size={"height": 280, "width": 280})
     transformers.LlavaProcessor(
-        transformers.CLIPImageProcessorPil(**size),
+        getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)(**size),
         transformers.PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=["<image>"]
         ),
