@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import statistics
 import time
@@ -192,7 +193,7 @@ def measure(task: Task, widths: tuple[float, ...] | None, reference: Any = None)
     cache = make_cache(network, widths, dense=task.dense)
     given = {CACHE_ARGUMENT: cache}
     with torch.no_grad():
-        logits = [network(ids[:, : task.context], **given, logits_to_keep=1).logits]
+        logits = [network(ids[:, : task.context], **given, **last_logits(network)).logits[:, -1:]]
         logits += [network(part, **given).logits for part in ids[:, task.context :].split(CHUNK, dim=1)]
     found = torch.cat(logits, 1)[0, :-1].float().log_softmax(-1)
     exact = found if reference is None else reference
@@ -248,14 +249,20 @@ def generate(network: PreTrainedModel, asked: torch.Tensor, cache: Any, count: i
     """Greedy tokens, and the median seconds per token without the first step, which compiles."""
     tokens, times = [], []
     step = asked
+    given = {CACHE_ARGUMENT: cache} | last_logits(network)
     with torch.no_grad():
         for _ in range(count):
             _wait(asked.device)
             start = time.perf_counter()
-            step = network(step, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            step = network(step, **given).logits[:, -1:].argmax(-1)
             tokens.append(int(step))
             times.append(time.perf_counter() - start)
     return tokens, statistics.median(times[1:] or times)
+
+
+def last_logits(network: PreTrainedModel) -> dict[str, int]:
+    """Arguments by which a model computes the logits of the last token alone; none if it cannot."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(network.forward).parameters else {}
 
 
 def _wait(device: torch.device) -> None:

@@ -50,7 +50,7 @@ def require_supported(config: PretrainedConfig, *, version: tuple[int, ...], den
         raise NotImplementedError(
             f"layers of a forward pass hand each other their keys and values from transformers "
             f"{SHARES_IN_A_PASS[0]}.{SHARES_IN_A_PASS[1]} on; before, the cache keeps them in full precision, got "
-            f"{name} with num_kv_shared_layers={shared}: pip install 'transformers>=5'"
+            f"{name} with num_kv_shared_layers={shared}: pip install 'transformers>=5.10'"
         )
     others = _other_states(text)
     if others and version < (5, 0):

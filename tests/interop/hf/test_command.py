@@ -134,7 +134,8 @@ def seeing(tmp_path_factory):
     transformers.LlavaProcessor(
         getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)(**size),
         transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=["<image>"]
+            tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=["<image>"],
+            model_input_names=["input_ids", "attention_mask"],
         ),
         patch_size=14, num_additional_image_tokens=1, vision_feature_select_strategy="default",
         chat_template="{% for c in messages[0].content %}{{ c.text or ' <image> ' }}{% endfor %}",
