@@ -109,6 +109,7 @@ def test_later_turns(name):
         torch.testing.assert_close(ours, exact, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_memory_of_a_long_video():
     """11,000 tokens of video in heads of 128 channels, those of Molmo2 and Qwen-VL, read from real caches."""
     from dataclasses import replace
