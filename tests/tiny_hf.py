@@ -6,6 +6,15 @@ import transformers
 from interop.hf import ATTENTION
 
 
+def save_letters(path):
+    """Saves a tokenizer of single characters, 128 of them."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({chr(code): code for code in range(128)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(path)
+
+
 def tiny(kind="Llama", attention=ATTENTION, **options):
     """A model whose next tokens depend on the whole context."""
     torch.manual_seed(0)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # `interop.hf.command` is listed by `tq-jax`, which needs neither torch nor transformers
     from interop.hf.cache import TurboQuantCache
-    from interop.hf.layer import ATTENTION, CACHE_ARGUMENT, CompressedLayer
+    from interop.hf.handle import ATTENTION
+    from interop.hf.layer import CACHE_ARGUMENT, CompressedLayer
 
 __all__ = ["ATTENTION", "CACHE_ARGUMENT", "CompressedLayer", "TurboQuantCache"]
 
@@ -21,6 +22,6 @@ __all__ = ["ATTENTION", "CACHE_ARGUMENT", "CompressedLayer", "TurboQuantCache"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    cache = importlib.import_module("interop.hf.cache")  # registers the attention implementation as well
-    home = cache if name == "TurboQuantCache" else importlib.import_module("interop.hf.layer")
-    return getattr(home, name)
+    importlib.import_module("interop.hf.cache")  # registers the attention implementation as well
+    homes = {"TurboQuantCache": "cache", "ATTENTION": "handle"}
+    return getattr(importlib.import_module(f"interop.hf.{homes.get(name, 'layer')}"), name)

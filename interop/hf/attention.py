@@ -7,20 +7,25 @@ tensors, which are those of encoders, stock caches and layers that are not compr
 """
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
+import transformers
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from interop.hf.layer import ATTENTION, Handle, LogitArguments
+from interop.hf.handle import ATTENTION, Handle, LogitArguments
 from interop.torch.custom_ops import refuse_gradient
 
 WITHOUT_MEANING = (
     "position_ids", "cache_position", "use_cache", "num_items_in_batch", "output_hidden_states", "logits_to_keep",
 )  # fmt: skip
 """Arguments that attention does not depend on: rotary embedding has applied the positions already."""
+
+SDPA_TAKES_BIASES = "position_bias" in inspect.signature(ALL_ATTENTION_FUNCTIONS["sdpa"]).parameters
+"""Whether SDPA adds a bias of positions to the logits: that of transformers 4 ignores it."""
 
 MASK_ROWS = 256
 """Queries whose mask is checked at once."""
@@ -69,13 +74,13 @@ def compressed_attention(
     _refuse_unknown(others)
     if dropout:
         raise NotImplementedError(f"a TurboQuantCache is for inference, got dropout={dropout}")
-    if key.tokens.shape[2] != query.shape[2]:
+    if query.shape[2] > key.tokens.shape[2] or (query.shape[2] < key.tokens.shape[2] and not key.is_stored):
         raise NotImplementedError(
             f"a TurboQuantCache is for attention of tokens to each other, got {query.shape[2]} queries and "
             f"{key.tokens.shape[2]} new keys, as in cross-attention"
         )
     is_causal = _is_causal(module, others)
-    if attention_mask is None and query.shape[2] > 1 and not is_causal and not key.layer.attends_exactly:
+    if attention_mask is None and query.shape[2] > 1 and not is_causal and not key.attends_exactly:
         raise NotImplementedError(f"a TurboQuantCache is for causal attention, got is_causal=False{_LATER}")
     if sliding_window is not None and (sliding_window < key.shape[2] or key.layer.is_captured):
         raise NotImplementedError(f"compressed layers see all tokens, got sliding_window={sliding_window}")
@@ -93,7 +98,7 @@ def _attend_packed(
     logits: LogitArguments,
     is_causal: bool,
 ) -> torch.Tensor:
-    """Stores the new tokens in a compressed layer and attends over it."""
+    """Stores the new tokens in a compressed layer, unless it holds them already, and attends over it."""
     layer = key.layer
     if layer.cache is not None and layer.cache.is_capturing and not layer.is_captured:
         raise NotImplementedError(
@@ -102,14 +107,29 @@ def _attend_packed(
         )
     if layer.is_captured:
         mask = None  # `decoding_graphs` looks at the mask of every token itself
-    exact = layer.attends_exactly
+    exact, again = key.attends_exactly, key.is_stored
     real = real_tokens(mask, query.shape[0], query.shape[2], key.shape[2], asked_by=module, may_see_later=exact)
     if exact:  # a prompt attends to its keys before compression
-        without_mask = {} if mask is not None else dict(is_causal=is_causal)  # SDPA of transformers 4 takes one of both
-        out = exact_attention(module, query, key.tokens, value.tokens, mask, logits, **without_mask)
-        layer.store(query, key.tokens, value.tokens, real)
+        if mask is None and is_causal:
+            mask = _mask_of_latest(query, key.tokens)
+        is_causal = is_causal and query.shape[2] > 1  # one query is that of the latest token, which sees all
+        out = exact_attention(module, query, key.tokens, value.tokens, mask, logits, is_causal=is_causal)
+        if again:
+            layer.require_consistent(real)
+        else:
+            layer.store(query, key.tokens, value.tokens, real)
         return out
+    if again:
+        return refuse_gradient(layer.attend_again(query, real, logits), key.tokens, value.tokens)
     return refuse_gradient(layer.attend(query, key.tokens, value.tokens, real, logits), key.tokens, value.tokens)
+
+
+def _mask_of_latest(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """Causal mask [1, 1, t, s] of queries of the latest tokens; None for queries of all tokens or of one."""
+    count, keys = query.shape[2], key.shape[2]
+    if count in (1, keys):
+        return None
+    return torch.ones(count, keys, dtype=torch.bool, device=query.device).tril(keys - count)[None, None]
 
 
 def exact_attention(
@@ -139,8 +159,16 @@ def exact_attention(
         Outputs [b, t, h_q, d].
 
     Raises:
-        NotImplementedError: For dropout or an argument that plain torch does not know.
+        NotImplementedError: For dropout or an argument that plain torch does not know, and for a bias that SDPA of
+            older releases of transformers ignores.
     """
+    if mask is not None:
+        others.pop("is_causal", None)  # the mask says it, and SDPA of transformers 4 takes one of both
+    if others.get("position_bias") is not None and not SDPA_TAKES_BIASES:
+        raise NotImplementedError(
+            f"SDPA of transformers {transformers.__version__} ignores position_bias="
+            f"{_short(others['position_bias'])}: pip install 'transformers>=5'"
+        )
     scaling, softcap, s_aux = arguments.scaling, arguments.softcap, arguments.s_aux
     if softcap is None and s_aux is None:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]

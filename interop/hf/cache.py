@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import transformers
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 import interop.hf.attention  # noqa: F401  (registers the attention function)
 import tq_jax as tq
+from interop.hf.dense import COST
 from interop.hf.layer import CACHE_ARGUMENT, VERSION, CompressedLayer, Compression, layer_bytes
-from interop.hf.models import cross_attention_layers, require_supported
+from interop.hf.models import cross_attention_layers, kept_layers, require_supported
 from tq_jax.statistics_files import find_statistics, identify, missing_statistics, read_statistics
 
-OWN_OPTIONS = ("key_bits", "value_bits", "max_tokens", "seed", "exact_prompt", "statistics")
+OWN_OPTIONS = ("key_bits", "value_bits", "max_tokens", "seed", "exact_prompt", "statistics", "dense")
 """Options of `TurboQuantCache` besides the fields of `tq_jax.CacheSpec`."""
 
 OF_THE_MODEL = ("num_kv_heads", "head_dim", "max_tokens", "sliding_window")
@@ -52,8 +54,14 @@ class TurboQuantCache(Cache):
             prompt is cut into chunks.
         statistics: Key statistics that are known before the first token: a file of `tq-jax calibrate`, or True for the
             file that it wrote for this model (see `tq_jax.statistics_files`). By default they are those of the prompt.
+        dense: Whether layers return all keys and values, decompressed, so that any attention of a model can read them:
+            it saves storage only, at a cost in time. Padding is stored then, and keys are not smoothed. Without it,
+            attention reads the codes, and has to be "tq_jax".
         options: Further fields of `tq_jax.CacheSpec`: window, sink_tokens, dtype ..., or whole key and value specs in
             place of the bits.
+
+    Attributes:
+        kept_layers: Why each of the other layers is not compressed, by its index.
 
     Raises:
         ValueError: If `config` is no configuration, if the model has no full-attention layer, or for a file of key
@@ -64,7 +72,7 @@ class TurboQuantCache(Cache):
 
     Warns:
         UserWarning: If only some layers are compressed; it says which. Also if transformers discards the caches of this
-            model when a text passes some length.
+            model when a text passes some length, and of the cost of a dense cache.
     """
 
     def __init__(
@@ -77,12 +85,13 @@ class TurboQuantCache(Cache):
         seed: int = 0,
         exact_prompt: bool = True,
         statistics: bool | str | Path = False,
+        dense: bool = False,
         **options: Any,
     ) -> None:
         _require_config(config)
         _require_known(options)
-        model = require_supported(config, version=VERSION)
-        compression = Compression(key_bits, value_bits, max_tokens, seed, options, exact_prompt, model)
+        model = require_supported(config, version=VERSION, dense=dense)
+        compression = Compression(key_bits, value_bits, max_tokens, seed, options, exact_prompt, model, dense)
         compression.describe()
         layers: list[Any] = list(DynamicCache(config=config).layers)
         text = config.get_text_config(decoder=True)
@@ -92,12 +101,15 @@ class TurboQuantCache(Cache):
             kinds = sorted({type(layer).__name__ for layer in layers})
             raise ValueError(f"expected a model with full-attention layers, got {kinds} in {model}")
         given = _known_statistics(config, statistics)
+        self.kept_layers = kept_layers(config, layers, full)
         for i in full:
             layers[i] = _compressed(layers[i], compression, None if given is None else (given[0][i], given[1][i]))
         super().__init__(layers=layers)
         for i in full:
             layers[i].peers = self.layers
-        if len(full) < len(layers):
+        if dense:
+            warnings.warn(COST, stacklevel=2)
+        if self.kept_layers:
             warnings.warn(self.summary(), stacklevel=2)
         if discarded := discarded_above(config):
             warnings.warn(
@@ -129,10 +141,13 @@ class TurboQuantCache(Cache):
         """Says which layers are compressed, and how."""
         chosen = self.compressed_layers
         how = cast(CompressedLayer, self.layers[chosen[0]]).compression
-        others = sorted({type(layer).__name__ for layer in self.layers if not isinstance(layer, CompressedLayer)})
-        rest = f"; the others are kept as {', '.join(others)}" if others else ""
+        reasons: dict[str, list[int]] = {}
+        for i, reason in self.kept_layers.items():
+            reasons.setdefault(reason, []).append(i)
+        rest = "".join(f"; not layers {indices}: each {reason}" for reason, indices in reasons.items())
         return (
-            f"TurboQuantCache compresses {len(chosen)} of {len(self.layers)} layers {chosen} to {how.describe()}{rest}"
+            f"TurboQuantCache compresses {len(chosen)} of {len(chosen) + len(self.kept_layers)} layers {chosen} to "
+            f"{how.describe()}{rest}"
         )
 
 
@@ -151,9 +166,18 @@ def discarded_above(config: PretrainedConfig) -> int | None:
 def _compressed(
     layer: Any, compression: Compression, statistics: tuple[np.ndarray, np.ndarray] | None
 ) -> CompressedLayer:
-    """A compressed layer in place of one of transformers."""
+    """A compressed layer in place of one of transformers.
+
+    Raises:
+        NotImplementedError: For a layer with states in a release of transformers that holds them otherwise.
+    """
     if type(layer) is DynamicLayer:
         return CompressedLayer(compression, statistics)
+    if not hasattr(layer, "number_of_states"):
+        raise NotImplementedError(
+            f"states of layers that are attention and state space at once are read as transformers 5.14 and newer hold "
+            f"them, got {compression.model} in transformers {transformers.__version__}: pip install -U transformers"
+        )
     from interop.hf.state_layer import CompressedLayerWithState  # transformers 5 only
 
     return CompressedLayerWithState(compression, statistics, layer.number_of_states)

@@ -74,13 +74,19 @@ def calibrate(
 
 
 def load(model: str, revision: str | None, overrides: dict[str, Any], device: str) -> tuple[Any, Any]:
-    """The model in its own type on a device, and its tokenizer."""
+    """The model in its own type on a device, and its tokenizer.
+
+    Raises:
+        ValueError: For an override of a field that the configuration does not have.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from interop.hf.measure import require_device
 
     require_device(device)
-    config = AutoConfig.from_pretrained(model, revision=revision, **overrides)
+    config, unused = AutoConfig.from_pretrained(model, revision=revision, return_unused_kwargs=True, **overrides)
+    if unused:
+        raise ValueError(f"expected fields of {type(config).__name__} in --overrides, got {', '.join(sorted(unused))}")
     network: Any = AutoModelForCausalLM.from_pretrained(model, revision=revision, config=config, dtype="auto")
     return network.to(device).eval(), AutoTokenizer.from_pretrained(model, revision=revision)
 

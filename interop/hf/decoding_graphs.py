@@ -49,6 +49,8 @@ def decoding_graphs(model: Any, cache: TurboQuantCache) -> Iterator[None]:
         raise NotImplementedError(
             f"CUDA graphs need a cache whose every layer is compressed and has no other state, got {cache.summary()}"
         )
+    if any(layer.compression.dense for layer in cache.layers if isinstance(layer, CompressedLayer)):
+        raise NotImplementedError("CUDA graphs hold attention that reads the codes, got a cache with dense=True")
     outside = vars(model).get("forward")
     model.forward = _Forward(model.forward, cache).wrapped()
     try:

@@ -1,6 +1,7 @@
-"""One layer of a `TurboQuantCache`: its compressed keys and values, and the handles that stand for them."""
+"""One layer of a `TurboQuantCache`: its compressed keys and values."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,12 +12,11 @@ import transformers
 from transformers.cache_utils import CacheLayerMixin
 
 import tq_jax as tq
+from interop.hf.dense import store_and_read
+from interop.hf.handle import Handle, LogitArguments
 from interop.launcher.cuda_graph import GraphPool
 from interop.torch.cache import TorchCache
 from interop.torch.rows import bits_label
-
-ATTENTION = "tq_jax"
-"""Name of the attention implementation in transformers."""
 
 HEADROOM = 256
 """Tokens that a layer has room for beyond its prompt. A full layer grows by a quarter."""
@@ -32,55 +32,6 @@ CACHE_ARGUMENT = "cache" if VERSION >= (5, 24) else "past_key_values"
 
 CROP_COUNTS_REMOVED = VERSION >= (5, 0)
 """Whether `crop(n)` removes -n tokens, as in transformers 5; in version 4, n was the final length."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LogitArguments:
-    """Arguments of attention that change the logits, by their names in transformers.
-
-    Attributes:
-        scaling: Factor of the logits; 1 / sqrt(d) by default.
-        softcap: Soft-cap: a logit x becomes softcap * tanh(x / softcap).
-        s_aux: Sink logits [h_q].
-    """
-
-    scaling: float | None
-    softcap: float | None
-    s_aux: torch.Tensor | None
-
-
-class Handle:
-    """Stands for all keys (or all values) of a layer, in place of the tensor that `update` returns in other caches.
-
-    Attributes:
-        layer: The layer that holds the tokens so far.
-        tokens: New keys or values [b, h_kv, t, d].
-    """
-
-    def __init__(self, layer: "CompressedLayer", tokens: torch.Tensor) -> None:
-        self.layer, self.tokens = layer, tokens
-        self.dtype, self.device = tokens.dtype, tokens.device
-        batch, heads, count, dim = tokens.shape
-        self.shape = torch.Size((batch, heads, layer.seen + count, dim))
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("layer", "tokens"):  # while a copy of the handle is made
-            raise AttributeError(name)
-        raise AttributeError(f"{self._misuse()} (it asked for .{name})")
-
-    def __getitem__(self, index: Any) -> Any:
-        raise TypeError(self._misuse())
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handles = [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, Handle)]
-        raise TypeError(handles[0]._misuse() if handles else f"{function} of a TurboQuantCache's layer")
-
-    def _misuse(self) -> str:
-        return (
-            f"expected attn_implementation={ATTENTION!r} with a TurboQuantCache, got another attention function in "
-            f"{self.layer.compression.model} (or its attention does not go through transformers' AttentionInterface)"
-        )
 
 
 _INTERRUPTED = (
@@ -100,6 +51,7 @@ class Compression:
         options: Further fields of `tq_jax.CacheSpec`.
         exact_prompt: Whether a prompt attends to its own keys and values before compression.
         model: Name of the model's class, for messages.
+        dense: Whether layers return all keys and values as tensors, for attention that is not the cache's own.
         graph_pool: Memory of the CUDA graphs of all layers, which never run at the same time.
     """
 
@@ -110,6 +62,7 @@ class Compression:
     options: dict[str, Any]
     exact_prompt: bool = True
     model: str = "the model"
+    dense: bool = False
     graph_pool: GraphPool = dataclasses.field(default_factory=GraphPool)
 
     def spec(self, kv_heads: int, head_dim: int, prompt: int) -> tq.CacheSpec:
@@ -120,7 +73,8 @@ class Compression:
             head_dim: Dimension of a head.
             prompt: Tokens of the first chunk.
         """
-        spec = tq.CacheSpec.recommended(kv_heads, head_dim, 1, self.key_bits, self.value_bits, **self.options)
+        options = ({"smooth_keys": False} if self.dense else {}) | self.options  # a dense layer knows no queries
+        spec = tq.CacheSpec.recommended(kv_heads, head_dim, 1, self.key_bits, self.value_bits, **options)
         least = spec.sink_tokens + spec.window
         if self.max_tokens is not None:
             return dataclasses.replace(spec, max_tokens=max(self.max_tokens, least))
@@ -132,8 +86,13 @@ class Compression:
 
         Raises:
             ValueError: For values of options that no layer can have.
-            NotImplementedError: For quantizers that are not supported.
+            NotImplementedError: For quantizers that are not supported, and for a dense cache that smooths keys.
         """
+        if self.dense and self.options.get("smooth_keys"):
+            raise NotImplementedError(
+                "keys are smoothed by the queries, which a dense cache does not see, got dense=True and smooth_keys="
+                f"{self.options['smooth_keys']}"
+            )
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"expected max_tokens of at least 1, got {self.max_tokens}")
         given = [self.options.get(name) for name in ("key", "value")]
@@ -175,8 +134,11 @@ class CompressedLayer(CacheLayerMixin):
 
     def update(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Handle, Handle]:
-        """Returns handles of the new tokens; the attention function, which knows queries and padding, stores them."""
+    ) -> tuple[Handle | torch.Tensor, Handle | torch.Tensor]:
+        """Returns handles of the new tokens; the attention function, which knows queries and padding, stores them.
+
+        A dense layer stores the tokens, as if none were padding, and returns all of its keys and values.
+        """
         if key_states.shape != value_states.shape:
             raise NotImplementedError(
                 f"keys and values of one shape are compressed, got {list(key_states.shape)} and "
@@ -184,19 +146,21 @@ class CompressedLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.compression.dense:
+            return store_and_read(self, key_states, value_states)  # pyright: ignore[reportCallIssue]
         return Handle(self, key_states), Handle(self, value_states)
 
-    def store(self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None) -> None:
+    def store(self, query: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None) -> None:
         """Appends a chunk without its padding.
 
         Args:
-            query: Queries [b, h_q, t, d].
+            query: Queries [b, h_q, t, d]; None if they are not known, for keys that are not smoothed.
             k: Keys [b, h_kv, t, d].
             v: Values, shaped like the keys.
             real: As for `real_tokens`: bool [b, tokens so far], False for padding; None if there is no padding.
         """
-        cache, tokens, counts, _ = self._prepare(query, k, v, real)
-        cache.append(*tokens[:2], query=tokens[2], lengths=counts)
+        cache, tokens, counts, _ = self._prepare((k, v) if query is None else (k, v, query), real)
+        cache.append(*tokens[:2], query=None if query is None else tokens[2], lengths=counts)
         self.real, self.seen = real, self.seen + k.shape[2]
 
     def attend(
@@ -212,15 +176,31 @@ class CompressedLayer(CacheLayerMixin):
         Returns:
             Outputs [b, t, h_q, d], zero for padding.
         """
-        cache, tokens, counts, order = self._prepare(query, k, v, real)
-        out = cache.extend(
-            *tokens, lengths=counts, softcap=logits.softcap, sink_logits=logits.s_aux, scale=logits.scaling
-        )
+        cache, tokens, counts, order = self._prepare((k, v, query), real)
+        out = cache.extend(*tokens, lengths=counts, **_options(logits))
         self.real, self.seen = real, self.seen + k.shape[2]
         return out if order is None else _take(out, torch.argsort(order, dim=1))
 
+    def attend_again(self, query: torch.Tensor, real: torch.Tensor | None, logits: LogitArguments) -> torch.Tensor:
+        """Attends for the latest tokens, which are stored already, as layers that share keys and values do.
+
+        Args:
+            query: Queries [b, h_q, t, d] of the latest tokens.
+            real: As for `store`.
+            logits: Arguments that change the logits.
+
+        Returns:
+            Outputs [b, t, h_q, d], zero for padding.
+        """
+        assert self.cache is not None
+        self.require_consistent(real)
+        new = None if real is None else real[:, self.seen - query.shape[2] :]
+        (query,), counts, order = _padding_last((query,), new)
+        out = self.cache.attend(query, lengths=counts, **_options(logits))
+        return out if order is None else _take(out, torch.argsort(order, dim=1))
+
     def _prepare(
-        self, query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None
+        self, chunk: Sequence[torch.Tensor], real: torch.Tensor | None
     ) -> tuple[TorchCache, list[torch.Tensor], list[int] | None, torch.Tensor | None]:
         """Makes room for a chunk and moves its padding to the end.
 
@@ -229,15 +209,9 @@ class CompressedLayer(CacheLayerMixin):
             row; position in the chunk of each of the moved tokens, int64 [b, t]. The last two are None without padding.
         """
         self._require_whole()
-        self._require_consistent(real)
-        counts = order = None
-        tokens = [x.transpose(1, 2) for x in (k, v, query)]
-        new = None if real is None else real[:, self.seen :]
-        if new is not None and not bool(new.all()):
-            counts = new.sum(1).tolist()
-            order = torch.argsort((~new).int(), dim=1, stable=True).to(k.device)
-            tokens = [_take(x, order) for x in tokens]
-        return self._make_room(k), tokens, counts, order
+        self.require_consistent(real)
+        tokens, counts, order = _padding_last(chunk, None if real is None else real[:, self.seen :])
+        return self._make_room(chunk[0]), tokens, counts, order
 
     def _require_whole(self) -> None:
         """Raises RuntimeError if an interrupted forward pass has left some layers, or a part of this one, behind."""
@@ -254,7 +228,7 @@ class CompressedLayer(CacheLayerMixin):
                 f"{_INTERRUPTED}, {found[0]} to {found[-1]} tokens in its layers: {keep}`cache.reset()` empties it"
             )
 
-    def _require_consistent(self, real: torch.Tensor | None) -> None:
+    def require_consistent(self, real: torch.Tensor | None) -> None:
         """Raises ValueError if a mask hides other tokens than the masks of earlier chunks."""
         if self.real is None and real is None:
             return
@@ -372,6 +346,31 @@ def layer_bytes(layer: Any) -> int:
 def tensor_bytes(tree: Any) -> int:
     """Bytes of all tensors of a pytree."""
     return sum(x.nbytes for x in jax.tree.leaves(tree) if isinstance(x, torch.Tensor))
+
+
+def _options(logits: LogitArguments) -> dict[str, Any]:
+    """The arguments as `TorchCache.attend` names them."""
+    return {"softcap": logits.softcap, "sink_logits": logits.s_aux, "scale": logits.scaling}
+
+
+def _padding_last(
+    chunk: Sequence[torch.Tensor], new: torch.Tensor | None
+) -> tuple[list[torch.Tensor], list[int] | None, torch.Tensor | None]:
+    """Moves the padding of a chunk to its end.
+
+    Args:
+        chunk: Tensors [b, h, t, d] of the same tokens.
+        new: bool [b, t] on the CPU, False for padding; None if there is no padding.
+
+    Returns:
+        The tensors [b, t, h, d], real tokens first; number of real tokens of each row; position in the chunk of each of
+        the moved tokens, int64 [b, t]. The last two are None without padding.
+    """
+    tokens = [x.transpose(1, 2) for x in chunk]
+    if new is None or bool(new.all()):
+        return tokens, None, None
+    order = torch.argsort((~new).int(), dim=1, stable=True).to(tokens[0].device)
+    return [_take(x, order) for x in tokens], new.sum(1).tolist(), order
 
 
 def _take(tokens: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import statistics
 import time
@@ -13,11 +14,18 @@ from typing import Any
 import torch
 import transformers
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+)
 
-from interop.hf.attention import ATTENTION
 from interop.hf.cache import TurboQuantCache
 from interop.hf.decoding_graphs import decoding_graphs
+from interop.hf.handle import ATTENTION
 from interop.hf.layer import CACHE_ARGUMENT, layer_bytes
 from tq_jax.commands.inputs import CHARACTERS_PER_TOKEN, require_tokens
 from tq_jax.commands.options import refusing
@@ -68,6 +76,7 @@ class Task:
         new_tokens: Number of tokens to generate.
         attention: The model's own attention implementation, which the baseline uses.
         graphs: Whether decoding steps of compressed caches are replayed from CUDA graphs.
+        dense: Whether compressed caches return tensors, so that the model's own attention reads them.
     """
 
     network: Any
@@ -78,6 +87,7 @@ class Task:
     new_tokens: int
     attention: str
     graphs: bool
+    dense: bool = False
 
     @property
     def positions(self) -> int:
@@ -95,6 +105,7 @@ def load_task(
     new_tokens: int,
     device: str,
     graphs: bool,
+    dense: bool = False,
 ) -> Task:
     """Loads a model and tokenizes its text and prompt.
 
@@ -107,6 +118,7 @@ def load_task(
         new_tokens: Number of tokens to generate.
         device: Device on which torch runs the model.
         graphs: Whether decoding steps of compressed caches are replayed from CUDA graphs.
+        dense: Whether compressed caches return tensors, so that the model's own attention reads them.
 
     Raises:
         typer.BadParameter: For a directory without a model, a device that torch does not have, a text without tokens
@@ -114,7 +126,7 @@ def load_task(
     """
     require_device(device)
     with refusing("torch,hf"):
-        network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        network: Any = _auto_class(model).from_pretrained(model, dtype="auto")
         tokenizer = AutoTokenizer.from_pretrained(model)
     text = content[: CHARACTERS_PER_TOKEN * (context + positions)]
     ids = tokenizer(text, return_tensors="pt").input_ids[:, : context + positions].to(device)
@@ -126,7 +138,14 @@ def load_task(
     room = getattr(network.config.get_text_config(), "max_position_embeddings", None) or math.inf
     require_tokens("the model's context", room, max(ids.shape[1], asked.shape[1] + new_tokens))
     attention = network.config._attn_implementation
-    return Task(network.to(device).eval(), tokenizer, ids, asked, context, new_tokens, attention, graphs)
+    return Task(network.to(device).eval(), tokenizer, ids, asked, context, new_tokens, attention, graphs, dense)
+
+
+def _auto_class(model: Path) -> Any:
+    """The class that loads a model: vision-language models are not in the list of those that read text alone."""
+    kind = type(AutoConfig.from_pretrained(model))
+    sees = kind in AutoModelForImageTextToText._model_mapping and kind not in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def require_device(name: str) -> None:
@@ -143,9 +162,11 @@ def require_supported(task: Task, widths: Sequence[tuple[float, float]]) -> None
     Raises:
         typer.BadParameter: If the model's heads cannot have such bits, or its decoding steps cannot be CUDA graphs.
     """
-    task.network.set_attn_implementation(ATTENTION)
-    for pair in widths:
-        cache = make_cache(task.network, pair)
+    with refusing("torch,hf"):
+        caches = [make_cache(task.network, pair, dense=task.dense) for pair in widths]
+    if not task.dense:
+        task.network.set_attn_implementation(ATTENTION)
+    for cache in caches:
         with refusing("torch,hf"), torch.no_grad(), steps(task, cache):
             task.network(task.ids[:, :1], **{CACHE_ARGUMENT: cache})
 
@@ -167,16 +188,17 @@ def measure(task: Task, widths: tuple[float, ...] | None, reference: Any = None)
         Log-probabilities of the baseline at the positions compared, and the measurements.
     """
     network, ids = task.network, task.ids
-    network.set_attn_implementation(task.attention if widths is None else ATTENTION)
-    cache = make_cache(network, widths)
+    if not task.dense:
+        network.set_attn_implementation(task.attention if widths is None else ATTENTION)
+    cache = make_cache(network, widths, dense=task.dense)
     given = {CACHE_ARGUMENT: cache}
     with torch.no_grad():
-        logits = [network(ids[:, : task.context], **given, logits_to_keep=1).logits]
+        logits = [network(ids[:, : task.context], **given, **last_logits(network)).logits[:, -1:]]
         logits += [network(part, **given).logits for part in ids[:, task.context :].split(CHUNK, dim=1)]
     found = torch.cat(logits, 1)[0, :-1].float().log_softmax(-1)
     exact = found if reference is None else reference
     kl = (exact.exp() * (exact - found)).sum(-1)
-    new = make_cache(network, widths)
+    new = make_cache(network, widths, dense=task.dense)
     with refusing("torch,hf"), steps(task, new):
         answer, seconds = generate(network, task.asked, new, task.new_tokens)
     row = Row(
@@ -200,13 +222,15 @@ def steps(task: Task, cache: Any) -> contextlib.AbstractContextManager[None]:
     return decoding_graphs(task.network, cache) if wanted else contextlib.nullcontext()
 
 
-def make_cache(network: PreTrainedModel, widths: tuple[float, ...] | None) -> DynamicCache | TurboQuantCache:
+def make_cache(
+    network: PreTrainedModel, widths: tuple[float, ...] | None, *, dense: bool = False
+) -> DynamicCache | TurboQuantCache:
     """A new cache: a compressed one with these bits of keys and values, or the usual one for None."""
     if widths is None:
         return DynamicCache(config=network.config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the table says how many layers are compressed
-        return TurboQuantCache(network.config, key_bits=widths[0], value_bits=widths[1])
+        return TurboQuantCache(network.config, key_bits=widths[0], value_bits=widths[1], dense=dense)
 
 
 def label(widths: tuple[float, ...] | None) -> str:
@@ -225,14 +249,20 @@ def generate(network: PreTrainedModel, asked: torch.Tensor, cache: Any, count: i
     """Greedy tokens, and the median seconds per token without the first step, which compiles."""
     tokens, times = [], []
     step = asked
+    given = {CACHE_ARGUMENT: cache} | last_logits(network)
     with torch.no_grad():
         for _ in range(count):
             _wait(asked.device)
             start = time.perf_counter()
-            step = network(step, **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            step = network(step, **given).logits[:, -1:].argmax(-1)
             tokens.append(int(step))
             times.append(time.perf_counter() - start)
     return tokens, statistics.median(times[1:] or times)
+
+
+def last_logits(network: PreTrainedModel) -> dict[str, int]:
+    """Arguments by which a model computes the logits of the last token alone; none if it cannot."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(network.forward).parameters else {}
 
 
 def _wait(device: torch.device) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
-from interop.hf.attention import ATTENTION
+from interop.hf.handle import ATTENTION
 from interop.hf.layer import CACHE_ARGUMENT
 from interop.hf.measure import Row, cache_bytes, label, make_cache, require_device
 from tq_jax.commands.options import refusing

@@ -21,6 +21,7 @@ from interop.torch.attend_on_gpu import AttendOptions
 from interop.torch.dlpack import to_torch
 from interop.torch.kernels import CacheKernels
 from interop.torch.placement import counters_after, plan_append, require_chunk, require_room, row_integers
+from interop.torch.read import read_tokens
 from interop.torch.rows import CacheRows
 from interop.torch.tensors import empty_tensors, map_rows
 from tq_jax.attention_checks import check_query
@@ -249,6 +250,18 @@ class TorchCache(CacheRows):
             return out
         self._advance((1,) * self.rows)
         return custom_ops.refuse_gradient(out, query, sink_logits)
+
+    def read(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """All tokens, decompressed, for attention that is not the cache's own; `attend` needs no such copy.
+
+        Args:
+            dtype: Type of the result.
+
+        Returns:
+            Keys and values [rows, h_kv, t, d] in the order of their positions, where t is the longest row; zeros behind
+            the tokens of shorter rows. What lies in the window and the sinks is as it was stored.
+        """
+        return read_tokens(self.arrays, self.lengths, self.compressed, dtype)
 
     @property
     def takes_tokens(self) -> bool:

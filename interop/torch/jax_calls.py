@@ -8,11 +8,13 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import torch
 from jaxtyping import Bool, Float
 
 import tq_jax as tq
 from interop.torch.dlpack import CPU_ALIGNMENT, to_jax, to_torch
+from tq_jax import read
 from tq_jax.quantizer import encode_rotated, to_rotated
 from tq_jax.statistics import KeyStatistics, fix_statistics, observe_queries
 
@@ -75,8 +77,7 @@ def update_statistics(
         New statistics, on the device of `fix`.
     """
     given = (statistics, query, exists, keys, valid, fix)
-    here = fix.device if jax.default_backend() == "gpu" else torch.device("cpu")  # JAX must be able to read it
-    arrays = to_jax(jax.tree.map(lambda x: fresh(x.to(here)), given))
+    arrays = to_jax(jax.tree.map(lambda x: fresh(x.to(_readable(fix.device))), given))
     new = to_torch(_update_statistics(*arrays, center=center, smooth=smooth))
     return jax.tree.map(lambda x: x.to(fix.device), new)
 
@@ -86,6 +87,25 @@ def attend(query: Float[torch.Tensor, "b t h_q d"], cache: tq.Cache, **options: 
     tensors = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)}
     arrays = to_jax({"query": fresh(query.detach()), **{name: fresh(x.detach()) for name, x in tensors.items()}})
     return to_torch(tq.attend(cache=cache, **(options | arrays)))
+
+
+def read_packed(
+    pages: Any, quantizers: Any, statistics: tuple[torch.Tensor, torch.Tensor] | None, *, rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tq_jax.read.read_packed` of pages [rows * n, ...], all of them, where JAX can read them.
+
+    Args:
+        pages: The pages, a pytree of tensors.
+        quantizers: Quantizers of keys and of values, pytrees of tensors.
+        statistics: Mean and channel weights of the keys; None for keys that are stored as they are.
+        rows: Number of sequences.
+
+    Returns:
+        Keys and values, float32 [rows, h_kv, s, d], on the device of the pages.
+    """
+    device = jax.tree.leaves(pages)[0].device
+    given = to_jax(jax.tree.map(lambda x: fresh(x.to(_readable(device))), (pages, quantizers, statistics)))
+    return jax.tree.map(lambda x: x.to(device), to_torch(_read(*given, rows=rows)))
 
 
 def write_codes(pool: tq.Code, code: tq.Code, page: torch.Tensor, place: torch.Tensor, *, channel_major: bool) -> None:
@@ -110,6 +130,11 @@ def fresh(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy if JAX could not share its memory."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % CPU_ALIGNMENT == 0 else tensor.clone()
+
+
+def _readable(device: torch.device) -> torch.device:
+    """The device itself if JAX can read its memory, or else the CPU."""
+    return device if jax.default_backend() == "gpu" else torch.device("cpu")
 
 
 def _padded(tokens: torch.Tensor, count: int) -> torch.Tensor:
@@ -149,3 +174,9 @@ def _update_statistics(
     if keys is not None and valid is not None:
         statistics = fix_statistics(statistics, [(keys, valid)], fix, center=center, smooth=smooth)
     return statistics
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def _read(pages: Any, quantizers: Any, statistics: Any, *, rows: int) -> tuple[jax.Array, jax.Array]:
+    table = jnp.arange(pages.count, dtype=jnp.int32).reshape(rows, -1)
+    return read.read_packed(pages, table, quantizers, statistics)

@@ -78,13 +78,16 @@ def measure(checks: Sequence[Check], console: Console) -> list[Claim]:
     return claims
 
 
-def conclude(title: str, checks: Sequence[Check], json_target: str | None) -> None:
+def conclude(
+    title: str, checks: Sequence[Check], json_target: str | None, *, payload: dict[str, Any] | None = None
+) -> None:
     """Runs a command that consists of checks: measures, prints the table, writes the JSON.
 
     Args:
         title: Heading of the table.
         checks: Checks to run.
         json_target: Value of the `--json` option.
+        payload: What else the JSON holds; the checks may add to it.
 
     Raises:
         typer.Exit: With code 1 if a claim does not hold.
@@ -94,7 +97,7 @@ def conclude(title: str, checks: Sequence[Check], json_target: str | None) -> No
     console.print(_table(title, claims))
     failed = [claim.name for claim in claims if not claim.ok]
     console.print(f"{len(claims) - len(failed)} of {len(claims)} hold" + "".join(f"\n  FAIL {name}" for name in failed))
-    write_json({"claims": [claim.as_dict() for claim in claims]}, json_target)
+    write_json({"claims": [claim.as_dict() for claim in claims]} | (payload or {}), json_target)
     if failed:
         raise typer.Exit(1)
 

@@ -8,6 +8,7 @@ from tiny_hf import tiny  # noqa: E402
 
 from interop.hf import TurboQuantCache  # noqa: E402
 from interop.hf.attention import compressed_attention, real_tokens  # noqa: E402
+from interop.hf.layer import VERSION  # noqa: E402
 
 D = 32
 
@@ -56,13 +57,17 @@ def test_tensors_have_their_own_causality(model, tensors, says, softcap):
     torch.testing.assert_close(found, reference(*tensors, seen, softcap=softcap, scaling=0.3), rtol=0, atol=1e-6)
 
 
-def test_tensors_have_biases_and_dropout_by_sdpa(tensors):
+def test_tensors_have_biases_and_dropout_by_sdpa(tensors, monkeypatch):
     module = torch.nn.Module()
     module.num_key_value_groups = 2
     bias = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
     options = dict(position_bias=bias, is_causal=False, cu_seq_lens_q=None)
-    found = compressed_attention(module, *tensors, None, **options)[0]
-    torch.testing.assert_close(found, reference(*tensors, bias), rtol=0, atol=1e-6)
+    if VERSION >= (5, 0):
+        found = compressed_attention(module, *tensors, None, **options)[0]
+        torch.testing.assert_close(found, reference(*tensors, bias), rtol=0, atol=1e-6)
+    monkeypatch.setattr("interop.hf.attention.SDPA_TAKES_BIASES", False)
+    with pytest.raises(NotImplementedError, match=r"SDPA of transformers .* ignores position_bias=torch.float32\[2, 4"):
+        compressed_attention(module, *tensors, None, **options)
     assert not compressed_attention(module, *tensors, None, dropout=1.0)[0].any()
     for refused in (dict(dropout=0.1), dict(position_bias=bias)):
         with pytest.raises(NotImplementedError, match=f"{next(iter(refused))}|dropout"):

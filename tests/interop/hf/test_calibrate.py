@@ -105,9 +105,10 @@ def test_a_folder_that_cannot_be_written(model, tmp_path, monkeypatch):
 def test_an_overridden_configuration(model):
     """A server whose configuration is overridden needs statistics that were taken with it."""
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    result = run(model, "--tokens", "80", "--overrides", json.dumps({"rope_parameters": rope}))
+    field = "rope_parameters" if transformers.__version__ >= "5" else "rope_scaling"
+    result = run(model, "--tokens", "80", "--overrides", json.dumps({field: rope}))
     assert result.exit_code == 0, result.output
-    stretched = transformers.AutoConfig.from_pretrained(model, rope_parameters=rope)
+    stretched = transformers.AutoConfig.from_pretrained(model, **{field: rope})
     assert read_statistics(model / FILE_NAME, identify(model, stretched))[0].any()
     with pytest.raises(ValueError, match="'rope': {'rope_theta': 10000.0}}, got {'rope': {'factor': 2.0, "):
         read_statistics(model / FILE_NAME, identify(model, transformers.AutoConfig.from_pretrained(model)))
@@ -124,6 +125,7 @@ def test_a_named_file(model, tmp_path):
 @pytest.mark.parametrize(
     ("message", "arguments"),
     [
+        ("expected fields of LlamaConfig in --overrides, got rope_fheta", ["--overrides", '{"rope_fheta": 5}']),
         ("expected a file or one of persuasion, pydoc, wiki, jargon, code, got 'nosuch'", ["--texts", "nosuch"]),
         ("expected a device that torch has, got 'nosuch'", ["--device", "nosuch"]),
         ("expected --overrides to be a JSON object, got 'x'", ["--overrides", "x"]),

@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import typer  # noqa: E402
+from tiny_hf import save_letters  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from interop.hf.command import hf  # noqa: E402
@@ -16,13 +17,8 @@ from interop.hf.command import hf  # noqa: E402
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny random model with a tokenizer of single characters."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
     path = tmp_path_factory.mktemp("model")
-    letters = {chr(code): code for code in range(128)}
-    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(path)
+    save_letters(path)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
@@ -136,9 +132,10 @@ def seeing(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     size = dict(size={"shortest_edge": 280}, crop_size={"height": 280, "width": 280})
     transformers.LlavaProcessor(
-        transformers.CLIPImageProcessorPil(**size),
+        getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)(**size),
         transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=["<image>"]
+            tokenizer_object=tokenizer, unk_token="<unk>", additional_special_tokens=["<image>"],
+            model_input_names=["input_ids", "attention_mask"],
         ),
         patch_size=14, num_additional_image_tokens=1, vision_feature_select_strategy="default",
         chat_template="{% for c in messages[0].content %}{{ c.text or ' <image> ' }}{% endfor %}",

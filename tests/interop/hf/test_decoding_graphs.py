@@ -133,6 +133,11 @@ def test_what_is_refused(captures, model, ids, monkeypatch):
     )
     with refused, decoding_graphs(sliding, cache):
         pass
+    with pytest.warns(UserWarning, match="saves storage only"):
+        dense = compressed(model, dense=True)
+    refused = pytest.raises(NotImplementedError, match="attention that reads the codes, got a cache with dense=True")
+    with refused, decoding_graphs(model, dense):
+        pass
     cache, forward = compressed(model), type(model).forward
 
     @functools.wraps(forward)

@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 from tiny_hf import tiny  # noqa: E402
 
 from interop.hf import TurboQuantCache  # noqa: E402
-from interop.hf.layer import LogitArguments  # noqa: E402
+from interop.hf.handle import LogitArguments  # noqa: E402
 
 OPTIONS = dict(window=16, page_size=16, dtype="float32")
 

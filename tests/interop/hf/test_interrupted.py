@@ -9,6 +9,7 @@ from fake_quant_hf import given  # noqa: E402
 from tiny_hf import tiny  # noqa: E402
 
 from interop.hf import TurboQuantCache  # noqa: E402
+from interop.hf.layer import VERSION  # noqa: E402
 from interop.torch.cache import TorchCache  # noqa: E402
 
 GREEDY = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
@@ -52,6 +53,7 @@ def test_layers_of_different_lengths_are_noticed(model, ids, stop, tokens):
     assert torch.equal(model.generate(ids[:1, :tokens], **given(cache), **GREEDY), expected)
 
 
+@pytest.mark.skipif(VERSION < (5, 0), reason="generate of transformers 4 stops at such a cache by itself")
 def test_an_interrupted_prompt_leaves_nothing_to_keep(model, ids):
     expected, cache = model.generate(ids, **GREEDY), TurboQuantCache(model.config)
     run_until(model.model.layers[1], lambda: model.generate(ids, **given(cache), **GREEDY))

@@ -9,8 +9,9 @@ from fake_quant_hf import given  # noqa: E402
 from tiny_hf import tiny  # noqa: E402
 
 from interop.hf import CompressedLayer, TurboQuantCache  # noqa: E402
-from interop.hf.layer import layer_bytes  # noqa: E402
-from interop.hf.models import require_supported  # noqa: E402
+from interop.hf.cache import _compressed  # noqa: E402
+from interop.hf.layer import VERSION, Compression, layer_bytes  # noqa: E402
+from interop.hf.models import SHARES_IN_A_PASS, require_supported  # noqa: E402
 
 LATENTS = dict(kv_lora_rank=32, qk_rope_head_dim=32, qk_nope_head_dim=32, v_head_dim=32, q_lora_rank=None)
 
@@ -29,7 +30,6 @@ def ids():
             dict(model_type="deepseek_v3", **LATENTS),
             "latents and no keys .* DeepseekV3ForCausalLM with kv_lora_rank=32",
         ),
-        (dict(model_type="gemma3n"), "share keys and values are not compressed, got Gemma3nConfig with num_kv_shared"),
     ],
 )
 def test_models_that_cannot_have_the_cache(config, message):
@@ -57,6 +57,23 @@ def test_hybrids_need_transformers_5(kind, given, named):
     assert require_supported(attention, version=(4, 57)) == "GraniteMoeHybridForCausalLM"
 
 
+@pytest.mark.parametrize("kind", ["gemma3n", "gemma3n_text"])
+def test_layers_that_share_need_a_newer_release(kind):
+    config = transformers.AutoConfig.for_model(kind)
+    with pytest.raises(NotImplementedError, match="hand each other .* got Gemma3n.* num_kv_shared_layers=15: pip inst"):
+        require_supported(config, version=(5, 5))
+    assert "Gemma3n" in require_supported(config, version=SHARES_IN_A_PASS)
+
+
+def test_states_of_older_releases():
+    """Transformers 5.10 has one state per layer, and no number of them."""
+    older = type("LinearAttentionAndFullAttentionLayer", (), {})()
+    with pytest.raises(
+        NotImplementedError, match=r"read as transformers 5.14 and newer .* the model in transformers \d"
+    ):
+        _compressed(older, Compression(4, 4, None, 0, {}), None)
+
+
 SMALL = dict(mamba_d_state=16, mamba_chunk_size=16, chunk_size=16, mamba_n_groups=1)
 WITH_STATE = {
     "FalconH1": dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16),
@@ -72,8 +89,8 @@ WITH_STATE = {
 @pytest.mark.parametrize("kind", WITH_STATE)
 def test_layers_of_attention_and_state_space(ids, kind):
     """Attention is compressed, the state is kept: exact tokens within the window, beams and an emptied cache too."""
-    if not hasattr(transformers, f"{kind}Config") or transformers.__version__ < "5":
-        pytest.skip("transformers before 5")
+    if not hasattr(transformers, f"{kind}Config") or VERSION < (5, 14):
+        pytest.skip("transformers before 5.14")
     ours, stock = (tiny(kind, attention, **SMALL, **WITH_STATE[kind]) for attention in ("tq_jax", "sdpa"))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
