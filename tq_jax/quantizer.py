@@ -134,7 +134,7 @@ def require_choices(spec: Any, **choices: tuple) -> None:
 
 
 def require_dim(dim: int, least: int, most: int, *, above: str = "") -> None:
-    """Raises NotImplementedError unless the dimensions of a vector are within limits; `above` is said of larger ones."""
+    """Raises NotImplementedError unless the dimensions of a vector are within limits; `above` is said of more."""
     if not least <= dim <= most:
         hint = above if dim > most else ""
         raise NotImplementedError(f"dim from {least} to {most} is supported, got dim={dim}{hint}")
