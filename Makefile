@@ -10,6 +10,7 @@
 #   make gate-xla PYTHON=python3.12        compile whole operations by XLA for an H100, in .venv-xla (450 MB to download)
 #   make notebooks                         run the notebooks and store their output, in .venv
 #   make notebooks NOTEBOOKS="02 05"       some of the notebooks
+#   make docs                              the documentation site, in build/site, by .venv-docs (180 MB)
 
 PYTHON ?= python3
 TORCH ?= 2.13.0
@@ -35,6 +36,8 @@ JAX_EXTRAS := models,dev
 VLLM_EXTRAS := models,dev
 COMPANIONS := torchvision torchaudio torchcodec
 TUNIX_EXTRAS := tunix,dev
+# The site reads the sources and imports nothing of them, so that its environment has the extra alone.
+DOCS_EXTRA = $(shell $(PYTHON) -c 'import tomllib; print(*map(repr, tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"]))')
 
 # Most of the time of the tests would be XLA's, optimizing programs that run once. The flag is one of JAX 0.10, whose
 # successor has only the other, faster way. GPU tests, notebooks, vLLM and Tunix run what users run.
@@ -43,7 +46,7 @@ QUICK_COMPILER_OF_TEST := $(QUICK_COMPILER) XLA_FLAGS="--xla_cpu_use_fusion_emit
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-jax test-vllm test-tunix gate gate-xla notebooks check-notebooks lint format clean
+.PHONY: help demo test test-jax test-vllm test-tunix gate gate-xla notebooks check-notebooks docs lint format clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
@@ -77,6 +80,9 @@ endef
 .venv-demo/.ready: pyproject.toml
 	$(call environment,.venv-demo,-e ".[models]")
 
+.venv-docs/.ready: pyproject.toml
+	$(call environment,.venv-docs,$(DOCS_EXTRA))
+
 demo: .venv-demo/.ready ## compress the cache of a small language model and show what it costs
 	.venv-demo/bin/tq-jax demo $(DEMO)
 
@@ -104,6 +110,9 @@ notebooks: .venv/.ready ## run the notebooks and store their output
 check-notebooks: .venv/.ready ## run the notebooks without changing them; fail if one of their claims does not hold
 	.venv/bin/python notebooks/run.py --check $(NOTEBOOKS)
 
+docs: .venv-docs/.ready ## build the documentation site, strictly, in build/site
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 lint: .venv/.ready ## check formatting, lint and types; change nothing
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -114,5 +123,5 @@ format: .venv/.ready ## format and fix what can be fixed
 	.venv/bin/ruff check --fix .
 
 clean: ## remove environments, caches and build outputs
-	rm -rf .venv .venv-jax .venv-vllm .venv-tunix .venv-xla .venv-demo build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-jax .venv-vllm .venv-tunix .venv-xla .venv-demo .venv-docs build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,7 @@ from pallas_kernels.dispatch import Chosen, Implementation, choose, interprets
 from pallas_kernels.encode import Encoder, encode_pages
 from pallas_kernels.pages import Pages
 from tq_jax.attention import SHARED_FIELDS, arrays_of
-from tq_jax.cache import Cache, from_storage, require_row_integers, to_storage
+from tq_jax.cache import Cache, from_storage, require_no_explicit_axes, require_row_integers, to_storage
 from tq_jax.cache_spec import CacheSpec
 from tq_jax.quantizer import encoder, is_traced
 from tq_jax.statistics import BALANCE, EQUAL, FLOOR, MIN_TOKENS, KeyStatistics, fix_statistics, observe_queries
@@ -57,7 +57,8 @@ def append(
             cache's dtype or, once they leave the window, for their scale_dtype, and for a row without room for its
             chunk. Under jit, queries that attend to such tokens get NaN, and a chunk without room leaves its row as it
             was and marks the row in `cache.overflow`.
-        NotImplementedError: For "triton" where the kernels do not support the case.
+        NotImplementedError: For "triton" where the kernels do not support the case, and for arrays that are spread over
+            explicit axes of a mesh.
 
     Example:
         >>> import tq_jax as tq
@@ -66,6 +67,7 @@ def append(
         >>> cache.length.tolist(), cache.compressed.tolist()
         ([200], [68])
     """
+    require_no_explicit_axes("append", (cache, k, v, query))
     batch, tokens = _check_shapes(cache, k, v, query, lengths, rows)
     # Traced, so that the check computes no encoder.
     chosen = choose(implementation, op="append", check=functools.partial(jax.eval_shape, _check, cache))

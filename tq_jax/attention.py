@@ -25,7 +25,7 @@ from pallas_kernels.layer import Heads, JointHeads
 from pallas_kernels.tiles.rotation_triton import Basis, Segment
 from tq_jax import attention_reference
 from tq_jax.attention_checks import checked, visible_tokens
-from tq_jax.cache import Cache
+from tq_jax.cache import Cache, require_no_explicit_axes
 from tq_jax.cache_spec import CacheSpec
 from tq_jax.gradients import forward_only, without_derivative
 from tq_jax.paged import finish
@@ -84,8 +84,9 @@ def attend(
     Raises:
         ValueError: For shapes or options that do not fit, such as a sliding window that reaches back to tokens that the
             cache no longer holds; and, outside jit, for lengths or rows out of range.
-        NotImplementedError: For an implementation that does not exist or does not support the case; and for a gradient
-            through the output, which only has derivatives along a direction (`jax.jvp`), and on a GPU none.
+        NotImplementedError: For an implementation that does not exist or does not support the case; for arrays that are
+            spread over explicit axes of a mesh; and for a gradient through the output, which only has derivatives along
+            a direction (`jax.jvp`), and on a GPU none.
 
     Example:
         >>> import tq_jax as tq
@@ -95,6 +96,7 @@ def attend(
         (1, 1, 8, 64)
     """
     above_zero: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap, "scale": scale}
+    require_no_explicit_axes("attend", (query, cache, chunk))
     rows, lengths, only = checked(query, cache, chunk, lengths, rows, only, sink_logits, **above_zero)
     appended = query.shape[1] if chunk is None else 0
     above_zero["sliding_window"] = visible_tokens(cache.spec, sliding_window, appended=appended)

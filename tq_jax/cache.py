@@ -12,6 +12,7 @@ precision, the exact ring is all there is. `pallas_kernels.append.slots` states 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,22 @@ def from_storage(spec: CacheSpec, stored: Shaped[Array, "..."]) -> Float[Array, 
     """Inverse of `to_storage`, widened to float32."""
     tokens = lax.bitcast_convert_type(stored, jnp.bfloat16) if spec.dtype == "bfloat16" else stored
     return tokens.astype(jnp.float32)
+
+
+def require_no_explicit_axes(op: str, tree: Any) -> None:
+    """Raises NotImplementedError for arrays that are spread over explicit axes of a mesh, as `jax.make_mesh` has them.
+
+    Args:
+        op: The operation, for the message.
+        tree: Its arrays; None is skipped.
+    """
+    for array in jax.tree.leaves(tree):
+        kind = jax.typeof(array)
+        if any(axes is not None for axes in kind.sharding.spec):
+            raise NotImplementedError(
+                f"{op}: arrays spread over explicit axes of a mesh are not supported, got {kind.str_short()}: call it "
+                "inside jax.shard_map, or make the mesh with axis_types of jax.sharding.AxisType.Auto"
+            )
 
 
 def require_row_integers(batch: int, **arrays: Array | None) -> None:

@@ -1,6 +1,7 @@
 """Files of arrays: safetensors with a JSON header, written and checked as a whole; and the directory of a cache."""
 
 import hashlib
+import importlib
 import json
 import os
 import tempfile
@@ -40,8 +41,13 @@ def write_arrays(path: str | os.PathLike, header: dict[str, Any], arrays: Mappin
 
     Raises:
         FileNotFoundError: If the folder does not exist.
+        IsADirectoryError: If the path is a folder.
+        ModuleNotFoundError: Without `safetensors`.
     """
+    _require_safetensors()
     target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(f"expected the path of a file, got the folder {target}")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no folder {target.parent}")
     dense = {name: np.asarray(array, order="C") for name, array in arrays.items()}
@@ -83,6 +89,8 @@ def read_arrays(
 
     Raises:
         FileNotFoundError: If the file does not exist.
+        IsADirectoryError: If the path is a folder.
+        ModuleNotFoundError: Without `safetensors`.
         ValueError: If it is damaged or of another kind: header, names, types, shapes and every byte are checked.
     """
     text, arrays = _load(Path(path), with_arrays=True)
@@ -117,8 +125,11 @@ def require_format(header: dict[str, Any], wanted: str) -> None:
 
 def _load(path: Path, *, with_arrays: bool) -> tuple[str, dict[str, np.ndarray]]:
     """Reads the text of the header ("" if there is none) and, if wanted, the arrays."""
+    _require_safetensors()
     from safetensors import SafetensorError, safe_open
 
+    if path.is_dir():
+        raise IsADirectoryError(f"expected the path of a file, got the folder {path}")
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
@@ -127,6 +138,14 @@ def _load(path: Path, *, with_arrays: bool) -> tuple[str, dict[str, np.ndarray]]
             return (file.metadata() or {}).get(HEADER, ""), {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path.name}: expected a safetensors file, got a damaged one: {error}") from error
+
+
+def _require_safetensors() -> None:
+    """Raises ModuleNotFoundError with the extra of this package that installs `safetensors`, if it is missing."""
+    try:
+        importlib.import_module("safetensors")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}, which the extra `models` of tq-jax installs") from error
 
 
 def _parsed(text: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ def whole(name: str, value: Any) -> int:
         value: The integer.
 
     Raises:
-        ValueError: For anything else, such as a float, whose fraction would be cut off.
+        ValueError: For anything else, such as True, or a float, whose fraction would be cut off.
 
     Example:
         >>> whole("window", np.int64(64))
@@ -25,6 +25,8 @@ def whole(name: str, value: Any) -> int:
         ValueError: expected window as an integer, got 64.0
     """
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
     except TypeError as error:
         raise ValueError(f"expected {name} as an integer, got {value!r}") from error

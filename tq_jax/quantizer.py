@@ -82,7 +82,7 @@ class QuantizerSpec:
             scale_dtype=get_args(ScaleDtype),
         )
         make_plain(self, dim=whole, bits=number, search=flag, group=whole)
-        require_dim(self.dim, MIN_DIM, MAX_DIM)
+        require_dim(self.dim, MIN_DIM, MAX_DIM, above="; tq_jax.search.IndexSpec takes wider vectors")
         widths = {"mse": INTEGER_BITS + FRACTIONAL_BITS, "prod": INTEGER_BITS, "group": GROUP_BITS}[self.kind]
         if self.bits not in widths:
             raise NotImplementedError(f"kind={self.kind!r} has bits in {widths}, got bits={self.bits!r}")
@@ -133,10 +133,11 @@ def require_choices(spec: Any, **choices: tuple) -> None:
         object.__setattr__(spec, name, allowed[allowed.index(getattr(spec, name))])
 
 
-def require_dim(dim: int, least: int, most: int) -> None:
-    """Raises NotImplementedError unless the dimensions of a vector are within limits."""
+def require_dim(dim: int, least: int, most: int, *, above: str = "") -> None:
+    """Raises NotImplementedError unless the dimensions of a vector are within limits; `above` is said of more."""
     if not least <= dim <= most:
-        raise NotImplementedError(f"dim from {least} to {most} is supported, got dim={dim}")
+        hint = above if dim > most else ""
+        raise NotImplementedError(f"dim from {least} to {most} is supported, got dim={dim}{hint}")
 
 
 @pytree
@@ -279,6 +280,8 @@ def encoder(q: Quantizer) -> Encoder:
 
 def checked(q: Quantizer, x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
     """Returns x, or raises ValueError if it is not a batch of float vectors of spec.dim channels."""
+    if not hasattr(x, "ndim"):
+        raise ValueError(f"expected an array of vectors of {q.spec.dim} channels, got {type(x).__name__}")
     if x.ndim == 0 or x.shape[-1] != q.spec.dim:
         raise ValueError(f"expected vectors of {q.spec.dim} channels, got shape {tuple(x.shape)}")
     if not jnp.issubdtype(x.dtype, jnp.floating):

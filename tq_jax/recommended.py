@@ -1,4 +1,4 @@
-"""The recommended quantizers: what demo, evaluation, Hugging Face, vLLM and the README's examples use."""
+"""The recommended quantizers: what demo, evaluation, Hugging Face, vLLM and the documents' examples use."""
 
 from typing import Literal
 

@@ -182,6 +182,20 @@ def test_rows_sharded_over_devices():
     assert new.compressed.tolist() == want_cache.compressed.tolist()
 
 
+def test_explicit_axes_of_a_mesh_are_refused():
+    """`jax.make_mesh` has them by default; JAX would refuse a scatter by a message about its output."""
+    k, v, q = tokens(4, 60)
+    spread = jax.NamedSharding(jax.make_mesh((4,), ("data",)), P("data"))
+    cache, placed = tq.init_cache(make_spec(), batch=4), jax.device_put((k, v, q), spread)
+    message = (
+        "arrays spread over explicit axes of a mesh are not supported, got float32.*: call it inside jax.shard_map"
+    )
+    with pytest.raises(NotImplementedError, match=f"append: {message}"):
+        tq.append(cache, *placed[:2])
+    with pytest.raises(NotImplementedError, match=f"attend: {message}"):
+        jax.jit(tq.attend)(placed[2], cache)
+
+
 def test_64_bit_jax():
     k, v, q = tokens(2, 40)
     want = tq.attend(q[:, -1:], tq.append(tq.init_cache(make_spec(), batch=2), k, v, query=q))

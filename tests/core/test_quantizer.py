@@ -160,6 +160,11 @@ def test_scan_and_shard_map():
         jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
+def test_vectors_are_an_array(unchecked_shapes):
+    with pytest.raises(ValueError, match="expected an array of vectors of 64 channels, got list"):
+        tq.quantize(tq.make_quantizer(tq.QuantizerSpec(64, 4)), [0.5] * 64)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision_vectors(dtype):
     q, x = tq.make_quantizer(tq.QuantizerSpec(64, 4)), sphere(8, 64).astype(dtype)
@@ -169,7 +174,9 @@ def test_half_precision_vectors(dtype):
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
-        (NotImplementedError, "dim from 16 to 512 is supported, got dim=8", {"dim": 8}),
+        (NotImplementedError, "dim from 16 to 512 is supported, got dim=8$", {"dim": 8}),
+        (NotImplementedError, "got dim=768; tq_jax.search.IndexSpec takes wider vectors", {"dim": 768}),
+        (ValueError, "expected bits as an integer, got True", {"bits": True}),
         (NotImplementedError, r"kind='mse' has bits in .*, got bits=6", {"bits": 6}),
         (NotImplementedError, r"kind='prod' has bits in .*, got bits=2.5", {"bits": 2.5, "kind": "prod"}),
         (NotImplementedError, r"kind='group' has bits in \(2, 4\), got bits=3", {"bits": 3, "kind": "group"}),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 import tempfile
 
 import jax
@@ -104,6 +105,8 @@ def test_damaged_files_are_refused(tmp_path):
         tq.load_cache(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="no folder"):
         tq.save_cache(filled(), tmp_path / "none" / "cache")
+    with pytest.raises(IsADirectoryError, match="expected the path of a file, got the folder"):
+        tq.save_cache(filled(), tmp_path)
     assert path.read_bytes() == whole
 
 
@@ -204,6 +207,13 @@ def test_specs_of_numpy_numbers_are_those_of_python(tmp_path):
     assert tq.load_cache(tmp_path / "cache").spec == made
 
 
+def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    for use in (lambda: tq.save_cache(filled(), tmp_path / "cache"), lambda: tq.load_cache(tmp_path / "cache")):
+        with pytest.raises(ModuleNotFoundError, match="which the extra `models` of tq-jax installs"):
+            use()
+
+
 def test_sizes_of_numpy_numbers(tmp_path, unchecked_shapes):
     cache = tq.resize(filled(), np.int64(400))
     tq.save_cache(cache, tmp_path / "cache")
@@ -212,7 +222,7 @@ def test_sizes_of_numpy_numbers(tmp_path, unchecked_shapes):
 
 @pytest.mark.parametrize("name", ["max_tokens", "window", "sink_tokens", "page_size", "num_kv_heads", "sliding_window"])
 def test_sizes_are_integers(name):
-    for wrong in (64.0, np.float32(64), "64", [64]):
+    for wrong in (64.0, np.float32(64), "64", [64], True):
         with pytest.raises(ValueError, match=f"expected {name} as an integer, got"):
             make_spec(**{name: wrong})
 

@@ -4,6 +4,7 @@ Every command is a typed function in the folder of its name. COMMANDS says where
 asked for is imported.
 """
 
+import errno
 import importlib
 import inspect
 import io
@@ -45,7 +46,25 @@ def commands() -> dict[str, str]:
 
 
 class Group(TyperGroup):
-    """A group of commands that answers an unknown command with one sentence."""
+    """A group of commands that says in one sentence why a command ended without a result."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs a command; a full disk and an interruption are said.
+
+        Raises:
+            typer.Exit: If the disk is full.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("Interrupted. A file of --json has all rows so far; --resume goes on with them.", err=True)
+            raise
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = f" for {error.filename}" if error.filename else ""
+            typer.echo(f"{error.strerror}{where}: the output is incomplete.", err=True)
+            raise typer.Exit(1) from error
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that the first argument names.

@@ -23,7 +23,10 @@ from pallas_kernels.tiles.layout import key_parts, value_parts
 from pallas_kernels.tiles.loads_triton import shift_table
 from pallas_kernels.tiles.pool_ref import addressed
 
-MAX_QUERY_TOKENS, MAX_GROUP = 8, 16
+MAX_QUERY_TOKENS = 8
+"""Most query tokens per sequence of the decode kernel; longer chunks run in the prefill kernel."""
+
+MAX_GROUP = 16
 DIMS = (64, 80, 96, 128, 192, 256)
 """Head dims that are tested."""
 

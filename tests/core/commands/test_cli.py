@@ -172,6 +172,22 @@ def test_a_command_of_another_package_that_cannot_be_imported_says_so(monkeypatc
     assert "extra is not available: No module named 'no_such_module'" in result.output
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_a_full_disk_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(distortion, "CHECKS", (passing,))
+    found = run("validate", "--json", "/dev/full")
+    assert found.exit_code == 1 and found.stderr.endswith("No space left on device: the output is incomplete.\n")
+
+
+def test_an_interruption_says_where_the_rows_are(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distortion, "CHECKS", (interrupted,))
+    found = run("validate")
+    assert found.exit_code == 130 and "Interrupted. A file of --json has all rows so far" in found.stderr
+
+
 def test_the_version_is_printed():
     result = run("--version")
     assert (result.exit_code, result.output) == (0, f"{metadata.version('tq-jax')}\n")

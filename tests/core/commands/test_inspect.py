@@ -67,7 +67,7 @@ def test_what_is_not_sound_fails(saved):
     (saved / "damaged").write_bytes(whole)
     files.write_arrays(saved / "other", {"format": "else"}, {})
     (saved / "empty").write_text("")
-    wrong = [("damaged", "is damaged"), ("other", "got 'else'"), ("missing", "no file"), ("", "no file")]
+    wrong = [("damaged", "is damaged"), ("other", "got 'else'"), ("missing", "no file"), ("", "got the folder")]
     for name, message in (*wrong, ("empty", "expected a safetensors file")):
         result = run(saved / name, "--json", "-")
         assert result.exit_code == 1

@@ -95,6 +95,7 @@ def test_haystacks_hold_their_facts():
     [
         (["--lengths", "0"], "expected a length of about 200 tokens or more, got 0"),
         (["--lengths", "512,8192"], "the model's context: expected at least 8256 tokens in all, got 8192"),
+        (["--facts", "6"], "expected at most as many --facts as --depths (5), got 6"),
         (["--facts", "13", "--depths", ",".join(f"{i / 13}" for i in range(13))], "expected at most 12 depths, got 13"),
     ],
 )
@@ -114,8 +115,9 @@ def test_needle_on_the_real_model(tmp_path):
     assert all(len(found) == 2 for found in by_label.values())
     assert {row["depth"] for row in rows} == {0.2, 0.8}
     kept = json.loads(figures.read_text())
-    figures.write_text(json.dumps(kept | {"rows": rows[:-1]}))
+    longest = [row | {"ratio_total": 9.0} for row in rows]  # as in a run whose longest text was another
+    figures.write_text(json.dumps(kept | {"rows": longest[:-1]}))
     CliRunner().invoke(cli.build(["needle"]), ["needle", *arguments, "--resume"], catch_exceptions=False)
-    assert json.loads(figures.read_text())["rows"] == rows
+    assert json.loads(figures.read_text())["rows"] == [*longest[:-1], rows[-1]]
     assert np.mean(by_label["K4/V4"]) == pytest.approx(np.mean(by_label["bfloat16"]), abs=0.5)
     assert picture.read_bytes().startswith(b"\x89PNG")

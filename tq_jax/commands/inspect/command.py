@@ -48,7 +48,7 @@ def inspect_file(
         raise typer.BadParameter(f"expected --json to name another file than {file}")
     try:
         report = describe(file)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, IsADirectoryError, ValueError) as error:
         write_json({"file": str(file), "ok": False, "verdict": str(error)}, target)
         console.print(f"[red]not sound[/]: {error}", highlight=False)
         raise typer.Exit(1) from error

@@ -54,7 +54,9 @@ class Text:
 
 def needle(
     model: options.ModelName = None,
-    lengths: Annotated[str, typer.Option(help="Tokens of the prompts, comma-separated.")] = "1024,2048,4096",
+    lengths: Annotated[
+        str, typer.Option(help="Most tokens of each prompt, which ends with a sentence.")
+    ] = "1024,2048,4096",
     depths: Annotated[str, typer.Option(help="Where facts lie, from 0 to 1, ascending.")] = "0.05,0.25,0.5,0.75,0.95",
     bits: Annotated[str, typer.Option(help="Key/value bits of this package's caches.")] = "4/4,3/3,2/2",
     facts: Annotated[int, typer.Option(help="Facts per text; further depths go to further texts.", min=1)] = 1,
@@ -74,6 +76,8 @@ def needle(
     keep_compiled()
     console = open_console(json)
     sizes, places, widths = options.parse_numbers(lengths, int), parse_depths(depths), options.parse_bits(bits)
+    if facts > len(places):
+        raise typer.BadParameter(f"expected at most as many --facts as --depths ({len(places)}), got {facts}")
     kind = {"model": model or options.DEFAULT_MODEL, "window": window, "facts": facts, "depths": places}
     rows = known_rows(json, kind) if resume else []
     groups = [places[i : i + facts] for i in range(0, len(places), facts)]
@@ -137,7 +141,9 @@ def ask_all(
         for text in plan:
             labels = [{"length": text.size, "seed": text.seed} | candidate.describe(decoder) for candidate in chosen]
             first = {"depth": text.haystack.questions[0].depth}
-            done = [any(row.items() >= (label | first).items() for row in rows) for label in labels]
+            # Ratios in a label depend on the longest text of a run, so they do not tell questions apart.
+            asked = [{name: label[name] for name in ("length", "seed", "label")} | first for label in labels]
+            done = [any(row.items() >= question.items() for row in rows) for question in asked]
             progress.advance(task, sum(done))
             if all(done):
                 continue
