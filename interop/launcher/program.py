@@ -239,7 +239,7 @@ class TorchProgram:
         self,
         calls: list[Any],
         fixed: tuple[Argument, ...],
-        given: list[torch.Tensor],
+        given: Sequence[Argument],
         out: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, ...]:
         require_alike(out, self.plan.made[: len(out)], self.device)
@@ -267,7 +267,7 @@ class TorchProgram:
 class Bound(Protocol):
     """A function of flat inputs; tensors in `out` take the place of its first results that are not updated inputs."""
 
-    def __call__(self, given: list[torch.Tensor], *, out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
+    def __call__(self, given: Sequence[Argument], *, out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         """The results, as those of `TorchProgram`."""
         ...
 
@@ -304,13 +304,11 @@ class BoundProgram:
         self._fixed, self._structure = jax.tree.flatten(fixed)
         self._programs: dict[Any, Bound] = {}
 
-    def __call__(
-        self, *arguments: torch.Tensor | FirstPart | None, out: Sequence[torch.Tensor] = ()
-    ) -> tuple[torch.Tensor, ...]:
+    def __call__(self, *arguments: Argument | None, out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         """Launches the kernels with the remaining arguments.
 
         Args:
-            *arguments: Contiguous tensors, first parts of them if the function only launches kernels, or None for an
+            *arguments: Contiguous tensors, rows or first parts of them if the function only launches kernels, or None for an
                 argument that the function does not get.
             out: Contiguous tensors that take the place of the first results that are not updated in place.
 
@@ -320,7 +318,7 @@ class BoundProgram:
         given = [_aligned(x) for x in arguments if x is not None]
         return self._bound(arguments, given)([x.tensor if isinstance(x, FirstPart) else x for x in given], out=out)
 
-    def bound(self, *arguments: torch.Tensor | FirstPart | None) -> "Bound":
+    def bound(self, *arguments: Argument | None) -> "Bound":
         """The function of arguments of the shapes and types of these, as a function of their tensors without None.
 
         It is for callers that call it very often: it takes the tensors at their addresses, which must be aligned to
@@ -328,14 +326,14 @@ class BoundProgram:
         """
         return self._bound(arguments, [x for x in arguments if x is not None])
 
-    def _bound(self, arguments: Sequence[Any], given: list[torch.Tensor | FirstPart]) -> "Bound":
+    def _bound(self, arguments: Sequence[Any], given: Sequence[Argument]) -> "Bound":
         held = iter(given)
         key = tuple(None if x is None else (x.shape, _dtype(next(held))) for x in arguments)
         if key not in self._programs:
             self._programs[key] = self._make(key, given)
         return self._programs[key]
 
-    def prepare(self, *shapes: torch.Tensor | FirstPart | None) -> None:
+    def prepare(self, *shapes: Argument | None) -> None:
         """Lowers the function for arguments of such shapes and starts to compile it; their first call waits less.
 
         Args:
@@ -347,18 +345,20 @@ class BoundProgram:
         fixed = tuple((x.shape, x.dtype) for x in self._fixed)
         return _shared_program(self._kind, self._function, fixed, self._structure, key, self._fixed[0].device)
 
-    def _make(self, key: tuple[Any, ...], given: list[torch.Tensor | FirstPart]) -> Bound:
+    def _make(self, key: tuple[Any, ...], given: Sequence[Argument]) -> Bound:
         program = self._program(key)
         program.check([*self._fixed, *given])
         return program.bind(self._fixed)
 
 
-def _dtype(x: torch.Tensor | FirstPart) -> torch.dtype:
+def _dtype(x: Argument) -> torch.dtype:
     return x.tensor.dtype if isinstance(x, FirstPart) else x.dtype
 
 
-def _aligned(x: torch.Tensor | FirstPart) -> torch.Tensor | FirstPart:
-    """The argument, or a copy at an address that kernels assume."""
+def _aligned(x: Argument) -> Argument:
+    """The argument, or a copy at an address that kernels assume; of rows, whoever makes them sees to that."""
+    if isinstance(x, StridedRows):
+        return x
     if isinstance(x, FirstPart):
         return x if x.tensor.data_ptr() % POINTER_ALIGNMENT == 0 else FirstPart(x.tensor.clone(), x.size)
     return x if x.data_ptr() % POINTER_ALIGNMENT == 0 else x.clone()

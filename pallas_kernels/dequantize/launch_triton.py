@@ -14,7 +14,7 @@ from pallas_kernels.compat.device import multiprocessors
 from pallas_kernels.dequantize.arguments import DequantizeArguments, matrix_gain
 from pallas_kernels.dequantize.kernel_triton import KEYS, VALUES, DequantizeInputs, DequantizePlan, dequantize
 from pallas_kernels.dispatch import interprets
-from pallas_kernels.format import Code, VectorFormat
+from pallas_kernels.format import Code, CodebookFormat, VectorFormat
 from pallas_kernels.numerics import power_of_two
 from pallas_kernels.tiles.layout import LEAST_VALUE_TILE, codebook_parts, value_parts
 from pallas_kernels.tiles.loads_triton import shift_table
@@ -100,6 +100,8 @@ def _parts(fmt: VectorFormat, axis: int) -> Any:
     """Parts of keys or values, in tiles of at least what a product of float16 sums over."""
     if axis == VALUES:
         return value_parts(fmt)
+    if not isinstance(fmt, CodebookFormat):
+        raise NotImplementedError(f"the kernel reads keys of codebook formats, got {type(fmt).__name__}")
     return codebook_parts(fmt, least=LEAST_VALUE_TILE, smallest=LEAST_VALUE_TILE)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import tq_jax as tq
 from pallas_kernels.compat.lowering import lower_for_cuda, triton_kernels
-from pallas_kernels.dequantize import DequantizeArguments, dequantize_pages
+from pallas_kernels.dequantize import DequantizeArguments, dequantize_pages, launch_triton
 from pallas_kernels.dequantize.launch_triton import check_supported
 from pallas_kernels.pages import empty_pages
 from tests.kernels.cases.pages import GROUP2, VARIANTS, Variant, make_case
@@ -123,8 +123,10 @@ def test_some_heads_and_the_type_of_the_result():
         (Variant(dim=32), "head dims"),
         (Variant(page_size=48), "page_size=48"),
         (Variant(key={"bits": 4}, value={"bits": 2, "kind": "prod"}), "without a sketch"),
+        (Variant(key=GROUP2), "keys of codebook formats, got GroupFormat"),
+        (Variant(key={"bits": 5}), "bits=5"),
     ],
-    ids=["dim", "pages", "sketch"],
+    ids=["dim", "pages", "sketch", "groups", "bits"],
 )
 def test_unsupported_cases_say_so(variant, message):
     key, value = variant.specs
@@ -136,7 +138,9 @@ def test_unsupported_cases_say_so(variant, message):
         check_supported(x)
 
 
-def test_the_kernels_of_both_formats_are_compiled_for_gpus():
+def test_one_launch_for_keys_and_one_for_values():
     x, _, tokens = arguments(Variant(key={"bits": 3, "kind": "prod"}, value=GROUP2))
-    lowered = lower_for_cuda(lambda x: dequantize_pages(x, tokens=tokens, dtype="bfloat16", implementation="triton"), x)
+    lowered = lower_for_cuda(
+        lambda x: launch_triton.dequantize_pages(x, tokens=tokens, dtype="bfloat16", interpret=False), x
+    )
     assert [kernel.name for kernel in triton_kernels(lowered)] == ["dequantize_keys", "dequantize_values"]

@@ -63,5 +63,5 @@ def case(
         weight=statistics,
     )
     run = functools.partial(dequantize_pages, tokens=TOKENS, dtype=jnp.bfloat16, interpret=False)
-    expected = dict.fromkeys(("dequantize_keys", "dequantize_values"), ("half mma",))
-    return Case(name, run, (arguments,), expected=expected, quick=quick)
+    names: tuple[str, ...] = ("dequantize_keys", "dequantize_values")
+    return Case(name, run, (arguments,), expected=dict.fromkeys(names, ("half mma",)), quick=quick)
