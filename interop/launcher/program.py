@@ -123,7 +123,10 @@ class StridedRows:
         return self
 
 
-Argument = torch.Tensor | FirstPart | StridedRows
+Addressed = torch.Tensor | StridedRows
+"""Memory with an address."""
+
+Argument = Addressed | FirstPart
 """What kernels take as an array."""
 
 
@@ -239,7 +242,7 @@ class TorchProgram:
         self,
         calls: list[Any],
         fixed: tuple[Argument, ...],
-        given: Sequence[Argument],
+        given: Sequence[Addressed],
         out: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, ...]:
         require_alike(out, self.plan.made[: len(out)], self.device)
@@ -267,7 +270,7 @@ class TorchProgram:
 class Bound(Protocol):
     """A function of flat inputs; tensors in `out` take the place of its first results that are not updated inputs."""
 
-    def __call__(self, given: Sequence[Argument], *, out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
+    def __call__(self, given: Sequence[Addressed], *, out: Sequence[torch.Tensor] = ()) -> tuple[torch.Tensor, ...]:
         """The results, as those of `TorchProgram`."""
         ...
 
