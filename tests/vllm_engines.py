@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -112,6 +113,24 @@ def answers(engine, prompts, **options):
 
 def greedy(engine, prompts):
     return [one[0] for one in answers(engine, prompts)[0]]
+
+
+def clear(engine, prompts, gap):
+    """Greedy tokens, up to the first whose log-probability is not by a gap above that of the next likely one."""
+    from vllm import SamplingParams
+
+    asked = [{"prompt_token_ids": ids} for ids in prompts]
+    outputs = engine.generate(asked, SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=2))
+    texts = []
+    for output in outputs:
+        [one] = output.outputs
+        gaps = []
+        for step in one.logprobs:
+            likeliest, next_one, *_ = sorted((x.logprob for x in step.values()), reverse=True)
+            gaps.append(likeliest - next_one)
+        count = len(list(itertools.takewhile(lambda found: found > gap, gaps)))
+        texts.append(list(one.token_ids[:count]))
+    return texts
 
 
 def layers_of(engine):

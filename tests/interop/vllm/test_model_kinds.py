@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import torch
-from vllm_engines import NEW, PRECISE, SAME, VOCABULARY, greedy, layers_of, running, save_model
+from vllm_engines import PRECISE, SAME, VOCABULARY, clear, greedy, layers_of, running, save_model
 
 pytestmark = [
     pytest.mark.slow,
@@ -13,8 +13,8 @@ pytestmark = [
 ]
 
 WINDOW = 32
-SAME_OF_BFLOAT16 = 6
-"""Tokens for which two attentions that round differently give the same text in bfloat16."""
+GAP = 0.3
+"""Nats between the two likeliest tokens which roundings in bfloat16, to a sixteenth, do not turn round."""
 SIZES = dict(
     vocab_size=VOCABULARY, hidden_size=128, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=512, initializer_range=0.08, bos_token_id=1, eos_token_id=2, pad_token_id=0,
@@ -53,11 +53,11 @@ def model_of(folder, kind):
     return save_model(folder, model)
 
 
-def compare(folder, prompts, options=PRECISE, **arguments):
-    """Tokens by vLLM's own attention and by ours, and our layers."""
+def compare(folder, prompts, options=PRECISE, *, gap=None, **arguments):
+    """Tokens by vLLM's own attention, up to the first that is less clear than a gap, and by ours, and our layers."""
     arguments = dict(kv_cache_memory_bytes=1 << 24, block_size=None) | arguments
     with running(folder, None, **arguments) as engine:
-        want = greedy(engine, prompts)
+        want = greedy(engine, prompts) if gap is None else clear(engine, prompts, gap)
         blocks = engine.llm_engine.vllm_config.cache_config.num_gpu_blocks
     with running(folder, options, **arguments) as engine:
         found, cache = greedy(engine, prompts), engine.llm_engine.vllm_config.cache_config
@@ -71,12 +71,11 @@ def kinds_of(layers):
 @pytest.mark.parametrize(("kind", "dtype"), [("Lfm2", "float32"), ("Qwen3Next", "bfloat16")])
 def test_layers_with_states(kind, dtype, tmp_path, prompts, said):
     """Short convolutions and linear attention: blocks hold states in one layer and pages in the next."""
-    if dtype == "bfloat16":  # in which two tokens are equally likely after the second one
-        prompts = [prompts[i] for i in (0, 2, 3)]
-    want, found, layers, more = compare(model_of(tmp_path, kind), prompts, dtype=dtype)
+    gap = GAP if dtype == "bfloat16" else None
+    want, found, layers, more = compare(model_of(tmp_path, kind), prompts, dtype=dtype, gap=gap)
     assert kinds_of(layers) == ["TurboQuantImpl"] * 2 and all(written for _, written, *_ in layers)
-    same = NEW if dtype == "float32" else SAME_OF_BFLOAT16
-    assert [tokens[:same] for tokens in found] == [tokens[:same] for tokens in want]
+    assert sum(map(len, want)) >= 10
+    assert [tokens[: len(same)] for tokens, same in zip(found, want, strict=True)] == want
     assert more > 1.05
     assert "compresses 2 of 2 layers [1, 3]" in said[0] and "layers [0, 2] have a state instead" in said[0]
 
