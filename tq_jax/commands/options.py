@@ -36,7 +36,8 @@ def refusing(extra: str) -> Iterator[None]:
         extra: The extra of this package that installs the package that may be missing.
 
     Raises:
-        typer.BadParameter: If the block raises an ImportError, OSError, ValueError or NotImplementedError.
+        typer.BadParameter: If the block raises an ImportError, OSError, ValueError or NotImplementedError, or
+            `safetensors` cannot read a file.
     """
     try:
         yield
@@ -44,6 +45,10 @@ def refusing(extra: str) -> Iterator[None]:
         raise typer.BadParameter(f'{error}: pip install -e ".[{extra}]" in a checkout of tq-jax') from error
     except (OSError, ValueError, NotImplementedError) as error:
         raise typer.BadParameter(str(error)) from error
+    except Exception as error:  # the error of safetensors, which may not be installed, is a bare Exception
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise typer.BadParameter(f"a file of weights is damaged or cut off: {error}") from error
 
 
 def require_writable(path: Path) -> None:

@@ -88,6 +88,10 @@ def test_what_is_no_model_for_a_cache_is_refused(folder, tmp_path):
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "thin")
     result = CliRunner().invoke(app, [str(tmp_path / "thin")], env={"COLUMNS": "2000"})
     assert result.exit_code == 2 and "dim from 16 to 512 is supported, got dim=8" in result.output
+    weights = tmp_path / "thin" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    result = CliRunner().invoke(app, [str(tmp_path / "thin")], env={"COLUMNS": "2000"})
+    assert result.exit_code == 2 and "a file of weights is damaged or cut off" in result.output
 
 
 @pytest.mark.parametrize("package", ["torch", "transformers"])
