@@ -311,8 +311,8 @@ class BoundProgram:
         """Launches the kernels with the remaining arguments.
 
         Args:
-            *arguments: Contiguous tensors, rows or first parts of them if the function only launches kernels, or None for an
-                argument that the function does not get.
+            *arguments: Contiguous tensors, first parts of them or rows if the function only launches kernels, or None
+                for an argument that the function does not get.
             out: Contiguous tensors that take the place of the first results that are not updated in place.
 
         Returns:
