@@ -105,4 +105,5 @@ def hot_case(name: str, requests: int, plan: HotPlan, *, quick: bool = False) ->
     def run(requests: Requests, tables: HotBlocks) -> HotBlocks:
         return read_hot_blocks(requests, update_hot_blocks(requests, tables, plan), plan)
 
-    return Case(f"hot blocks, {name}", run, (given, tables), donated=(1,), quick=quick)
+    kernels = [f"{step}_hot_blocks" for step in ("mark", "choose", "give", "place", "read")]
+    return Case(f"hot blocks, {name}", run, (given, tables), only=kernels, donated=(1,), quick=quick)
