@@ -67,5 +67,5 @@ def case(
     )
     run = functools.partial(dequantize_pages, tokens=TOKENS, dtype=jnp.bfloat16, interpret=False)
     names: tuple[str, ...] = ("dequantize_keys", "dequantize_values")
-    expected = dict.fromkeys(names, ("half mma",))
+    expected: dict[str, tuple[str, ...]] = dict.fromkeys(names, ("half mma",))
     return Case(name, run, (arguments,), expected=expected, only=names, architectures=ARCHITECTURES, quick=quick)
