@@ -291,7 +291,7 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
             raise NotImplementedError("outputs are not quantized, got output_scale")
         if attn_metadata is None:  # while vLLM measures memory
             self._reserve(self._config.cache_config.block_size, query)
-            self._attend_prompts.space.take(query.device)
+            self._attend_prompts.take(query.device)
             return output.zero_()
         for call in attn_metadata.uniform:
             assert self._pool is not None

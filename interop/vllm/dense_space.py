@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import torch
-from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 LARGEST = 256 * 2**20
 """Bytes of dense keys and values at a time, unless a single KV head of the longest prompt takes more."""
@@ -57,12 +56,3 @@ class DenseSpace:
         """KV heads whose tokens fit together: a divisor of their number, so that few functions are compiled."""
         fitting = (n for n in range(self.heads, 0, -1) if not self.heads % n and self.tokens(n) >= tokens)
         return next(fitting, 1)
-
-    def take(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The memory of keys and of values, flat: vLLM's own workspace on a GPU, which it counts and shares."""
-        shape = ((self.elements,), self.dtype)
-        if device.type == "cuda" and is_workspace_manager_initialized():
-            keys, values = current_workspace_manager().get_simultaneous(shape, shape)
-            return keys, values
-        keys, values = (torch.empty(self.elements, dtype=self.dtype, device=device) for _ in range(2))
-        return keys, values

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from vllm.platforms import current_platform
+from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from interop.torch.attend_on_gpu import AttendOptions
 from interop.torch.paged import PagedPool
@@ -57,6 +58,15 @@ class PromptAttention:
         """What attends within a chunk."""
         return "torch" if self._version is None else f"FlashAttention {self._version}"
 
+    def take(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Flat memory of dense keys and of values: vLLM's own workspace on a GPU, which it counts and shares."""
+        shape, dtype = (self.space.elements,), self.space.dtype
+        if device.type == "cuda" and is_workspace_manager_initialized():
+            keys, values = current_workspace_manager().get_simultaneous((shape, dtype), (shape, dtype))
+            return keys, values
+        keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        return keys, values
+
     def __call__(
         self,
         pool: PagedPool | None,
@@ -99,7 +109,7 @@ class PromptAttention:
         count = key.shape[1]
         heads = torch.arange(first, first + count, dtype=torch.int32, device=key.device)
         shape = (self.space.tokens(count), count, self.space.dim)
-        dense = tuple(x[: math.prod(shape)].view(shape) for x in self.space.take(key.device))
+        dense = tuple(x[: math.prod(shape)].view(shape) for x in self.take(key.device))
         pool.dequantize(earlier.rows, earlier.starts, heads, (dense[0], dense[1]))
         if (hot := earlier.hot) is not None:
             assert pool.hot is not None

@@ -46,9 +46,15 @@ def test_calibration_runs_from_both_paths():
 def test_names_of_the_transformers_cache():
     pytest.importorskip("transformers")
     hf = importlib.import_module("interop.hf")
-    cache, layer = (importlib.import_module(f"interop.hf.{name}") for name in ("cache", "layer"))
-    assert hf.TurboQuantCache is cache.TurboQuantCache
-    assert all(getattr(hf, name) is getattr(layer, name) for name in hf.__all__ if name != "TurboQuantCache")
+    homes = {
+        "ATTENTION": "handle",
+        "CACHE_ARGUMENT": "layer",
+        "CompressedLayer": "layer",
+        "TurboQuantCache": "cache",
+    }
+    assert sorted(homes) == sorted(hf.__all__)
+    for name, home in homes.items():
+        assert getattr(hf, name) is getattr(importlib.import_module(f"interop.hf.{home}"), name)
     with pytest.raises(AttributeError, match=r"module 'interop.hf' has no attribute 'DynamicCache'"):
         hf.DynamicCache  # noqa: B018
 
