@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 plt.rcParams.update(
     {
         "figure.figsize": (7, 3.8),
-        "figure.dpi": 80,
+        "figure.dpi": 144,
         "figure.constrained_layout.use": True,
         "axes.grid": True,
         "axes.axisbelow": True,

@@ -314,9 +314,9 @@ class TurboQuantImpl(AttentionImpl[TurboQuantMetadata]):
         self._prepared.add(queries)
 
     @property
-    def attends_prompts_by(self) -> str:
-        """Name of the attention of prompts within their chunks."""
-        return self._attend_prompts.name
+    def prompt_attention(self) -> PromptAttention:
+        """What attends with the queries of prompts."""
+        return self._attend_prompts
 
     @functools.cached_property
     def _sink_logits(self) -> torch.Tensor | None:

@@ -65,7 +65,9 @@ def summary(vllm_config: Any) -> str:
             others.setdefault(layer.attn_backend.get_name(), []).append(extract_layer_index(name))
         else:
             compressed.append(extract_layer_index(name))
-            prompts = layer.impl.attends_prompts_by
+            attention = layer.impl.prompt_attention
+            space = f"{attention.space.nbytes / 2**20:.1f} MiB"
+            prompts = f"{attention.name}; earlier tokens of theirs are dense meanwhile, in at most {space}"
             if (window := window_of(vllm_config, plain.block_size)) is not None:
                 hot += window.tokens(requests) * plain.page_size_bytes // plain.block_size
             content = f"{spec.state_content_size_bytes} instead of {plain.state_content_size_bytes} bytes"

@@ -57,7 +57,10 @@ class Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            typer.echo("Interrupted. A file of --json has all rows so far; --resume goes on with them.", err=True)
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            resumes = any(option.name == "resume" for option in getattr(command, "params", ()))
+            kept = " A file of --json has all rows so far; --resume goes on with them." if resumes else ""
+            typer.echo(f"Interrupted.{kept}", err=True)
             raise
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -15,10 +16,13 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 WIDTH_OF_FILES = 120
 """Width of tables, in characters, if the output is not a terminal."""
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Least time between two lines that say how far a run without a terminal is."""
 
 PACKAGES = ("tq-jax", "jax", "jaxlib", "torch", "triton", "transformers", "vllm", "flashinfer-python")
 """Packages whose versions are written beside figures."""
@@ -36,14 +40,32 @@ def open_console(target: str | None) -> Console:
     return console
 
 
+class Lines(Progress):
+    """Progress where there is no terminal: now and then a line on standard error."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console=console, disable=True)
+        self._said = time.monotonic()
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """Counts steps of a task; see `Progress.advance`."""
+        super().advance(task_id, advance)
+        task, now = self._tasks[task_id], time.monotonic()
+        if now - self._said >= SECONDS_BETWEEN_LINES:
+            self._said = now
+            typer.echo(f"{task.completed:g} of {task.total:g}: {task.description}", err=True)
+
+
 def progress_bar(console: Console) -> Progress:
-    """A progress bar that vanishes when the work is done.
+    """A progress bar that vanishes when the work is done; lines on standard error if the console is no terminal.
 
     Args:
         console: Where to draw it.
     """
+    if not console.is_terminal:
+        return Lines(console)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(*columns, console=console, transient=True)
 
 
 def part_path(path: Path) -> Path:

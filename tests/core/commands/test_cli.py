@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 from refusals import refused
+from rich.console import Console
 from typer.testing import CliRunner
 
 import tq_jax
-from tq_jax.commands import cli
+from tq_jax.commands import cli, output
 from tq_jax.commands.audit import command as audit
 from tq_jax.commands.claims import Claim
-from tq_jax.commands.output import write_json
+from tq_jax.commands.options import Resume
+from tq_jax.commands.output import progress_bar, write_json
 from tq_jax.commands.validate import command as distortion
 from tq_jax.data import persuasion
 
@@ -183,9 +185,27 @@ def test_an_interruption_says_where_the_rows_are(monkeypatch):
     def interrupted():
         raise KeyboardInterrupt
 
+    def with_rows(resume: Resume = False) -> None:
+        interrupted()
+
     monkeypatch.setattr(distortion, "CHECKS", (interrupted,))
     found = run("validate")
-    assert found.exit_code == 130 and "Interrupted. A file of --json has all rows so far" in found.stderr
+    assert (found.exit_code, found.stderr.splitlines()[-1]) == (130, "Interrupted.")
+    monkeypatch.setattr(cli, "_load", lambda name, place: with_rows)
+    found = CliRunner().invoke(cli.build(["eval"]), ["eval"])
+    assert found.exit_code == 130 and "Interrupted. A file of --json has all rows so far; --resume" in found.stderr
+
+
+def test_progress_of_a_run_without_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    clock = iter([0.0, 1.0, 30.0, 61.0])
+    monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))
+    with progress_bar(Console(file=io.StringIO())) as progress:
+        task = progress.add_task("first", total=3)
+        progress.advance(task)  # after 1 second
+        progress.advance(task)  # after 30
+        progress.update(task, description="last")
+        progress.advance(task)
+    assert capsys.readouterr().err == "2 of 3: first\n3 of 3: last\n"
 
 
 def test_the_version_is_printed():

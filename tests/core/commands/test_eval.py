@@ -218,6 +218,18 @@ def test_texts_that_cannot_be_had(tmp_path, monkeypatch):
             load_text(str(tmp_path / f"{name}.txt"))
 
 
+def test_rivals_of_a_user_are_measured_and_judged(decoder):
+    own = Rival("own", "my own", Float8(), Float8())
+    settings = room.Settings("small", 200, CHUNK, ((4, 4),), (128,), own=(own,))
+    assert [c.describe(decoder)["label"] for _, c in settings.plan(decoder)][-2:] == ["fp8 e4m3", "my own"]
+    better = row("own", "my own", 4.0, 0.001)
+    (claim,) = judge([row("tq", "K4/V4", 4.0, 0.01), better])
+    assert not claim.ok
+    assert "my own" in claim.note
+    with pytest.raises(typer.BadParameter, match="expected --rival or --ablation, .* got --rival a:b too"):
+        room.evaluate(rival="a:b", ablation=True)
+
+
 def test_every_text_is_known_to_suffice_before_one_is_measured(decoder, tmp_path, monkeypatch):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"word": 0}, unk_token="word"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

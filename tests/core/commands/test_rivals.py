@@ -1,15 +1,18 @@
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import typer
 
 from tq_jax.codebook import lloyd_max
 from tq_jax.commands import divergence as la
 from tq_jax.commands.eval.schemes import Rounded
 from tq_jax.commands.rivals import roundings as room
 from tq_jax.commands.rivals.cache import attend_dense, empty, fill, seen_everywhere
+from tq_jax.commands.rivals.own import load_rivals
 
 BY_LABEL = {rival.label: rival for rival in room.RIVALS}
 
@@ -28,6 +31,35 @@ def test_slots_of_the_presets(preset, slot):
     assert (rival.key.stored_bits(64) + rival.value.stored_bits(64)) * 64 / 8 == slot
     # Two layers at each end are left in 16 bits.
     assert rival.stored_bits(64, 30) == pytest.approx((4 * 16 + 26 * slot / 16) / 30)
+
+
+OWN = """
+import dataclasses
+
+from tq_jax.commands.rivals.roundings import Float8, Rival
+
+rival = Rival("own", "my own", Float8(), Float8())
+same_label = dataclasses.replace(rival, label="fp8 e4m3")
+no_rounding = dataclasses.replace(rival, key=8)
+"""
+
+
+def test_a_rival_of_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "own_rivals.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert [rival.label for rival in load_rivals(["own_rivals:rival"])] == ["my own"]
+    wrong = {
+        "own_rivals": "expected a rival as MODULE:NAME, got 'own_rivals'",
+        "own_rivals:none": "expected own_rivals:none to be importable from .*, got module .* has no attribute 'none'",
+        "no_such_module:x": "expected no_such_module:x to be importable from .*, got No module named",
+        "own_rivals:no_rounding": "expected key and value of own_rivals:no_rounding to be Roundings, got a int",
+        "own_rivals:dataclasses": "expected own_rivals:dataclasses to be a Rival, got a module",
+        "own_rivals:same_label": "expected rivals with labels of their own, got fp8 e4m3 twice",
+    }
+    for name, message in wrong.items():
+        with pytest.raises(typer.BadParameter, match=message):
+            load_rivals([name])
 
 
 def test_stored_bits_count_scales_and_zeros():

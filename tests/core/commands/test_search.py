@@ -35,6 +35,26 @@ def test_figures_decide(figures, ok):
     assert [claim.ok for claim in search.judge(rows(*figures))] == ok
 
 
+def test_product_quantization_without_vectors_to_train_on_is_not_compared():
+    found = [r | ({"enough_to_train": False} if r["method"] == "faiss PQ" else {}) for r in rows(0.5, 0.9, 0.5)]
+    assert [claim.name.split(",")[0] for claim in search.judge(found)] == [
+        "share with recall 1@1 at least that of faiss RaBitQ at its bytes",
+        "PQ training and encoding over ours",
+    ]
+    others = [r | {"data": "b"} for r in rows(0.8, 0.7, 0.8)]
+    above = search.judge(found + others)[0]
+    assert (above.figure, sorted(above.details)) == (1.0, ["b, 2 bits", "b, 4 bits"])
+
+
+def test_few_vectors_are_no_noise(capfd):
+    pytest.importorskip("faiss")
+    x = np.random.default_rng(0).standard_normal((300, 16)).astype(np.float32)
+    base, queries = x[:280], x[280:]
+    few = data.DataSet("few", base, queries, np.argmax(queries @ base.T, axis=1))
+    assert methods.faiss_pq(few, 8)["enough_to_train"] is False
+    assert "WARNING" not in "".join(capfd.readouterr())
+
+
 def test_the_least_clock_counts(monkeypatch):
     clocks = iter([(5, 2.0), (6, 1.0), (7, 4.0), (8, 9.0)])
     monkeypatch.setattr(methods, "timed", lambda work: (work(), methods.Clock(*next(clocks))))

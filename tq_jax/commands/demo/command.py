@@ -30,6 +30,14 @@ KL_BOUNDS: dict[tuple[float, float], float] = {(4, 4): 0.008, (3, 3): 0.03, (2, 
 PPL_BOUND = 0.01
 """Largest relative change of perplexity allowed for K4/V4."""
 
+LEGEND = """\
+K4/V4: keys and values of 4 bits; grey: TurboQuant as published.
+bits: stored per number of a compressed token, scales included; ratio: bfloat16 over that.
+ratio, all: bfloat16 over the whole cache, with its exact tokens; MB: of the whole cache.
+KL: mean divergence of the next token from full precision, nats, and its 99.9 % quantile; less is better.
+same top-1: how often the most likely token is the same; perplexity: its change."""
+"""What the columns of the table are."""
+
 QUESTIONS = {
     True: "What is the name of Sir Walter Elliot's home?",
     False: "What is this text about? Answer in one sentence.",
@@ -69,7 +77,7 @@ def demo(
     prompt = make_prompt(language_model, tokens, asked)
     rows = measure_rows(language_model, schemes, forced, positions, prompt, console)
     claims = check_claims(rows, default=model is None and text is None)
-    print_results(rows, claims, console)
+    print_results(rows, claims, asked, console)
     source = text.name if text else "persuasion"
     from tq_jax.commands.demo.picture import draw  # matplotlib is optional
 
@@ -109,9 +117,11 @@ def check_claims(rows: Sequence[Row], *, default: bool) -> dict[str, bool]:
     return claims
 
 
-def print_results(rows: Sequence[Row], claims: dict[str, bool], console: Console) -> None:
-    """Prints the table, the answers and the claims."""
+def print_results(rows: Sequence[Row], claims: dict[str, bool], question: str, console: Console) -> None:
+    """Prints the table and what its columns are, the question and its answers, and the claims."""
     console.print(make_table(rows))
+    console.print(LEGEND, style="dim")
+    console.print(f"{question!r}, asked about the beginning of the text, is answered from each cache:")
     for row in rows:
         if row.answer is not None:
             console.print(f"[bold]{row.scheme.label:>8}[/bold]  {row.answer!r}")

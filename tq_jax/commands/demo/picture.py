@@ -38,7 +38,11 @@ def _draw_quality(axes: Any, rows: list[dict[str, Any]]) -> None:
     full = [row["kl_mean"] for row in rows if row["scheme"] == "full"]
     if full:
         axes.axhline(full[0], color=COLORS["full"], linestyle=":", label="bfloat16 cache")
-    axes.set(yscale="log", xlabel="stored bits per element, scales included", ylabel="KL to full precision (nats)")
+    axes.set(
+        yscale="log",
+        xlabel="stored bits per number, scales included (K4/V4: keys and values of 4 bits)",
+        ylabel="KL from full precision, nats (lower is better)",
+    )
     axes.margins(x=0.12)
     axes.set_title("What it costs: divergence of the next token", fontsize=10)
     axes.grid(alpha=0.3)

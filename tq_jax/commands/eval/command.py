@@ -1,6 +1,7 @@
 """`tq-jax eval`: what caches and their rivals do to a language model, per stored bit, on several real texts."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,8 @@ from tq_jax.commands.options import (
     refusing,
 )
 from tq_jax.commands.output import environment, known_rows, open_console, progress_bar, write_json, write_partial
+from tq_jax.commands.rivals.own import load_rivals
+from tq_jax.commands.rivals.roundings import RIVALS, Rival
 from tq_jax.models import Decoder, LanguageModel, generate
 
 Row = dict[str, Any]
@@ -45,6 +48,7 @@ class Settings:
         windows: Numbers of latest tokens in full precision.
         ablation: Whether parts of this package's caches are compared instead of rivals.
         generated: Whether the texts after the prompts are the model's own.
+        own: Rivals beside the built-in ones.
     """
 
     model: str
@@ -54,6 +58,7 @@ class Settings:
     windows: tuple[int, ...]
     ablation: bool = False
     generated: bool = False
+    own: tuple[Rival, ...] = ()
 
     @property
     def kind(self) -> dict[str, Any]:
@@ -64,7 +69,7 @@ class Settings:
     def plan(self, decoder: Decoder) -> list[tuple[int, Candidate]]:
         """Every window with every candidate, in order."""
         room = self.prompt + self.positions + 1
-        make = variants if self.ablation else candidates
+        make = variants if self.ablation else functools.partial(candidates, rivals=RIVALS + self.own)
         return [(w, c) for w in self.windows for c in make(decoder, room, bits=self.bits, window=w)]
 
 
@@ -82,6 +87,9 @@ def evaluate(
         bool, typer.Option("--generated", help="Predict the text that the model itself writes after each prompt.")
     ] = False,
     ablation: Annotated[bool, typer.Option("--ablation", help="Compare parts of this package's caches.")] = False,
+    rival: Annotated[
+        str, typer.Option(metavar="MODULE:NAME", help="Rivals of your own, comma-separated: importable from here.")
+    ] = "",
     resume: Resume = False,
     json: JsonTarget = None,
 ) -> None:
@@ -95,6 +103,8 @@ def evaluate(
     With --generated, the text after each prompt is what the model writes greedily in full precision; the number of
     predictions before the first one that differs is then the length of the text that a cache would share with it.
 
+    With --rival, quantizers of your own join them: each name is a tq_jax.commands.rivals.roundings.Rival.
+
     Exits 0 only if no rival reaches a lower divergence at equal bits; an ablation claims nothing.
     """
     keep_compiled()
@@ -102,8 +112,11 @@ def evaluate(
     widths, sizes = tuple(parse_bits(bits)), tuple(parse_numbers(windows, int))
     if max(sizes) + SINKS >= prompt:
         raise typer.BadParameter(f"expected windows that leave something of the prompt of {prompt}, got {windows!r}")
+    if rival and ablation:
+        raise typer.BadParameter(f"expected --rival or --ablation, which compares no rivals, got --rival {rival} too")
     rounded = positions - positions % CHUNK
-    settings = Settings(model or DEFAULT_MODEL, prompt, rounded, widths, sizes, ablation, generated)
+    own = tuple(load_rivals(rival.split(","))) if rival else ()
+    settings = Settings(model or DEFAULT_MODEL, prompt, rounded, widths, sizes, ablation, generated, own)
     rows = known_rows(json, settings.kind) if resume else []
     contents = load_texts(texts.split(","))
     language_model = open_model(model)

@@ -123,21 +123,27 @@ class Rounded:
 
 
 def candidates(
-    decoder: Decoder, max_tokens: int, *, bits: Sequence[tuple[float, float]], window: int
+    decoder: Decoder,
+    max_tokens: int,
+    *,
+    bits: Sequence[tuple[float, float]],
+    window: int,
+    rivals: Sequence[Rival] = RIVALS,
 ) -> list[Candidate]:
-    """Full precision, this package's defaults at some widths, and all rivals.
+    """Full precision, this package's defaults at some widths, and rivals.
 
     Args:
         decoder: The model.
         max_tokens: Capacity of a cache row, tokens.
         bits: Pairs of key and value bits of this package's caches.
         window: Number of latest tokens in full precision; if it is 0, there are no sink tokens either.
+        rivals: What this package's caches are compared with.
     """
     sinks = SINKS if window else 0
     ours = [tq_scheme(decoder, max_tokens, key_bits=k, value_bits=v) for k, v in bits]
     ours = [dataclasses.replace(s, cache=dataclasses.replace(s.cache, window=window, sink_tokens=sinks)) for s in ours]
     packed = [Packed(scheme) for scheme in (full_scheme(decoder, max_tokens), *ours)]
-    return [*packed, *(Rounded(rival, max_tokens, window, sinks) for rival in RIVALS)]
+    return [*packed, *(Rounded(rival, max_tokens, window, sinks) for rival in rivals)]
 
 
 def attention_quality(

@@ -149,8 +149,9 @@ def ask_all(
                 continue
             prompt = read_prompt(decoder, text.haystack, text.size)
             for label, candidate in itertools.compress(zip(labels, chosen, strict=True), (not x for x in done)):
-                progress.update(task, description=f"{text.size} tokens, {label['label']}", advance=1)
+                progress.update(task, description=f"{text.size} tokens, {label['label']}")
                 rows += [label | found for found in ask(decoder, prompt, text.haystack, candidate)]
+                progress.advance(task)
                 yield
 
 

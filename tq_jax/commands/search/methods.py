@@ -16,6 +16,9 @@ DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 
 OURS, OBLIVIOUS, PQ, RABITQ = "tq", "tq, random basis", "faiss PQ", "faiss RaBitQ"
 
+LEAST_TO_TRAIN = 39 * 256
+"""Vectors that faiss asks for to train 256 centroids."""
+
 LONG = 5.0
 """Seconds of CPU time after which a measurement is not repeated."""
 
@@ -79,11 +82,16 @@ def one_thread() -> Any:
 
 
 def faiss_pq(data: DataSet, budget: int) -> dict[str, Any]:
-    """Figures of faiss's product quantization with 8 bits per sub-quantizer (LUT256), one per byte of the budget."""
+    """Figures of faiss's product quantization with 8 bits per sub-quantizer (LUT256), one per byte of the budget.
+
+    The row says whether the data set has as many vectors as faiss asks for; centroids of fewer vectors are nearly the
+    vectors themselves.
+    """
     faiss = one_thread()
 
     def build() -> Any:
         index = faiss.IndexPQ(base.shape[1], budget, 8, faiss.METRIC_INNER_PRODUCT)
+        index.pq.cp.min_points_per_centroid = 1  # or faiss warns once per part
         index.train(base)
         index.add(base)
         return index
@@ -91,7 +99,8 @@ def faiss_pq(data: DataSet, budget: int) -> dict[str, Any]:
     base, queries = spread(data.base, budget), spread(data.queries, budget)
     index, encoding = quickest(build)
     found, searching = quickest(lambda: index.search(queries, max(DEPTHS))[1])
-    return _row(data, found, index.code_size, encoding, searching)
+    row = _row(data, found, index.code_size, encoding, searching)
+    return row | {"enough_to_train": len(base) >= LEAST_TO_TRAIN}
 
 
 def spread(x: np.ndarray, parts: int) -> np.ndarray:
