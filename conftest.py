@@ -1,7 +1,11 @@
-"""Which files pytest collects beside the tests."""
+"""Which files pytest collects beside the tests, and which tests run."""
 
 import importlib.util
+import inspect
+import zlib
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,11 +28,56 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return True if helper or without_torch or left_out else None
 
 
+SHARED = "tests/core/", "tests/kernels/"
+"""Folders whose tests two legs can share, for they need neither torch nor transformers, except tests that say so."""
+
+LONG_LIST = 7
+"""Cases of a test from which on each leg runs a third of them, and the last third runs without `--leg` only."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--leg`."""
+    said = "run one of the two parts of the long tests that CI shares out to its two releases of JAX; all by default"
+    parser.addoption("--leg", type=int, choices=(1, 2), help=said)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out tests marked `families` unless `-m` or a test's own id asks for them."""
-    if "families" in config.option.markexpr or any("::" in argument for argument in config.args):
-        return
-    left_out = [item for item in items if item.get_closest_marker("families")]
+    """Leaves out tests marked `families` unless `-m` or a test's own id asks for them, and those of the other leg."""
+    if "families" not in config.option.markexpr and not any("::" in argument for argument in config.args):
+        _leave_out(config, items, [item for item in items if item.get_closest_marker("families")])
+    if (leg := config.getoption("leg")) is not None:
+        _leave_out(config, items, [item for item, own in _legs(items).items() if own != leg])
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item], left_out: list[pytest.Item]) -> None:
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _legs(items: list[pytest.Item]) -> dict[pytest.Item, int]:
+    """The leg of each test that one of them runs, or 3 for none.
+
+    Such a test is marked `slow` or is a case of a list: every second case of a short list, every third of a long one.
+    The last third of a long list runs on GPUs, and without `--leg`.
+    """
+    lists = defaultdict(list)
+    for item in items:
+        path = item.path.relative_to(item.config.rootpath).as_posix()
+        if isinstance(item, pytest.Function) and path.startswith(SHARED) and not _needs_more(item):
+            lists[path, item.originalname].append(item)
+    found: dict[pytest.Item, int] = {}
+    for cases in lists.values():
+        parts = 3 if len(cases) >= LONG_LIST else 2
+        if len(cases) > 1:
+            found |= {item: i % parts + 1 for i, item in enumerate(sorted(cases, key=lambda item: item.nodeid))}
+        elif cases[0].get_closest_marker("slow"):
+            found[cases[0]] = zlib.crc32(cases[0].nodeid.encode()) % 2 + 1
+    return found
+
+
+def _needs_more(item: pytest.Function) -> bool:
+    """Whether a test or a fixture of its imports packages that only one leg has."""
+    fixtures: dict[str, Any] = item._fixtureinfo.name2fixturedefs
+    functions = [item.function, *(definition.func for found in fixtures.values() for definition in found)]
+    return any("importorskip" in inspect.getsource(function) for function in functions)

@@ -1,5 +1,6 @@
 """Strict JAX, four host devices, and shape annotations checked while tests run."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -13,6 +14,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes sha
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(100_000, 50, 100)  # tracing makes many small objects that live on: some 5 % of the time
 
 PACKAGES = ("tq_jax", "pallas_kernels")
 

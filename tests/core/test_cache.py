@@ -62,6 +62,7 @@ def test_ratio_of_four_bits():
     window=st.sampled_from([0, 1, 24, 500]),
     sinks=st.sampled_from([0, 4]),
 )
+@pytest.mark.slow
 def test_every_token_lives_in_exactly_one_place(chunks, window, sinks):
     spec = make_spec(window=window, sink_tokens=sinks, key=tq.QuantizerSpec(D, 8), value=tq.QuantizerSpec(D, 8))
     cache, total = tq.init_cache(spec, batch=2), np.zeros(2, int)
@@ -93,6 +94,7 @@ def test_chunks_and_single_tokens_give_the_same_cache(window):
     states_equal(chunk, single)
 
 
+@pytest.mark.slow
 def test_ragged_rows_equal_rows_alone():
     k, v, q = tokens(3, 80)
     lengths = [80, 1, 37]
@@ -154,6 +156,7 @@ def test_append_under_jit_with_donation_is_in_place(full):
     assert (new.exact_keys if full else new.pages.keys.packed).unsafe_buffer_pointer() == pointer
 
 
+@pytest.mark.slow
 def test_statistics_come_from_what_is_at_hand():
     k, v, q = tokens(1, 120)
     spec = make_spec(window=64)
@@ -220,6 +223,7 @@ def test_empty_batch_and_empty_chunk():
     assert tq.append(cache, jnp.zeros((2, 0, H, D)), jnp.zeros((2, 0, H, D))).length.tolist() == [0, 0]
 
 
+@pytest.mark.slow
 def test_vmap_over_caches():
     k, v, q = tokens(3, 50)
     cache = jax.vmap(lambda k, v, q: tq.append(tq.init_cache(make_spec(), batch=1), k[None], v[None], query=q[None]))(

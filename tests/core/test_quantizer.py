@@ -99,6 +99,7 @@ def test_fractional_widths_scale_each_segment(bits):
     assert tq.QuantizerSpec(128, bits).bytes_per_vector == 128 * bits / 8  # the two float16 scales included
 
 
+@pytest.mark.slow
 def test_outlier_channels_get_the_extra_bit():
     x = np.asarray(sphere(2000, 64)) * np.where(np.arange(64) % 4 == 3, 8, 1).astype(np.float32)
     spec = tq.QuantizerSpec(64, 2.5)
@@ -133,6 +134,7 @@ def test_unbiased_scale_is_exact_for_every_vector(dtype, precision, bits):
     assert float(jnp.max(jnp.abs(own / norm - 1))) < precision
 
 
+@pytest.mark.slow
 def test_queries_broadcast_against_codes():
     y, x = sphere(24, 64, seed=1), sphere(4, 64)
     for kind in ("mse", "prod"):
@@ -149,6 +151,7 @@ def test_rotation_and_sketch_have_independent_seeds():
     assert float(jnp.max(overlap)) < 0.7
 
 
+@pytest.mark.slow
 def test_scan_and_shard_map():
     spec = tq.QuantizerSpec(64, 4, scale="unbiased", search=True)
     q, x = tq.make_quantizer(spec), sphere(16, 64)
@@ -195,6 +198,7 @@ def test_spec_errors(error, message, options):
         tq.QuantizerSpec(**({"dim": 64} | options))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_value_errors():
     q = tq.make_quantizer(tq.QuantizerSpec(64, 4))
@@ -234,6 +238,7 @@ def test_under_jit_bad_vectors_are_marked():
     assert jnp.isfinite(jax.jit(tq.quantize)(q, x).scale).tolist() == [True, False, True]
 
 
+@pytest.mark.slow
 def test_golden_error():
     """Any change of codebook, rotation, search or scale shows here."""
     x = jnp.sin(jnp.arange(64 * 64, dtype=jnp.float32).reshape(64, 64) ** 1.1)

@@ -240,6 +240,7 @@ def test_files_are_as_readable_as_any_other_and_as_before(tmp_path):
         os.umask(before)
 
 
+@pytest.mark.slow
 def test_another_size_changes_nothing_else():
     cache, query = filled(), tokens(3, 1, seed=2)[2]
     before = tq.attend(query, cache)

@@ -68,6 +68,7 @@ def test_a_window_gives_what_all_tokens_give(pair):
             np.testing.assert_array_equal(new, old)
 
 
+@pytest.mark.slow
 def test_kernels_and_the_reference_place_tokens_alike():
     spec = tq.CacheSpec(
         2, 64, 300, tq.QuantizerSpec(64, 4), tq.QuantizerSpec(64, 4), window=8, page_size=16, sliding_window=40

@@ -39,6 +39,7 @@ def test_golden_bytes(bits):
     assert by_hand(codes, bits).hex() == GOLDEN[bits]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)  # the first call of a shape compiles
 @given(bits=st.integers(1, 8), dim=st.sampled_from([1, 7, 16, 17, 80, 128]), data=st.data())
 def test_round_trip_along_any_axis(bits, dim, data):

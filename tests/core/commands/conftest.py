@@ -1,7 +1,17 @@
+import jax
 import pytest
 from flax import nnx
 
 from tq_jax.models import Decoder, DecoderConfig
+
+
+@pytest.fixture
+def usual_compiler():
+    """Programs of real models take longer without optimization than optimizing them does."""
+    quick = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ def run(*arguments, env=None):
     return CliRunner().invoke(cli.build(["bench"]), ["bench", *arguments], catch_exceptions=False, env=env)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_small_shapes_run_and_nothing_is_claimed(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "ITERATIONS", 1)
     monkeypatch.setitem(command.COPY_BYTES, False, 2**20)
@@ -54,6 +55,7 @@ def test_without_a_gpu_small_shapes_run_and_nothing_is_claimed(tmp_path, monkeyp
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_search_finds_what_exact_products_of_its_codes_find(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "ITERATIONS", 1)
     monkeypatch.setitem(command.COPY_BYTES, False, 2**20)

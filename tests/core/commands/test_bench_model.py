@@ -68,6 +68,7 @@ def row_of(shape="tiny", batch=1, seq=1024, bits=4, us=1000.0, **fields):
     return row | {"floor_us": us / 2, "impl": "triton"} | fields
 
 
+@pytest.mark.slow
 def test_tokens_and_prompts_are_timed(tmp_path):
     path, drawn = tmp_path / "model.json", tmp_path / "model.png"
     result = run(
@@ -101,6 +102,7 @@ def test_tokens_and_prompts_are_timed(tmp_path):
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_compressed_caches_of_any_capacity_are_filled_by_a_prompt(tmp_path, made_once):
     path = tmp_path / "model.json"
     result = run(
@@ -164,6 +166,7 @@ def test_what_fits_on_several_devices():
     assert (one["batch"], two["batch"]) == (3, 6)
 
 
+@pytest.mark.slow
 def test_many_prompts_are_compared_with_a_full_batch(tmp_path, monkeypatch, made_once):
     for name, value in (("PROMPTS", 5), ("PROMPT_TOKENS", (4, 16)), ("NEW_TOKENS", (8, 16))):
         monkeypatch.setattr(many, name, value)
@@ -179,6 +182,7 @@ def test_many_prompts_are_compared_with_a_full_batch(tmp_path, monkeypatch, made
     assert "Many mixed prompts" in result.output
 
 
+@pytest.mark.slow
 def test_what_is_computed_to_fit_is_tried(tmp_path, monkeypatch, made_once):
     limit = 4_000_000
     monkeypatch.setattr(lab, "memory_stats", lambda: {"bytes_limit": limit, "peak_bytes_in_use": 0})

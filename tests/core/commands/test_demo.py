@@ -19,6 +19,7 @@ CONFIG = DecoderConfig(vocab_size=8, dim=32, num_layers=1, num_heads=2, num_kv_h
 
 @pytest.mark.weights
 @pytest.mark.slow
+@pytest.mark.usefixtures("usual_compiler")
 def test_demo_on_the_real_model(tmp_path):
     picture, figures = tmp_path / "demo.png", tmp_path / "demo.json"
     arguments = ["demo", "--bits", "4/4", "--positions", str(2 * CHUNK), "--plot", str(picture), "--json", str(figures)]

@@ -11,6 +11,7 @@ def reference(decoder):
     return la.make_reference(decoder, tokens, positions=2 * la.CHUNK + 5)
 
 
+@pytest.mark.slow
 def test_full_precision_diverges_from_nothing(decoder, reference):
     found = la.measure(decoder, reference, la.full_scheme(decoder, 600, dtype="float32"))
     assert found.positions == 2 * la.CHUNK
@@ -19,6 +20,7 @@ def test_full_precision_diverges_from_nothing(decoder, reference):
     assert found.ppl == pytest.approx(found.ppl_fp, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_more_bits_diverge_less_and_perplexity_is_the_models(decoder, reference):
     divergence = []
     for bits in (8, 4, 2):

@@ -52,6 +52,7 @@ def test_keys_with_a_sketch_are_not_read_back(decoder):
         attention.read_back(tq.init_cache(spec, batch=2))
 
 
+@pytest.mark.slow
 def test_attention_of_exact_and_of_coarse_caches(decoder, reference):
     none = Rival("none", "none", Float8(), Float8(), exact_layers=2)
     exact = attention_quality(decoder, reference, Rounded(none, 300, 64, 4), window=64, sinks=4)
@@ -71,6 +72,7 @@ def test_attention_of_exact_and_of_coarse_caches(decoder, reference):
     assert errors[0][1] < errors[1][1]
 
 
+@pytest.mark.slow
 def test_parts_of_some_families_are_measured(decoder):
     """Sink logits, soft-caps, experts, a layer without positions: a rival that rounds nothing changes nothing."""
     config = dataclasses.replace(
@@ -241,6 +243,7 @@ def test_every_text_is_known_to_suffice_before_one_is_measured(decoder, tmp_path
         room.evaluate(texts=f"persuasion,{tmp_path / 'short.txt'}", prompt=512, positions=64)
 
 
+@pytest.mark.slow
 def test_measured_rows_are_not_measured_again(decoder):
     ids = np.random.default_rng(1).integers(0, 97, CHUNK + 201).tolist()
     settings = room.Settings("small", 200, CHUNK, ((4, 4),), (128,))
@@ -252,6 +255,7 @@ def test_measured_rows_are_not_measured_again(decoder):
     assert list(room.measure_text(decoder, ids, settings, "novel", known + found)) == []
 
 
+@pytest.mark.slow
 def test_the_models_own_text_is_its_most_likely_one(decoder):
     ids = np.random.default_rng(2).integers(0, 97, 200).tolist()
     tokens = room.continued(LanguageModel(decoder, None), ids, CHUNK + 1)  # type: ignore[arg-type]
@@ -292,6 +296,7 @@ def test_weights_by_powers_are_those_of_the_cache(decoder, reference):
     assert not np.allclose(other.statistics.weight, cache.statistics.weight, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_a_mean_that_turns_takes_a_bias_away():
     sizes = {"dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "ffn_dim": 96}
     biased = Decoder(DecoderConfig(vocab_size=97, architecture="qwen2", **sizes), rngs=nnx.Rngs(0))
@@ -315,6 +320,7 @@ def test_a_mean_that_turns_takes_a_bias_away():
 
 @pytest.mark.weights
 @pytest.mark.slow
+@pytest.mark.usefixtures("usual_compiler")
 def test_eval_on_the_real_model(tmp_path):
     figures, picture = tmp_path / "eval.json", tmp_path / "eval.png"
     arguments = ["--texts", "persuasion", "--prompt", "512", "--positions", "64", "--windows", "128", "--bits", "4/4"]

@@ -30,6 +30,7 @@ def test_lowering(name):
     assert all(kernel.ir and min(kernel.grid) > 0 for kernel in kernels)
 
 
+@pytest.mark.slow
 def test_names_are_unique_and_prefill_covers_all_devices():
     assert len(CASES) == len(list(all_cases()))
     assert sorted(name for names in DEVICES.values() for name in names) == sorted(ARCHITECTURES)
@@ -110,6 +111,7 @@ def test_the_command_names_what_it_needs():
     assert "sm_70" in result.output
 
 
+@pytest.mark.slow
 def test_a_name_that_no_kernel_has_is_refused():
     pytest.importorskip("triton")
     said = refused("gate", "--only", "decoding")

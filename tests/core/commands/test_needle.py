@@ -15,6 +15,7 @@ from tq_jax.commands.rivals.roundings import Float8, Rival
 from tq_jax.models import load_tokenizer
 
 
+@pytest.mark.slow
 def test_answers_are_graded_as_the_model_predicts_them(decoder):
     ids = np.random.default_rng(0).integers(0, 97, 230).tolist()
     shared = ids[:200]
@@ -105,6 +106,7 @@ def test_haystacks_that_cannot_be_made_are_found_before_the_work(arguments, mess
 
 @pytest.mark.weights
 @pytest.mark.slow
+@pytest.mark.usefixtures("usual_compiler")
 def test_needle_on_the_real_model(tmp_path):
     figures, picture = tmp_path / "needle.json", tmp_path / "needle.png"
     arguments = ["--lengths", "512", "--depths", "0.2,0.8", "--repeats", "1", "--bits", "4/4"]

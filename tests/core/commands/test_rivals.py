@@ -143,6 +143,7 @@ KEEP = room.Rival("keep", "exact", room.Float8(), room.Float8(), exact_layers=2)
 EIGHT = room.Rival("eight", "fp8", room.Float8(), room.Float8())
 
 
+@pytest.mark.slow
 def test_a_rival_that_quantizes_nothing_is_full_precision(decoder, reference):
     found = la.measure(decoder, reference, Rounded(KEEP, 400, 64, 4))
     assert found.kl_mean < 1e-5  # bfloat16

@@ -411,6 +411,7 @@ GEMMA3_GGUF = {k.replace("llama.", "gemma3."): v for k, v in GGUF.items()} | {
 }
 
 
+@pytest.mark.slow
 @given(st.sampled_from(FILES), st.data())
 @settings(max_examples=300, deadline=None)
 def test_whatever_a_config_holds_is_read_or_refused(config, data):

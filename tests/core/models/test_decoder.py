@@ -42,6 +42,7 @@ def test_token_by_token_equals_one_pass(tiny, exact_spec):
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_local_layers_over_a_compressed_cache(hybrid, packed_spec):
     """A sliding window of 12 lies partly in the ring of 8 and partly in the pages. test_families.py has exact ones."""
     quantizer = tq.QuantizerSpec(dim=16, bits=8)
@@ -210,6 +211,7 @@ def test_program_size_does_not_grow_with_the_length_of_runs(tiny, hybrid, exact_
     assert instructions(2) == instructions(5)
 
 
+@pytest.mark.slow
 def test_layers_alone_compute_what_runs_compute(hybrid, packed_spec):
     runs = Decoder(dataclasses.replace(hybrid.config, local_layers=()), rngs=nnx.Rngs(0), unroll=False)
     assert [run.count for run in runs.runs] == [hybrid.config.num_layers]

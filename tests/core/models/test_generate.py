@@ -30,6 +30,7 @@ def oracle_loop(decoder, prompt: list[int], count: int) -> list[int]:
     return sequence[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_greedy_equals_the_loop_without_a_cache(tiny, prompts, greedy):
     tokens, lengths = prompts
     for row, length, found in zip(tokens, lengths.tolist(), greedy.sequences(), strict=True):
@@ -76,6 +77,7 @@ def test_prompts_by_chunks_continue_a_cache(tiny, exact_spec, prompts, greedy):
     jax.tree.map(np.testing.assert_array_equal, kept, jax.tree.map(np.asarray, cache))
 
 
+@pytest.mark.slow
 def test_chunks_of_a_prompt_over_a_compressed_cache(tiny, packed_spec):
     """Tokens of a chunk see each other exactly, those before them as the cache holds them: close to one exact pass."""
     tokens = jax.random.randint(jax.random.key(0), (1, 96), 0, tiny.config.vocab_size)
@@ -232,6 +234,7 @@ def test_goes_on_behind_a_cache(tiny, exact_spec, prompts, greedy):
     assert second.cache.length.tolist() == greedy.cache.length.tolist()
 
 
+@pytest.mark.slow
 def test_goes_on_behind_a_saved_cache(tiny, packed_spec, prompts, tmp_path):
     first = generate(tiny, *prompts, cache_spec=packed_spec, max_new_tokens=3)
     tq.save_cache(first.cache, tmp_path / "cache")

@@ -87,6 +87,7 @@ def test_last_tokens_of_prompts_and_of_chunks(decoder, spec, request):
     check_same(whole, last, MORE)
 
 
+@pytest.mark.slow
 def test_few_tokens_and_those_without_lengths(llama, exact_spec):
     tokens, cache, few = draw_tokens(12), llama.init_cache(exact_spec, batch=3), jnp.array([3, 2, 0], jnp.int32)
     whole, last = (prefill(llama, tokens, cache, None, last_only=only) for only in (False, True))

@@ -108,6 +108,7 @@ def test_rows_are_those_of_one_cache(hybrid, packed_spec):
     assert [one.spec.max_tokens for one in parts_of(larger)] == [256, 256]
 
 
+@pytest.mark.slow
 def test_caches_that_layers_cannot_use(tiny, mistral, hybrid, packed_spec, tmp_path, unchecked_shapes):
     local = dataclasses.replace(packed_spec, sliding_window=12)
     with pytest.raises(ValueError, match=r"sliding_window: expected None .*, got 12"):

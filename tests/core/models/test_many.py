@@ -125,6 +125,7 @@ def test_stop_tokens(tiny, limits, case):
     assert many.tally.used_row_steps == many.tally.new_tokens - len(prompts)
 
 
+@pytest.mark.slow
 def test_sampling_equals_single_runs(tiny, exact_spec):
     """The tokens of a prompt depend on its index and the key, not on its row or the time."""
     prompts, key, limits = draw_prompts(12, 1, 16, 7, 7, 3, 10), jax.random.key(7), [9, MOST, 1, 17, 2, MOST, 6]
@@ -347,6 +348,7 @@ def test_refuses_a_spec_of_another_model_and_more_than_its_context(tiny, exact_s
         generate_many(tiny, [[1] * 500], rows=2, cache_spec=large, max_new_tokens=15)
 
 
+@pytest.mark.slow
 def test_rows_are_used(tiny, exact_spec):
     """200 mixed prompts keep 16 rows busy in more than 85 of 100 row-steps, up to the last token."""
     rng = np.random.default_rng(1)

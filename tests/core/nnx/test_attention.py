@@ -144,6 +144,7 @@ def feed(schedule, padding):
     return [np.concatenate(row) for row in found]
 
 
+@pytest.mark.slow
 def test_ragged_rows_are_those_alone():
     both = feed([(20, 13), (20, 0), (0, 7)], padding=9.0)
     np.testing.assert_allclose(both[0], feed([(20, 0), (20, 0)], padding=0.0)[0], atol=2e-6)
@@ -156,6 +157,7 @@ def stepped():
     return in_chunks(make(compressed(3), rope_base=1e4), inputs(), [20] + [1] * 20)
 
 
+@pytest.mark.slow
 def test_a_loop_without_state_in_a_donated_cache(stepped):
     """`extend` in a `lax.scan` and a `lax.while_loop` gives what calls with state give, and copies nothing."""
     x = inputs()
@@ -263,6 +265,7 @@ def gaps(logits):
     return top[..., -1] - top[..., -2]
 
 
+@pytest.mark.slow
 def test_greedy_tokens_of_8_bits_are_those_of_flax(models):
     theirs, ours = models
     prompt = jax.random.randint(jax.random.key(0), (BATCH, 30), 0, VOCABULARY)
@@ -301,6 +304,7 @@ def test_the_default_is_the_recommended_cache():
     assert layer.cache.get_value().spec.dtype == "float16" and layer.cache.get_value().rows == 1
 
 
+@pytest.mark.slow
 def test_a_sequence_without_room():
     layer = make(compressed(4))
     layer(inputs(39))

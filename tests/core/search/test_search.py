@@ -35,6 +35,7 @@ def test_recall_against_exact_search(data, metric, basis, floor):
     assert recall(*data, spec(metric=metric, basis=basis)) >= floor
 
 
+@pytest.mark.slow
 def test_what_is_free_at_query_time_pays(data):
     published, improved = (recall(*data, spec(metric="cosine", **options), k=1) for options in (PUBLISHED, {}))
     prod = recall(*data, spec(metric="cosine", kind="prod", **PUBLISHED), k=1)

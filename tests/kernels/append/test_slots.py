@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ def test_slots_hold_what_entered_them_last(sink_slots, ring, length):
         np.testing.assert_array_equal(np.where(stored, position, -1), held)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(**SIZES, more=st.integers(0, 20))
 def test_what_stays_is_what_has_not_left(sink_slots, ring, length, more):

@@ -101,6 +101,7 @@ def test_no_expanded_copy_of_the_prefix():
     assert max(v.aval.size for e in made for v in e.outvars) <= 2 * 16 * 64
 
 
+@pytest.mark.slow
 def test_chunks_of_a_cache():
     """A chunk whose first tokens have left the window already, over the tokens before it."""
     spec = tq.CacheSpec(

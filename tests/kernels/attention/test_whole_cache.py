@@ -47,6 +47,7 @@ def plain():
     return attend_case(dataclasses.replace(CASES["plain"], lengths=(200, 0)))
 
 
+@pytest.mark.slow
 def test_rows_that_overflow_are_nan():
     _, query, cache = plain()
     cache = dataclasses.replace(cache, overflow=jnp.array([False, True]))
