@@ -66,6 +66,6 @@ def test_boundary_layers_and_statistics(four_layers, statistics, prompts, said):
     assert (
         "tq_jax compresses 2 of 4 layers [1, 2] to K3/V4 (32 instead of 256 bytes per head and token), keys centred "
         f"and weighted by {statistics}; layers [0, 3] stay in full precision (CPU_ATTN). "
-        "Prompts attend within their chunks by torch. "
-        "The same memory holds 1.78 times as many tokens"
+        "Prompts attend within their chunks by torch; earlier tokens of theirs are dense meanwhile, in at most "
+        "32.0 MiB. The same memory holds 1.78 times as many tokens"
     ) in said
