@@ -23,7 +23,7 @@ NAME_HEIGHT = 0.055
 
 
 def draw(rows: Sequence[Row], path: Path, *, copy_gbps: float, title: str) -> None:
-    """Draws rows into an image file, one panel per shape of an operation.
+    """Draws rows into an image file, one panel per shape of an operation that more than one row has.
 
     Args:
         rows: Rows of any operations but whole models.
@@ -34,6 +34,7 @@ def draw(rows: Sequence[Row], path: Path, *, copy_gbps: float, title: str) -> No
     panels: dict[str, list[Row]] = {}
     for row in rows:
         panels.setdefault(f"{row['op']}, {_shape(row)}", []).append(row)
+    panels = {name: chosen for name, chosen in panels.items() if len(chosen) > 1} or panels
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(max(6.0, 3.6 * columns), 3.5 * lines + 0.6), layout="constrained")

@@ -45,10 +45,10 @@ def draw(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
 
 
 def draw_ablation(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Draws rows of `tq-jax eval --ablation` into an image file: bars of divergence, one panel per width and window.
+    """Draws rows of `tq-jax eval --ablation` into an image file: divergences, one panel per width and window.
 
     Args:
-        rows: Rows as in the command's JSON; a bar is the geometric mean over texts.
+        rows: Rows as in the command's JSON; a point is the geometric mean over texts.
         path: The file; its suffix sets the format.
         title: Heading.
     """
@@ -62,15 +62,20 @@ def draw_ablation(rows: list[dict[str, Any]], path: Path, *, title: str) -> None
     for axes, ((bits, window), labels) in zip(columns, panels.items(), strict=True):
         means = [float(np.exp(np.mean(np.log([row["kl_mean"] for row in same])))) for same in labels.values()]
         own = [same[0]["scheme"] == "tq" for same in labels.values()]
-        bars = axes.barh(list(labels), means, color=[MARKS["tq"][1] if mine else "#b9c7d6" for mine in own])
+        reach = (2 * max(means) / min(means)) ** 0.25  # room for numbers on both sides
+        label = "KL, nats (lower is better), geometric mean over texts"
+        axes.set(xscale="log", xlabel=label, xlim=(min(means) / reach, max(means) * reach))
         paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        axes.bar_label(bars, [f"{mean:.2g}" for mean in means], padding=3, fontsize=8, bbox=paper)
-        for mean in (mean for mean, mine in zip(means, own, strict=True) if mine):
-            axes.axvline(mean, color=MARKS["tq"][1], linewidth=1, linestyle=":", zorder=0)
-        axes.set(xscale="log", xlabel="KL to full precision (nats), geometric mean over texts")
+        for line, (mean, mine) in enumerate(zip(means, own, strict=True)):
+            axes.plot(mean, line, "o", color=MARKS["tq"][1] if mine else "#7b8fa6")
+            place = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{mean:.2g}", (mean, line), **place, fontsize=8, bbox=paper)
+            if mine:
+                axes.axvline(mean, color=MARKS["tq"][1], linewidth=1, linestyle=":", zorder=0)
+        axes.set_yticks(range(len(labels)), list(labels))
+        axes.grid(axis="y", alpha=0.3)
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(f"{bits:g} bits, {_window_name(window)}", fontsize=10)
-        axes.margins(x=0.2)
         axes.invert_yaxis()
         axes.tick_params(axis="y", labelsize=8)
     figure.savefig(path, dpi=130)
