@@ -225,7 +225,7 @@ def test_rivals_of_a_user_are_measured_and_judged(decoder):
     settings = room.Settings("small", 200, CHUNK, ((4, 4),), (128,), own=(own,))
     assert [c.describe(decoder)["label"] for _, c in settings.plan(decoder)][-2:] == ["fp8 e4m3", "my own"]
     better = row("own", "my own", 4.0, 0.001)
-    (claim,) = judge([row("tq", "K4/V4", 4.0, 0.01), better])
+    (claim,) = claims.judge([row("tq", "K4/V4", 4.0, 0.01), better])
     assert not claim.ok
     assert "my own" in claim.note
     with pytest.raises(typer.BadParameter, match="expected --rival or --ablation, .* got --rival a:b too"):

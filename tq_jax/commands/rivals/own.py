@@ -21,10 +21,10 @@ def load_rivals(names: Sequence[str]) -> list[Rival]:
             label.
 
     Example:
-        >>> load_rivals(["tq_jax.commands.rivals.roundings:Rival"])
+        >>> load_rivals(["tq_jax.commands.rivals.roundings:Rival"])  # doctest: +IGNORE_EXCEPTION_DETAIL
         Traceback (most recent call last):
         ...
-        click.exceptions.BadParameter: expected tq_jax.commands.rivals.roundings:Rival to be a Rival, got a type
+        typer.BadParameter: expected tq_jax.commands.rivals.roundings:Rival to be a Rival, got a type
     """
     found = [_load(name) for name in names]
     labels = [rival.label for rival in (*RIVALS, *found)]
