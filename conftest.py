@@ -31,8 +31,8 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 SHARED = "tests/core/", "tests/kernels/"
 """Folders whose tests two legs can share, for they need neither torch nor transformers, except tests that say so."""
 
-LONG_LIST = 7
-"""Cases of a test from which on each leg runs a third of them, and the last third runs without `--leg` only."""
+CASES = 6
+"""Most cases of a list that a leg runs; if two legs cannot run them all, the rest runs without `--leg` only."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,10 +56,10 @@ def _leave_out(config: pytest.Config, items: list[pytest.Item], left_out: list[p
 
 
 def _legs(items: list[pytest.Item]) -> dict[pytest.Item, int]:
-    """The leg of each test that one of them runs, or 3 for none.
+    """The leg of each test that at most one of them runs; 3 or more for none.
 
-    Such a test is marked `slow` or is a case of a list: every second case of a short list, every third of a long one.
-    The last third of a long list runs on GPUs, and without `--leg`.
+    Such a test is marked `slow`, or it is a case of a list marked `shared`, whose cases take turns. Of kernels, cases
+    that no leg runs still run on GPUs and compile in `make gate`.
     """
     lists = defaultdict(list)
     for item in items:
@@ -68,11 +68,12 @@ def _legs(items: list[pytest.Item]) -> dict[pytest.Item, int]:
             lists[path, item.originalname].append(item)
     found: dict[pytest.Item, int] = {}
     for cases in lists.values():
-        parts = 3 if len(cases) >= LONG_LIST else 2
-        if len(cases) > 1:
+        if len(cases) > 1 and cases[0].get_closest_marker("shared"):
+            parts = max(2, -(-len(cases) // CASES))
             found |= {item: i % parts + 1 for i, item in enumerate(sorted(cases, key=lambda item: item.nodeid))}
-        elif cases[0].get_closest_marker("slow"):
-            found[cases[0]] = zlib.crc32(cases[0].nodeid.encode()) % 2 + 1
+        else:
+            slow = [item for item in cases if item.get_closest_marker("slow")]
+            found |= {item: zlib.crc32(item.nodeid.encode()) % 2 + 1 for item in slow}
     return found
 
 
