@@ -1,9 +1,11 @@
 """Which files pytest collects beside the tests, and which tests run."""
 
+import functools
 import importlib.util
 import inspect
 import zlib
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _leave_out(config: pytest.Config, items: list[pytest.Item], left_out: list[pytest.Item]) -> None:
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]
 
 
 def _legs(items: list[pytest.Item]) -> dict[pytest.Item, int]:
@@ -81,4 +84,9 @@ def _needs_more(item: pytest.Function) -> bool:
     """Whether a test or a fixture of its imports packages that only one leg has."""
     fixtures: dict[str, Any] = item._fixtureinfo.name2fixturedefs
     functions = [item.function, *(definition.func for found in fixtures.values() for definition in found)]
-    return any("importorskip" in inspect.getsource(function) for function in functions)
+    return any(_asks_for_packages(function) for function in functions)
+
+
+@functools.cache
+def _asks_for_packages(function: Callable[..., Any]) -> bool:
+    return "importorskip" in inspect.getsource(function)
