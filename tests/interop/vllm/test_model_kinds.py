@@ -68,7 +68,9 @@ def kinds_of(layers):
     return [name for name, *_ in layers]
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("Lfm2", "float32"), ("Qwen3Next", "bfloat16")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [pytest.param("Lfm2", "float32", marks=pytest.mark.families), ("Qwen3Next", "bfloat16")]
+)
 def test_layers_with_states(kind, dtype, tmp_path, prompts, said):
     """Short convolutions and linear attention: blocks hold states in one layer and pages in the next."""
     gap = GAP if dtype == "bfloat16" else None
@@ -80,7 +82,7 @@ def test_layers_with_states(kind, dtype, tmp_path, prompts, said):
     assert "compresses 2 of 2 layers [1, 3]" in said[0] and "layers [0, 2] have a state instead" in said[0]
 
 
-@pytest.mark.parametrize("kind", ["Gemma3", "GptOss"])
+@pytest.mark.parametrize("kind", [pytest.param("Gemma3", marks=pytest.mark.families), "GptOss"])
 def test_layers_with_windows_stay_as_they_are(kind, tmp_path, prompts, said):
     folder = model_of(tmp_path, kind)
     want, found, layers, _ = compare(folder, prompts)
