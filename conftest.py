@@ -62,7 +62,7 @@ def _legs(items: list[pytest.Item]) -> dict[pytest.Item, int]:
     """The leg of each test that at most one of them runs; 3 or more for none.
 
     Such a test is marked `slow`, or it is a case of a list marked `shared`, whose cases take turns. Of kernels, cases
-    that no leg runs still run on GPUs and compile in `make gate`.
+    that no leg runs still run on GPUs and compile in `make gate`; all statements of the audit hold in a notebook.
     """
     lists = defaultdict(list)
     for item in items:
