@@ -31,15 +31,15 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 SHARED = "tests/core/", "tests/kernels/"
-"""Folders whose tests two legs can share, for they need neither torch nor transformers, except tests that say so."""
+"""Folders whose tests two legs share, for they need neither torch nor transformers, except tests that say so."""
 
-CASES = 6
-"""Most cases of a list that a leg runs; if two legs cannot run them all, the rest runs without `--leg` only."""
+CASES = 4
+"""Most cases of a list marked `sampled` that a leg runs; the rest runs without `--leg` only."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds `--leg`."""
-    said = "run one of the two parts of the long tests that CI shares out to its two releases of JAX; all by default"
+    said = "run one of the two parts of the tests that CI shares out to its two releases of JAX; all by default"
     parser.addoption("--leg", type=int, choices=(1, 2), help=said)
 
 
@@ -61,8 +61,8 @@ def _leave_out(config: pytest.Config, items: list[pytest.Item], left_out: list[p
 def _legs(items: list[pytest.Item]) -> dict[pytest.Item, int]:
     """The leg of each test that at most one of them runs; 3 or more for none.
 
-    Such a test is marked `slow`, or it is a case of a list marked `shared`, whose cases take turns. Of kernels, cases
-    that no leg runs still run on GPUs and compile in `make gate`; all statements of the audit hold in a notebook.
+    Cases of a list take turns. Of lists marked `sampled`, kernels for the most part, no leg runs all: all still run on
+    GPUs and compile in `make gate`; all statements of the audit hold in a notebook.
     """
     lists = defaultdict(list)
     for item in items:
@@ -70,13 +70,10 @@ def _legs(items: list[pytest.Item]) -> dict[pytest.Item, int]:
         if isinstance(item, pytest.Function) and path.startswith(SHARED) and not _needs_more(item):
             lists[path, item.originalname].append(item)
     found: dict[pytest.Item, int] = {}
-    for cases in lists.values():
-        if len(cases) > 1 and cases[0].get_closest_marker("shared"):
-            parts = max(2, -(-len(cases) // CASES))
-            found |= {item: i % parts + 1 for i, item in enumerate(sorted(cases, key=lambda item: item.nodeid))}
-        else:
-            slow = [item for item in cases if item.get_closest_marker("slow")]
-            found |= {item: zlib.crc32(item.nodeid.encode()) % 2 + 1 for item in slow}
+    for (path, name), cases in lists.items():
+        first = zlib.crc32(f"{path}::{name}".encode()) % 2
+        parts = max(2, -(-len(cases) // CASES)) if cases[0].get_closest_marker("sampled") else 2
+        found |= {item: (first + i) % parts + 1 for i, item in enumerate(sorted(cases, key=lambda item: item.nodeid))}
     return found
 
 

@@ -10,17 +10,15 @@ import pytest
 CONTENT = """
 import pytest
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", range(14))
+def test_long_list(case): ...
+
+@pytest.mark.parametrize("case", range(5))
 def test_cases(case): ...
 
-@pytest.mark.parametrize("case", range(3))
-def test_cheap_cases(case): ...
+def test_alone(): ...
 
-@pytest.mark.slow
-def test_slow(): ...
-
-@pytest.mark.slow
 def test_of_torch():
     pytest.importorskip("torch")
 """
@@ -29,10 +27,12 @@ def test_of_torch():
 @pytest.fixture
 def collected(tmp_path):
     """Names of the tests that a leg runs, or all of them."""
-    (tmp_path / "tests" / "core").mkdir(parents=True)
+    for folder in "core", "interop":
+        (tmp_path / "tests" / folder).mkdir(parents=True)
     shutil.copy(Path(__file__).parents[1] / "conftest.py", tmp_path)
     (tmp_path / "tests" / "core" / "test_some.py").write_text(CONTENT)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  shared\n  slow\n  families\n")
+    (tmp_path / "tests" / "interop" / "test_other.py").write_text("def test_of_interop(): ...")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  sampled\n  families\n")
 
     def collect(*arguments):
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]
@@ -42,11 +42,14 @@ def collected(tmp_path):
     return collect
 
 
-def test_legs_share_what_takes_long(collected):
+def test_legs_share_tests_that_need_jax_alone(collected):
     everything, first, second = collected(), collected("--leg", "1"), collected("--leg", "2")
-    assert len(everything) == 19
-    both = {"test_of_torch", *(f"test_cheap_cases[{case}]" for case in range(3))}
-    assert first & second == both
-    assert "test_slow" in first ^ second
-    lists = [{name for name in leg if name.startswith("test_cases")} for leg in (first, second)]
-    assert [len(cases) for cases in lists] == [5, 5]
+    assert len(everything) == 22
+    assert first & second == {"test_of_torch", "test_of_interop"}
+    assert "test_alone" in first ^ second
+    cases, long_lists = (
+        [len([name for name in leg if name.startswith(f"test_{kind}[")]) for leg in (first, second)]
+        for kind in ("cases", "long_list")
+    )
+    assert sorted(cases) == [2, 3]
+    assert all(count <= 4 for count in long_lists) and sum(long_lists) >= 7

@@ -76,7 +76,7 @@ def test_parity_with_dense_attention(count, options, full):
     np.testing.assert_array_equal(out, tq.attend(q[:, -count:], cache, **options))
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("window", [0, 24])
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("statistics", [False, True])

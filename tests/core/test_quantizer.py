@@ -75,7 +75,7 @@ def test_gradients_are_of_the_scales(options):
     np.testing.assert_array_equal(gradient[1], 0)
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("rotation", ["hadamard", "haar"])
 def test_mse_is_the_exact_one(dim, rotation):
@@ -126,7 +126,7 @@ def test_prod_is_unbiased_with_the_right_variance(bits):
     assert 128 * np.mean(errors**2) == pytest.approx(want, rel=0.03)
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", 1e-5), ("float16", 1e-3)])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 2.5])
 def test_unbiased_scale_is_exact_for_every_vector(dtype, precision, bits):

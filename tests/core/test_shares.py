@@ -79,7 +79,7 @@ def by_position(shared):
     return np.asarray(shared).reshape(DEVICES, ROWS, *shared.shape[1:])
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", [SPEC, EXACT], ids=["packed", "exact"])
 def test_shares_are_one_cache(chunks, spec):
@@ -131,7 +131,7 @@ def test_a_full_share_is_marked(chunks):
     assert by_position(shared.overflow).sum(0).tolist() == [1, 1]
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 9])
 def test_options_and_kernels(chunks, size):

@@ -39,7 +39,7 @@ def require_same(a, b):
         np.testing.assert_array_equal(x, y, err_msg=str(path))
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize(("key", "value", "dtype"), FORMATS)
 def test_a_cache_survives_and_goes_on(tmp_path, key, value, dtype):
     cache = filled(key=key, value=value, dtype=dtype)

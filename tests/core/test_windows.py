@@ -44,7 +44,7 @@ def pair(request):
     return *(poisoned(tq.init_cache(x, batch=2)) for x in (spec, local)), window
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 def test_a_window_gives_what_all_tokens_give(pair):
     """Single tokens, ragged chunks, chunks longer than all that the row keeps."""
     whole, local, window = pair
@@ -159,7 +159,7 @@ def test_append_under_jit_with_donation_is_in_place(full):
     assert text.split("\n")[0].count("-alias") >= len(jax.tree.leaves(cache)) - 4  # not the random parts
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("full", [False, True])
 def test_other_sizes_and_files(full, tmp_path):
     spec = make_spec(window=8, sliding_window=40)

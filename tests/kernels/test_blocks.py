@@ -65,7 +65,7 @@ def test_blocks_hold_the_pages(name):
             np.testing.assert_array_equal(x.view(jnp.uint8), y.view(jnp.uint8))
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["k4v4", "prod3 group2", "pages 16 window"])
 def test_decode_reads_blocks(name):
     case = make_case(VARIANTS[name])
@@ -96,7 +96,7 @@ def test_prefill_reads_blocks():
     np.testing.assert_array_equal(normalized(found), normalized(want))
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["k4v4", "prod3 group2"])
 def test_encode_writes_blocks(name):
     """The codes of dense pools, and not a byte of anything else."""

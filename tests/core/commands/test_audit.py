@@ -4,7 +4,7 @@ from tq_jax.commands.audit import command as audit
 from tq_jax.commands.audit import memory
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("check", audit.CHECKS, ids=lambda check: check.__name__)
 def test_statements_hold(check):
     for claim in check():

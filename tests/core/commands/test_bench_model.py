@@ -116,7 +116,7 @@ def test_compressed_caches_of_any_capacity_are_filled_by_a_prompt(tmp_path, made
     assert row["read_cache_bytes"] == K4V4.read_bytes(TINY, 255.5, 2)
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("mesh", ["heads=2", "sequence=2", "heads=2,sequence=2"])
 def test_devices_share_a_decoder(tmp_path, monkeypatch, tiny, mesh):
     """The loop, a prompt and a long prompt run on a mesh; the bytes of a row are those of one device."""

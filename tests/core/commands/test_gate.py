@@ -21,7 +21,7 @@ from tq_jax.commands.gate.command import FAILURES_NAMED, make_row, make_table, s
 CASES = {f"{op} {case.name}": (op, case) for op, case in all_cases()}
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CASES)
 def test_lowering(name):
     op, case = CASES[name]
@@ -52,7 +52,7 @@ def done(compiled: Compiled) -> Future:
     return future
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("name", "arch"), [("decode K4/V4", "sm_90"), ("decode K3/V3", "sm_80"), ("decode K2/V2", "sm_120")]
 )

@@ -6,7 +6,7 @@ import tq_jax as tq
 from tq_jax.commands.validate import command as distortion
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("check", distortion.CHECKS, ids=lambda check: check.__name__)
 def test_claims_hold(check):
     for claim in check():

@@ -90,7 +90,7 @@ def test_chunks_equal_one_pass(tiny, exact_spec):
     assert cache.length.tolist() == [24] * 6
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["exact", "packed"])
 def test_ragged_batch_equals_single_runs(tiny, exact_spec, packed_spec, prompts, kind):
     spec = exact_spec if kind == "exact" else packed_spec
@@ -184,7 +184,7 @@ def lower(decoder, spec, *, batch, loop=False):
     return jax.jit(step, donate_argnums=2).lower(decoder, jnp.zeros(batch, jnp.int32), leaves)
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("loop", [False, True], ids=["step", "loop"])
 @pytest.mark.parametrize("kind", ["exact", "packed", "hybrid"])
 def test_decoding_updates_the_cache_in_place(tiny, hybrid, exact_spec, packed_spec, kind, loop):

@@ -155,7 +155,7 @@ UNLIKE = ["qwen3_moe", "phi3_long", "smollm3", "olmo2", "gemma2", "gpt_oss"]
 """Cases with a part that no other case has."""
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("pair", UNLIKE, indirect=True)
 def test_a_compressed_cache_whose_window_holds_all_tokens_gives_the_same_text(pair):
     _, decoder, oracle, _ = pair

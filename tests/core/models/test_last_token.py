@@ -68,7 +68,7 @@ def check_same(whole, last, lengths):
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("decoder", "spec"),
     [
@@ -133,7 +133,7 @@ def test_one_query_of_a_prompt(window):
         causal_attention(query, key, value, only=only)
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 @pytest.mark.parametrize("window", [None, 30])
 def test_one_query_of_a_chunk_behind_a_cache(implementation, window):

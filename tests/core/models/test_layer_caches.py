@@ -39,7 +39,7 @@ def long_prompts():
     return jnp.asarray(tokens), jnp.asarray([50, 33], jnp.int32)
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 def test_tokens_are_those_of_caches_with_every_token(decoder, spec, long_prompts):
     tokens, lengths = long_prompts
     whole = tq.init_cache(spec, batch=decoder.config.num_layers * 2)

@@ -77,7 +77,7 @@ def tokens_of(results: list[Finished]) -> list[list[int]]:
     return [result.tokens for result in results]
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 def test_greedy_equals_single_runs(tiny, limits, case):
     prompts, spec, single = case
     many = start(tiny, prompts, spec=spec, new=limits)

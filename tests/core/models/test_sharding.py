@@ -71,7 +71,7 @@ CASES = [(mesh, "exact") for mesh in MESHES]
 CASES += [pytest.param(mesh, "packed", marks=pytest.mark.slow) for mesh in MESHES if "order" not in mesh]
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize(("mesh", "spec"), CASES)
 def test_tokens_are_those_of_one_device(decoder, ragged, alone, mesh, spec):
     found = generate(decoder, *ragged, cache_spec=SPECS[spec], max_new_tokens=NEW, mesh=mesh_of(mesh))
@@ -85,7 +85,7 @@ def test_tokens_are_those_of_one_device(decoder, ragged, alone, mesh, spec):
         assert int(found.cache.compressed.min(initial=99, where=found.cache.length > 20)) > 0
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "spec", "turn"), [("2 x 2", "packed", 3), ("2 x 2", "exact", 11), ("2 heads", "exact", 3)]
@@ -147,7 +147,7 @@ def crossing(hlo: str) -> dict[str, int]:
     return found
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "spec"), [("4 heads", "packed"), ("4 shares", "packed"), ("2 x 2", "packed"), ("2 x 2", "exact")]
@@ -218,7 +218,7 @@ def test_shardings_by_name(decoder):
     assert {x.spec for x in jax.tree.leaves(cache.key_quantizer)} == {jax.P()}
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "unroll", "chunk"),

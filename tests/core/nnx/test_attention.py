@@ -66,7 +66,7 @@ def in_chunks(layer, x, sizes):
     return jnp.concatenate(parts, axis=1)
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_decode_in_full_precision_equals_flax(options):
     dim = options.get("qkv_features", 64) // HEADS

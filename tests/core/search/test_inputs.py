@@ -95,7 +95,7 @@ def test_numbers_of_numpy(data, tmp_path, unchecked_shapes):
             nearest.search(index, queries[:2], **wrong)
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("metric", ["inner_product", "cosine", "l2"])
 def test_derivatives_along_a_direction_and_no_gradient(data, metric):
     index, queries = nearest.build(data[0][:300], spec(metric=metric)), jnp.asarray(data[1][:3])

@@ -42,7 +42,7 @@ def test_what_is_free_at_query_time_pays(data):
     assert prod < published - 0.05 < improved - 0.15
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("metric", "bits"), [("cosine", 1), ("inner_product", 2.5), ("l2", 3), ("inner_product", 6), ("l2", 8)]
 )
@@ -119,7 +119,7 @@ def usual_compiler():
     jax.config.update(name, before)
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.usefixtures("usual_compiler")
 @pytest.mark.parametrize("options", [{}, {"metric": "l2", "bits": 2.5}, PUBLISHED, {"kind": "prod"} | PUBLISHED])
 @pytest.mark.parametrize("precision", ["float32", "float16"])

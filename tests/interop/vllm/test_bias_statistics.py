@@ -111,6 +111,7 @@ def test_qwen2_is_centred_by_its_weights(tmp_path, prompts):
 
 
 @pytest.mark.slow
+@pytest.mark.families
 @pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning")  # by vLLM
 def test_models_of_the_transformers_backend(tmp_path, prompts):
     """Olmo 2 has no implementation of vLLM's own; its keys have no bias."""

@@ -94,6 +94,7 @@ def test_layers_with_windows_stay_as_they_are(kind, tmp_path, prompts, said):
         assert kinds_of(layers_of(engine)) == ["TurboQuantImpl"] * 4
 
 
+@pytest.mark.families
 def test_experts(tmp_path, prompts):
     want, found, layers, more = compare(model_of(tmp_path, "Qwen3Moe"), prompts)
     assert kinds_of(layers) == ["TurboQuantImpl"] * 2 and more > 3

@@ -19,6 +19,7 @@ pytestmark = [
 FULL, CODES = "CPUAttentionBackendImpl", "TurboQuantImpl"
 
 
+@pytest.mark.families
 def test_drafts_of_a_head(two_layers, prompts, precise, tmp_path):
     """EAGLE: the head reads the hidden states of the model and keeps its own tokens in full precision."""
     drafts = {"method": "eagle", "model": make_eagle(two_layers, tmp_path / "eagle")}

@@ -61,7 +61,7 @@ def assert_same(found: tq.Cache, want: tq.Cache) -> None:
 QUICK = {"window and sinks", "neither"}
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SPECS])
 def test_the_bytes_of_append(name, monkeypatch):
     """Chunks longer and shorter than the window, ragged, single, with NaN behind the end, too long for the cache."""
@@ -81,7 +81,7 @@ def test_the_bytes_of_append(name, monkeypatch):
     assert bool(want.overflow.any()) == (spec.max_tokens < 80)
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SPECS])
 def test_rows_by_kernels(name, monkeypatch):
     """Some rows in another order, rows that overflow."""
@@ -117,7 +117,7 @@ STATISTICS = {
 }
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", STATISTICS)
 def test_statistics_by_kernel(name, monkeypatch):
     """When the first token of a row leaves, its statistics are fixed, from the ring and a chunk of up to 8 tokens."""

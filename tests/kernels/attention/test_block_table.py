@@ -31,7 +31,7 @@ def attend(query, cache, *, segment, counts=None, **options):
     )
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("count", [1, 12])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_window_beside_the_pages(count, dtype):

@@ -14,7 +14,7 @@ STATIC = ("options", "implementation")
 ATTEND = [jax.jit(function, static_argnames=STATIC) for function in (attend_prompt, attend_chunk)]
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CASES)
 def test_kernel(name):
     arrays, options = make_chunk(CASES[name])

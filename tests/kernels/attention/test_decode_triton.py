@@ -55,7 +55,7 @@ def log_sum_tolerance(variant, case):
     return 4 * np.abs(np.asarray(query)).max(axis=3) / 127 / np.sqrt(12)
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CASES)
 def test_parity_with_the_reference(name):
     case = make_case(VARIANTS[name])

@@ -10,7 +10,7 @@ from tests.kernels.cases.joint import SHAPES, SPECS, check_parity
 from tests.kernels.cases.whole_cache import filled_cache
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", SPECS)
 def test_parity_with_split_heads(name, shape):

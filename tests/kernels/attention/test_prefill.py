@@ -39,7 +39,7 @@ def prefill(case, config=SMALL):
     return first
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CASES)
 def test_parity_with_the_reference(name):
     case = chunk_case(VARIANTS[name])

@@ -30,7 +30,7 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(exact, "PROGRAMS", 16)
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES])
 def test_parity_with_the_reference(name):
     case = CASES[name]

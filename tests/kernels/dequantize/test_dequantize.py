@@ -65,7 +65,7 @@ def written(x, tokens):
     return places
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CASES)
 def test_the_reference_is_the_quantizers_own(name):
     variant = VARIANTS[name]
@@ -89,7 +89,7 @@ def test_the_reference_is_the_quantizers_own(name):
     assert not np.asarray(keys)[~written(x, tokens)].any()
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_gives_what_the_reference_gives(name):
     x, _, tokens = arguments(VARIANTS[name], centred=name in QUICK)

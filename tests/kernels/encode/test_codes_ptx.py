@@ -275,7 +275,7 @@ EMULATED = {
 }
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", EMULATED)
 def test_the_kernel_with_its_ptx_against_the_reference(name, monkeypatch):
     """The kernel as it is compiled, with tables and all, except that JAX interprets what is not PTX."""

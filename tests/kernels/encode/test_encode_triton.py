@@ -39,7 +39,7 @@ def run(arrays, implementation, **options):
     return jax.jit(encode)(arrays.keys, arrays.values, arrays.pages, arrays.slots)
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", PARITY)
 def test_parity_with_the_reference(name):
     arrays = make_arrays(CASES[name], heads=1)
@@ -109,7 +109,7 @@ def test_running_twice_and_in_other_tiles_gives_the_same_bits():
         jax.tree.map(np.testing.assert_array_equal, first, run(arrays, "triton", config=config))
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["decode step, search", "three tokens d64 search"])
 def test_programs_of_one_token_give_the_bits_of_programs_of_many(name):
     arrays = make_arrays(CASES[name], heads=2)

@@ -42,7 +42,7 @@ def test_residual_norm(width, centered, dtype):
     np.testing.assert_allclose(total, exact * (scale + float(centered)), rtol=0.03, atol=0.03)
 
 
-@pytest.mark.shared
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("norms", [None, False, True], ids=["plain", "norms", "centred norms"])
 @pytest.mark.parametrize("group", [1, 3, 4])
