@@ -58,6 +58,67 @@ def from_debian(package: str, member: str, *, sha256: str, folder: str) -> Path:
     return _fetch(f"Debian's {package}", cache_dir() / folder / Path(member).name, sha256, unpack)
 
 
+def unpack_wheel(requirement: str, *, sha256: str, folder: str) -> Path:
+    """Folder of an unpacked wheel, which is downloaded once, without its dependencies.
+
+    Args:
+        requirement: The package and its version.
+        sha256: Digest of the wheel.
+        folder: Folder of `cache_dir` to keep the unpacked wheel in.
+
+    Raises:
+        ConnectionError: If pip could not download the package.
+        ValueError: If the wheel is not the expected one.
+    """
+
+    def unpack(scratch: Path) -> Path:
+        with zipfile.ZipFile(checked_wheel(requirement, scratch, sha256=sha256)) as archive:
+            archive.extractall(scratch / "unpacked")
+        return scratch / "unpacked"
+
+    return keep_folder(cache_dir() / folder / requirement.replace("==", "-"), unpack)
+
+
+def checked_wheel(requirement: str, folder: Path, *, sha256: str) -> Path:
+    """A wheel, downloaded into an empty folder without its dependencies.
+
+    Args:
+        requirement: The package and its version.
+        folder: The folder.
+        sha256: Digest of the wheel.
+
+    Raises:
+        ConnectionError: If pip could not download the package.
+        ValueError: If the wheel is not the expected one.
+    """
+    print(f"downloading {requirement} ...", file=sys.stderr, flush=True)
+    wheel = download_wheel(requirement, folder)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != sha256:
+        raise ValueError(f"{wheel.name}: expected sha256 {sha256}, got {digest}")
+    return wheel
+
+
+def keep_folder(target: Path, make: Callable[[Path], Path]) -> Path:
+    """The target; if it does not exist, the folder that `make` makes in an empty one, once that is complete.
+
+    Args:
+        target: The folder to have.
+        make: Gets an empty folder and gives the folder in it that becomes the target.
+    """
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as folder:
+        made = make(Path(folder))
+        try:
+            made.replace(target)
+        except OSError:
+            if not target.is_dir():  # another process was faster
+                raise
+    return target
+
+
 def _fetch(what: str, target: Path, sha256: str, unpack: Callable[[Path], bytes]) -> Path:
     """The target; if it does not exist, `unpack` reads it in an empty folder, and only the expected content is kept."""
     if target.is_file():

@@ -150,6 +150,24 @@ def picture_option(what: str) -> Any:
     return typer.Option(callback=_drawable, help=f"Where to draw {what}; the suffix sets the format.")
 
 
+def require_unset(reason: str, **options: Any) -> None:
+    """Rejects options that would have no effect.
+
+    Args:
+        reason: Why they would have none, for the message.
+        **options: Their values; None and False for those that are not set.
+
+    Raises:
+        typer.BadParameter: If one of them is set.
+
+    Example:
+        >>> require_unset("without --task", items=None)
+    """
+    for name, value in options.items():
+        if value is not None and value is not False:
+            raise typer.BadParameter(f"expected no --{name.replace('_', '-')} {reason}, got {value}")
+
+
 def require_known(names: Sequence[str], known: Iterable[str], what: str) -> list[str]:
     """Rejects names that do not exist.
 

@@ -223,7 +223,7 @@ def test_texts_that_cannot_be_had(tmp_path, monkeypatch):
 def test_rivals_of_a_user_are_measured_and_judged(decoder):
     own = Rival("own", "my own", Float8(), Float8())
     settings = room.Settings("small", 200, CHUNK, ((4, 4),), (128,), own=(own,))
-    assert [c.describe(decoder)["label"] for _, c in settings.plan(decoder)][-2:] == ["fp8 e4m3", "my own"]
+    assert [c.describe(decoder)["label"] for _, c in settings.plan(decoder)][-2:] == ["OSCAR 2", "my own"]
     better = row("own", "my own", 4.0, 0.001)
     (claim,) = claims.judge([row("tq", "K4/V4", 4.0, 0.01), better])
     assert not claim.ok

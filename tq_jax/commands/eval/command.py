@@ -27,13 +27,21 @@ from tq_jax.commands.options import (
     parse_numbers,
     picture_option,
     refusing,
+    require_unset,
 )
 from tq_jax.commands.output import environment, known_rows, open_console, progress_bar, write_json, write_partial
+from tq_jax.commands.rivals.calibrated import EVERY
 from tq_jax.commands.rivals.own import load_rivals
-from tq_jax.commands.rivals.roundings import RIVALS, Rival
+from tq_jax.commands.rivals.roundings import Rival
+from tq_jax.commands.tasks.command import Questions, answer
+from tq_jax.commands.tasks.measure import Plan
 from tq_jax.models import Decoder, LanguageModel, generate
 
 Row = dict[str, Any]
+
+TEXTS = "persuasion,pydoc,wiki"
+PROMPT, POSITIONS = 1024, 512
+"""What is measured if the options do not say otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +77,26 @@ class Settings:
     def plan(self, decoder: Decoder) -> list[tuple[int, Candidate]]:
         """Every window with every candidate, in order."""
         room = self.prompt + self.positions + 1
-        make = variants if self.ablation else functools.partial(candidates, rivals=RIVALS + self.own)
+        make = variants if self.ablation else functools.partial(candidates, rivals=EVERY + self.own)
         return [(w, c) for w in self.windows for c in make(decoder, room, bits=self.bits, window=w)]
 
 
 def evaluate(
     model: ModelName = None,
     texts: Annotated[
-        str, typer.Option(help="Comma-separated: persuasion, pydoc, code, wiki and jargon (downloaded), or files.")
-    ] = "persuasion,pydoc,wiki",
+        str | None,
+        typer.Option(
+            help="Comma-separated: persuasion, pydoc, code, wiki and jargon (downloaded), or files; the first two and "
+            "wiki by default."
+        ),
+    ] = None,
     bits: Annotated[str, typer.Option(help="Key/value bits of this package's caches.")] = "8/4,4/4,3/3,2/2",
-    prompt: Annotated[int, typer.Option(help="Number of tokens before the first prediction.", min=256)] = 1024,
-    positions: Annotated[int, typer.Option(help="Number of predictions to compare per text.", min=CHUNK)] = 512,
+    prompt: Annotated[
+        int | None, typer.Option(help="Number of tokens before the first prediction; 1024 by default.", min=256)
+    ] = None,
+    positions: Annotated[
+        int | None, typer.Option(help="Number of predictions to compare per text; 512 by default.", min=CHUNK)
+    ] = None,
     windows: Annotated[str, typer.Option(help="Latest tokens in full precision, comma-separated.")] = "128,0",
     plot: Annotated[Path, picture_option("divergence against stored bits")] = Path("tq-jax-eval.png"),
     generated: Annotated[
@@ -90,51 +106,89 @@ def evaluate(
     rival: Annotated[
         str, typer.Option(metavar="MODULE:NAME", help="Rivals of your own, comma-separated: importable from here.")
     ] = "",
+    task: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Questions to answer to the end instead of texts to predict.")
+    ] = None,
+    items: Annotated[int | None, typer.Option(help="Questions per task; 20 by default.", min=1)] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer; 512 by default.", min=2)] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of RULER's questions with their answers; 4096 by default.", min=256)
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Questions that are answered together; 16 by default.", min=1)
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="With --task, caches with such parts in their labels; all by default.")
+    ] = None,
     resume: Resume = False,
     json: JsonTarget = None,
 ) -> None:
-    """Compare caches and other quantizers on a real model: divergence of the next token per stored bit.
+    """Compare caches and other quantizers on a real model: divergence of the next token per stored bit, or answers.
 
     Every text is teacher-forced in chunks that read the cache. This package's caches are real, packed caches. Numbers
-    of TurboQuant as published, KIVI, vLLM's presets, int4 and fp8 are rounded as these methods store them, with the
-    same tokens in full precision. Stored bits count scales, zeros and layers that are not quantized. Each row is
-    written to the JSON file as soon as it is measured.
+    of TurboQuant as published, KIVI, vLLM's presets, int4, fp8, Block-GTQ and OSCAR (both calibrated on the text
+    itself) are rounded as these methods store them, with the same tokens in full precision. Stored bits count scales,
+    zeros and layers that are not quantized. Each row is written to the JSON file as soon as it is measured.
 
     With --generated, the text after each prompt is what the model writes greedily in full precision; the number of
     predictions before the first one that differs is then the length of the text that a cache would share with it.
 
     With --rival, quantizers of your own join them: each name is a tq_jax.commands.rivals.roundings.Rival.
 
-    Exits 0 only if no rival reaches a lower divergence at equal bits; an ablation claims nothing.
+    With --task, every cache answers questions to the end, and their own rules grade the answers: gsm8k, ruler/SUBSET
+    (niah_single_1, vt, ...) and reasoning/DATASET (a name of reasoning-gym), downloaded. Beside scores with their
+    intervals stands the divergence of each step along the answers in full precision: do errors add up?
+
+    Exits 0 only if no rival reaches a lower divergence at equal bits, or if no more answers of K4/V4, and with a window
+    of K3/V3, are lost than by chance; an ablation claims nothing.
     """
-    keep_compiled()
-    console = open_console(json)
-    widths, sizes = tuple(parse_bits(bits)), tuple(parse_numbers(windows, int))
-    if max(sizes) + SINKS >= prompt:
-        raise typer.BadParameter(f"expected windows that leave something of the prompt of {prompt}, got {windows!r}")
     if rival and ablation:
         raise typer.BadParameter(f"expected --rival or --ablation, which compares no rivals, got --rival {rival} too")
+    keep_compiled()
+    widths, sizes, own = tuple(parse_bits(bits)), tuple(parse_numbers(windows, int)), _own_rivals(rival)
+    asked = {"items": items, "new_tokens": new_tokens, "context": context, "batch": batch}
+    if task is not None:
+        said = {"texts": texts, "prompt": prompt, "positions": positions, "generated": generated, "ablation": ablation}
+        require_unset("with --task, whose questions are no texts", **said)
+        plan = Plan(widths, sizes, own, None if only is None else tuple(only.split(",")))
+        questions = Questions(tuple(task.split(",")), **{name: n for name, n in asked.items() if n is not None})
+        return answer(questions, plan, model=model, plot=plot, json=json, resume=resume)
+    require_unset("without --task", **asked, only=only)
+    prompt, positions = prompt or PROMPT, positions or POSITIONS
+    if max(sizes) + SINKS >= prompt:
+        raise typer.BadParameter(f"expected windows that leave something of the prompt of {prompt}, got {windows!r}")
     rounded = positions - positions % CHUNK
-    own = tuple(load_rivals(rival.split(","))) if rival else ()
     settings = Settings(model or DEFAULT_MODEL, prompt, rounded, widths, sizes, ablation, generated, own)
+    _run(settings, (texts or TEXTS).split(","), model=model, plot=plot, json=json, resume=resume)
+
+
+def _run(
+    settings: Settings, texts: Sequence[str], *, model: str | None, plot: Path, json: str | None, resume: bool
+) -> None:
+    """Measures, prints and draws; see `evaluate`."""
+    console = open_console(json)
     rows = known_rows(json, settings.kind) if resume else []
-    contents = load_texts(texts.split(","))
+    contents = load_texts(texts)
     language_model = open_model(model)
-    count = prompt + settings.positions + 1
+    count = settings.prompt + settings.positions + 1
     beginnings = {stem: first_tokens(language_model, stem, content, count) for stem, content in contents.items()}
     payload = settings.kind | environment()
     for _ in measure_texts(language_model, beginnings, settings, rows, console):
         write_partial(payload, rows, json)
-    claims = [] if ablation else judge(rows)
+    claims = [] if settings.ablation else judge(rows)
     print_results(rows, claims, console)
     from tq_jax.commands.eval import picture  # matplotlib is optional
 
-    draw = picture.draw_ablation if ablation else picture.draw
-    draw(rows, plot, title=f"{settings.model}, {settings.positions} positions per text after {prompt} tokens")
+    draw = picture.draw_ablation if settings.ablation else picture.draw
+    draw(rows, plot, title=f"{settings.model}, {settings.positions} positions per text after {settings.prompt} tokens")
     console.print(f"Picture: {plot}")
     write_json(payload | {"rows": rows, "complete": True, "claims": [claim.as_dict() for claim in claims]}, json)
     if not all(claim.ok for claim in claims):
         raise typer.Exit(1)
+
+
+def _own_rivals(names: str) -> tuple[Rival, ...]:
+    return tuple(load_rivals(names.split(","))) if names else ()
 
 
 def measure_texts(

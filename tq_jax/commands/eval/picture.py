@@ -15,6 +15,8 @@ MARKS = {
     "vllm": ("D", "#7a4fa3", "vLLM presets"),
     "int4": ("P", "#b8860b", "int4, Hadamard"),
     "fp8": ("X", "#555555", "fp8 e4m3"),
+    "block_gtq": ("h", "#2a9d8f", "Block-GTQ, calibrated on the text"),
+    "oscar": ("*", "#d4a017", "OSCAR, calibrated on the text"),
 }
 """Marker, colour and name of each kind of scheme; every "vllm_..." scheme is of kind "vllm"."""
 

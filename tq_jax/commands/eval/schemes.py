@@ -12,6 +12,7 @@ import tq_jax as tq
 from tq_jax.commands.divergence import Reference, Runner, Scheme, description, full_scheme, tq_scheme
 from tq_jax.commands.eval.attention import AttentionQuality, compare_attention, read_back
 from tq_jax.commands.rivals import cache as rivals_cache
+from tq_jax.commands.rivals.calibrated import fit
 from tq_jax.commands.rivals.roundings import RIVALS, Rival
 from tq_jax.models import Decoder
 
@@ -103,7 +104,9 @@ class Rounded:
             window=self.window,
             sinks=self.sinks,
         )
-        return rivals_cache.fill(cache, *reference.projections[1:], jnp.int32(reference.prefix))
+        fitted = fit(self.rival, *reference.projections, reference.prefix)
+        filled = rivals_cache.fill(cache, *reference.projections[1:], jnp.int32(reference.prefix))
+        return dataclasses.replace(filled, fitted=fitted)
 
     def extend(
         self,

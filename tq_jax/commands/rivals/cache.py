@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.layer import JointHeads
 from pallas_kernels.pytree import pytree
-from tq_jax.commands.rivals.roundings import RIVALS, Rival, Rounding
+from tq_jax.commands.rivals.calibrated import compiled_with
+from tq_jax.commands.rivals.roundings import Calibrated, Rival, Rounding
 from tq_jax.models import Decoder
 
 ROUND_TO = 128
@@ -51,6 +52,7 @@ class RivalCache(KeptTokens):
         chosen: Index of the rival among `rivals`, int32.
         layers: Layers of the model; row r belongs to layer r // (rows / layers). Static.
         rivals: Every rival that one compiled function serves. Static.
+        fitted: Calibrations of keys and values; empty for parts that need none.
     """
 
     window: Int[Array, ""]
@@ -58,6 +60,7 @@ class RivalCache(KeptTokens):
     chosen: Int[Array, ""]
     layers: int = dataclasses.field(metadata={"static": True})
     rivals: tuple[Rival, ...] = dataclasses.field(metadata={"static": True})
+    fitted: tuple[Any, Any] = ((), ())
 
 
 def empty(
@@ -75,7 +78,7 @@ def empty(
         sinks: Number of first tokens in full precision.
     """
     pool = jnp.zeros((rows, -(-max_tokens // ROUND_TO) * ROUND_TO, *heads), jnp.bfloat16)
-    rivals = RIVALS if rival in RIVALS else (rival,)
+    rivals = compiled_with(rival)
     numbers = [jnp.asarray(x, jnp.int32) for x in (0, window, sinks, rivals.index(rival))]
     return RivalCache(pool, jnp.zeros_like(pool), *numbers, layers=layers, rivals=rivals)
 
@@ -161,14 +164,16 @@ def seen(
     edge = jnp.asarray([rival.exact_layers for rival in cache.rivals], jnp.int32)[cache.chosen]
     coded = place < jnp.where((layer < edge) | (layer >= cache.layers - edge), 0, count)
 
-    def read(tokens: Array, rounding: Rounding) -> Array:
+    def read(tokens: Array, rounding: Rounding | Calibrated, fitted: Any) -> Array:
         # Groups of tokens begin after the sink tokens.
         tokens = jnp.roll(tokens.astype(jnp.float32), -cache.sinks, axis=1)
-        rounded = jnp.where(coded[None, :, None, None], rounding(tokens, coded), tokens)
-        return jnp.roll(rounded, cache.sinks, axis=1)
+        calibrated = isinstance(rounding, Calibrated)
+        rounded = rounding.read(tokens, fitted) if calibrated else rounding(tokens, coded)
+        return jnp.roll(jnp.where(coded[None, :, None, None], rounded, tokens), cache.sinks, axis=1)
 
     def read_both(rival: Rival) -> Callable[[], tuple[Array, Array]]:
-        return lambda: (read(keys, rival.key), read(values, rival.value))
+        key, value = jax.tree.map(lambda x: x[layer], cache.fitted)
+        return lambda: (read(keys, rival.key, key), read(values, rival.value, value))
 
     return lax.switch(cache.chosen, [read_both(rival) for rival in cache.rivals])
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import typer
 
-from tq_jax.commands.rivals.roundings import RIVALS, Rival, Rounding
+from tq_jax.commands.rivals.calibrated import EVERY
+from tq_jax.commands.rivals.roundings import Calibrated, Rival, Rounding
 
 
 def load_rivals(names: Sequence[str]) -> list[Rival]:
@@ -27,7 +28,7 @@ def load_rivals(names: Sequence[str]) -> list[Rival]:
         typer.BadParameter: expected tq_jax.commands.rivals.roundings:Rival to be a Rival, got a type
     """
     found = [_load(name) for name in names]
-    labels = [rival.label for rival in (*RIVALS, *found)]
+    labels = [rival.label for rival in (*EVERY, *found)]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise typer.BadParameter(f"expected rivals with labels of their own, got {', '.join(twice)} twice")
     return found
@@ -46,6 +47,6 @@ def _load(name: str) -> Rival:
     if not isinstance(rival, Rival):
         raise typer.BadParameter(f"expected {name} to be a Rival, got a {type(rival).__name__}")
     for part in (rival.key, rival.value):
-        if not isinstance(part, Rounding):
+        if not isinstance(part, Rounding | Calibrated):
             raise typer.BadParameter(f"expected key and value of {name} to be Roundings, got a {type(part).__name__}")
     return rival

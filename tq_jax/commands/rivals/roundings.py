@@ -8,7 +8,7 @@ missing have no effect.
 import dataclasses
 import functools
 import itertools
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,28 @@ class Rounding(Protocol):
 
     def __call__(self, x: Tokens, valid: Bool[Array, "t"]) -> Tokens:
         """The numbers as they are read back, float32."""
+        ...
+
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """A quantizer of keys or values that is calibrated first; static and hashable."""
+
+    @property
+    def bits(self) -> float:
+        """Bits per code."""
+        ...
+
+    def stored_bits(self, dim: int) -> float:
+        """Stored bits per number, scales and zeros included, of heads of dim channels."""
+        ...
+
+    def fit(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> Any:
+        """Arrays whose first axis is the layer, from heads [layers, h_kv, tokens, d], g queries per token and head."""
+        ...
+
+    def read(self, x: Tokens, fitted: Any) -> Tokens:
+        """The numbers as they are read back, float32, by the arrays of one layer."""
         ...
 
 
@@ -133,7 +155,7 @@ def min_max(x: Float[Array, "..."], exists: Bool[Array, "..."], bits: int, *, ax
     empty = ~jnp.any(exists, axis=axis, keepdims=True)
     low, high = jnp.where(empty, 0.0, low), jnp.where(empty, 0.0, high)
     top = 2**bits - 1
-    scale, zero = _half((high - low) / top), _half(low)
+    scale, zero = half((high - low) / top), half(low)
     codes = jnp.clip(jnp.round((x - zero) / jnp.where(scale > 0, scale, 1.0)), 0, top)
     return codes * scale + zero
 
@@ -158,14 +180,14 @@ class VllmKeys:
         """The numbers as they are read back; see `Rounding`."""
         dim = x.shape[-1]
         norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
-        y = _hadamard(x / (norm + 1e-8))
+        y = hadamard(x / (norm + 1e-8))
         centroids = _normal_centroids(self.bits) / dim**0.5
         coded = jnp.full(x.shape, centroids[0], jnp.float32)
         for low, high in itertools.pairwise(centroids):
             coded = coded + jnp.where(y >= np.float32((low + high) / 2), np.float32(high - low), np.float32(0))
         if self.norm_correction:
             coded = coded / jnp.sqrt(jnp.sum(coded * coded, axis=-1, keepdims=True) + 1e-16)
-        return _hadamard(coded) * _half(norm)
+        return hadamard(coded) * half(norm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +210,7 @@ class VllmValues:
         low, high = (f(x, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
         scale = jnp.maximum((high - low) / top, 1e-8)
         codes = jnp.clip(jnp.floor((x - low) / scale + 0.5), 0, top)
-        return codes * _half(scale) + _half(low)
+        return codes * half(scale) + half(low)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,16 +255,25 @@ class Float8:
         return jnp.clip(x, -top, top).astype(jnp.float8_e4m3fn).astype(jnp.float32)
 
 
-def _half(x: Array) -> Array:
+def half(x: Array) -> Array:
+    """Numbers as float16 stores them, float32."""
     return x.astype(jnp.float16).astype(jnp.float32)
 
 
-def _hadamard(x: Tokens) -> Tokens:
-    dim = x.shape[-1]
+def hadamard_matrix(dim: int) -> np.ndarray:
+    """The orthogonal Hadamard matrix, float32 [dim, dim].
+
+    Raises:
+        NotImplementedError: If dim is no power of two.
+    """
     if dim & (dim - 1):
         raise NotImplementedError(f"a plain Hadamard transform has a power of two channels, got {dim}")
-    matrix = linalg.hadamard(dim).astype(np.float32) / np.float32(dim**0.5)
-    return jnp.einsum("...i,ij->...j", x, matrix, precision="highest")
+    return linalg.hadamard(dim).astype(np.float32) / np.float32(dim**0.5)
+
+
+def hadamard(x: Tokens) -> Tokens:
+    """The plain Hadamard transform of heads; see `hadamard_matrix`."""
+    return jnp.einsum("...i,ij->...j", x, hadamard_matrix(x.shape[-1]), precision="highest")
 
 
 @functools.cache
@@ -266,8 +297,8 @@ class Rival:
 
     name: str
     label: str
-    key: Rounding
-    value: Rounding
+    key: Rounding | Calibrated
+    value: Rounding | Calibrated
     exact_layers: int = 0
 
     def stored_bits(self, dim: int, layers: int) -> float:
@@ -305,4 +336,4 @@ RIVALS = (
     Rival("int4", "int4, Hadamard", Int4(), Int4()),
     Rival("fp8", "fp8 e4m3", Float8(), Float8()),
 )
-"""The baselines of `tq-jax eval`."""
+"""Baselines that need no calibration."""
