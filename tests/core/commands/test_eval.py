@@ -224,6 +224,10 @@ def test_rivals_of_a_user_are_measured_and_judged(decoder):
     own = Rival("own", "my own", Float8(), Float8())
     settings = room.Settings("small", 200, CHUNK, ((4, 4),), (128,), own=(own,))
     assert [c.describe(decoder)["label"] for _, c in settings.plan(decoder)][-2:] == ["OSCAR 2", "my own"]
+    few = dataclasses.replace(settings, only=("V4", "my "))
+    assert [c.describe(decoder)["label"] for _, c in few.plan(decoder)] == ["K4/V4", "my own"]
+    with pytest.raises(typer.BadParameter, match="expected a part of a label such as .* for --only, got 'K9'"):
+        dataclasses.replace(settings, only=("K9",)).plan(decoder)
     better = row("own", "my own", 4.0, 0.001)
     (claim,) = claims.judge([row("tq", "K4/V4", 4.0, 0.01), better])
     assert not claim.ok
@@ -324,7 +328,7 @@ def test_a_mean_that_turns_takes_a_bias_away():
 def test_eval_on_the_real_model(tmp_path):
     figures, picture = tmp_path / "eval.json", tmp_path / "eval.png"
     arguments = ["--texts", "persuasion", "--prompt", "512", "--positions", "64", "--windows", "128", "--bits", "4/4"]
-    arguments += ["--json", str(figures), "--plot", str(picture)]
+    arguments += ["--only", "bfloat16,K4/V4,mse 4,prod 4,OSCAR 4", "--json", str(figures), "--plot", str(picture)]
     result = CliRunner().invoke(cli.build(["eval"]), ["eval", *arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     found = json.loads(figures.read_text())

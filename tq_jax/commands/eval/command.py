@@ -14,7 +14,7 @@ from tq_jax.commands.claims import Claim
 from tq_jax.commands.divergence import CHUNK, full_scheme, make_reference, measure
 from tq_jax.commands.eval.ablation import variants
 from tq_jax.commands.eval.claims import judge
-from tq_jax.commands.eval.schemes import SINKS, Candidate, attention_quality, candidates
+from tq_jax.commands.eval.schemes import SINKS, Candidate, attention_quality, candidates, wanted
 from tq_jax.commands.eval.table import make_table, one_line
 from tq_jax.commands.eval.texts import load_texts
 from tq_jax.commands.inputs import first_tokens, keep_compiled, open_model
@@ -27,6 +27,7 @@ from tq_jax.commands.options import (
     parse_numbers,
     picture_option,
     refusing,
+    require_labels,
     require_unset,
 )
 from tq_jax.commands.output import environment, known_rows, open_console, progress_bar, write_json, write_partial
@@ -57,6 +58,7 @@ class Settings:
         ablation: Whether parts of this package's caches are compared instead of rivals.
         generated: Whether the texts after the prompts are the model's own.
         own: Rivals beside the built-in ones.
+        only: Parts of labels of the caches that are measured; all if there are none.
     """
 
     model: str
@@ -67,6 +69,7 @@ class Settings:
     ablation: bool = False
     generated: bool = False
     own: tuple[Rival, ...] = ()
+    only: tuple[str, ...] = ()
 
     @property
     def kind(self) -> dict[str, Any]:
@@ -75,10 +78,17 @@ class Settings:
         return {name: getattr(self, name) for name in names}
 
     def plan(self, decoder: Decoder) -> list[tuple[int, Candidate]]:
-        """Every window with every candidate, in order."""
+        """Every window with every candidate that is wanted, in order.
+
+        Raises:
+            typer.BadParameter: If no label has one of the parts.
+        """
         room = self.prompt + self.positions + 1
         make = variants if self.ablation else functools.partial(candidates, rivals=EVERY + self.own)
-        return [(w, c) for w in self.windows for c in make(decoder, room, bits=self.bits, window=w)]
+        every = [(w, c) for w in self.windows for c in make(decoder, room, bits=self.bits, window=w)]
+        for part in self.only:
+            require_labels([candidate.describe(decoder)["label"] for _, candidate in every], part)
+        return [(window, candidate) for window, candidate in every if wanted(candidate, decoder, self.only)]
 
 
 def evaluate(
@@ -118,8 +128,8 @@ def evaluate(
         int | None, typer.Option(help="Questions that are answered together; 16 by default.", min=1)
     ] = None,
     only: Annotated[
-        str | None, typer.Option(help="With --task, caches with such parts in their labels; all by default.")
-    ] = None,
+        str, typer.Option(help="Caches with such parts in their labels, comma-separated; all by default.")
+    ] = "",
     resume: Resume = False,
     json: JsonTarget = None,
 ) -> None:
@@ -146,20 +156,21 @@ def evaluate(
         raise typer.BadParameter(f"expected --rival or --ablation, which compares no rivals, got --rival {rival} too")
     keep_compiled()
     widths, sizes, own = tuple(parse_bits(bits)), tuple(parse_numbers(windows, int)), _own_rivals(rival)
+    parts = tuple(only.split(",")) if only else ()
     asked = {"items": items, "new_tokens": new_tokens, "context": context, "batch": batch}
     if task is not None:
         said = {"texts": texts, "prompt": prompt, "positions": positions, "generated": generated, "ablation": ablation}
         require_unset("with --task, whose questions are no texts", **said)
-        plan = Plan(widths, sizes, own, None if only is None else tuple(only.split(",")))
+        plan = Plan(widths, sizes, own, parts)
         questions = Questions(tuple(task.split(",")), **{name: n for name, n in asked.items() if n is not None})
         return answer(questions, plan, model=model, plot=plot, json=json, resume=resume)
-    require_unset("without --task", **asked, only=only)
-    prompt, positions = prompt or PROMPT, positions or POSITIONS
+    require_unset("without --task", **asked)
+    prompt, positions = prompt or PROMPT, positions or POSITIONS  # which are at least 256 and CHUNK
     if max(sizes) + SINKS >= prompt:
         raise typer.BadParameter(f"expected windows that leave something of the prompt of {prompt}, got {windows!r}")
     rounded = positions - positions % CHUNK
-    settings = Settings(model or DEFAULT_MODEL, prompt, rounded, widths, sizes, ablation, generated, own)
-    _run(settings, (texts or TEXTS).split(","), model=model, plot=plot, json=json, resume=resume)
+    settings = Settings(model or DEFAULT_MODEL, prompt, rounded, widths, sizes, ablation, generated, own, parts)
+    _run(settings, (TEXTS if texts is None else texts).split(","), model=model, plot=plot, json=json, resume=resume)
 
 
 def _run(

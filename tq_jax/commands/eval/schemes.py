@@ -149,6 +149,18 @@ def candidates(
     return [*packed, *(Rounded(rival, max_tokens, window, sinks) for rival in rivals)]
 
 
+def wanted(candidate: Candidate, decoder: Decoder, only: Sequence[str]) -> bool:
+    """Whether a candidate's label has one of some parts; so has every label if there are none.
+
+    Args:
+        candidate: The candidate.
+        decoder: The model.
+        only: Parts of labels.
+    """
+    label = candidate.describe(decoder)["label"]
+    return not only or any(part in label for part in only)
+
+
 def attention_quality(
     decoder: Decoder, reference: Reference, candidate: Candidate, *, window: int, sinks: int
 ) -> AttentionQuality:

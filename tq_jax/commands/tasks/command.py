@@ -96,7 +96,7 @@ def _prepare(model: LanguageModel, questions: Questions, plan: Plan) -> list[tup
         with refusing("models"):
             labels = [cache.describe(model.decoder)["label"] for _, cache in plan.every(model.decoder, room)]
             caches = plan.caches(model.decoder, room)
-        for part in plan.only or ():
+        for part in plan.only:
             require_labels(labels, part)
         found.append((task, batches, len(caches)))
     return found

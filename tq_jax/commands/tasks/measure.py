@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tq_jax.commands.divergence import full_scheme
-from tq_jax.commands.eval.schemes import Candidate, Packed, candidates
+from tq_jax.commands.eval.schemes import Candidate, Packed, candidates, wanted
 from tq_jax.commands.rivals.calibrated import EVERY
 from tq_jax.commands.rivals.roundings import Rival
 from tq_jax.commands.tasks.questions import Batch, Task
@@ -29,13 +29,13 @@ class Plan:
         bits: Pairs of key and value bits of this package's caches.
         windows: Numbers of latest tokens in full precision.
         own: Rivals beside the built-in ones.
-        only: Parts of labels; caches whose label has none of them are left out. None for all.
+        only: Parts of labels of the caches that answer; all if there are none.
     """
 
     bits: tuple[tuple[float, float], ...]
     windows: tuple[int, ...]
     own: tuple[Rival, ...] = ()
-    only: tuple[str, ...] | None = None
+    only: tuple[str, ...] = ()
 
     def every(self, decoder: Decoder, max_tokens: int) -> list[tuple[int | None, Candidate]]:
         """All caches with their windows; those in full precision have none.
@@ -60,11 +60,7 @@ class Plan:
         """
         exact = Packed(full_scheme(decoder, max_tokens, dtype=EXACT))
         every = self.every(decoder, max_tokens)
-        return [(None, exact), *((window, cache) for window, cache in every if self._wanted(cache, decoder))]
-
-    def _wanted(self, cache: Candidate, decoder: Decoder) -> bool:
-        label = cache.describe(decoder)["label"]
-        return self.only is None or any(part in label for part in self.only)
+        return [(None, exact), *((window, cache) for window, cache in every if wanted(cache, decoder, self.only))]
 
 
 def measure_task(
