@@ -165,11 +165,10 @@ def evaluate(
         questions = Questions(tuple(task.split(",")), **{name: n for name, n in asked.items() if n is not None})
         return answer(questions, plan, model=model, plot=plot, json=json, resume=resume)
     require_unset("without --task", **asked)
-    prompt, positions = prompt or PROMPT, positions or POSITIONS  # which are at least 256 and CHUNK
+    prompt, positions = prompt or PROMPT, (positions or POSITIONS) // CHUNK * CHUNK  # neither can be 0
     if max(sizes) + SINKS >= prompt:
         raise typer.BadParameter(f"expected windows that leave something of the prompt of {prompt}, got {windows!r}")
-    rounded = positions - positions % CHUNK
-    settings = Settings(model or DEFAULT_MODEL, prompt, rounded, widths, sizes, ablation, generated, own, parts)
+    settings = Settings(model or DEFAULT_MODEL, prompt, positions, widths, sizes, ablation, generated, own, parts)
     _run(settings, (TEXTS if texts is None else texts).split(","), model=model, plot=plot, json=json, resume=resume)
 
 
