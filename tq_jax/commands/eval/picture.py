@@ -106,7 +106,10 @@ def _draw_panel(axes: Any, rows: list[dict[str, Any]]) -> None:
     for kind, (marker, color, name) in MARKS.items():
         same = [row for row in coded if row["scheme"] == kind or (kind == "vllm" and row["scheme"].startswith("vllm"))]
         points = [row["stored_bits_per_element"] for row in same], [row["kl_mean"] for row in same]
-        axes.plot(*points, marker=marker, color=color, label=name, linestyle="", markersize=6 if kind == "tq" else 5)
+        if same:
+            axes.plot(
+                *points, marker=marker, color=color, label=name, linestyle="", markersize=6 if kind == "tq" else 5
+            )
     for row in (r for r in coded if r["scheme"] == "tq"):
         place = (row["stored_bits_per_element"], row["kl_mean"])
         axes.annotate(row["label"], place, xytext=(-5, -10), textcoords="offset points", ha="right", fontsize=7)
