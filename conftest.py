@@ -59,17 +59,18 @@ def _leave_out(config: pytest.Config, items: list[pytest.Item], left_out: list[p
 
 
 def _legs(items: list[pytest.Item]) -> dict[pytest.Item, int]:
-    """The leg of each test that at most one of them runs; 3 or more for none.
+    """The leg of each test that at most one of them runs; 3 or more for none, as for tests marked `long`.
 
     Cases of a list take turns. Of lists marked `sampled`, kernels for the most part, no leg runs all: all still run on
     GPUs and compile in `make gate`; all statements of the audit hold in a notebook.
     """
+    found: dict[pytest.Item, int] = {item: 3 for item in items if item.get_closest_marker("long")}
     lists = defaultdict(list)
     for item in items:
         path = item.path.relative_to(item.config.rootpath).as_posix()
-        if isinstance(item, pytest.Function) and path.startswith(SHARED) and not _needs_more(item):
+        shared = isinstance(item, pytest.Function) and path.startswith(SHARED) and item not in found
+        if shared and not _needs_more(item):
             lists[path, item.originalname].append(item)
-    found: dict[pytest.Item, int] = {}
     for (path, name), cases in lists.items():
         first = zlib.crc32(f"{path}::{name}".encode()) % 2
         parts = max(2, -(-len(cases) // CASES)) if cases[0].get_closest_marker("sampled") else 2

@@ -19,6 +19,9 @@ def test_cases(case): ...
 
 def test_alone(): ...
 
+@pytest.mark.long
+def test_long(): ...
+
 def test_of_torch():
     pytest.importorskip("torch")
 """
@@ -32,7 +35,7 @@ def collected(tmp_path):
     shutil.copy(Path(__file__).parents[1] / "conftest.py", tmp_path)
     (tmp_path / "tests" / "core" / "test_some.py").write_text(CONTENT)
     (tmp_path / "tests" / "interop" / "test_other.py").write_text("def test_of_interop(): ...")
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  sampled\n  families\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  sampled\n  families\n  long\n")
 
     def collect(*arguments):
         command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]
@@ -44,9 +47,10 @@ def collected(tmp_path):
 
 def test_legs_share_tests_that_need_jax_alone(collected):
     everything, first, second = collected(), collected("--leg", "1"), collected("--leg", "2")
-    assert len(everything) == 22
+    assert len(everything) == 23
     assert first & second == {"test_of_torch", "test_of_interop"}
     assert "test_alone" in first ^ second
+    assert "test_long" not in first | second
     cases, long_lists = (
         [len([name for name in leg if name.startswith(f"test_{kind}[")]) for leg in (first, second)]
         for kind in ("cases", "long_list")

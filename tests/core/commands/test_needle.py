@@ -106,6 +106,7 @@ def test_haystacks_that_cannot_be_made_are_found_before_the_work(arguments, mess
 
 @pytest.mark.weights
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("usual_compiler")
 def test_needle_on_the_real_model(tmp_path):
     figures, picture = tmp_path / "needle.json", tmp_path / "needle.png"

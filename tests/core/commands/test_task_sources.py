@@ -90,7 +90,9 @@ def script_output(subset, tokenizer, folder, **arguments):
 
 @pytest.mark.weights
 @pytest.mark.slow
-@pytest.mark.parametrize("subset", [name for name in RULER if name != "niah_multikey_2"])  # like its neighbours
+@pytest.mark.parametrize(
+    "subset", [pytest.param(name, marks=pytest.mark.long) if name.startswith("niah") else name for name in RULER]
+)
 def test_ruler_asks_for_what_its_texts_hold(subset, tokenizer, monkeypatch):
     expected = {}
 
@@ -220,6 +222,7 @@ def test_final_answers(answer, expected):
 
 @pytest.mark.weights
 @pytest.mark.slow
+@pytest.mark.long
 def test_verifiers_grade_answers(monkeypatch):
     gym_process_ended()
     for dataset in ("chain_sum", "leg_counting"):

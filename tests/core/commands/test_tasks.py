@@ -230,6 +230,7 @@ def test_options_without_an_effect_are_refused(arguments, message, tmp_path):
 
 @pytest.mark.weights
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("usual_compiler")
 def test_questions_to_the_real_model(tmp_path):
     figures, picture = tmp_path / "tasks.json", tmp_path / "tasks.png"
