@@ -14,7 +14,7 @@ from tq_jax.commands.claims import Claim
 from tq_jax.commands.divergence import CHUNK, full_scheme, make_reference, measure
 from tq_jax.commands.eval.ablation import variants
 from tq_jax.commands.eval.claims import judge
-from tq_jax.commands.eval.schemes import SINKS, Candidate, attention_quality, candidates, wanted
+from tq_jax.commands.eval.schemes import SINKS, Candidate, attention_quality, candidates, choose
 from tq_jax.commands.eval.table import make_table, one_line
 from tq_jax.commands.eval.texts import load_texts
 from tq_jax.commands.inputs import first_tokens, keep_compiled, open_model
@@ -27,7 +27,6 @@ from tq_jax.commands.options import (
     parse_numbers,
     picture_option,
     refusing,
-    require_labels,
     require_unset,
 )
 from tq_jax.commands.output import environment, known_rows, open_console, progress_bar, write_json, write_partial
@@ -86,9 +85,7 @@ class Settings:
         room = self.prompt + self.positions + 1
         make = variants if self.ablation else functools.partial(candidates, rivals=EVERY + self.own)
         every = [(w, c) for w in self.windows for c in make(decoder, room, bits=self.bits, window=w)]
-        for part in self.only:
-            require_labels([candidate.describe(decoder)["label"] for _, candidate in every], part)
-        return [(window, candidate) for window, candidate in every if wanted(candidate, decoder, self.only)]
+        return choose(every, decoder, self.only)
 
 
 def evaluate(

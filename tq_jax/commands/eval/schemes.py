@@ -1,8 +1,9 @@
 """The candidates of `tq-jax eval`: this package's caches and their rivals, with the same tokens in full precision."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,13 @@ from jaxtyping import Array, Float, Int
 import tq_jax as tq
 from tq_jax.commands.divergence import Reference, Runner, Scheme, description, full_scheme, tq_scheme
 from tq_jax.commands.eval.attention import AttentionQuality, compare_attention, read_back
+from tq_jax.commands.options import require_labels
 from tq_jax.commands.rivals import cache as rivals_cache
 from tq_jax.commands.rivals.calibrated import fit
 from tq_jax.commands.rivals.roundings import RIVALS, Rival
 from tq_jax.models import Decoder
+
+Window = TypeVar("Window", int, int | None)
 
 SINKS = 4
 """Sink tokens, if there is a window."""
@@ -149,16 +153,24 @@ def candidates(
     return [*packed, *(Rounded(rival, max_tokens, window, sinks) for rival in rivals)]
 
 
-def wanted(candidate: Candidate, decoder: Decoder, only: Sequence[str]) -> bool:
-    """Whether a candidate's label has one of some parts; so has every label if there are none.
+def choose(
+    every: Sequence[tuple[Window, Candidate]], decoder: Decoder, only: Sequence[str]
+) -> list[tuple[Window, Candidate]]:
+    """The candidates, with their windows, whose labels have one of some parts; all if there are none.
 
     Args:
-        candidate: The candidate.
+        every: Windows and candidates.
         decoder: The model.
         only: Parts of labels.
+
+    Raises:
+        typer.BadParameter: If no label has one of the parts.
     """
-    label = candidate.describe(decoder)["label"]
-    return not only or any(part in label for part in only)
+    labels = [candidate.describe(decoder)["label"] for _, candidate in every]
+    for part in only:
+        require_labels(labels, part)
+    chosen = (not only or any(part in label for part in only) for label in labels)
+    return list(itertools.compress(every, chosen))
 
 
 def attention_quality(

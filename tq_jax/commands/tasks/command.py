@@ -9,7 +9,7 @@ import typer
 from rich.progress import Progress, TaskID
 
 from tq_jax.commands.inputs import open_model
-from tq_jax.commands.options import DEFAULT_MODEL, refusing, require_labels
+from tq_jax.commands.options import DEFAULT_MODEL, refusing
 from tq_jax.commands.output import environment, known_rows, open_console, progress_bar, write_json, write_partial
 from tq_jax.commands.tasks.measure import EXACT, Plan, measure_task
 from tq_jax.commands.tasks.questions import Batch, Task, load_tasks, make_batches
@@ -94,9 +94,6 @@ def _prepare(model: LanguageModel, questions: Questions, plan: Plan) -> list[tup
         batches = make_batches(model, task, batch=questions.batch)
         room = batches[0].tokens.shape[1] + task.most
         with refusing("models"):
-            labels = [cache.describe(model.decoder)["label"] for _, cache in plan.every(model.decoder, room)]
             caches = plan.caches(model.decoder, room)
-        for part in plan.only:
-            require_labels(labels, part)
         found.append((task, batches, len(caches)))
     return found

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tq_jax.commands.divergence import full_scheme
-from tq_jax.commands.eval.schemes import Candidate, Packed, candidates, wanted
+from tq_jax.commands.eval.schemes import Candidate, Packed, candidates, choose
 from tq_jax.commands.rivals.calibrated import EVERY
 from tq_jax.commands.rivals.roundings import Rival
 from tq_jax.commands.tasks.questions import Batch, Task
@@ -37,30 +37,24 @@ class Plan:
     own: tuple[Rival, ...] = ()
     only: tuple[str, ...] = ()
 
-    def every(self, decoder: Decoder, max_tokens: int) -> list[tuple[int | None, Candidate]]:
-        """All caches with their windows; those in full precision have none.
-
-        Args:
-            decoder: The model.
-            max_tokens: Capacity of a cache row, tokens.
-        """
-        rivals = EVERY + self.own
-        found: list[tuple[int | None, Candidate]] = [(None, Packed(full_scheme(decoder, max_tokens)))]
-        for window in self.windows:
-            _, *coded = candidates(decoder, max_tokens, bits=self.bits, window=window, rivals=rivals)
-            found += [(window, candidate) for candidate in coded]
-        return found
-
     def caches(self, decoder: Decoder, max_tokens: int) -> list[tuple[int | None, Candidate]]:
-        """The caches that answer, with their windows: the reference, and those of `every` that are wanted.
+        """The caches that answer, with their windows: the reference, and those that are wanted.
+
+        Caches in full precision have no window.
 
         Args:
             decoder: The model.
             max_tokens: Capacity of a cache row, tokens.
+
+        Raises:
+            typer.BadParameter: If no label has one of the parts.
         """
+        every: list[tuple[int | None, Candidate]] = [(None, Packed(full_scheme(decoder, max_tokens)))]
+        for window in self.windows:
+            _, *coded = candidates(decoder, max_tokens, bits=self.bits, window=window, rivals=EVERY + self.own)
+            every += [(window, candidate) for candidate in coded]
         exact = Packed(full_scheme(decoder, max_tokens, dtype=EXACT))
-        every = self.every(decoder, max_tokens)
-        return [(None, exact), *((window, cache) for window, cache in every if wanted(cache, decoder, self.only))]
+        return [(None, exact), *choose(every, decoder, self.only)]
 
 
 def measure_task(
